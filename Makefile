@@ -1,0 +1,38 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ENV := $(VENV)/.installed
+
+.PHONY: demo test lint test-slow test-oracles clean
+
+demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
+	$(BIN)/isoflat demo
+
+test: $(ENV) lint  ## everything that must hold before a change lands
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+lint: $(ENV)
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports --no-logo
+
+test-slow: $(ENV)  ## with real MNIST and CIFAR-10 in the folder ISOFLAT_DATA (skipped, and said so, where absent)
+	$(BIN)/python -m pytest -m slow -rs -s
+
+# curvlinops asks for backpack, which asks for torchvision; neither is needed for what we compare with.
+test-oracles: $(ENV)  ## against curvlinops, installed in an environment of its own
+	test -d .venv-oracles || $(PYTHON) -m venv .venv-oracles
+	.venv-oracles/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	.venv-oracles/bin/python -m pip install -q einops einconv opt-einsum jaxtyping mpmath unfoldNd
+	.venv-oracles/bin/python -m pip install -q --no-deps curvlinops-for-pytorch backpack-for-pytorch linear_operator
+	.venv-oracles/bin/python -m pytest tests/oracles -m slow -rs -s
+
+$(ENV): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-oracles

@@ -1,0 +1,1 @@
+"""Nouns everyone may import: no networks, no input or output."""

@@ -1,0 +1,175 @@
+"""A number that states its own enclosure, cost and convergence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, final
+
+from isoflat.core.errors import NonFinite, UsageError
+
+
+class Kind(StrEnum):
+    """What the interval `[lower, upper]` of an `Estimate` means."""
+
+    ENCLOSURE = "enclosure"
+    """Contains the exact number for the given weights and data, with the stated confidence."""
+    STANDARD_ERROR = "standard_error"
+    """Student t-interval of a stochastic estimator, with the stated confidence."""
+    UNCERTIFIED = "uncertified"
+    """A lower bound and a residual only; nothing is claimed about the upper end."""
+
+
+@final
+@dataclass(frozen=True)
+class Cost:
+    """What an estimate cost.
+
+    Attributes:
+        products: Hessian-vector products, each over all the data.
+        gradient_passes: the whole cost in units of one gradient over the same data, timed in the same run.
+        seconds: wall-clock time.
+        peak_memory: high-water mark of the process (or of the accelerator) in bytes when the estimate was ready.
+    """
+
+    products: int = 0
+    gradient_passes: float = 0.0
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+
+@final
+@dataclass(frozen=True)
+class Estimate:
+    """A value with the interval it is known to lie in.
+
+    `converged` means that the relative width `(upper - lower) / |value|` reached the requested `rtol`; for
+    `Kind.UNCERTIFIED`, that the true residual did. The width is the numerical error *at fixed weights and data*:
+    variation over training seeds or data subsets is never mixed in.
+
+    Attributes:
+        value: the number itself.
+        lower: lower end of the interval.
+        upper: upper end of the interval; infinite when uncertified.
+        confidence: probability, over the solver's random start, that the interval contains the exact number.
+        kind: what the interval means.
+        converged: whether the requested tolerance was reached.
+        cost: products, gradient passes, seconds, memory.
+        residual: for eigenvalues `‖A x − ρ x‖`, from a product of its own, never from the recurrence.
+        standard_error: for stochastic estimates, the standard error of the mean.
+        notes: what a reader must know, in words.
+
+    >>> print(Estimate(0.8731, 0.8695, 0.8770, confidence=0.999999, kind=Kind.ENCLOSURE, converged=True))
+    0.873(4)
+    """
+
+    value: float
+    lower: float
+    upper: float
+    confidence: float
+    kind: Kind
+    converged: bool
+    cost: Cost = field(default_factory=Cost)
+    residual: float | None = None
+    standard_error: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse NaN and intervals that do not contain their value."""
+        if math.isnan(self.value) or math.isnan(self.lower) or math.isnan(self.upper):
+            raise NonFinite(f"an estimate must be a number, got value {self.value} in [{self.lower}, {self.upper}]")
+        if not self.lower <= self.value <= self.upper:
+            raise UsageError(f"value {self.value!r} lies outside its interval [{self.lower!r}, {self.upper!r}]")
+
+    @property
+    def relative_width(self) -> float:
+        """`(upper − lower) / |value|`; zero for an exact zero, infinite when uncertified."""
+        width = self.upper - self.lower
+        return width / abs(self.value) if self.value else (0.0 if width == 0 else math.inf)
+
+    def scaled(self, factor: float) -> Estimate:
+        """The estimate of `factor` times the number (`factor` > 0)."""
+        if not factor > 0:
+            raise UsageError(f"an estimate can be scaled by a positive factor only, got {factor}")
+        return replace(
+            self,
+            value=self.value * factor,
+            lower=self.lower * factor,
+            upper=self.upper * factor,
+            residual=None if self.residual is None else self.residual * factor,
+            standard_error=None if self.standard_error is None else self.standard_error * factor,
+        )
+
+    def with_notes(self, *notes: str) -> Estimate:
+        """The same estimate with further notes, each kept once and in order."""
+        return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
+
+    def __str__(self) -> str:
+        """Concise notation: the digits in brackets are the uncertainty of the last digits shown."""
+        if self.kind is Kind.UNCERTIFIED:
+            return f"{self.value:.6g} (uncertified)"
+        return concise(self.value, max(self.upper - self.value, self.value - self.lower))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; infinities become strings."""
+        return {
+            "value": _number(self.value),
+            "lower": _number(self.lower),
+            "upper": _number(self.upper),
+            "confidence": self.confidence,
+            "kind": str(self.kind),
+            "converged": self.converged,
+            "relative_width": _number(self.relative_width),
+            "residual": self.residual,
+            "standard_error": self.standard_error,
+            "cost": {
+                "products": self.cost.products,
+                "gradient_passes": self.cost.gradient_passes,
+                "seconds": self.cost.seconds,
+                "peak_memory": self.cost.peak_memory,
+            },
+            "notes": list(self.notes),
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Estimate:
+        """Inverse of `to_dict`; floats return bit for bit."""
+        return Estimate(
+            value=float(data["value"]),
+            lower=float(data["lower"]),
+            upper=float(data["upper"]),
+            confidence=data["confidence"],
+            kind=Kind(data["kind"]),
+            converged=data["converged"],
+            cost=Cost(**data["cost"]),
+            residual=data["residual"],
+            standard_error=data["standard_error"],
+            notes=tuple(data["notes"]),
+        )
+
+
+def concise(value: float, uncertainty: float) -> str:
+    """A value with the uncertainty of its last digit in brackets.
+
+    >>> concise(690.1234, 0.0021), concise(690.1234, 17.0), concise(2.5, 0.0), concise(1e-9, 3e-11)
+    ('690.123(3)', '690(20)', '2.5', '1.00(3)e-09')
+    """
+    if uncertainty == 0 or not math.isfinite(uncertainty):
+        return f"{value:.12g}" if uncertainty == 0 else f"{value:.6g}(inf)"
+    exponent = math.floor(math.log10(abs(value))) if value else math.floor(math.log10(uncertainty))
+    if exponent < -4 or exponent >= 6:
+        return f"{concise(value / 10.0**exponent, uncertainty / 10.0**exponent)}e{exponent:+03d}"
+    decimals = -math.floor(math.log10(uncertainty))
+    digit = math.ceil(uncertainty * 10.0**decimals)
+    if digit == 10:
+        decimals, digit = decimals - 1, 1
+    if decimals <= 0:
+        return f"{round(value, decimals):.0f}({digit * 10**-decimals})"
+    if decimals > 12:
+        return f"{value:.12g}(1)"
+    return f"{value:.{decimals}f}({digit})"
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,114 @@
+"""Named tensors as one flat vector, and every inner product there is.
+
+All sums of squares and inner products of the library go through `inner`, `norm` and `ParameterSpace.block_norms`, in
+float64 whatever the vectors are stored in, so that sharded vectors would need a change here only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import final
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 18
+"""Entries converted to float64 at a time: the working copy stays in cache and the memory overhead small."""
+
+
+@final
+@dataclass(frozen=True)
+class ParameterSpace:
+    """ℝⁿ with its coordinates grouped into named tensors, in a fixed order.
+
+    >>> space = ParameterSpace(("weight", "bias"), ((2, 3), (2,)))
+    >>> space.size, space.slices["bias"]
+    (8, slice(6, 8, None))
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """Dimension n."""
+        return sum(self.sizes)
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Where each tensor's entries lie in the flat vector."""
+        ends = tuple(accumulate(self.sizes, initial=0))
+        return {name: slice(a, b) for name, a, b in zip(self.names, ends, ends[1:], strict=False)}
+
+    def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+        """Tensors of this space's shapes, as one vector of shape `(n,)`."""
+        values = [tensors[name] for name in self.names] if isinstance(tensors, Mapping) else tensors
+        return torch.cat([value.reshape(-1) for value in values]) if values else torch.empty(0)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a vector of shape `(n,)`, by name."""
+        parts = vector.split(self.sizes)
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+    def block_norms(self, vector: Tensor) -> Tensor:
+        """Euclidean norm of each tensor's part, float64, shape `(number of tensors,)`."""
+        return torch.tensor([norm(part) for part in vector.split(self.sizes)], dtype=torch.float64)
+
+    def spread(self, per_block: Tensor) -> Tensor:
+        """One value per tensor, repeated for each of its entries: shape `(n,)`."""
+        return per_block.repeat_interleave(torch.tensor(self.sizes, device=per_block.device))
+
+
+def inner(rows: Tensor, vector: Tensor) -> Tensor:
+    """Inner products of each row with a vector, accumulated in float64.
+
+    Args:
+        rows: shape `(k, n)`.
+        vector: shape `(n,)`.
+
+    Returns:
+        Shape `(k,)`, float64, on the vectors' device.
+    """
+    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=vector.device)
+    for piece in _pieces(rows):
+        total += rows[:, piece].double() @ vector[piece].double()
+    return total
+
+
+def combine(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """Linear combination of rows, in float64: `Σ_j coefficients_j rows_j`, shape `(n,)`."""
+    out = torch.empty(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for piece in _pieces(rows):
+        out[piece] = coefficients.to(rows.device) @ rows[:, piece].double()
+    return out
+
+
+def norm(vector: Tensor) -> float:
+    """Euclidean norm, accumulated in float64, safe against overflow and underflow of the squares."""
+    flat = vector.reshape(-1)
+    if flat.numel() == 0:
+        return 0.0
+    largest = float(flat.abs().max())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    # A power of two keeps every rounding the same at every scale, so that rescaled networks agree bit for bit.
+    scale = math.ldexp(1.0, min(-math.frexp(largest)[1], 1023))
+    total = 0.0
+    for start in range(0, flat.shape[0], CHUNK):
+        part = flat[start : start + CHUNK].double() * scale
+        total += float(part @ part)
+    return math.sqrt(total) / scale
+
+
+def _pieces(rows: Tensor) -> Iterator[slice]:
+    """Column ranges of about `CHUNK` entries, not so narrow that their number costs more than they save."""
+    width = max(CHUNK // max(rows.shape[0], 1), 1 << 14)
+    return (slice(start, start + width) for start in range(0, rows.shape[1], width))

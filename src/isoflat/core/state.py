@@ -1,0 +1,89 @@
+"""The point at which a network is measured: its tensors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from isoflat.core.errors import UsageError
+from isoflat.core.fingerprint import fingerprint
+from isoflat.core.space import ParameterSpace
+
+
+@final
+@dataclass(frozen=True)
+class State:
+    """Weights and buffers of a network, apart from the network.
+
+    Attributes:
+        parameters: the tensors the loss is differentiated by, in order.
+        frozen: further parameters, held constant.
+        buffers: running statistics and other non-parameters.
+    """
+
+    parameters: Mapping[str, Tensor]
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The flat space of the trainable tensors."""
+        return ParameterSpace(tuple(self.parameters), tuple(tuple(tensor.shape) for tensor in self.parameters.values()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the trainable tensors."""
+        return next(iter(self.parameters.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the trainable tensors."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def vector(self) -> Tensor:
+        """The trainable tensors as one vector of shape `(n,)`."""
+        return self.space.flatten(self.parameters)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything the network reads, by name."""
+        return {**self.parameters, **self.frozen, **self.buffers}
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> State:
+        """The same point with floating-point tensors in another precision or place."""
+
+        def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                for name, tensor in tensors.items()
+            }
+
+        return State(move(self.parameters), move(self.frozen), move(self.buffers))
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> State:
+        """A state in which the named tensors have other values.
+
+        Raises:
+            UsageError: a name is not in this state.
+        """
+        unknown = set(tensors) - set(self.tensors)
+        if unknown:
+            raise UsageError(f"no tensor named {', '.join(sorted(unknown))}; known: {', '.join(self.tensors)}")
+
+        def swap(old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensors.get(name, tensor) for name, tensor in old.items()}
+
+        return replace(self, parameters=swap(self.parameters), frozen=swap(self.frozen), buffers=swap(self.buffers))
+
+    def fingerprint(self) -> str:
+        """Hash over names, types, shapes and bytes of every tensor."""
+        parts: list[str | bytes] = []
+        for name, tensor in sorted(self.tensors.items()):
+            parts.append(repr((name, str(tensor.dtype), tuple(tensor.shape))))
+            parts.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return fingerprint(*parts)

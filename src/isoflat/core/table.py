@@ -1,0 +1,112 @@
+"""Records side by side."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.record import Record
+
+
+@final
+@dataclass(frozen=True)
+class Table:
+    """One row per measured number; prints itself on a terminal and in a notebook."""
+
+    rows: tuple[Record, ...]
+
+    def __iter__(self) -> Iterator[Record]:
+        """The rows."""
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, key: int | str) -> Record:
+        """A row by position, or the first one of a measure by name."""
+        if isinstance(key, int):
+            return self.rows[key]
+        return next(row for row in self.rows if row.measure == key)
+
+    def __rich__(self) -> Grid:
+        """For `rich.print`."""
+        grid = Grid(title=None, header_style="bold")
+        labelled = any(row.label for row in self.rows)
+        columns = ["network"] * labelled + ["measure", "geometry", "value", "enclosure", "converged", "b/value"]
+        for column in [*columns, "products", "gradient passes"]:
+            grid.add_column(column, justify="left" if column in ("network", "measure", "geometry") else "right")
+        for row in self.rows:
+            cost = row.estimate.cost
+            grid.add_row(
+                *([row.label] * labelled),
+                row.measure,
+                row.geometry,
+                str(row.estimate),
+                interval(row.estimate),
+                "yes" if row.estimate.converged else "no",
+                "–" if row.stationarity_ratio is None else f"{row.stationarity_ratio:.2g}",
+                str(cost.products),
+                f"{cost.gradient_passes:.1f}",
+            )
+        return grid
+
+    def __str__(self) -> str:
+        """Plain text, as wide as it needs to be."""
+        console = Console(width=160, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.3'>{code}</pre>")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {"rows": [row.to_dict() for row in self.rows]}
+
+    def to_json(self) -> str:
+        """Strict JSON."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Table:
+        """Inverse of `to_json`."""
+        return Table(tuple(Record.from_dict(row) for row in json.loads(text)["rows"]))
+
+
+def interval(estimate: Estimate) -> str:
+    """An interval in brackets, with the digits that tell its ends apart.
+
+    >>> interval(Estimate(2.5, 2.5, 2.5013, 0.999, Kind.ENCLOSURE, True))
+    '[2.50000, 2.50130]'
+    """
+    if estimate.kind is Kind.UNCERTIFIED:
+        return f"residual {estimate.residual:.1e}" if estimate.residual is not None else "none"
+    width = estimate.upper - estimate.lower
+    if width == 0:
+        return f"[{estimate.lower:.6g}, {estimate.upper:.6g}]"
+    digits = 6
+    for digits in range(6, 16):
+        if float(f"{estimate.upper:.{digits}g}") - float(f"{estimate.lower:.{digits}g}") > 0.9 * width:
+            break
+    return f"[{_round_out(estimate.lower, digits, -1)}, {_round_out(estimate.upper, digits, 1)}]"
+
+
+def _round_out(value: float, digits: int, direction: int) -> str:
+    """Rounded outwards, so that what is printed still contains the number."""
+    text = f"{value:#.{digits}g}"
+    if (float(text) - value) * direction < 0:
+        exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
+        text = f"{float(text) + direction * 10.0 ** (exponent - digits + 1):#.{digits}g}"
+    return text
