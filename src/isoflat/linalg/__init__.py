@@ -1,0 +1,1 @@
+"""Symmetric operators, the solvers that know only their products, and the certificates."""

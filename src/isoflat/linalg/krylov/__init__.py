@@ -1,0 +1,1 @@
+"""Krylov subspaces: the one Lanczos recurrence."""

@@ -1,0 +1,138 @@
+"""The one Lanczos recurrence: full re-orthogonalisation, float64 coefficients, no absolute threshold."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import eigh_tridiagonal
+from torch import Tensor
+
+from isoflat.core import space
+from isoflat.core.streams import stream
+from isoflat.linalg.probes import sphere
+
+GROWTH = 16
+"""Basis vectors allocated at a time."""
+
+
+class Recurrence:
+    """An orthonormal Krylov basis that grows by one product at a time.
+
+    After k products `A Q_k = Q_k T_k + β_k q_{k+1} e_kᵀ` with T_k tridiagonal (diagonal α, off-diagonal β).
+
+    A coupling at the level of rounding does not end the run: what is left over goes on as the next basis vector (a
+    random one if nothing is left), as after a restart in the complement. A small overlap of the start with an extreme
+    eigenvector looks exactly like an invariant space, and must not be mistaken for one.
+
+    Attributes:
+        alphas: diagonal of T, in units of `scale`.
+        betas: couplings, the last one towards the next basis vector, in units of `scale`.
+        scale: power of two near `‖A q₁‖`, so that nothing depends on the unit of the loss.
+        log_couplings: `Σ ln β` over all couplings, in units of `scale`, each taken as no less than `rounding`, because
+            below that it is not known; −inf once the space is exhausted.
+        exhausted: whether there is no next basis vector: the Krylov space is ℝⁿ, or the operator is zero.
+    """
+
+    def __init__(self, start: Tensor, dtype: torch.dtype) -> None:
+        """Begin with a unit vector of shape `(n,)`; the basis is stored in `dtype`."""
+        self.n = start.shape[0]
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+        self.scale = 1.0
+        self.log_couplings = 0.0
+        self.exhausted = False
+        self._largest = 0.0
+        self._basis = torch.empty((0, self.n), dtype=dtype, device=start.device)
+        self._count = 0
+        self._append(start)
+
+    @property
+    def k(self) -> int:
+        """Number of products taken in."""
+        return len(self.alphas)
+
+    @property
+    def last(self) -> Tensor:
+        """The basis vector whose product comes next, shape `(n, 1)`."""
+        return self._basis[self._count - 1][:, None]
+
+    @property
+    def rounding(self) -> float:
+        """What rounding amounts to: T is that of `A + E` with `‖E‖ = O(k eps ‖A‖)`; in units of `scale`."""
+        return self.rounding_at(torch.finfo(self._basis.dtype).eps)
+
+    def rounding_at(self, eps: float) -> float:
+        """The same for products of another precision; sums over n entries are in float64 in any case."""
+        return (eps * self.k + torch.finfo(torch.float64).eps * math.sqrt(self.n)) * self._largest
+
+    def extend(self, product: Tensor) -> None:
+        """Take in the product of `last`, shape `(n,)`, float64."""
+        if not self.alphas:
+            size = space.norm(product)
+            self.scale = math.ldexp(1.0, math.frexp(size)[1] - 1) if size else 1.0
+        product = product / self.scale
+        alpha, beta, residual = self._orthogonalise(product)
+        self.alphas.append(alpha)
+        self.betas.append(beta)
+        self._largest = max(self._largest, space.norm(product), abs(alpha), beta)
+        if self._count == self.n or self._largest == 0:
+            self.exhausted, self.log_couplings = True, -math.inf
+            return
+        self.log_couplings += math.log(max(beta, self.rounding))
+        self._append(residual / beta if beta else self._restart())
+
+    def ritz(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Ritz values, ascending, in units of `scale`, and the eigenvectors of T as columns."""
+        if self.k == 1:
+            return np.array(self.alphas), np.ones((1, 1))
+        values, vectors = eigh_tridiagonal(np.array(self.alphas), np.array(self.betas[:-1]))[:2]
+        return np.asarray(values), np.asarray(vectors)
+
+    def combine(self, coefficients: NDArray[np.float64]) -> Tensor:
+        """A vector of the Krylov space from its coefficients, shape `(n,)`, float64, normalised."""
+        vector = space.combine(torch.from_numpy(np.ascontiguousarray(coefficients)), self._basis[: self.k])
+        return vector / space.norm(vector)
+
+    def predicted(self, value: float, coefficients: NDArray[np.float64], vector: Tensor) -> Tensor:
+        """What the recurrence says `A x` is, for a Ritz pair: `θ x + β s_k q_{k+1}`."""
+        product = value * vector
+        if self._count > self.k:
+            product = product + self.betas[-1] * float(coefficients[-1]) * self._basis[self.k].double()
+        return product
+
+    def _orthogonalise(self, residual: Tensor) -> tuple[float, float, Tensor]:
+        """Gram–Schmidt against the whole basis until the norm stands still; α, β and what is left.
+
+        "Twice is enough" (Kahan and Parlett) unless the norm drops again, which happens when the space is nearly
+        closed. Where it never stands still, what is left is not orthogonal to anything: β is zero.
+        """
+        basis = self._basis[: self._count]
+        alpha, beta = 0.0, space.norm(residual)
+        for sweep in range(6):
+            coefficients = space.inner(basis, residual)
+            residual = residual - space.combine(coefficients, basis)
+            alpha += float(coefficients[-1])
+            before, beta = beta, space.norm(residual)
+            if sweep >= 1 and beta > 0.5 * before:
+                return alpha, beta, residual
+        return alpha, 0.0, residual
+
+    def _restart(self) -> Tensor:
+        """A random unit vector orthogonal to the basis."""
+        for attempt in range(10):
+            draw = sphere(self.n, stream(0, "restart", self._count, attempt)).to(self._basis.device)
+            _, size, residual = self._orthogonalise(draw)
+            if size:
+                return residual / size
+        raise AssertionError("a random vector lies in a proper subspace")
+
+    def _append(self, vector: Tensor) -> None:
+        if self._count == self._basis.shape[0]:
+            grown = torch.empty((self._count + GROWTH, self.n), dtype=self._basis.dtype, device=self._basis.device)
+            grown[: self._count] = self._basis
+            self._basis = grown
+        self._basis[self._count] = vector
+        self._count += 1

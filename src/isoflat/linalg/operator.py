@@ -1,0 +1,136 @@
+"""Symmetric linear maps on ℝⁿ, known only through their products."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from isoflat.core.errors import UsageError
+from isoflat.linalg.maps import LinearMap
+
+
+class Operator(ABC):
+    """A symmetric linear map on ℝⁿ with the Euclidean inner product.
+
+    Pure and repeatable: the same vectors give the same products. `matmat` is the primitive, because one pass over the
+    data can serve several vectors.
+    """
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """Dimension."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Precision the products are computed in."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of its vectors."""
+
+    @abstractmethod
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Products with the columns of an `(n, k)` matrix: shape `(n, k)`, accumulated in float64."""
+
+    @abstractmethod
+    def double(self) -> Operator:
+        """The same map computed in float64; itself if it is already, so that passes can be shared."""
+
+    @final
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Product with one vector of shape `(n,)`."""
+        return self.matmat(vector[:, None])[:, 0]
+
+
+@final
+@dataclass(frozen=True)
+class Dense(Operator):
+    """An explicit symmetric matrix.
+
+    >>> Dense(torch.diag(torch.tensor([3.0, 1.0]))).matvec(torch.ones(2)).tolist()
+    [3.0, 1.0]
+    """
+
+    matrix: Tensor
+
+    @property
+    def n(self) -> int:
+        """Dimension."""
+        return self.matrix.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the matrix."""
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the matrix."""
+        return self.matrix.device
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Matrix product."""
+        return (self.matrix @ vectors.to(self.matrix.dtype)).double()
+
+    def double(self) -> Dense:
+        """The matrix in float64."""
+        return self if self.dtype == torch.float64 else Dense(self.matrix.double())
+
+
+@final
+@dataclass(frozen=True)
+class Pullback(Operator):
+    """`Eᵀ A E + K`: an operator A seen through a frame E, plus a part K that costs no pass over the data.
+
+    Several pullbacks of one A can share its products (`linalg.solver.together`).
+
+    Attributes:
+        base: A on ℝⁿ.
+        frame: E, from ℝᵐ to ℝⁿ.
+        plus: K on ℝᵐ, for instance the connection term of a metric; None for zero.
+    """
+
+    base: Operator
+    frame: LinearMap
+    plus: Operator | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit together."""
+        if self.frame.rows != self.base.n or (self.plus is not None and self.plus.n != self.frame.columns):
+            shape = f"{self.frame.rows}×{self.frame.columns}"
+            raise UsageError(f"a frame {shape} does not fit an operator of dimension {self.base.n}")
+
+    @property
+    def n(self) -> int:
+        """Dimension of the frame's domain."""
+        return self.frame.columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the base."""
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the base."""
+        return self.base.device
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Push, multiply, pull, add K."""
+        return self.pull(self.base.matmat(self.frame.push(vectors)), vectors)
+
+    def pull(self, products: Tensor, vectors: Tensor) -> Tensor:
+        """Finish `matmat` from the base's products with the pushed vectors."""
+        result = self.frame.pull(products)
+        return result if self.plus is None else result + self.plus.matmat(vectors)
+
+    def double(self) -> Pullback:
+        """The same map in float64."""
+        return Pullback(self.base.double(), self.frame, None if self.plus is None else self.plus.double())

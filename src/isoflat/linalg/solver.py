@@ -1,0 +1,186 @@
+"""Solvers as coroutines of products: one pass over the data can serve several of them.
+
+A solver never holds an operator. It *asks* for products (`Request`) and is sent them, so that the same code runs alone
+(`Solver.__call__`) or in step with others that need the same Hessian through other frames (`together`).
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from isoflat.core.errors import NonFinite
+from isoflat.linalg.operator import Operator, Pullback
+
+R = TypeVar("R")
+
+
+@final
+@dataclass(frozen=True)
+class Request:
+    """Products that a solver waits for.
+
+    Attributes:
+        vectors: columns, shape `(m, k)`.
+        double: whether the products must be computed in float64.
+        status: what the solver knows so far, for a progress bar.
+    """
+
+    vectors: Tensor
+    double: bool = False
+    status: str = ""
+
+
+Steps = Generator[Request, Tensor, R]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Where a solver's vectors live."""
+
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Solver(ABC, Generic[R]):
+    """Hyper-parameters of an algorithm; called with an operator and a random stream."""
+
+    @abstractmethod
+    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[R]:
+        """The algorithm as a coroutine of products."""
+
+    @final
+    def __call__(self, operator: Operator, stream: torch.Generator) -> R:
+        """Run alone on one operator."""
+        steps = self.steps(Domain(operator.n, operator.dtype, operator.device), stream)
+        reply: Tensor | None = None
+        while True:
+            try:
+                request = steps.send(reply)  # pyrefly: ignore
+            except StopIteration as done:
+                return done.value
+            source = operator.double() if request.double else operator
+            reply = finite(source.matmat(request.vectors))
+
+
+@final
+@dataclass(frozen=True)
+class Job:
+    """One solver on one pullback of the shared base."""
+
+    operator: Pullback
+    solver: Solver[Any]
+    stream: torch.Generator
+
+
+@final
+@dataclass(frozen=True)
+class Outcome:
+    """What a job returned, and its share of the bill."""
+
+    result: Any
+    products: int
+    seconds: float
+
+
+def together(base: Operator, jobs: Sequence[Job], report: Callable[[str], None] = lambda _: None) -> list[Outcome]:
+    """Run jobs in step: each round asks the base for all their vectors in one pass over the data.
+
+    Products that must be in float64 wait until no others are asked for, so that they share a pass too; where the base
+    is in float64 itself, they join the others.
+
+    Args:
+        base: the operator that every job's `operator.base` is.
+        jobs: solvers with the pullback each works on.
+        report: called with a status line once a round.
+
+    Returns:
+        One outcome per job, in order. Seconds are shared by the number of columns.
+
+    >>> from isoflat.linalg.maps import Diagonal, Identity
+    >>> from isoflat.linalg.operator import Dense
+    >>> from isoflat.linalg.eigen import Lanczos
+    >>> from isoflat.core.streams import stream
+    >>> base = Dense(torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)))
+    >>> half = Diagonal(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    >>> jobs = [Job(Pullback(base, e), Lanczos(), stream(0)) for e in (Identity(2), half)]
+    >>> [round(outcome.result.top.value, 12) for outcome in together(base, jobs)]
+    [3.0, 4.0]
+    """
+    runs = [_Run(job) for job in jobs]
+    precise: Operator | None = None
+    for run in runs:
+        run.advance(None)
+    while waiting := [run for run in runs if run.request is not None]:
+        wide = [run for run in waiting if run.request and run.request.double]
+        if wide and precise is None:
+            precise = base.double()
+        narrow = [run for run in waiting if run not in wide]
+        group = waiting if wide and precise is base else narrow or wide
+        report("; ".join(dict.fromkeys(run.request.status for run in group if run.request and run.request.status)))
+        _serve(group, precise if group is wide and precise is not None else base)
+    return [Outcome(run.result, run.products, run.seconds) for run in runs]
+
+
+class _Run:
+    """A job under way."""
+
+    def __init__(self, job: Job) -> None:
+        self.operator = job.operator
+        self.steps = job.solver.steps(Domain(job.operator.n, job.operator.dtype, job.operator.device), job.stream)
+        self.request: Request | None = None
+        self.result: Any = None
+        self.products = 0
+        self.seconds = 0.0
+
+    def advance(self, reply: Tensor | None) -> None:
+        """Send products in; take the next request, or the result."""
+        start = time.monotonic()
+        try:
+            self.request = self.steps.send(reply)  # pyrefly: ignore
+        except StopIteration as done:
+            self.request, self.result = None, done.value
+        self.seconds += time.monotonic() - start
+
+    def pull(self, products: Tensor, request: Request) -> Tensor:
+        """Finish the products of a request, in float64 where it asks for that."""
+        operator = self.operator
+        if request.double and operator.plus is not None:
+            operator = Pullback(operator.base, operator.frame, operator.plus.double())
+        return finite(operator.pull(products, request.vectors))
+
+
+def _serve(group: Sequence[_Run], base: Operator) -> None:
+    """One pass over the data for every request of the group."""
+    requests = [run.request for run in group if run.request is not None]
+    widths = [request.vectors.shape[1] for request in requests]
+    start = time.monotonic()
+    pushed = [run.operator.frame.push(request.vectors) for run, request in zip(group, requests, strict=True)]
+    products = finite(base.matmat(torch.cat(pushed, dim=1)))
+    share = (time.monotonic() - start) / sum(widths)
+    for run, request, columns in zip(group, requests, products.split(widths, dim=1), strict=True):
+        run.products += request.vectors.shape[1]
+        run.seconds += share * request.vectors.shape[1]
+        run.advance(run.pull(columns, request))
+
+
+def finite(products: Tensor) -> Tensor:
+    """The products, if all are finite.
+
+    Raises:
+        NonFinite: a product is NaN or infinite.
+    """
+    if not bool(torch.isfinite(products).all()):
+        raise NonFinite(
+            "a Hessian-vector product is NaN or infinite although loss and gradient are finite: second derivatives "
+            "overflow in this precision; measure with dtype=float64, or look for sqrt, log or division at 0"
+        )
+    return products
