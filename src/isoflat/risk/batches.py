@@ -1,0 +1,180 @@
+"""Data in a fixed order that can be read again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+
+from isoflat.core.errors import DataError, NondeterministicRisk
+
+ROWS = 500
+"""Rows per batch where the library cuts the batches itself."""
+
+_ACCEPTED = (
+    "a DataLoader without shuffling, a list of batches, a pair (inputs, targets) of tensors, a map-style dataset, "
+    "or a function that returns a fresh iterator"
+)
+
+
+@final
+@dataclass(frozen=True)
+class Batches:
+    """Batches that come out the same at each pass.
+
+    Attributes:
+        source: returns a fresh iterator over the batches.
+        volatile: whether the source could give other data at the next pass (a loader), so that passes are compared.
+        digests: what each batch hashed to at the first pass; None before it.
+    """
+
+    source: Callable[[], Iterator[Any]]
+    volatile: bool
+    digests: tuple[str, ...] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches in order; compared with the first pass where the source is volatile."""
+        if self.digests is None or not self.volatile:
+            yield from self.source()
+            return
+        count = 0
+        for count, batch in enumerate(self.source(), start=1):
+            if count > len(self.digests) or digest(batch) != self.digests[count - 1]:
+                raise self._differs(f"batch {count - 1}")
+            yield batch
+        if count != len(self.digests):
+            raise self._differs(f"the number of batches ({len(self.digests)} before, {count} now)")
+
+    def pinned(self, digests: Sequence[str]) -> Batches:
+        """The same batches, to be compared with these digests from now on."""
+        return replace(self, digests=tuple(digests))
+
+    @staticmethod
+    def _differs(what: str) -> NondeterministicRisk:
+        return NondeterministicRisk(
+            f"two passes over the data differ in {what}: expected the same batches in the same order. Give a loader "
+            "with shuffle=False and without random augmentation, or a list of batches"
+        )
+
+
+def as_batches(data: Any, rows: int = ROWS) -> Batches:
+    """Batches from whatever holds the user's data.
+
+    Args:
+        data: a loader, a list of batches, a pair of tensors or arrays, a map-style dataset, an iterable that can be
+            iterated again, or a function returning a fresh iterator.
+        rows: rows per batch where the library cuts them itself.
+
+    Raises:
+        DataError: the data shuffles, can be read once only, or has no known form.
+
+    >>> x, y = torch.zeros(1100, 3), torch.zeros(1100)
+    >>> [len(targets) for inputs, targets in as_batches((x, y), rows=500)]
+    [500, 500, 100]
+    """
+    if isinstance(data, Batches):
+        return data
+    if isinstance(data, DataLoader):
+        return _from_loader(data)
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in data):
+        return _from_pair(torch.as_tensor(data[0]), torch.as_tensor(data[1]), rows)
+    if isinstance(data, list | tuple):
+        if not data:
+            raise DataError("the data is an empty list: expected at least one batch")
+        return Batches(lambda: iter(data), volatile=False)
+    if isinstance(data, Iterator):
+        raise DataError(
+            f"the data is a one-shot iterator ({type(data).__name__}), but each product reads it anew: give {_ACCEPTED}"
+        )
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return Batches(lambda: iter(DataLoader(data, batch_size=rows)), volatile=True)
+    if isinstance(data, Iterable) and not isinstance(data, Mapping | Tensor | np.ndarray | str):
+        return Batches(lambda: iter(data), volatile=True)
+    if callable(data):
+        return Batches(lambda: iter(data()), volatile=True)
+    raise DataError(f"cannot read batches from {type(data).__name__}: give {_ACCEPTED}")
+
+
+def _from_loader(loader: DataLoader[Any]) -> Batches:
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    if any(isinstance(sampler, RandomSampler) for sampler in samplers):
+        raise DataError("the DataLoader shuffles: each product must see the same batches. Build it with shuffle=False")
+    return Batches(lambda: iter(loader), volatile=True)
+
+
+def _from_pair(inputs: Tensor, targets: Tensor, rows: int) -> Batches:
+    if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
+        raise DataError(
+            f"inputs and targets must have the same number of rows, got shapes {tuple(inputs.shape)} and "
+            f"{tuple(targets.shape)}"
+        )
+    if len(inputs) == 0:
+        raise DataError("the data is empty: 0 rows")
+    pairs = list(zip(inputs.split(rows), targets.split(rows), strict=True))
+    return Batches(lambda: iter(pairs), volatile=False)
+
+
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors inside a batch, in order."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, np.ndarray):
+        yield torch.as_tensor(batch)
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from tensors(value)
+
+
+def rows_of(batch: Any) -> int:
+    """Rows of a batch: the leading dimension of its first tensor.
+
+    Raises:
+        DataError: there is no tensor with a leading dimension.
+    """
+    for tensor in tensors(batch):
+        if tensor.ndim:
+            return tensor.shape[0]
+    raise DataError(f"a batch of type {type(batch).__name__} holds no tensor with rows; expected (inputs, targets)")
+
+
+def move(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The batch with its tensors on a device and its floating-point tensors in a precision."""
+    if isinstance(batch, np.ndarray):
+        batch = torch.as_tensor(batch)
+    if isinstance(batch, Tensor):
+        return batch.detach().to(device=device, dtype=dtype if batch.is_floating_point() else None)
+    if isinstance(batch, Mapping):
+        moved = {key: move(value, device, dtype) for key, value in batch.items()}
+        return moved if type(batch) is dict else _rebuild(batch, moved)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, device, dtype) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(move(value, device, dtype) for value in batch)
+    return batch
+
+
+def _rebuild(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+    """A mapping of the user's own class, such as a tokenizer's batch; a plain dict where it cannot be rebuilt."""
+    try:
+        return type(batch)(moved)  # pyrefly: ignore
+    except TypeError:
+        return moved
+
+
+def digest(batch: Any) -> str:
+    """Hash of types, shapes and bytes of every tensor in a batch."""
+    state = hashlib.blake2b(digest_size=16)
+    for tensor in tensors(batch):
+        state.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        state.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return state.hexdigest()

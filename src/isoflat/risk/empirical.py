@@ -1,0 +1,229 @@
+"""The empirical risk: a weighted sum over data, and the only loop over data in the library."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from isoflat.core.errors import DataError, NondeterministicRisk, NonFinite, UnsupportedModel
+from isoflat.core.state import State
+from isoflat.risk.batches import Batches, digest, move
+from isoflat.risk.losses import Loss, TargetLoss, Term, call, check_mean, split
+from isoflat.risk.network import Network
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """One batch's share of a sum over data."""
+
+    total: Tensor
+    count: float
+
+
+@final
+@dataclass(frozen=True)
+class Survey:
+    """What one plain gradient pass over the data tells.
+
+    Attributes:
+        loss: empirical risk.
+        gradient: its gradient, shape `(n,)`, float64.
+        accuracy: share of correct predictions; None where undefined.
+        chance: accuracy of always predicting the most frequent class; None where undefined.
+        rows: examples.
+        count: counted targets or their weights.
+        digests: hash of each batch.
+        unused: trainable tensors that the loss does not depend on.
+        seconds: duration of the pass: the unit of cost.
+    """
+
+    loss: float
+    gradient: Tensor
+    accuracy: float | None
+    chance: float | None
+    rows: int
+    count: float
+    digests: tuple[str, ...]
+    unused: tuple[str, ...]
+    seconds: float
+
+
+@final
+@dataclass(frozen=True)
+class EmpiricalRisk:
+    """`L(θ) = Σ_b total_b(θ) / Σ_b count_b`, with parameters entering only through the state.
+
+    Every batch is weighted by its counted targets, so that the batch size, a ragged last batch or ignored targets
+    change nothing.
+    """
+
+    network: Network
+    loss: Loss
+    batches: Batches
+
+    def term(self, state: State, batch: Any) -> Term:
+        """One batch's summed loss, as a function of the state's tensors."""
+        moved = move(batch, state.device, state.dtype)
+        return self.network(state, lambda model: self.loss(model, moved))
+
+    def accumulate(self, per_batch: Callable[[int, Any], Part], over: Iterable[Any] | None = None) -> Tensor:
+        """`Σ total / Σ count` over the batches, added in float64: the only loop over data there is.
+
+        Args:
+            per_batch: one batch's part, from its index and content.
+            over: what to run over instead of the batches themselves: one item for each, such as a kept graph.
+
+        Raises:
+            DataError: there is no data, or no target counts.
+        """
+        total: Tensor | None = None
+        count, index = 0.0, -1
+        for index, batch in enumerate(self.batches if over is None else over):
+            part = per_batch(index, batch)
+            total = part.total.double() if total is None else total.add_(part.total)
+            count += part.count
+        if total is None:
+            raise DataError("the data is empty: the loader gave no batch")
+        if not count > 0:
+            raise DataError(f"no target counts in any of the {index + 1} batches: are all of them ignored?")
+        return total / count if self.loss.averages else total
+
+    def value(self, state: State) -> float:
+        """The empirical risk at a state."""
+
+        def per_batch(index: int, batch: Any) -> Part:
+            with torch.no_grad():
+                term = self.term(state, batch)
+            return Part(term.total.detach().reshape(1).double(), term.count)
+
+        return float(self.accumulate(per_batch))
+
+    def pinned(self, survey: Survey) -> EmpiricalRisk:
+        """The same risk, whose data must from now on come out as at the survey."""
+        return replace(self, batches=self.batches.pinned(survey.digests))
+
+    def survey(self, state: State) -> Survey:
+        """Loss, gradient and accuracy in one plain gradient pass, with every check that needs the data.
+
+        Raises:
+            DataError: there is nothing to measure on.
+            NonFinite: loss or gradient is NaN or infinite in some batch.
+            NondeterministicRisk: the loss of one batch is random.
+            UnsupportedModel: the forward pass writes into parameters or buffers.
+        """
+        self._probe(state)
+        tally = _Tally(state)
+        started = time.monotonic()
+
+        def per_batch(index: int, batch: Any) -> Part:
+            tally.digests.append(digest(batch))
+            leaves = leaf_state(state)
+            term = self.term(leaves, batch)
+            gradients = differentiate(term.total, list(leaves.parameters.values()))
+            return tally.add(index, term, gradients)
+
+        mean = self.accumulate(per_batch)
+        seconds = time.monotonic() - started
+        return tally.survey(mean, seconds)
+
+    def _probe(self, state: State) -> None:
+        """The first batch twice, under different random streams, with an eye on what the forward pass writes."""
+        batch = next(iter(self.batches), None)
+        if batch is None:
+            raise DataError("the data is empty: the loader gave no batch")
+        before = {name: tensor._version for name, tensor in state.tensors.items()}
+        losses = []
+        with torch.no_grad():
+            for seed in (1, 2):
+                torch.manual_seed(seed)
+                losses.append(float(self.term(state, batch).total))
+        written = [name for name, tensor in state.tensors.items() if tensor._version != before[name]]
+        if written:
+            raise UnsupportedModel(
+                f"the forward pass writes into {', '.join(written[:5])}: the loss is no function of the weights. "
+                "Call model.eval(), or remove the in-place update"
+            )
+        tolerance = 1000 * torch.finfo(state.dtype).eps * abs(losses[0])
+        if abs(losses[0] - losses[1]) > tolerance:
+            raise NondeterministicRisk(
+                f"the loss of batch 0 is random: {losses[0]:.8g}, then {losses[1]:.8g} on the same data and weights. "
+                "Call model.eval() and switch off dropout, noise and sampling in the forward pass"
+            )
+        if isinstance(self.loss, TargetLoss) and self.loss.claimed_mean is not None:
+            moved = move(batch, state.device, state.dtype)
+            inputs, target = split(moved)
+            with torch.no_grad():
+                check_mean(self.loss.claimed_mean, self.network(state, lambda model: call(model, inputs)), target)
+
+
+class _Tally:
+    """What the survey gathers beside the gradient."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.digests: list[str] = []
+        self.rows = 0
+        self.count = 0.0
+        self.correct = 0
+        self.counted = 0
+        self.classes = torch.zeros(0, dtype=torch.int64)
+        self.used = [False] * len(state.parameters)
+
+    def add(self, index: int, term: Term, gradients: list[Tensor | None]) -> Part:
+        """Take one batch in; its loss and gradient as one vector."""
+        total = term.total.detach().reshape(1).double()
+        if not bool(torch.isfinite(total).all()):
+            raise NonFinite(f"the loss of batch {index} is {float(total)}: check its inputs and targets for NaN")
+        tensors = []
+        for j, (name, parameter) in enumerate(self.state.parameters.items()):
+            gradient = gradients[j]
+            if gradient is None:
+                gradient = torch.zeros_like(parameter)
+            elif not bool(torch.isfinite(gradient).all()):
+                raise NonFinite(f"the gradient of '{name}' in batch {index} is NaN or infinite, though the loss is not")
+            else:
+                self.used[j] = True
+            tensors.append(gradient.reshape(-1).double())
+        self.rows += term.rows
+        self.count += term.count
+        if term.output is not None and term.target is not None:
+            self.correct += int((term.output.argmax(-1) == term.target).sum())
+            self.counted += term.target.numel()
+            found = term.target.bincount(minlength=len(self.classes)).cpu()
+            found[: len(self.classes)] += self.classes
+            self.classes = found
+        return Part(torch.cat([total, *tensors]), term.count)
+
+    def survey(self, mean: Tensor, seconds: float) -> Survey:
+        """The survey from the accumulated mean."""
+        counted = self.counted
+        return Survey(
+            loss=float(mean[0]),
+            gradient=mean[1:],
+            accuracy=self.correct / counted if counted else None,
+            chance=int(self.classes.max()) / counted if counted else None,
+            rows=self.rows,
+            count=self.count,
+            digests=tuple(self.digests),
+            unused=tuple(name for name, used in zip(self.state.parameters, self.used, strict=True) if not used),
+            seconds=seconds,
+        )
+
+
+def leaf_state(state: State) -> State:
+    """The state with its trainable tensors as fresh leaves of a graph, sharing memory."""
+    leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in state.parameters.items()}
+    return State(leaves, state.frozen, state.buffers)
+
+
+def differentiate(total: Tensor, leaves: list[Tensor], keep: bool = False) -> list[Tensor | None]:
+    """Gradients of a summed loss; None for leaves it does not depend on."""
+    if not total.requires_grad:
+        return [None] * len(leaves)
+    return list(torch.autograd.grad(total, leaves, create_graph=keep, allow_unused=True))

@@ -1,0 +1,302 @@
+"""Losses as a sum over counted targets, so that the batching never changes the risk.
+
+The base form is `loss(model, batch) -> Term`; a criterion, a function of output and target, and a model that computes
+its own loss are adapters to it.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from isoflat.core.errors import DataError, UsageError
+from isoflat.risk.batches import rows_of
+
+
+@final
+@dataclass(frozen=True)
+class Term:
+    """What one batch contributes to the empirical risk `Σ total / Σ count`.
+
+    Attributes:
+        total: summed loss, a scalar with a graph.
+        count: counted targets, or their weights; what a mean divides by.
+        rows: rows of data.
+        output: predictions, where accuracy is defined.
+        target: class indices that count, aligned with `output`'s rows.
+    """
+
+    total: Tensor
+    count: float
+    rows: int
+    output: Tensor | None = None
+    target: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(ABC):
+    """A loss in the base form.
+
+    Attributes:
+        averages: whether the risk is `Σ total / Σ count`; False for `Σ total`.
+        notes: how batches are weighted, where a reader must know it.
+    """
+
+    averages: bool = True
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
+        """The contribution of one batch."""
+
+
+@final
+@dataclass(frozen=True)
+class BatchLoss(Loss):
+    """A loss of the user's own on whole batches.
+
+    `fn(model, batch)` returns `(sum, count)`: the summed loss and what it is to be divided by. A function that
+    returns a mean is accepted too; it is then weighted by the rows of the batch, and labelled so.
+
+    >>> loss = BatchLoss(lambda model, batch: (model(batch["x"]).square().sum(), len(batch["x"])))
+    >>> loss(lambda x: 2 * x, {"x": torch.ones(3)}).total.item()
+    12.0
+    """
+
+    fn: Callable[[Any, Any], Any]
+
+    def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
+        """Call the user's function."""
+        result = self.fn(model, batch)
+        if isinstance(result, tuple):
+            if len(result) != 2:
+                raise UsageError(f"a BatchLoss must return (sum, count) or a mean, got a tuple of {len(result)}")
+            return Term(scalar(result[0], "sum"), float(result[1]), rows_of(batch))
+        rows = rows_of(batch)
+        return Term(scalar(result, "mean") * rows, rows, rows)
+
+
+@final
+@dataclass(frozen=True)
+class ModelLoss(Loss):
+    """For models whose output carries its loss as `.loss`: a mean, weighted by rows."""
+
+    def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
+        """Call the model on the batch and take its loss."""
+        output = model(**batch) if isinstance(batch, Mapping) else model(batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None:
+            raise UsageError(
+                f"no loss was given and the model's output ({type(output).__name__}) has none: pass a torch.nn "
+                "criterion, a function of output and target, or an isoflat.BatchLoss"
+            )
+        rows = rows_of(batch)
+        return Term(scalar(loss, "model's loss") * rows, rows, rows)
+
+
+@final
+@dataclass(frozen=True)
+class TargetLoss(Loss):
+    """A loss of output and target, for batches `(inputs, targets)`.
+
+    Attributes:
+        summed: `f(output, target)`, summed over counted targets.
+        count: `f(output, target)`: what the mean divides by.
+        classes: the class indices whose predictions count towards accuracy, as a mask; None if undefined.
+        claimed_mean: a function of the user's that must prove to be a mean over rows (`check_mean`).
+    """
+
+    summed: Callable[[Tensor, Tensor], Tensor]
+    count: Callable[[Tensor, Tensor], float]
+    classes: Callable[[Tensor, Tensor], Tensor] | None = None
+    claimed_mean: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
+        """Apply the model to the inputs and the loss to its output."""
+        inputs, target = split(batch)
+        output = call(model, inputs)
+        total = scalar(self.summed(output, target), "summed loss")
+        count = self.count(output, target)
+        rows = rows_of(target) if isinstance(target, Tensor) and target.ndim else rows_of(inputs)
+        if self.classes is None or not _are_classes(output, target):
+            return Term(total, count, rows)
+        # Class scores lie along dimension 1 (dimension 0 for a single example), as in torch.nn.CrossEntropyLoss.
+        scores = output.detach().movedim(1, -1) if output.ndim > 1 else output.detach()[None]
+        counted = self.classes(output, target).reshape(-1)
+        return Term(total, count, rows, scores.reshape(-1, scores.shape[-1])[counted], target.reshape(-1)[counted])
+
+
+def as_loss(loss: Any) -> Loss:
+    """A loss in the base form from a criterion, a function, a `BatchLoss`, or None (the model computes its own).
+
+    Raises:
+        UsageError: the criterion does not reduce, or the object is no loss.
+
+    >>> F.cross_entropy in _CRITERIA and isinstance(as_loss(nn.MSELoss()), TargetLoss)
+    True
+    """
+    if loss is None:
+        return ModelLoss(notes=("the model's own mean loss is weighted by the rows of each batch",))
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        raise UsageError(f"got the class {loss.__name__} as loss: pass an instance, {loss.__name__}()")
+    loss = _CRITERIA[loss]() if loss in _CRITERIA else loss
+    if isinstance(loss, nn.Module) and getattr(loss, "reduction", "mean") == "none":
+        raise UsageError(
+            f"the loss {type(loss).__name__} is unreduced (reduction='none'): use reduction='mean' or 'sum'"
+        )
+    if isinstance(loss, tuple(_COUNTS)) and getattr(loss, "reduction", "") in ("mean", "sum"):
+        return _from_criterion(loss)
+    if callable(loss):
+        return _from_function(loss)
+    raise UsageError(
+        f"cannot use {type(loss).__name__} as a loss: expected a torch.nn criterion, a function of output and target, "
+        "or an isoflat.BatchLoss"
+    )
+
+
+def scalar(value: Any, what: str) -> Tensor:
+    """The value, if it is a scalar tensor.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(f"the {what} must be one number (a scalar tensor), got {came}: is the loss unreduced?")
+    return value.reshape(())
+
+
+def split(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets of a batch.
+
+    Raises:
+        DataError: the batch is not a pair.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    came = f"{type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, list | tuple | dict) else "")
+    raise DataError(
+        f"expected batches (inputs, targets), got {came}. For other batches pass "
+        "isoflat.BatchLoss(fn) with fn(model, batch) -> (sum, count) as the loss"
+    )
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Tensor:
+    """The model on its inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+
+    Raises:
+        UsageError: the output is not a tensor.
+    """
+    if isinstance(inputs, Mapping):
+        output = model(**inputs)
+    elif isinstance(inputs, list | tuple):
+        output = model(*inputs)
+    else:
+        output = model(inputs)
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor):
+        raise UsageError(f"the model returned {type(output).__name__}, not a tensor: pass an isoflat.BatchLoss instead")
+    return output
+
+
+def _from_criterion(criterion: Any) -> TargetLoss:
+    """A known criterion: its sum, and exactly what its mean divides by."""
+    summed = copy.copy(criterion)
+    summed.reduction = "sum"
+    count = next(rule for kind, rule in _COUNTS.items() if isinstance(criterion, kind))
+    by_class = isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss)
+    classes = (lambda output, target: target != criterion.ignore_index) if by_class else None
+    if criterion.reduction == "sum":
+        rows = lambda output, target: float(len(target))  # noqa: E731
+        return TargetLoss(summed, rows, classes, averages=False, notes=("the loss is a sum over the data, no mean",))
+
+    def total(output: Tensor, target: Tensor) -> Tensor:
+        weight = getattr(summed, "weight", None)
+        if weight is not None and weight.dtype != output.dtype and output.is_floating_point():
+            return copy.copy(summed).to(dtype=output.dtype, device=output.device)(output, target)
+        return summed(output, target)
+
+    return TargetLoss(total, lambda output, target: count(criterion, output, target), classes)
+
+
+def _from_function(function: Callable[[Tensor, Tensor], Tensor]) -> TargetLoss:
+    """A function of output and target, taken for a mean over rows; `EmpiricalRisk.survey` checks that it is."""
+
+    def summed(output: Tensor, target: Tensor) -> Tensor:
+        return scalar(function(output, target), "loss") * len(target)
+
+    note = "the loss function's mean is weighted by the rows of each batch"
+    return TargetLoss(summed, lambda output, target: float(len(target)), claimed_mean=function, notes=(note,))
+
+
+def check_mean(loss: Any, output: Tensor, target: Tensor) -> None:
+    """Whether a loss function averages over rows: writing every row twice must not change it.
+
+    Raises:
+        UsageError: it sums, or mixes rows.
+    """
+    once = scalar(loss(output, target), "loss")
+    twice = scalar(loss(torch.cat([output, output]), torch.cat([target, target])), "loss")
+    tolerance = 100 * torch.finfo(once.dtype).eps * abs(float(once))
+    if abs(float(twice) - float(once)) > tolerance:
+        raise UsageError(
+            f"the loss function is not a mean over rows: writing every row twice changed it from {float(once):.6g} to "
+            f"{float(twice):.6g}. Return a mean, or pass an isoflat.BatchLoss that returns (sum, count)"
+        )
+
+
+def _are_classes(output: Tensor, target: Tensor) -> bool:
+    return not target.is_floating_point() and output.ndim == target.ndim + 1
+
+
+def _class_count(criterion: Any, output: Tensor, target: Tensor) -> float:
+    """Counted class targets, or the sum of their weights; rows × positions for class probabilities."""
+    if not _are_classes(output, target):
+        return target.numel() / target.shape[1 if target.ndim > 1 else 0]
+    counted = target[target != criterion.ignore_index]
+    if criterion.weight is None:
+        return float(counted.numel())
+    return float(criterion.weight.to(counted.device)[counted].double().sum())
+
+
+def _element_count(criterion: Any, output: Tensor, target: Tensor) -> float:
+    return float(torch.broadcast_shapes(output.shape, target.shape).numel())
+
+
+def _divergence_count(criterion: Any, output: Tensor, target: Tensor) -> float:
+    return float(output.numel())
+
+
+_COUNTS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], float]] = {
+    nn.CrossEntropyLoss: _class_count,
+    nn.NLLLoss: _class_count,
+    nn.MSELoss: _element_count,
+    nn.L1Loss: _element_count,
+    nn.SmoothL1Loss: _element_count,
+    nn.HuberLoss: _element_count,
+    nn.BCELoss: _element_count,
+    nn.BCEWithLogitsLoss: _element_count,
+    nn.PoissonNLLLoss: _element_count,
+    nn.SoftMarginLoss: _element_count,
+    nn.KLDivLoss: _divergence_count,
+}
+
+_CRITERIA: dict[Any, Callable[[], nn.Module]] = {
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.nll_loss: nn.NLLLoss,
+    F.mse_loss: nn.MSELoss,
+    F.l1_loss: nn.L1Loss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.huber_loss: nn.HuberLoss,
+    F.binary_cross_entropy: nn.BCELoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+}

@@ -1,0 +1,182 @@
+"""A user's module as a pure function of named tensors; the module itself is never changed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
+from isoflat.core.state import State
+
+Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | None
+
+
+@final
+@dataclass(frozen=True)
+class Network:
+    """A module, read only.
+
+    >>> network = Network(nn.Linear(2, 1, bias=False))
+    >>> state = network.state().replace({"weight": torch.tensor([[1.0, 2.0]])})
+    >>> network(state, lambda model: model(torch.tensor([3.0, 4.0])).item())
+    11.0
+    """
+
+    module: nn.Module
+
+    def __post_init__(self) -> None:
+        """Refuse anything but a module."""
+        if not isinstance(self.module, nn.Module):
+            raise UsageError(f"expected a torch.nn.Module as the model, got {type(self.module).__name__}")
+
+    def __call__(self, state: State, use: Callable[[nn.Module], Any]) -> Any:
+        """What `use(model)` returns when the model's tensors are those of the state."""
+        tensors = {f"model.{name}": tensor for name, tensor in state.tensors.items()}
+        return torch.func.functional_call(_Use(self.module, use), tensors, ())
+
+    def state(self, params: Selector = None) -> State:
+        """The module's tensors; those that require gradients and match `params` are trainable.
+
+        Tied tensors appear once. Nothing is copied but the buffers.
+
+        Args:
+            params: a glob or several, or a predicate of name and tensor; None for all that require gradients.
+
+        Raises:
+            UsageError: nothing is selected.
+            UnsupportedModel: a parameter has a type, layout or memory that has no Hessian here.
+            NonFinite: a weight is NaN or infinite.
+        """
+        chosen: dict[str, Tensor] = {}
+        frozen: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            wanted = parameter.requires_grad and _selected(params, name, parameter)
+            _check_parameter(name, parameter)
+            (chosen if wanted else frozen)[name] = parameter.detach()
+        if not chosen:
+            names = ", ".join(list(frozen)[:8]) or "none"
+            raise UsageError(f"no trainable tensor selected by params={params!r}; the model's parameters: {names}")
+        _check_overlap(chosen)
+        # Cloned, because a forward pass may write into buffers; of the parameters only views without history are kept.
+        buffers = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+        return State(chosen, frozen, buffers)
+
+    def tied(self) -> tuple[str, ...]:
+        """Further names of parameters that appear under more than one."""
+        once = {name for name, _ in self.module.named_parameters()}
+        return tuple(name for name, _ in self.module.named_parameters(remove_duplicate=False) if name not in once)
+
+    def check_mode(self) -> None:
+        """Refuse modules whose output is random or depends on the rest of the batch.
+
+        Raises:
+            UnsupportedModel: dropout or batch normalisation is in train mode.
+        """
+        for name, module in self.module.named_modules():
+            where = f"'{name}' ({type(module).__name__})" if name else type(module).__name__
+            if isinstance(module, nn.modules.batchnorm._NormBase) and (module.training or module.running_mean is None):
+                if module.training or isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    why = "is in train mode" if module.training else "has no running statistics"
+                    raise UnsupportedModel(
+                        f"{where} {why}, so the loss of one example depends on the others in its batch and the number "
+                        "on the batch size. Call model.eval() first (with track_running_stats=True)"
+                    )
+            elif module.training and _drop_rate(module) > 0:
+                raise UnsupportedModel(
+                    f"{where} drops at random in train mode, so no two products would agree. Call model.eval() first"
+                )
+
+
+class _Use(nn.Module):
+    """Lets `functional_call` swap tensors for any use of a model, not its forward only."""
+
+    def __init__(self, model: nn.Module, use: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.use = use
+
+    def forward(self) -> Any:
+        return self.use(self.model)
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Differentiable twice, in full precision, with gradients on; the user's flags and random streams come back.
+
+    Fused attention has no second derivative, so the math kernel is used; autocast and TF32 are off.
+    """
+    cuda = device.type == "cuda"
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device] if cuda else []))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if cuda:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False))
+            precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, precision)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _selected(params: Selector, name: str, parameter: Tensor) -> bool:
+    if params is None:
+        return True
+    if callable(params):
+        return bool(params(name, parameter))
+    return any(fnmatchcase(name, pattern) for pattern in ([params] if isinstance(params, str) else params))
+
+
+def _check_parameter(name: str, parameter: Tensor) -> None:
+    if parameter.is_meta or isinstance(parameter, nn.UninitializedParameter):
+        raise UnsupportedModel(f"parameter '{name}' has no values yet (meta or lazy): load weights, or run the model")
+    if parameter.layout is not torch.strided or type(parameter.data) is not Tensor or parameter.is_quantized:
+        raise UnsupportedModel(f"parameter '{name}' is sharded, sparse or quantised; expected a plain dense tensor")
+    if parameter.is_complex() or (parameter.requires_grad and not parameter.is_floating_point()):
+        raise UnsupportedModel(f"parameter '{name}' is {parameter.dtype}; expected a real floating-point type")
+    if parameter.numel() and not bool(torch.isfinite(parameter).all()):
+        bad = int((~torch.isfinite(parameter)).sum())
+        raise NonFinite(f"parameter '{name}' holds {bad} NaN or infinite entries of {parameter.numel()}")
+
+
+def _check_overlap(parameters: dict[str, Tensor]) -> None:
+    """Tied tensors are one and the same object; tensors that merely share memory cannot be told apart by the loss."""
+    spans = []
+    for name, parameter in parameters.items():
+        if 0 in parameter.stride() and parameter.numel() > 1:
+            raise UnsupportedModel(f"parameter '{name}' is an expanded view (stride 0); give it memory of its own")
+        steps = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+        if parameter.numel():
+            spans.append((parameter.data_ptr(), parameter.data_ptr() + (steps + 1) * parameter.element_size(), name))
+    spans.sort()
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise UnsupportedModel(
+                f"parameters '{name}' and '{other}' share memory without being one parameter: tie them by assigning "
+                "the same nn.Parameter, or clone one"
+            )
+
+
+def _drop_rate(module: nn.Module) -> float:
+    """Probability with which a module changes its output at random in train mode."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return module.dropout
+    return 1.0 if isinstance(module, nn.RReLU) else 0.0
