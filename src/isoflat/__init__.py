@@ -1,0 +1,48 @@
+"""How flat is this minimum, when nobody can cheat?"""
+
+from isoflat.core.errors import (
+    CheckpointError,
+    DataError,
+    IsoflatError,
+    NoInvariantGeometry,
+    NondeterministicRisk,
+    NonFinite,
+    SymmetryViolated,
+    UnknownName,
+    UnsupportedModel,
+    UsageError,
+)
+from isoflat.core.estimate import Cost, Estimate, Kind
+from isoflat.core.record import Point, Record
+from isoflat.core.table import Table
+from isoflat.geometry.quotient import Quotient
+from isoflat.measures.base import Budget, Measure
+from isoflat.measures.run import measure, measure_all
+from isoflat.risk.losses import BatchLoss
+from isoflat.symmetry.scaling import LayerScale
+
+__all__ = [
+    "BatchLoss",
+    "Budget",
+    "CheckpointError",
+    "Cost",
+    "DataError",
+    "Estimate",
+    "IsoflatError",
+    "Kind",
+    "LayerScale",
+    "Measure",
+    "NoInvariantGeometry",
+    "NonFinite",
+    "NondeterministicRisk",
+    "Point",
+    "Quotient",
+    "Record",
+    "SymmetryViolated",
+    "Table",
+    "UnknownName",
+    "UnsupportedModel",
+    "UsageError",
+    "measure",
+    "measure_all",
+]

@@ -1,0 +1,176 @@
+"""What a measure is: a record with a formula, its claims, what it needs, and a pure evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, final
+
+from isoflat.core.errors import UsageError
+from isoflat.core.estimate import Estimate
+from isoflat.core.record import Point
+from isoflat.core.state import State
+from isoflat.linalg.solver import Outcome, Solver
+from isoflat.risk.empirical import EmpiricalRisk
+
+
+class Direction(StrEnum):
+    """Which way a number points."""
+
+    LOWER_IS_FLATTER = "lower is flatter"
+    HIGHER_IS_FLATTER = "higher is flatter"
+
+
+@final
+@dataclass(frozen=True)
+class Budget:
+    """Limits that stop a measurement with a wider enclosure.
+
+    Attributes:
+        products: Hessian-vector products per eigenvalue.
+        seconds: wall-clock time per eigenvalue; None for no limit.
+        memory: bytes that kept gradient graphs may take; None for half of what is free.
+    """
+
+    products: int = 300
+    seconds: float | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse budgets too small for any answer."""
+        if self.products < 2:
+            raise UsageError(f"a budget needs at least 2 products (one to look, one to verify), got {self.products}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise UsageError(f"a budget of seconds must be positive, got {self.seconds}")
+
+
+@final
+@dataclass(frozen=True)
+class Effort:
+    """How hard to measure.
+
+    Attributes:
+        rtol: relative width of an enclosure to reach.
+        confidence: probability that an interval holds; None for 1 − 1e-6 (eigenvalues) and 0.95 (traces).
+        certify: False for values with a true residual but no enclosure, at a lower cost.
+        probes: random probes of stochastic estimates.
+        budget: limits.
+        seed: of all random streams.
+    """
+
+    rtol: float = 1e-3
+    confidence: float | None = None
+    certify: bool = True
+    probes: int = 64
+    budget: Budget = field(default_factory=Budget)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse settings without meaning."""
+        if not 0 < self.rtol < 1:
+            raise UsageError(f"rtol must lie between 0 and 1, got {self.rtol}")
+        if self.confidence is not None and not 0 < self.confidence < 1:
+            raise UsageError(f"confidence must lie strictly between 0 and 1, got {self.confidence}")
+        if self.probes < 2:
+            raise UsageError(f"a standard error needs at least 2 probes, got {self.probes}")
+
+
+@final
+@dataclass(frozen=True)
+class Question:
+    """An answer that several measures may share: one solver on `Eᵀ H E`, or on the covariant `Eᵀ(H + C)E`.
+
+    Attributes:
+        solver: with all its hyper-parameters.
+        covariant: whether the connection term of the metric is added.
+    """
+
+    solver: Solver[Any]
+    covariant: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        risk: the empirical risk.
+        state: the point, in the precision of the products.
+        notes: what was found while preparing it.
+    """
+
+    risk: EmpiricalRisk
+    state: State
+    notes: tuple[str, ...] = ()
+
+
+@final
+@dataclass(frozen=True)
+class Findings:
+    """What a measure evaluates: the point, and the answers to its questions in order."""
+
+    point: Point
+    answers: tuple[Outcome, ...]
+    effort: Effort
+    options: Mapping[str, float]
+
+
+@final
+@dataclass(frozen=True)
+class Measure:
+    """One entry of the catalogue.
+
+    Attributes:
+        name: catalogue name.
+        formula: LaTeX.
+        definition: plain words.
+        reference: BibTeX key and arXiv number.
+        units: of the number.
+        direction: which way it points.
+        loss_degree: `measure(c · loss) = c**degree · measure(loss)`; None if it is no power.
+        needs: the questions it asks, given the effort.
+        evaluate: the number from the findings.
+        curvature: the size of the curvature that b is compared with, in the metric's unit; None where there is none.
+        geometry: the only geometry it is defined in; None where the user chooses.
+        invariant_under: symmetries claimed beyond those of the geometry it is measured in.
+        options: its own parameters with their values.
+        pitfalls: what to know before quoting it.
+        version: raised whenever its numbers change.
+    """
+
+    name: str
+    formula: str
+    definition: str
+    reference: str
+    units: str
+    direction: Direction
+    loss_degree: float | None
+    needs: Callable[[Effort], tuple[Question, ...]]
+    evaluate: Callable[[Findings], Estimate]
+    curvature: Callable[[Findings], float] | None = None
+    geometry: str | None = None
+    invariant_under: tuple[str, ...] = ()
+    options: Mapping[str, float] = field(default_factory=dict)
+    pitfalls: str = ""
+    version: int = 1
+
+    def with_options(self, **options: float) -> Measure:
+        """The same measure with other values of its own parameters.
+
+        Raises:
+            UsageError: it has no such parameter.
+        """
+        unknown = set(options) - set(self.options)
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise UsageError(f"{self.name} has no option {', '.join(sorted(unknown))}; its options: {known}")
+        return replace(self, options={**self.options, **options})
+
+    @property
+    def label(self) -> str:
+        """The name, with its options where it has any."""
+        if not self.options:
+            return self.name
+        return f"{self.name}({', '.join(f'{key}={value:g}' for key, value in self.options.items())})"

@@ -1,0 +1,67 @@
+"""Finding measures and geometries by name."""
+
+from __future__ import annotations
+
+import re
+
+from isoflat.core.catalogue import entries
+from isoflat.core.errors import UnknownName, UsageError
+from isoflat.geometry.base import Geometry
+from isoflat.measures.base import Measure
+
+
+def measures() -> dict[str, Measure]:
+    """Every measure by name: one file in this package each.
+
+    >>> "quotient_spectral_norm" in measures()
+    True
+    """
+    return entries("isoflat.measures", "MEASURE")
+
+
+def geometries() -> dict[str, Geometry]:
+    """Every geometry by name.
+
+    >>> list(geometries())
+    ['auto', 'euclidean', 'layerwise']
+    """
+    return entries("isoflat.geometry", "GEOMETRY")
+
+
+def find_measure(measure: str | Measure) -> Measure:
+    """A measure by name, with its options in brackets where they differ from the defaults.
+
+    Raises:
+        UnknownName: no such measure; the nearest names are offered.
+        UsageError: the options cannot be read.
+
+    >>> find_measure("quotient_sharpness(epsilon=1)").options
+    {'epsilon': 1.0}
+    """
+    if isinstance(measure, Measure):
+        return measure
+    parts = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", measure)
+    name, inside = (parts[1], parts[2]) if parts else (measure, None)
+    if name not in measures():
+        raise UnknownName("measure", name, measures())
+    options = {}
+    for item in filter(None, (piece.strip() for piece in (inside or "").split(","))):
+        pair = re.fullmatch(r"(\w+)\s*=\s*([-+.\deE]+)", item)
+        try:
+            options[pair[1]] = float(pair[2])  # pyrefly: ignore
+        except (TypeError, ValueError):
+            raise UsageError(f"cannot read option {item!r} of {name}: expected {name}(option=number)") from None
+    return measures()[name].with_options(**options)
+
+
+def find_geometry(name: str | Geometry) -> Geometry:
+    """A geometry by name.
+
+    Raises:
+        UnknownName: no such geometry; the nearest names are offered.
+    """
+    if isinstance(name, Geometry):
+        return name
+    if name not in geometries():
+        raise UnknownName("geometry", name, geometries())
+    return geometries()[name]

@@ -1,0 +1,72 @@
+"""Estimates from extreme eigenvalues: shared by every spectral measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from isoflat.core.estimate import Cost, Estimate, Kind
+from isoflat.linalg.eigen import REACHED, Extremes, Lanczos, Which
+from isoflat.linalg.solver import Outcome
+from isoflat.measures.base import Effort, Findings, Question
+
+CONFIDENCE = 1 - 1e-6
+"""Default for eigenvalues: the price of certainty is logarithmic."""
+
+
+def extremes(which: Which, covariant: bool = False) -> Callable[[Effort], tuple[Question, ...]]:
+    """The question for one end of the spectrum, as a measure's `needs`."""
+
+    def needs(effort: Effort) -> tuple[Question, ...]:
+        solver = Lanczos(
+            which=which,
+            rtol=effort.rtol,
+            confidence=CONFIDENCE if effort.confidence is None else effort.confidence,
+            certify=effort.certify,
+            max_products=effort.budget.products,
+            seconds=effort.budget.seconds,
+        )
+        return (Question(solver, covariant),)
+
+    return needs
+
+
+def eigenvalue(findings: Findings) -> Estimate:
+    """The eigenvalue, or the spectral norm, that the first question asked for."""
+    outcome: Outcome = findings.answers[0]
+    result: Extremes = outcome.result
+    end = result.wanted
+    norm = result.which is Which.MAGNITUDE
+    value = abs(end.value) if norm else end.value
+    lower, upper = result.interval()
+    return Estimate(
+        value=value,
+        lower=min(lower, value),
+        upper=max(upper, value),
+        confidence=result.confidence,
+        kind=Kind.ENCLOSURE if result.confidence else Kind.UNCERTIFIED,
+        converged=result.reached,
+        cost=Cost(products=outcome.products, seconds=outcome.seconds),
+        residual=end.residual,
+        notes=_notes(result, value),
+    )
+
+
+def curvature(findings: Findings) -> float:
+    """The absolute eigenvalue behind a measure."""
+    return abs(findings.answers[0].result.wanted.value)
+
+
+def _notes(result: Extremes, value: float) -> tuple[str, ...]:
+    notes = []
+    if not result.confidence:
+        notes.append("uncertified: a lower bound with a true residual; nothing is claimed about the upper end")
+    if not result.reached:
+        why = result.stopped
+        if why == REACHED:
+            why = f"rounding noise of a product is {result.noise / value:.1e} of the value; try dtype=float64"
+        notes.append(f"not converged: {why}")
+    if result.which is Which.MAGNITUDE and result.wanted.value < 0:
+        notes.append("the dominant eigenvalue is negative: not a minimum")
+    if value == 0:
+        notes.append("every product vanished: the loss has no curvature here")
+    return tuple(notes)

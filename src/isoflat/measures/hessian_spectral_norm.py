@@ -1,0 +1,19 @@
+"""The plain Hessian's norm: the number that a rescaling can move at will."""
+
+from isoflat.linalg.eigen import Which
+from isoflat.measures.base import Direction, Measure
+from isoflat.measures.eigenvalues import eigenvalue, extremes
+
+MEASURE = Measure(
+    name="hessian_spectral_norm",
+    formula=r"\lVert \nabla^2 L \rVert_2",
+    definition="Largest curvature of the loss in absolute value, in the weights as numbers.",
+    reference="dinh2017, arXiv:1703.04933 (why it cannot be trusted)",
+    units="loss per squared weight",
+    direction=Direction.LOWER_IS_FLATTER,
+    loss_degree=1,
+    needs=extremes(Which.MAGNITUDE),
+    evaluate=eigenvalue,
+    geometry="euclidean",
+    pitfalls="Multiplying one layer by 10 and dividing the next by 10 keeps the function and can multiply this by 100.",
+)

@@ -1,0 +1,200 @@
+"""`measure` and `measure_all`: from a user's model to numbers, sharing every pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from isoflat.core.errors import SymmetryViolated, UsageError
+from isoflat.core.estimate import Estimate
+from isoflat.core.state import State
+from isoflat.core.streams import stream
+from isoflat.core.table import Table
+from isoflat.geometry.base import Geometry
+from isoflat.measures.base import Budget, Effort, Measure, Subject
+from isoflat.measures.catalogue import find_geometry, find_measure
+from isoflat.measures.prepare import subject
+from isoflat.measures.session import Session
+from isoflat.risk.batches import move
+from isoflat.risk.losses import call, split
+from isoflat.risk.network import Selector, exactly
+from isoflat.symmetry.base import Symmetry, verify
+
+
+def measure(  # noqa: PLR0913
+    model: torch.nn.Module,
+    data: Any,
+    loss: Any = None,
+    *,
+    measure: str | Measure = "quotient_spectral_norm",
+    geometry: str | Geometry = "auto",
+    params: Selector = None,
+    symmetries: Sequence[Symmetry] | None = None,
+    rtol: float = 1e-3,
+    confidence: float | None = None,
+    certify: bool = True,
+    sample: None = None,
+    budget: Budget | int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Estimate:
+    """How flat is this minimum? One number with its enclosure. The model is not changed.
+
+    Args:
+        model: any `torch.nn.Module` without randomness in its forward pass (`model.eval()`).
+        data: a loader without shuffling, a list of batches, a pair (inputs, targets), a map-style dataset, or a
+            function returning a fresh iterator. It is read several times and must come out the same.
+        loss: a `torch.nn` criterion, a function of output and target, or an `isoflat.BatchLoss`; left out if the
+            model's output carries `.loss`.
+        measure: name in the catalogue (`isoflat measures`), with options in brackets: `quotient_sharpness(epsilon=1)`.
+        geometry: "layerwise" (the paper's metric) or "euclidean"; "auto" is not available in this version.
+        params: which tensors count: a glob, several, or a predicate of name and tensor.
+        symmetries: groups you claim for this network; each is verified on the first batch before anything is measured.
+        rtol: relative width of the enclosure to reach.
+        confidence: probability that the interval holds; default 1 − 1e-6 for eigenvalues, 0.95 for traces.
+        certify: False for a cheaper value with a true residual but no enclosure.
+        sample: reserved; all the data is used.
+        budget: number of products, or a `Budget`.
+        seed: of the random start vectors and probes.
+        dtype: "float32" or "float64"; default the weights' own.
+        device: where to compute; default where the weights are.
+        progress: show a progress bar.
+
+    Returns:
+        The estimate; print it, or read `value`, `lower`, `upper`, `converged`, `cost`, `notes`.
+
+    Raises:
+        IsoflatError: something cannot be measured; the message says what to do.
+
+    >>> from isoflat import measure
+    >>> x, y = torch.tensor([[1.0], [2.0]], dtype=torch.float64), torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    >>> net = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    >>> torch.nn.init.ones_(net.weight).requires_grad
+    True
+    >>> round(measure(net, (x, y), torch.nn.MSELoss(), geometry="layerwise").value, 12)  # ‖w‖² · 2 E x² = 5
+    5.0
+    """
+    table = measure_all(
+        model,
+        data,
+        loss,
+        measures=[measure],
+        geometry=geometry,
+        params=params,
+        symmetries=symmetries,
+        rtol=rtol,
+        confidence=confidence,
+        certify=certify,
+        sample=sample,
+        budget=budget,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+    )
+    return table.rows[0].estimate
+
+
+def measure_all(  # noqa: PLR0913
+    model: torch.nn.Module,
+    data: Any,
+    loss: Any = None,
+    *,
+    measures: Sequence[str | Measure] = ("quotient_spectral_norm", "hessian_spectral_norm"),
+    geometry: str | Geometry | Sequence[str | Geometry] = "auto",
+    params: Selector = None,
+    symmetries: Sequence[Symmetry] | None = None,
+    rtol: float = 1e-3,
+    confidence: float | None = None,
+    certify: bool = True,
+    probes: int = 64,
+    sample: None = None,
+    budget: Budget | int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    label: str = "",
+) -> Table:
+    """Several measures in several geometries with shared passes over the data; arguments as for `measure`.
+
+    Args:
+        model: as for `measure`.
+        data: as for `measure`.
+        loss: as for `measure`.
+        measures: names in the catalogue.
+        geometry: one or several; a measure that is defined in one geometry only is measured in that one, once.
+        params: as for `measure`.
+        symmetries: as for `measure`.
+        rtol: as for `measure`.
+        confidence: as for `measure`.
+        certify: as for `measure`.
+        probes: random probes of stochastic estimates.
+        sample: reserved.
+        budget: as for `measure`.
+        seed: as for `measure`.
+        dtype: as for `measure`.
+        device: as for `measure`.
+        progress: as for `measure`.
+        label: what to call this network in tables.
+
+    Returns:
+        One record per measure and geometry.
+
+    Raises:
+        IsoflatError: as for `measure`.
+        UsageError: no measure was asked for, or `sample` was given.
+    """
+    if sample is not None:
+        raise UsageError("sample is reserved for a later version: this one measures on all the data it is given")
+    limits = Budget(products=budget) if isinstance(budget, int) else (budget or Budget())
+    effort = Effort(rtol, confidence, certify, probes, limits, seed)
+    plan = _plan(measures, [geometry] if isinstance(geometry, str | Geometry) else geometry)
+    target = subject(model, data, loss, params, dtype, device)
+    with tqdm(disable=not progress, unit=" passes", desc=label or "measuring", leave=False) as bar:
+
+        def report(status: str) -> None:
+            bar.set_postfix_str(status, refresh=False)
+            bar.update()
+
+        with exactly(target.state.device):
+            _verify(target, symmetries or (), seed)
+            return Session(target, effort, plan, label, report).table()
+
+
+def _plan(
+    measures: Sequence[str | Measure], geometries: Sequence[str | Geometry]
+) -> tuple[tuple[Measure, Geometry], ...]:
+    """Every measure in every geometry it is defined in, once."""
+    if not measures or not geometries:
+        raise UsageError("expected at least one measure and one geometry")
+    chosen = [find_geometry(name) for name in geometries]
+    rows: list[tuple[Measure, Geometry]] = []
+    for entry in map(find_measure, measures):
+        for geometry in [find_geometry(entry.geometry)] if entry.geometry else chosen:
+            if not any(entry.label == old.label and geometry == place for old, place in rows):
+                rows.append((entry, geometry))
+    return tuple(rows)
+
+
+def _verify(target: Subject, symmetries: Sequence[Symmetry], seed: int) -> None:
+    """Prove the user's own symmetries on the first batch."""
+    if not symmetries:
+        return
+    inputs, _ = split(next(iter(target.risk.batches)))
+
+    def output(state: State) -> torch.Tensor:
+        moved = move(inputs, state.device, state.dtype)
+        with torch.no_grad():
+            return target.risk.network(state, lambda model: call(model, moved))
+
+    for symmetry in symmetries:
+        missing = symmetry.touches - set(target.state.tensors)
+        if missing:
+            raise SymmetryViolated(f"{symmetry} names tensors the model does not have: {', '.join(sorted(missing))}")
+        verify(symmetry, output, target.state, stream(seed, "verify", repr(symmetry)))

@@ -1,0 +1,1 @@
+"""Groups that leave the network's function unchanged."""

@@ -1,0 +1,82 @@
+"""Groups that act on a network's tensors without changing its function."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from isoflat.core.errors import SymmetryViolated
+from isoflat.core.state import State
+
+
+class Symmetry(ABC):
+    """A continuous group acting linearly on named tensors.
+
+    Laws: `act` with the identity changes nothing, composition and inverses hold, the network's output is the same
+    (`verify` proves it on the network), and the generators lie in the kernel of the network's Jacobian.
+    """
+
+    @property
+    @abstractmethod
+    def touches(self) -> frozenset[str]:
+        """Names of the tensors it acts on."""
+
+    @property
+    @abstractmethod
+    def dimension(self) -> int:
+        """Dimension of the group."""
+
+    @abstractmethod
+    def sample(self, stream: torch.Generator, spread: float = 1.0) -> Tensor:
+        """A random group element; `spread` is the standard deviation of its logarithms."""
+
+    @abstractmethod
+    def act(self, state: State, element: Tensor) -> State:
+        """The state moved along the orbit; new tensors."""
+
+    @abstractmethod
+    def generators(self, state: State) -> Tensor:
+        """Vertical directions at a state, shape `(n, dimension)`, float64."""
+
+
+def verify(
+    symmetry: Symmetry,
+    output: Callable[[State], Tensor],
+    state: State,
+    stream: torch.Generator,
+    spread: float = 2.0,
+    samples: int = 3,
+) -> float:
+    """Apply random group elements to the real network in float64 and compare outputs.
+
+    Args:
+        symmetry: the claimed group.
+        output: the network's output on real inputs, as a function of the state.
+        state: where to start.
+        stream: randomness.
+        spread: standard deviation of the logarithms of the group elements.
+        samples: how many elements to try.
+
+    Returns:
+        The largest relative change seen, at rounding level for a true symmetry.
+
+    Raises:
+        SymmetryViolated: an output changed by more than 1e-9 of its size.
+    """
+    precise = state.to(dtype=torch.float64)
+    before = output(precise).detach().double()
+    size = float(before.abs().max())
+    worst = 0.0
+    for _ in range(samples):
+        after = output(symmetry.act(precise, symmetry.sample(stream, spread))).detach().double()
+        change = float((after - before).abs().max())
+        worst = max(worst, change / size if size else change)
+        if not worst <= 1e-9:
+            raise SymmetryViolated(
+                f"{symmetry} changes the network's output by {worst:.2e} of its size (allowed: 1e-9). Expected "
+                "positively homogeneous activations between the named layers and no other path around them"
+            )
+    return worst
