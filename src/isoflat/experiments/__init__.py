@@ -1,0 +1,1 @@
+"""Training and experiments: data, model families, loops, verdicts."""

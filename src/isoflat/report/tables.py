@@ -1,0 +1,113 @@
+"""Grids and files of records, for every kind of report."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+
+from isoflat.core.record import Record
+from isoflat.core.table import interval
+from isoflat.report.document import Grid
+
+_HEADS = (
+    "network", "value", "enclosure", "confidence", "converged", "b / value", "products", "gradient passes", "seconds", "seed",
+)  # fmt: skip
+
+
+def measurements(records: Sequence[Record], caption: str) -> tuple[Grid, ...]:
+    """Every number with its enclosure, confidence and cost: one grid per measure, geometry and group."""
+    kinds = dict.fromkeys((record.measure, record.geometry, record.group) for record in records)
+    grids = []
+    for measure, geometry, group in kinds:
+        rows = [r for r in records if (r.measure, r.geometry, r.group) == (measure, geometry, group)]
+        title = f"{caption}: {measure}, {geometry} metric. Invariant to: {group}."
+        grids.append(Grid(title, _HEADS, tuple(_row(record) for record in rows)))
+    return tuple(grids)
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    estimate, cost = record.estimate, record.estimate.cost
+    return (
+        record.label or "–",
+        str(estimate),
+        interval(estimate),
+        f"{estimate.confidence:.10g}",
+        "yes" if estimate.converged else "no",
+        "–" if record.stationarity_ratio is None else f"{record.stationarity_ratio:.2g}",
+        str(cost.products),
+        f"{cost.gradient_passes:.1f}",
+        f"{cost.seconds:.2f}",
+        str(record.settings.get("seed", "–")),
+    )
+
+
+def warnings(records: Sequence[Record]) -> tuple[str, ...]:
+    """What the records note, each note once, with the networks it is about."""
+    about: dict[str, list[str]] = {}
+    for record in records:
+        for note in record.estimate.notes:
+            about.setdefault(note, []).append(f"{record.label or 'network'} ({record.measure})")
+    return tuple(f"{', '.join(dict.fromkeys(names))}: {note}" for note, names in about.items())
+
+
+def versions(records: Sequence[Record]) -> tuple[tuple[str, str], ...]:
+    """Every version that took part."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        for what, version in record.versions.items():
+            of = {"measure": record.measure, "geometry": f"{record.geometry} geometry"}.get(what, what)
+            found.setdefault(of, []).append(version)
+    return tuple((what, ", ".join(dict.fromkeys(each))) for what, each in sorted(found.items()))
+
+
+def to_csv(records: Sequence[Record], further: Mapping[str, Mapping[str, object]] | None = None) -> str:
+    """One line per record for spreadsheets; numbers in full.
+
+    Args:
+        records: what to write.
+        further: more columns, by the records' labels.
+    """
+    further = further or {}
+    more = list(dict.fromkeys(key for row in further.values() for key in row))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    lines = [_flat(record) for record in records]
+    writer.writerow([*(lines[0] if lines else ()), *more])
+    for record, line in zip(records, lines, strict=True):
+        extra = further.get(record.label, {})
+        writer.writerow([_cell(value) for value in (*line.values(), *(extra.get(key, "") for key in more))])
+    return buffer.getvalue()
+
+
+def _flat(record: Record) -> dict[str, object]:
+    estimate = record.estimate
+    return {
+        "label": record.label,
+        "measure": record.measure,
+        "geometry": record.geometry,
+        "group": record.group,
+        "value": estimate.value,
+        "lower": estimate.lower,
+        "upper": estimate.upper,
+        "confidence": estimate.confidence,
+        "kind": str(estimate.kind),
+        "converged": estimate.converged,
+        "stationarity_ratio": "" if record.stationarity_ratio is None else record.stationarity_ratio,
+        "products": estimate.cost.products,
+        "gradient_passes": estimate.cost.gradient_passes,
+        "seconds": estimate.cost.seconds,
+        "loss": record.point.loss,
+        "accuracy": "" if record.point.accuracy is None else record.point.accuracy,
+        "gradient_norm": record.point.gradient_norm,
+        "seed": record.settings.get("seed", ""),
+        "dtype": record.settings.get("dtype", ""),
+        "model_hash": record.model_hash,
+        "data_hash": record.data_hash,
+        "notes": "; ".join(estimate.notes),
+    }
+
+
+def _cell(value: object) -> object:
+    """Text that a spreadsheet would take for a formula is marked as text."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value else value
