@@ -1,0 +1,161 @@
+"""`isoflat demo`: the claim, the attack and a report, offline and in less than a minute."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+    from isoflat.experiments.attack import Rung
+    from isoflat.experiments.demo import DemoResult, Plan
+
+
+def demo(
+    seeds: Annotated[int, typer.Option(min=2, help="Networks per arm.")] = 5,
+    seed: Annotated[int, typer.Option(help="All randomness follows from it.")] = 0,
+    optimizer: Annotated[
+        str, typer.Option(help="adam (step 0.001) or sgd (step 0.02, momentum 0.9; about five times as many passes).")
+    ] = "adam",
+    out: Annotated[Path, typer.Option(help="Folder for report.html, records.jsonl and records.csv.")] = Path(
+        "isoflat-demo"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> None:
+    """Are large-batch minima sharper? Train, measure, attack and report, on digits that need no download."""
+    from isoflat.experiments.demo import Plan
+
+    plan = Plan(seeds=seeds, seed=seed, optimizer=optimizer)
+    prepare(out)
+    result = watched(plan, hidden=not sys.stderr.isatty())
+    report = write(result, out, f"isoflat demo --seeds {seeds} --seed {seed} --optimizer {optimizer}")
+    if as_json:
+        sys.stdout.write(json.dumps({**result.to_dict(), "report": str(report)}, allow_nan=False) + "\n")
+    else:
+        show(result, report)
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder before anything is computed.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    from isoflat.core.errors import UsageError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be made ({error.strerror}): give the name of a folder") from error
+
+
+def watched(plan: Plan, hidden: bool) -> DemoResult:
+    """Run the demonstration under a progress bar.
+
+    Args:
+        plan: what to do.
+        hidden: show nothing.
+    """
+    from tqdm import tqdm
+
+    from isoflat.experiments.data import digits
+    from isoflat.experiments.demo import run
+
+    layout = "{desc:<34} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
+    with tqdm(total=plan.work, disable=hidden, bar_format=layout, leave=False, smoothing=0.1) as bar:
+
+        def report(text: str, done: float) -> None:
+            bar.set_description_str(text, refresh=False)
+            bar.update(done)
+
+        return run(digits(), plan, report)
+
+
+def write(result: DemoResult, folder: Path, command: str) -> Path:
+    """Write the report and the records; earlier ones of the same names are replaced, nothing else is touched.
+
+    Args:
+        result: what was found.
+        folder: where; it exists.
+        command: what was typed.
+
+    Returns:
+        The report's path.
+    """
+    from isoflat.cli.demo_report import page
+    from isoflat.cli.save import save
+    from isoflat.report.html import render
+    from isoflat.report.tables import to_csv
+
+    further = {
+        network.label: {
+            "arm": network.arm.name,
+            "network_seed": network.seed,
+            "test_accuracy": network.test_accuracy,
+            "steps": network.training.steps,
+            "epochs": network.training.epochs,
+            "reached": network.training.reached,
+        }
+        for network in result.networks
+    }
+    save(folder / "records.jsonl", "".join(f"{record.to_json()}\n" for record in result.records), force=True)
+    save(folder / "records.csv", to_csv(result.records, further), force=True)
+    save(folder / "report.html", render(page(result, command)), force=True)
+    return folder / "report.html"
+
+
+def show(result: DemoResult, report: Path) -> None:
+    """Tables and sentences on the terminal."""
+    from isoflat.cli.terminal import console, plain
+
+    screen = console()
+    screen.print(networks(result))
+    for sentence in result.comparison:
+        screen.print(plain(sentence), end="\n\n")
+    screen.print(rungs("One network rescaled layer by layer: the same function", result.attack.layers))
+    screen.print(rungs("The same, unit by unit: not covered by the paper's metric", result.attack.units))
+    for sentence in result.manipulation:
+        screen.print(plain(sentence), end="\n\n")
+    screen.print(plain(f"{result.seconds:.0f} s. Report: {report}", style="bold"))
+
+
+def networks(result: DemoResult) -> RichTable:
+    """One line per network, both numbers with their enclosures."""
+    from rich.table import Table as RichTable
+
+    from isoflat.core.table import interval
+    from isoflat.experiments.attack import PAPER, PLAIN
+
+    grid = RichTable(title="Minima at equal training loss", title_justify="left", header_style="bold")
+    heads = ("network", "training loss", "test accuracy", "paper's number", "enclosure", "plain number", "enclosure")
+    for head in heads:
+        grid.add_column(head, justify="left" if head == "network" else "right", no_wrap=True)
+    for before, network in zip((None, *result.networks), result.networks, strict=False):
+        if before is not None and before.arm != network.arm:
+            grid.add_section()
+        paper, bare = network.estimate(PAPER), network.estimate(PLAIN)
+        loss = f"{network.training.loss:.5f}" + ("" if network.training.reached else " missed")
+        cells = (str(paper), interval(paper), str(bare), interval(bare))
+        grid.add_row(network.label, loss, f"{network.test_accuracy:.3f}", *cells)
+    return grid
+
+
+def rungs(title: str, ladder: tuple[Rung, ...]) -> RichTable:
+    """One line per factor."""
+    from rich.table import Table as RichTable
+
+    from isoflat.core.table import interval
+
+    grid = RichTable(title=title, title_justify="left", header_style="bold")
+    for head in ("factor", "outputs change by", "paper's number", "enclosure", "plain number", "enclosure"):
+        grid.add_column(head, justify="right", no_wrap=True)
+    for rung in ladder:
+        paper, bare = rung.paper.estimate, rung.plain.estimate
+        cells = (str(paper), interval(paper), str(bare), interval(bare))
+        grid.add_row(f"{rung.factor:g}", f"{rung.output_change:.0e}" if rung.output_change else "0", *cells)
+    return grid

@@ -1,0 +1,148 @@
+"""`isoflat doctor`: what is installed, and whether a network can be measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from isoflat.cli import options
+from isoflat.cli.exits import REFUSED
+from isoflat.cli.terminal import console, plain
+from isoflat.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from isoflat.cli.examine import Check
+
+EXTRAS = {
+    "pyarrow": "images",
+    "PIL": "images",
+    "torchvision": None,
+    "timm": None,
+    "transformers": None,
+    "lightning": None,
+}
+"""Optional packages, and the extra of isoflat that brings each."""
+
+FRAGILE = ("torchvision", "timm")
+"""Packages that are often installed but broken, so that they are imported once, in a process of their own."""
+
+_COLOURS = {"ok": "green", "fail": "bold red", "skipped": "dim"}
+
+
+def doctor(  # noqa: PLR0913
+    model: Annotated[str | None, options.Model.__metadata__[0]] = None,
+    data: Annotated[str | None, options.Data.__metadata__[0]] = None,
+    weights: options.Weights = None,
+    loss: options.Loss = "cross_entropy",
+    weights_key: options.WeightsKey = None,
+    strip_prefix: options.StripPrefix = None,
+    transform: options.Transform = None,
+    split: options.Split = None,
+    examples: options.Examples = None,
+    batch_size: options.BatchSize = 500,
+    seed: options.Seed = 0,
+    dtype: options.Precision = None,
+    device: options.Device = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Tell versions and devices; with --model and --data, check everything a measurement relies on.
+
+    Exit code 0: all checks passed. 2: a check failed, and its line says what to do.
+    """
+    if (model is None) != (data is None):
+        raise UsageError("to check a network, give both --model and --data (for instance --data digits)")
+    checks: tuple[Check, ...] = ()
+    if model is not None and data is not None:
+        from isoflat.cli.examine import examine
+        from isoflat.cli.load.inputs import Inputs, device_of
+
+        inputs = Inputs(
+            model=model,
+            data=data,
+            weights=weights,
+            weights_key=weights_key,
+            strip_prefix=tuple(strip_prefix or ()),
+            split=split,
+            transform=transform,
+            examples=examples,
+            batch_size=batch_size,
+            loss=loss,
+            seed=seed,
+        )
+        checks = examine(inputs, dtype, device_of(device))
+    found = surroundings()
+    good = all(check.outcome == "ok" for check in checks)
+    if as_json:
+        report = {**found, "checks": [asdict(check) for check in checks], "ok": good}
+        sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
+    else:
+        _show(console(), found, checks)
+    if not good:
+        raise typer.Exit(REFUSED)
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, devices, memory and optional packages."""
+    import psutil
+    import torch
+
+    devices = ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count()))]
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: metadata.version(name)
+                for name in ("isoflat", "torch", "numpy", "scipy", "scikit-learn", "safetensors")
+            },
+        },
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "memory_available": psutil.virtual_memory().available,
+        "memory_total": psutil.virtual_memory().total,
+        "extras": {name: extra(name) for name in EXTRAS},
+    }
+
+
+def extra(name: str) -> str:
+    """Whether an optional package works: "works", "found", "missing", or why it is broken.
+
+    Nothing fragile is imported here: a broken installation may take the whole process down.
+    """
+    if importlib.util.find_spec(name) is None:
+        return "missing"
+    if name not in FRAGILE:
+        return "found"
+    code = f"import sys; sys.path[:] = {sys.path!r}; import {name}"
+    try:
+        tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"broken: {type(error).__name__}"
+    if tried.returncode == 0:
+        return "works"
+    lines = tried.stderr.strip().splitlines()
+    return f"broken: {lines[-1][:160] if lines else f'exit code {tried.returncode}'}"
+
+
+def _show(screen: Console, found: dict[str, Any], checks: tuple[Check, ...]) -> None:
+    for name, version in found["versions"].items():
+        screen.print(plain(f"{name:<14}{version}"))
+    screen.print(plain(f"{'devices':<14}{', '.join(found['devices'])}; {found['threads']} threads"))
+    free, total = found["memory_available"] / 2**30, found["memory_total"] / 2**30
+    screen.print(plain(f"{'memory':<14}{free:.1f} GiB free of {total:.1f} GiB"))
+    for name, state in found["extras"].items():
+        hint = f": pip install 'isoflat[{EXTRAS[name]}]'" if state == "missing" and EXTRAS[name] else ""
+        screen.print(
+            plain(f"{name:<14}{state}{hint}", style="" if state in ("works", "found") else "dim"), soft_wrap=True
+        )
+    for check in checks:
+        line = plain(f"{check.outcome:<8}", style=_COLOURS[check.outcome])
+        screen.print(line + plain(f"{check.name}: {check.detail}"), soft_wrap=True)

@@ -1,0 +1,36 @@
+"""Exit codes, and how a refusal becomes one line on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import typer
+
+from isoflat.cli.terminal import complain
+from isoflat.core.errors import IsoflatError
+
+REFUSED = 2
+"""A wrong argument, or anything isoflat refuses."""
+
+NOT_CONVERGED = 3
+"""Measured, but not to the tolerance asked for within the budget."""
+
+
+def refusing(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb, whose refusals end it with one line on standard error and exit code 2."""
+
+    @wraps(verb)
+    def call(*arguments: Any, **options: Any) -> None:
+        try:
+            verb(*arguments, **options)
+        except IsoflatError as error:
+            complain(str(error))
+            raise typer.Exit(REFUSED) from None
+        except MemoryError as error:
+            line = (str(error).splitlines() or ["no memory left"])[0]
+            complain(f"out of memory ({line}): lower --memory, --batch-size or --examples")
+            raise typer.Exit(REFUSED) from None
+
+    return call

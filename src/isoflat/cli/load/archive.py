@@ -1,0 +1,159 @@
+"""Checkpoint files looked at before anything in them is believed: sizes, names, checksums."""
+
+from __future__ import annotations
+
+import json
+import stat
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from isoflat.core.errors import CheckpointError
+
+HEADER = 32 << 20
+"""Bytes that the header of a safetensors file may take."""
+
+ENTRIES = 100_000
+"""Tensors, or members of an archive, that a file may hold."""
+
+_AGAIN = "Was the download or the save interrupted? Fetch or save it again"
+
+
+def regular(path: Path) -> int:
+    """Size of a file that is there, is plain, and holds something.
+
+    Raises:
+        CheckpointError: it is missing, a folder, a device, unreadable or empty.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be opened: {error}") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise CheckpointError(
+            f"{path} is a folder: name the file in it, for instance model.safetensors or model.safetensors.index.json"
+        )
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is no regular file (a pipe or a device): copy the weights to a file first")
+    if found.st_size == 0:
+        raise CheckpointError(f"{path} is empty (0 bytes). {_AGAIN}")
+    return found.st_size
+
+
+def check_safetensors(path: Path) -> None:
+    """Header within limits, each name once, all promised bytes there.
+
+    Raises:
+        CheckpointError: one of these does not hold.
+    """
+    size = regular(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 10 or length > size - 8:
+            raise CheckpointError(f"{path} is truncated or no safetensors file: its header does not fit in. {_AGAIN}")
+        if length > HEADER:
+            raise CheckpointError(f"{path}: its header takes {length} bytes, more than {HEADER}: refused")
+        header = _json(path, file.read(length))
+    header.pop("__metadata__", None)
+    if len(header) > ENTRIES:
+        raise CheckpointError(f"{path} holds {len(header)} tensors, more than {ENTRIES}: refused")
+    ends = [entry["data_offsets"][1] for entry in header.values() if _has_offsets(entry)]
+    if len(ends) < len(header):
+        raise CheckpointError(f"{path}: its header does not say where each tensor lies: corrupt. {_AGAIN}")
+    promised = 8 + length + max(ends, default=0)
+    if promised != size:
+        kind = "truncated" if promised > size else "corrupt"
+        raise CheckpointError(f"{path} is {kind}: {promised} bytes expected, {size} there. {_AGAIN}")
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """The shard that holds each tensor, from a `*.index.json`.
+
+    Raises:
+        CheckpointError: it is no such index, or it points outside its own folder.
+    """
+    if regular(path) > HEADER:
+        raise CheckpointError(f"{path} is larger than {HEADER} bytes: no index of weights")
+    mapping = _json(path, path.read_bytes()).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
+        raise CheckpointError(f"{path} has no 'weight_map' from tensor names to files: no index of sharded weights")
+    for name in set(mapping.values()):
+        if name != Path(name).name or "\\" in name or ":" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path} points to {name!r}: a shard must be a .safetensors file in the same folder as the index"
+            )
+    return {tensor: path.parent / name for tensor, name in mapping.items()}
+
+
+def is_zip(file: BinaryIO) -> bool:
+    """Whether a file begins as torch's archives do; its position is back at the start."""
+    start = file.read(4)
+    file.seek(0)
+    return start == b"PK\x03\x04"
+
+
+def check_zip(file: BinaryIO, path: Path, size: int) -> None:
+    """An archive as torch writes it: nothing compressed, no member beyond the file, plain names, right checksums.
+
+    torch itself does not compare checksums: without this, a flipped bit would silently become another weight.
+
+    Args:
+        file: opened for reading; its position is back at the start afterwards.
+        path: in messages.
+        size: of the file.
+
+    Raises:
+        CheckpointError: one of these does not hold.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            _check_members(members, path, size)
+            broken = archive.testzip()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive raises half a dozen unrelated types
+        raise CheckpointError(f"{path} is truncated or corrupt ({type(error).__name__}: {error}). {_AGAIN}") from error
+    if broken is not None:
+        raise CheckpointError(f"{path} is corrupt: the checksum of its member {broken!r} does not match. {_AGAIN}")
+    file.seek(0)
+
+
+def _check_members(members: Sequence[zipfile.ZipInfo], path: Path, size: int) -> None:
+    if len(members) > ENTRIES:
+        raise CheckpointError(f"{path} is an archive of {len(members)} members, more than {ENTRIES}: refused")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError(f"{path} is a compressed archive: torch.save never writes one. Refused; save it again")
+    if sum(member.file_size for member in members) > size:
+        raise CheckpointError(f"{path} declares more bytes than it holds: refused as corrupt or hostile")
+    names = [member.filename for member in members]
+    if len({name.casefold() for name in names}) < len(names):
+        raise CheckpointError(f"{path} is an archive with two members of one name: refused as corrupt or hostile")
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/") or any(mark in name for mark in "\\:\0"):
+            raise CheckpointError(f"{path} is an archive with a member named {name!r}: refused as hostile")
+
+
+def _json(path: Path, text: bytes) -> dict[str, Any]:
+    """A JSON object in which no name appears twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name appears twice")
+        return dict(pairs)
+
+    try:
+        found = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is corrupt: its header is no plain JSON ({error}). {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is corrupt: its header is no JSON object. {_AGAIN}")
+    return found
+
+
+def _has_offsets(entry: Any) -> bool:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    return isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int for offset in offsets)

@@ -1,0 +1,151 @@
+"""Everything a verb measures, loaded from what the command line names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from isoflat.cli.load.data import load_data
+from isoflat.cli.load.fit import fit
+from isoflat.cli.load.model import build, find_loss
+from isoflat.cli.load.named import reason
+from isoflat.cli.load.weights import read_weights
+from isoflat.core.errors import DataError, IsoflatError, UsageError
+from isoflat.measures.base import Subject
+from isoflat.risk.batches import Batches, tensors
+from isoflat.risk.network import exactly
+
+
+@final
+@dataclass(frozen=True)
+class Inputs:
+    """What the user named; nothing is opened yet.
+
+    Attributes:
+        model: `module:factory`.
+        weights: a weights file; None for the weights that the factory builds.
+        weights_key: the entry of the file that holds the weights; None to look in the usual places.
+        strip_prefix: prefixes removed from the names in the file.
+        data: a data source.
+        split: which split; None for train.
+        transform: `module:fn` that prepares inputs.
+        examples: how many; None for all.
+        batch_size: rows per batch.
+        loss: name or `module:fn`.
+        seed: of fresh weights.
+    """
+
+    model: str
+    data: str
+    weights: Path | None = None
+    weights_key: str | None = None
+    strip_prefix: tuple[str, ...] = ()
+    split: str | None = None
+    transform: str | None = None
+    examples: int | None = None
+    batch_size: int = 500
+    loss: str = "cross_entropy"
+    seed: int = 0
+
+    def described(self) -> dict[str, Any]:
+        """The choices that tell what was measured, for a result."""
+        return {
+            "model": self.model,
+            "weights": None if self.weights is None else str(self.weights),
+            "weights_key": self.weights_key,
+            "strip_prefix": list(self.strip_prefix),
+            "data": self.data,
+            "split": self.split,
+            "transform": self.transform,
+            "examples": self.examples,
+            "batch_size": self.batch_size,
+            "loss": self.loss,
+        }
+
+
+@final
+@dataclass(frozen=True)
+class Loaded:
+    """What can be measured.
+
+    Attributes:
+        model: the network, in evaluation mode, with its weights.
+        batches: the data.
+        loss: what `isoflat.measure` takes as loss.
+        notes: what was chosen while loading.
+    """
+
+    model: torch.nn.Module
+    batches: Batches
+    loss: Any
+    notes: tuple[str, ...]
+
+
+def load(inputs: Inputs) -> Loaded:
+    """Build, fill, read: cheap refusals first.
+
+    Raises:
+        IsoflatError: something cannot be found, opened or fitted.
+    """
+    loss = find_loss(inputs.loss)
+    model = build(inputs.model, inputs.seed)
+    notes = fill(model, inputs)
+    data = load_data(inputs.data, inputs.split, inputs.transform, inputs.examples, inputs.batch_size)
+    return Loaded(model, data.batches, loss, (*notes, *data.notes))
+
+
+def fill(model: torch.nn.Module, inputs: Inputs) -> tuple[str, ...]:
+    """Load the weights file into the model, if there is one; what a reader must know about it.
+
+    Raises:
+        CheckpointError: it cannot be opened safely, or does not fit.
+        UsageError: an option for weights files was given without one.
+    """
+    if inputs.weights is not None:
+        return fit(model, read_weights(inputs.weights, inputs.weights_key), inputs.strip_prefix)
+    if inputs.weights_key is not None or inputs.strip_prefix:
+        raise UsageError("--weights-key and --strip-prefix choose within a weights file: name it with --weights")
+    return (f"weights as built by the factory (no --weights was given), torch's seed {inputs.seed}",)
+
+
+def device_of(name: str | None) -> torch.device | None:
+    """A device that is there.
+
+    Raises:
+        UsageError: no such kind of device, or this machine has none.
+    """
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used here: {line}. Try cpu or cuda") from error
+    return device
+
+
+def try_forward(subject: Subject) -> None:
+    """Run the network on the first batch, so that what does not fit is said in words.
+
+    Raises:
+        UsageError: network, inputs, targets and loss do not fit together.
+        DataError: there is no batch.
+    """
+    batch = next(iter(subject.risk.batches), None)
+    if batch is None:
+        raise DataError("the data is empty: it gave no batch")
+    try:
+        with exactly(subject.state.device), torch.no_grad():
+            subject.risk.term(subject.state, batch)
+    except IsoflatError:
+        raise
+    except Exception as error:  # whatever the user's network and loss raise on data of the wrong form
+        shapes = ", ".join(f"{tuple(part.shape)} {part.dtype}".replace("torch.", "") for part in tensors(batch))
+        raise UsageError(
+            f"network and loss fail on the first batch (tensors {shapes}): {reason(error)}. Bring the inputs into the "
+            "form the network was trained on with --transform module:fn, and check --loss and the number of classes"
+        ) from error

@@ -1,0 +1,49 @@
+"""The command line.
+
+Exit codes of every verb:
+
+| code | meaning |
+|---|---|
+| 0 | done; every measured value converged, every check passed |
+| 1 | a defect of isoflat itself, with a traceback |
+| 2 | a wrong argument, or anything isoflat refuses: one line on standard error says why and what to do |
+| 3 | measured, but not to the tolerance asked for within the budget |
+| 130 | interrupted from the keyboard |
+
+With `--json`, standard output holds strict JSON and nothing else; it is empty where the exit code is 2 and the verb had
+nothing to report.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from isoflat.cli.demo import demo
+from isoflat.cli.doctor import doctor
+from isoflat.cli.exits import refusing
+from isoflat.cli.measure import measure
+from isoflat.cli.measures import measures
+
+app = typer.Typer(name="isoflat", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def isoflat(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """How flat is this minimum, when nobody can cheat? Rescaling-invariant flatness with certified enclosures."""
+    if version:
+        typer.echo(f"isoflat {metadata.version('isoflat')}")
+        raise typer.Exit
+
+
+for verb in (demo, measure, measures, doctor):
+    app.command(verb.__name__)(refusing(verb))
+
+
+def run() -> None:
+    """Entry point of the command `isoflat`."""
+    app(prog_name="isoflat")

@@ -1,0 +1,98 @@
+"""`isoflat measures`: the catalogue."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as Grid
+
+from isoflat.cli import options
+from isoflat.cli.terminal import console, plain
+
+if TYPE_CHECKING:
+    from isoflat.measures.base import Measure
+
+
+def measures(
+    name: Annotated[str | None, typer.Argument(help="Print the card of one measure.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """List every measure with its formula, reference, units and invariances."""
+    from isoflat.measures import catalogue
+
+    chosen = catalogue.measures() if name is None else {name: catalogue.find_measure(name)}
+    if as_json:
+        content: dict[str, Any] = {"measures": [card(entry) for entry in chosen.values()]}
+        if name is None:
+            content["geometries"] = [
+                {"name": place.name, "title": place.title, "group": place.group, "version": place.version}
+                for place in catalogue.geometries().values()
+            ]
+        sys.stdout.write(json.dumps(content, allow_nan=False) + "\n")
+        return
+    screen = console()
+    if name is not None:
+        _show_card(screen, chosen[name])
+        return
+    grid = Grid("measure", "formula", "units", "geometry", "invariant under", "reference", header_style="bold")
+    for entry in chosen.values():
+        grid.add_row(
+            *map(
+                plain,
+                (entry.label, entry.formula, entry.units, entry.geometry or "any", _in_words(entry), entry.reference),
+            )
+        )
+    screen.print(grid)
+    places = Grid("geometry", "metric", "spectra invariant to", header_style="bold")
+    for place in catalogue.geometries().values():
+        places.add_row(*map(plain, (place.name, place.title, place.group)))
+    screen.print(places)
+
+
+def card(entry: Measure) -> dict[str, Any]:
+    """Everything the catalogue says about a measure, as plain values."""
+    return {
+        "name": entry.name,
+        "formula": entry.formula,
+        "definition": entry.definition,
+        "reference": entry.reference,
+        "units": entry.units,
+        "direction": str(entry.direction),
+        "loss_degree": entry.loss_degree,
+        "geometry": entry.geometry,
+        "invariant_under": _claims(entry),
+        "options": dict(entry.options),
+        "pitfalls": entry.pitfalls,
+        "version": entry.version,
+    }
+
+
+def _show_card(screen: Console, entry: Measure) -> None:
+    content = card(entry) | {
+        "invariant_under": _in_words(entry),
+        "geometry": entry.geometry or "any",
+        "options": ", ".join(f"{key} = {value:g}" for key, value in entry.options.items()) or "none",
+        "loss_degree": "no power" if entry.loss_degree is None else f"{entry.loss_degree:g}",
+    }
+    grid = Grid.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for key, value in content.items():
+        grid.add_row(plain(key.replace("_", " ")), plain(value))
+    screen.print(grid)
+
+
+def _claims(entry: Measure) -> dict[str, str]:
+    """Invariances by geometry, in words: the geometry's, and the measure's own."""
+    from isoflat.measures.catalogue import geometries
+
+    places = [entry.geometry] if entry.geometry else [name for name in geometries() if name != "auto"]
+    return {place: "; ".join([geometries()[place].group, *entry.invariant_under]) for place in places}
+
+
+def _in_words(entry: Measure) -> str:
+    return "\n".join(f"{place}: {group}" for place, group in _claims(entry).items())

@@ -1,0 +1,126 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isoflat.core.errors import UsageError
+
+WHAT, HOW, OUT = "What is measured", "How hard", "Output"
+"""Panels of the help."""
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="Function without arguments that builds the network; modules in the current folder are found.",
+        rich_help_panel=WHAT,
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Weights: .safetensors, its .index.json, or .pt/.pth/.ckpt/.bin, opened without running code from the file. "
+        "Default: as the factory builds them.",
+        rich_help_panel=WHAT,
+    ),
+]
+DATA_HELP = (
+    "digits (inside scikit-learn), a .npz file (x_train and y_train, or x and y), Parquet files with images and labels "
+    "(a file, folder or glob), a folder with one subfolder of images per class, or module:factory. "
+    "Without --transform, integer images become float32 in 0..1 (divided by 255), channels first: (N,H,W) becomes "
+    "(N,1,H,W), (N,H,W,C) becomes (N,C,H,W); float arrays are passed as they are."
+)
+Data = Annotated[str, typer.Option("--data", metavar="SOURCE", help=DATA_HELP, rich_help_panel=WHAT)]
+Loss = Annotated[
+    str,
+    typer.Option(
+        "--loss",
+        metavar="NAME",
+        help="cross_entropy, mse, model (its output carries its loss), or module:fn with fn(output, target).",
+        rich_help_panel=WHAT,
+    ),
+]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        "--weights-key",
+        metavar="KEY",
+        help="Entry of the weights file that holds the weights, with dots for entries in entries. "
+        "Default: state_dict, model or model_state_dict, where the file is not flat.",
+        rich_help_panel=WHAT,
+    ),
+]
+StripPrefix = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strip-prefix",
+        metavar="PREFIX",
+        help="Prefix to remove from the names in the weights file; can be repeated. "
+        "module., _orig_mod. and model. are removed by themselves where all names have them.",
+        rich_help_panel=WHAT,
+    ),
+]
+Transform = Annotated[
+    str | None,
+    typer.Option(
+        "--transform",
+        metavar="MODULE:FN",
+        help="fn(raw batch exactly as stored, such as uint8) returns the network's input. It must not be random.",
+        rich_help_panel=WHAT,
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option("--split", help="Which split of the data. Default: train.", rich_help_panel=WHAT)
+]
+Examples = Annotated[
+    int | None,
+    typer.Option("--examples", min=1, help="Take only so many examples, evenly spaced.", rich_help_panel=WHAT),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option("--batch-size", min=1, help="Rows at a time; changes memory, never the number.", rich_help_panel=WHAT),
+]
+Params = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--params",
+        metavar="GLOB",
+        help="Which parameters count, by name; can be repeated. Default: all.",
+        rich_help_panel=WHAT,
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of all random numbers.", rich_help_panel=HOW)]
+Precision = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32 or float64. Default: as the weights are.", rich_help_panel=HOW),
+]
+Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda. Default: cpu.", rich_help_panel=HOW)]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.", rich_help_panel=OUT)
+]
+
+
+def bytes_of(text: str | None) -> int | None:
+    """A number of bytes, with a unit or without.
+
+    Raises:
+        UsageError: it is no such number.
+
+    >>> bytes_of("4GB"), bytes_of("512MiB"), bytes_of("1000")
+    (4000000000, 536870912, 1000)
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if not found:
+        raise UsageError(f"--memory {text}: expected a number of bytes, for instance 4GB or 512MiB")
+    unit = (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")
+    return int(float(found[1]) * unit)
