@@ -1,0 +1,31 @@
+"""The demonstration at a tiny scale, its verdicts, and a report that stands alone."""
+
+import re
+
+import torch
+
+from isoflat.cli.demo import watched, write
+from isoflat.experiments.data import digits
+from isoflat.experiments.demo import Plan
+
+
+def test_the_demo_end_to_end(tmp_path):
+    before = torch.get_rng_state()
+    plan = Plan(seeds=2, seed=0, widths=(64, 16, 16, 10), target=0.5)
+    result = watched(plan, hidden=True)
+    assert torch.equal(before, torch.get_rng_state())
+    for record in result.records:
+        assert record.estimate.converged
+    report = write(result, tmp_path, "isoflat demo")
+    page = report.read_text(encoding="utf-8")
+    assert "Content-Security-Policy" in page
+    assert "<script" not in page
+    assert not re.search(r"(src|href)\s*=\s*[\"']?https?:", page)
+    assert (tmp_path / "records.jsonl").read_text(encoding="utf-8").count("\n") >= len(result.records)
+
+
+def test_digits_are_the_same_split_each_time():
+    one, two = digits(), digits()
+    assert torch.equal(one.train[0], two.train[0])
+    assert len(one.train[0]) == 1257
+    assert len(one.test[0]) == 540

@@ -1,0 +1,84 @@
+"""Records and tables: what is written comes back, and other layouts are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isoflat.core.errors import UsageError
+from isoflat.core.estimate import Cost, Estimate, Kind
+from isoflat.core.record import SCHEMA, Point, Record
+from isoflat.core.table import Table
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def records(draw):
+    lower, value, upper = sorted(draw(st.tuples(FINITE, FINITE, FINITE)))
+    kind = draw(st.sampled_from(list(Kind)))
+    upper = math.inf if kind is Kind.UNCERTIFIED else upper
+    size = st.floats(0, allow_infinity=False)
+    return Record(
+        measure=draw(st.sampled_from(["quotient_spectral_norm", "hessian_spectral_norm"])),
+        geometry="layerwise",
+        group="positive rescalings",
+        group_hash="0123456789ab",
+        estimate=Estimate(value, lower, upper, 0.5, kind, False, Cost(2, 0.5, 0.25, 7), draw(st.none() | size)),
+        point=Point(draw(FINITE), draw(st.none() | st.floats(0, 1)), draw(size), draw(size), 10, 10.0, 3),
+        stationarity_ratio=draw(st.none() | size),
+        label=draw(st.text(max_size=10)),
+        settings={"seed": draw(st.integers()), "dtype": "float32"},
+        versions={"isoflat": "0"},
+        model_hash="a",
+        data_hash="b",
+    )
+
+
+@given(records())
+def test_record_round_trip_is_exact_and_strict_json(record):
+    line = record.to_json()
+    assert "\n" not in line
+    json.loads(line, parse_constant=lambda token: pytest.fail(f"{token} is not JSON"))
+    assert Record.from_json(line) == record
+
+
+@given(st.lists(records(), min_size=1, max_size=3))
+def test_table_round_trip(rows):
+    table = Table(tuple(rows))
+    assert Table.from_json(table.to_json()) == table
+    assert list(table) == rows
+    assert len(table) == len(rows)
+    assert table[0] is rows[0]
+    assert table[rows[-1].measure].measure == rows[-1].measure
+
+
+def example(**changes) -> Record:
+    fields = {
+        "measure": "quotient_spectral_norm",
+        "geometry": "layerwise",
+        "group": "positive rescalings",
+        "group_hash": "0123456789ab",
+        "estimate": Estimate(2.5, 2.5, 2.5013, 0.999999, Kind.ENCLOSURE, True, Cost(17, 40.25, 1.5, 0)),
+        "point": Point(0.1, 0.9, 0.02, 0.05, 100, 100.0, 12),
+    }
+    return Record(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("schema", [0, SCHEMA + 1, None, str(SCHEMA)])
+def test_other_schemas_are_refused_by_name(schema):
+    with pytest.raises(UsageError, match=f"schema {SCHEMA}"):
+        Record.from_dict({**example().to_dict(), "schema": schema})
+
+
+def test_table_prints_every_number_with_its_enclosure():
+    text = str(Table((example(), example(label="narrow"))))
+    for part in ("quotient_spectral_norm", "2.500(2)", "[2.50000, 2.50130]", "17", "40.2", "narrow", "yes"):
+        assert part in text
+    html = Table((example(),))._repr_html_()
+    assert "2.500(2)" in html
+    assert "network" not in str(Table((example(),)))
