@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import isoflat
 from isoflat.cli.main import app
+from isoflat.measures.catalogue import measures
 
 NETS = """
 from torch import nn
@@ -70,6 +71,16 @@ def test_checkpoints_of_both_kinds_give_the_same_number(folder):
         assert result.exit_code == 0, result.output
         values.append(json.loads(result.stdout)["rows"][0]["estimate"]["value"])
     assert values[0] == values[1]
+
+
+def test_every_measure_in_every_geometry_prints(folder):
+    """Also where b/value is not defined: in plain weights, and for traces."""
+    asked = [word for name in measures() for word in ("--measure", name)]
+    result = _measure(*asked, "--geometry", "layerwise", "--geometry", "euclidean", "--rtol", "0.5")
+    assert result.exit_code in (0, 3), result.output
+    for name in measures():
+        assert name in result.output
+    assert "not defined here" in result.output
 
 
 def test_unconverged_has_an_exit_code_of_its_own(folder):

@@ -201,7 +201,7 @@ def _row(row: Record) -> list[tuple[str, str]]:
         ("enclosure", known),
         ("converged", f"{'yes' if estimate.converged else 'NO'} ({width})"),
         ("invariant to", row.group),
-        ("b/value", f"{row.stationarity_ratio:.3g}"),
+        ("b/value", "not defined here" if row.stationarity_ratio is None else f"{row.stationarity_ratio:.3g}"),
         ("cost", f"{cost.products} products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s"),
     ]
 

@@ -38,14 +38,12 @@ def measures(
     if name is not None:
         _show_card(screen, chosen[name])
         return
-    grid = Grid("measure", "formula", "units", "geometry", "invariant under", "reference", header_style="bold")
+    grid = Grid(header_style="bold")
+    grid.add_column("measure", no_wrap=True)
+    for head in ("formula", "units", "invariant under", "reference"):
+        grid.add_column(head, overflow="fold")
     for entry in chosen.values():
-        grid.add_row(
-            *map(
-                plain,
-                (entry.label, entry.formula, entry.units, entry.geometry or "any", _in_words(entry), entry.reference),
-            )
-        )
+        grid.add_row(*map(plain, (entry.label, entry.formula, entry.units, _briefly(entry), entry.reference)))
     screen.print(grid)
     places = Grid("geometry", "metric", "spectra invariant to", header_style="bold")
     for place in catalogue.geometries().values():
@@ -95,4 +93,10 @@ def _claims(entry: Measure) -> dict[str, str]:
 
 
 def _in_words(entry: Measure) -> str:
-    return "\n".join(f"{place}: {group}" for place, group in _claims(entry).items())
+    return " | ".join(f"{place}: {group}" for place, group in _claims(entry).items())
+
+
+def _briefly(entry: Measure) -> str:
+    """Where a geometry decides, the table below the measures says what it is invariant to."""
+    place = f"as {entry.geometry}" if entry.geometry else "as the geometry"
+    return "; ".join([place, *entry.invariant_under])
