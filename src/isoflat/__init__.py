@@ -19,6 +19,9 @@ from isoflat.geometry.quotient import Quotient
 from isoflat.measures.base import Budget, Measure
 from isoflat.measures.run import measure, measure_all
 from isoflat.risk.losses import BatchLoss
+from isoflat.symmetry.canonical import canonicalize, reparametrize
+from isoflat.symmetry.discover import symmetries
+from isoflat.symmetry.found import Found
 from isoflat.symmetry.scaling import LayerScale
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "Cost",
     "DataError",
     "Estimate",
+    "Found",
     "IsoflatError",
     "Kind",
     "LayerScale",
@@ -43,6 +47,9 @@ __all__ = [
     "UnknownName",
     "UnsupportedModel",
     "UsageError",
+    "canonicalize",
     "measure",
     "measure_all",
+    "reparametrize",
+    "symmetries",
 ]

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import isoflat
 from cases.networks import cnn, mlp
+from isoflat.measures.catalogue import find_geometry
+from isoflat.risk.network import Network
 
 
 def _measure(net, data, loss, **options):
@@ -242,8 +244,21 @@ def test_unknown_names_offer_the_nearest(case):
 
 
 def test_auto_says_what_it_needs(case):
-    with pytest.raises(isoflat.NoInvariantGeometry, match=r"tracing.*geometry='layerwise'"):
-        isoflat.measure(case.net, case.data, case.criterion)
+    """A geometry taken from the catalogue by hand knows no network; one that cannot be traced has no symmetries."""
+    unbound = find_geometry("auto")
+    with pytest.raises(isoflat.NoInvariantGeometry, match="symmetries"):
+        unbound.chart(Network(case.net).state())
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = case.net
+
+        def forward(self, x):
+            return self.net(x) if float(x.sum()) > 0 else -self.net(x)
+
+    with pytest.raises(isoflat.UnsupportedModel, match=r"traced.*geometry='layerwise'"):
+        isoflat.measure(Branching().eval(), case.data, case.criterion)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +306,7 @@ def test_unused_frozen_tied_and_zero_tensors_are_listed(case):
     assert "does not depend on: spare.bias, spare.weight" in notes
     assert "held fixed: head.bias, head.weight" in notes
     assert "tied, counted once: again.weight" in notes
-    assert "all zero, invisible to the layerwise metric: again.bias" in notes
+    assert "invisible to the layerwise metric: again.bias (all zero)" in notes
 
 
 def test_tied_weights_are_one_block():
@@ -421,3 +436,16 @@ def test_fused_attention_is_measured_through_the_math_kernel():
     inputs = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     estimate = _measure(net, (inputs, torch.tensor([0, 1, 2, 0, 1, 2])), nn.CrossEntropyLoss())
     assert estimate.converged
+
+
+@pytest.mark.parametrize("geometry", ["auto", "layerwise"])
+def test_a_module_that_is_used_twice_comes_back_as_it_was(case, geometry):
+    """`functional_call` swaps a shared module's tensors once per path; its parameters must still be parameters."""
+    shared = nn.Linear(4, 4, dtype=torch.float64)
+    net = nn.Sequential(case.net[0], nn.ReLU(), nn.Linear(case.net[0].out_features, 4).double(), shared, shared)
+    before = {name: (p, p.detach().clone()) for name, p in net.named_parameters()}
+    isoflat.measure(net, case.data, case.criterion, geometry=geometry, rtol=0.5)
+    assert dict(net.named_parameters()).keys() == before.keys()
+    for name, p in net.named_parameters():
+        assert p is before[name][0]
+        assert torch.equal(p, before[name][1])

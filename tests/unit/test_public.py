@@ -27,10 +27,10 @@ def _imports(tree):
 def test_public_names():
     """A change here is a decision."""
     assert sorted(isoflat.__all__) == [
-        "BatchLoss", "Budget", "CheckpointError", "Cost", "DataError", "Estimate", "IsoflatError", "Kind",
+        "BatchLoss", "Budget", "CheckpointError", "Cost", "DataError", "Estimate", "Found", "IsoflatError", "Kind",
         "LayerScale", "Measure", "NoInvariantGeometry", "NonFinite", "NondeterministicRisk", "Point", "Quotient",
-        "Record", "SymmetryViolated", "Table", "UnknownName", "UnsupportedModel", "UsageError", "measure",
-        "measure_all",
+        "Record", "SymmetryViolated", "Table", "UnknownName", "UnsupportedModel", "UsageError", "canonicalize",
+        "measure", "measure_all", "reparametrize", "symmetries",
     ]  # fmt: skip
     assert sorted(measures()) == [
         "hessian_spectral_norm", "quotient_largest_eigenvalue", "quotient_sharpness",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ class State:
         parameters: the tensors the loss is differentiated by, in order.
         frozen: further parameters, held constant.
         buffers: running statistics and other non-parameters.
+        constants: numbers held by modules that a rescaling moves with the weights, by dotted path: a
+            normalisation's epsilon. Only those that are known; the others are the module's own.
     """
 
     parameters: Mapping[str, Tensor]
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    constants: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def space(self) -> ParameterSpace:
@@ -63,7 +66,7 @@ class State:
                 for name, tensor in tensors.items()
             }
 
-        return State(move(self.parameters), move(self.frozen), move(self.buffers))
+        return State(move(self.parameters), move(self.frozen), move(self.buffers), self.constants)
 
     def replace(self, tensors: Mapping[str, Tensor]) -> State:
         """A state in which the named tensors have other values.
@@ -87,3 +90,23 @@ class State:
             parts.append(repr((name, str(tensor.dtype), tuple(tensor.shape))))
             parts.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return fingerprint(*parts)
+
+
+def everywhere(module: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under every name by which a module holds them, for `torch.func.functional_call(..., tie_weights=False)`.
+
+    Tied tensors have several names. A module that is used twice has two paths, but is named once here: torch would
+    swap its tensors twice, and leave the wrong ones behind.
+
+    Args:
+        module: a `torch.nn.Module`.
+        tensors: by canonical name: the first one under which `named_parameters` or `named_buffers` gives a tensor.
+    """
+    canonical = {id(held): name for name, held in (*module.named_parameters(), *module.named_buffers())}
+    found = {}
+    for path, part in module.named_modules():
+        for own, held in (*part._parameters.items(), *part._buffers.items()):
+            name = canonical.get(id(held))
+            if name in tensors:
+                found[f"{path}.{own}" if path else own] = tensors[name]
+    return found

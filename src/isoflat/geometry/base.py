@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import final
 
 from torch import Tensor
 
@@ -11,6 +12,46 @@ from isoflat.core.fingerprint import fingerprint
 from isoflat.core.state import State
 from isoflat.linalg.maps import LinearMap
 from isoflat.linalg.operator import Operator
+
+
+@final
+@dataclass(frozen=True)
+class Identity:
+    """A generator X of the group, to check products with: `⟨∇L, Xθ⟩ = 0` and `H Xθ = −Xᵀ∇L` at any point.
+
+    Attributes:
+        velocity: Xθ, shape `(n,)`, float64.
+        coordinates: u with `E u = Xθ`, shape `(m,)`: its size in the metric.
+        rates: X as a diagonal, shape `(n,)`: the generator is a scaling.
+    """
+
+    velocity: Tensor
+    coordinates: Tensor
+    rates: Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Chart:
+    """A geometry at a point: where curvature is taken, and in which units.
+
+    Attributes:
+        state: the point, and the tensors that the frame reaches; the same function as the point asked for.
+        frame: E, from the geometry's coordinates ℝᵐ to the trainable entries ℝⁿ of `state`.
+        unseen: trainable tensors whose curvature does not enter, with the reason.
+        group: reparametrisations the spectrum is invariant to, in words.
+        group_hash: hash of that group on these tensors; equal hashes make numbers comparable.
+        notes: what a reader must know.
+        identity: a check of the products against the group; None where there is no generator to check with.
+    """
+
+    state: State
+    frame: LinearMap
+    unseen: tuple[str, ...]
+    group: str
+    group_hash: str
+    notes: tuple[str, ...] = ()
+    identity: Identity | None = None
 
 
 @dataclass(frozen=True)
@@ -33,8 +74,8 @@ class Geometry(ABC):
     version: int
 
     @abstractmethod
-    def frame(self, state: State) -> LinearMap:
-        """E at a point, from ℝᵐ to the trainable entries ℝⁿ."""
+    def chart(self, state: State) -> Chart:
+        """The geometry at a point."""
 
     @abstractmethod
     def connection(self, state: State, gradient: Tensor) -> Operator | None:
@@ -45,11 +86,13 @@ class Geometry(ABC):
             gradient: of the loss, shape `(n,)`, float64.
         """
 
-    @abstractmethod
-    def degenerate(self, state: State) -> tuple[str, ...]:
-        """Tensors that the metric cannot see: their curvature does not enter."""
+    @final
+    def frame(self, state: State) -> LinearMap:
+        """E at a point, from ℝᵐ to the trainable entries ℝⁿ."""
+        return self.chart(state).frame
 
-    def group_hash(self, state: State) -> str:
-        """Hash of the group as it acts on this state's tensors; equal hashes make numbers comparable."""
-        space = state.space
-        return fingerprint(self.name, str(self.version), repr(space.names), repr(space.shapes))
+
+def tensors_hash(name: str, version: int, state: State) -> str:
+    """Hash of a group that is the same for all networks, as it acts on a state's tensors."""
+    space = state.space
+    return fingerprint(name, str(version), repr(space.names), repr(space.shapes))

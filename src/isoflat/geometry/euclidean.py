@@ -8,8 +8,8 @@ from typing import final
 from torch import Tensor
 
 from isoflat.core.state import State
-from isoflat.geometry.base import Geometry
-from isoflat.linalg.maps import Identity, LinearMap
+from isoflat.geometry.base import Chart, Geometry, tensors_hash
+from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Operator
 
 
@@ -23,17 +23,14 @@ class Euclidean(Geometry):
     group: str = "none (rescaling the layers moves it without bound)"
     version: int = 1
 
-    def frame(self, state: State) -> LinearMap:
-        """The identity."""
-        return Identity(state.space.size)
+    def chart(self, state: State) -> Chart:
+        """The identity; nothing is invisible."""
+        group_hash = tensors_hash(self.name, self.version, state)
+        return Chart(state, Identity(state.space.size), (), self.group, group_hash)
 
     def connection(self, state: State, gradient: Tensor) -> Operator | None:
         """A flat metric has none."""
         return None
-
-    def degenerate(self, state: State) -> tuple[str, ...]:
-        """Nothing is invisible."""
-        return ()
 
 
 GEOMETRY = Euclidean()

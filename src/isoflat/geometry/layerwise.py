@@ -11,8 +11,8 @@ from torch import Tensor
 from isoflat.core import space as flat
 from isoflat.core.space import ParameterSpace
 from isoflat.core.state import State
-from isoflat.geometry.base import Geometry
-from isoflat.linalg.maps import Diagonal, LinearMap
+from isoflat.geometry.base import Chart, Geometry, tensors_hash
+from isoflat.linalg.maps import Diagonal
 from isoflat.linalg.operator import Operator
 
 
@@ -22,7 +22,7 @@ class Layerwise(Geometry):
     """`⟨a, b⟩_W = Σ_i ⟨a_i, b_i⟩ / ‖W_i‖_F²` (Rangamani et al. 2019, section 3), so `E = D = blockdiag(‖W_i‖_F I)`.
 
     One block per stored tensor; each bias is a block of its own. `D H D` is the same at every point of an orbit of
-    layer-wise rescalings, minimum or not. Rescaling single neurons moves it: that is what `auto` will cure.
+    layer-wise rescalings, minimum or not. Rescaling single neurons moves it; `auto` does not let it.
 
     *Degenerate case*: a tensor of norm zero has `D_i = 0`. Its curvature does not enter; it is listed, not divided by.
     """
@@ -32,18 +32,18 @@ class Layerwise(Geometry):
     group: str = "positive rescalings of whole tensors (layer-wise rescaling); not of single neurons"
     version: int = 1
 
-    def frame(self, state: State) -> LinearMap:
-        """`D`."""
-        return Diagonal(state.space.spread(state.space.block_norms(state.vector)))
+    def chart(self, state: State) -> Chart:
+        """`D`; tensors whose entries are all zero are invisible."""
+        norms = state.space.block_norms(state.vector)
+        unseen = tuple(
+            f"{name} (all zero)" for name, size in zip(state.space.names, norms.tolist(), strict=True) if size == 0
+        )
+        frame = Diagonal(state.space.spread(norms))
+        return Chart(state, frame, unseen, self.group, tensors_hash(self.name, self.version, state))
 
     def connection(self, state: State, gradient: Tensor) -> Operator | None:
         """`D C D = blockdiag(w gᵀ + g wᵀ − ⟨w, g⟩ I)`: the block metric is that of a cylinder ℝ × sphere."""
         return Connection(state.space, state.vector.double(), gradient)
-
-    def degenerate(self, state: State) -> tuple[str, ...]:
-        """Tensors whose entries are all zero."""
-        norms = state.space.block_norms(state.vector)
-        return tuple(name for name, size in zip(state.space.names, norms.tolist(), strict=True) if size == 0)
 
 
 @final

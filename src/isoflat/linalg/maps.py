@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 
@@ -121,3 +122,136 @@ class Complement(LinearMap):
     def pull(self, vectors: Tensor) -> Tensor:
         """The projection is its own transpose."""
         return self.push(vectors)
+
+
+@final
+@dataclass(frozen=True)
+class Term:
+    """One contraction of a shear: `out[g, i] += Σ_{j, k} source[g, i, j, k] · weights[g, j]`.
+
+    Attributes:
+        source: where the factor's entries lie in the flat vector.
+        target: where the entries that take them up lie.
+        view: shape `(g, i, j, k)` of the factor.
+        weights: shape `(g, j)`, float64.
+    """
+
+    source: slice
+    target: slice
+    view: tuple[int, int, int, int]
+    weights: Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Shear(LinearMap):
+    """`v ↦ v + Σ_terms`: some coordinates take up contractions of others, which stay as they are.
+
+    >>> import torch
+    >>> term = Term(slice(0, 2), slice(2, 3), (1, 1, 2, 1), torch.tensor([[1.0, 10.0]], dtype=torch.float64))
+    >>> Shear(3, (term,)).push(torch.tensor([[1.0], [2.0], [5.0]], dtype=torch.float64)).ravel().tolist()
+    [1.0, 2.0, 26.0]
+    """
+
+    size: int
+    terms: tuple[Term, ...]
+
+    @property
+    def rows(self) -> int:
+        """Dimension."""
+        return self.size
+
+    @property
+    def columns(self) -> int:
+        """Dimension."""
+        return self.size
+
+    def push(self, vectors: Tensor) -> Tensor:
+        """Add the contractions, in float64."""
+        result = vectors.double().clone()
+        for term in self.terms:
+            factor = vectors[term.source].double().view(*term.view, -1)
+            taken = torch.einsum("gijkc,gj->gic", factor, term.weights.to(vectors.device))
+            result[term.target] += taken.reshape(-1, vectors.shape[1])
+        return result.to(vectors.dtype)
+
+    def pull(self, vectors: Tensor) -> Tensor:
+        """The transpose: the targets are spread back over the factors."""
+        result = vectors.double().clone()
+        for term in self.terms:
+            g, i, _, k = term.view
+            target = vectors[term.target].double().view(g, i, 1, 1, -1)
+            spread = target * term.weights.to(vectors.device)[:, None, :, None, None]
+            result[term.source] += spread.expand(-1, -1, -1, k, -1).reshape(-1, vectors.shape[1])
+        return result.to(vectors.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class Embedding(LinearMap):
+    """Coordinates of a few entries as those of a longer vector; the others are zero.
+
+    >>> import torch
+    >>> Embedding(3, torch.tensor([2])).push(torch.ones(1, 1)).ravel().tolist()
+    [0.0, 0.0, 1.0]
+    """
+
+    size: int
+    places: Tensor
+    """Places of the entries, shape `(m,)`."""
+
+    @property
+    def rows(self) -> int:
+        """Length of the longer vector."""
+        return self.size
+
+    @property
+    def columns(self) -> int:
+        """Number of entries."""
+        return self.places.shape[0]
+
+    def push(self, vectors: Tensor) -> Tensor:
+        """Put them in their places."""
+        result = vectors.new_zeros(self.size, vectors.shape[1])
+        result[self.places.to(vectors.device)] = vectors
+        return result
+
+    def pull(self, vectors: Tensor) -> Tensor:
+        """Take them out."""
+        return vectors[self.places.to(vectors.device)]
+
+
+@final
+@dataclass(frozen=True)
+class Composition(LinearMap):
+    """Several maps one after the other, the last one of the list first.
+
+    >>> import torch
+    >>> twice = Diagonal(torch.tensor([2.0, 2.0], dtype=torch.float64))
+    >>> Composition((twice, Embedding(2, torch.tensor([0])))).push(torch.ones(1, 1)).ravel().tolist()
+    [2.0, 0.0]
+    """
+
+    maps: tuple[LinearMap, ...]
+
+    @property
+    def rows(self) -> int:
+        """Of the first of the list."""
+        return self.maps[0].rows
+
+    @property
+    def columns(self) -> int:
+        """Of the last."""
+        return self.maps[-1].columns
+
+    def push(self, vectors: Tensor) -> Tensor:
+        """One after the other."""
+        for part in reversed(self.maps):
+            vectors = part.push(vectors)
+        return vectors
+
+    def pull(self, vectors: Tensor) -> Tensor:
+        """Transposes, the other way round."""
+        for part in self.maps:
+            vectors = part.pull(vectors)
+        return vectors

@@ -72,6 +72,28 @@ class Solver(ABC, Generic[R]):
 
 
 @final
+@dataclass(frozen=True, eq=False)
+class Probe(Solver[Tensor]):
+    """One product with a given vector of shape `(n,)`; returns the product, shape `(n, 1)`.
+
+    >>> from isoflat.core.streams import stream
+    >>> from isoflat.linalg.operator import Dense
+    >>> Probe(torch.tensor([1.0, 2.0]))(Dense(torch.diag(torch.tensor([3.0, 1.0]))), stream(0)).ravel().tolist()
+    [3.0, 2.0]
+    """
+
+    vector: Tensor
+
+    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Tensor]:
+        """Ask once."""
+        return (
+            yield Request(
+                self.vector[:, None].to(device=domain.device, dtype=domain.dtype), status="checking the group"
+            )
+        )
+
+
+@final
 @dataclass(frozen=True)
 class Job:
     """One solver on one pullback of the shared base."""

@@ -6,15 +6,18 @@ from typing import Any
 
 import torch
 
-from isoflat.core.errors import UsageError
+from isoflat.core.errors import DataError, UnsupportedModel, UsageError
 from isoflat.core.record import Point
 from isoflat.core.state import State
+from isoflat.core.streams import stream
 from isoflat.geometry.layerwise import stationarity
 from isoflat.measures.base import Subject
-from isoflat.risk.batches import as_batches
+from isoflat.risk.batches import as_batches, move
 from isoflat.risk.empirical import EmpiricalRisk, Survey
-from isoflat.risk.losses import as_loss
+from isoflat.risk.losses import TargetLoss, as_loss, call, split
 from isoflat.risk.network import Network, Selector
+from isoflat.symmetry.discover import discover, inputs_of
+from isoflat.symmetry.found import Found
 
 _PRECISIONS = {torch.float32, torch.float64}
 
@@ -57,6 +60,77 @@ def subject(
             notes.append(f"weights in {_some(map(str, low))} were measured in {precision}")
     place = torch.device(device) if device is not None else state.device
     return Subject(risk, state.to(dtype=precision, device=place), tuple(notes))
+
+
+def symmetries_of(subject: Subject) -> Found:
+    """The symmetries of a subject's network, found by tracing it on its first batch, and proved there.
+
+    Raises:
+        UnsupportedModel: the network cannot be traced.
+        SymmetryViolated: what was found changes the output.
+    """
+    batch = next(iter(subject.risk.batches), None)
+    if batch is None:
+        raise DataError("the data is empty: the loader gave no batch")
+    module = subject.risk.network.module
+    dtype = next(iter(subject.risk.network.state().parameters.values())).dtype
+    recorder = _Recorder(module)
+    with torch.no_grad():
+        subject.risk.loss(recorder, move(batch, _device(module), dtype))
+    blind = isinstance(subject.risk.loss, TargetLoss) and _ignores_common_score(
+        subject.risk.loss, module, move(batch, _device(module), dtype)
+    )
+    args, kwargs = recorder.two_rows()
+    found = discover(module, args, kwargs, blind)
+    found.verify()
+    return found
+
+
+class _Recorder:
+    """Stands for the model while a loss is evaluated, and keeps what the model was called with."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._call is not None:
+            raise UnsupportedModel(
+                "the loss calls the model several times per batch, so that its symmetries cannot be told from one trace; "
+                "geometry='layerwise' needs none"
+            )
+        self._call = (args, kwargs)
+        return self._module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def two_rows(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's inputs, cut to two rows."""
+        if self._call is None:
+            raise UnsupportedModel("the loss never calls the model: what it measures is not this network's function")
+        args, kwargs = self._call
+        both = inputs_of((*args, *kwargs.values()))[0]
+        return both[: len(args)], dict(zip(kwargs, both[len(args) :], strict=True))
+
+
+def _ignores_common_score(loss: TargetLoss, module: torch.nn.Module, batch: Any) -> bool:
+    """Whether adding a constant to all scores of an example leaves the loss alone, on the real targets."""
+    inputs, target = split(batch)
+    with torch.no_grad():
+        scores = call(module, inputs).double()
+        if scores.ndim < 2 or (target.is_floating_point() and target.shape == scores.shape[:1]):
+            return False
+        target = target.double() if target.is_floating_point() else target
+        shifts = torch.randn(scores.shape[0], 1, *scores.shape[2:], generator=stream(0, "scores"), dtype=torch.float64)
+        shifts = shifts.to(scores.device)
+        before, after = loss.summed(scores, target), loss.summed(scores + shifts, target)
+        size = float(before.abs() + scores.abs().sum())
+    return abs(float(before - after)) <= 1e-12 * size
+
+
+def _device(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def point(state: State, survey: Survey) -> Point:

@@ -14,9 +14,10 @@ from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.core.table import Table
 from isoflat.geometry.base import Geometry
+from isoflat.geometry.canonical import Canonical
 from isoflat.measures.base import Budget, Effort, Measure, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
-from isoflat.measures.prepare import subject
+from isoflat.measures.prepare import subject, symmetries_of
 from isoflat.measures.session import Session
 from isoflat.risk.batches import move
 from isoflat.risk.losses import call, split
@@ -164,7 +165,7 @@ def measure_all(  # noqa: PLR0913
 
         with exactly(target.state.device):
             _verify(target, symmetries or (), seed)
-            return Session(target, effort, plan, label, report).table()
+            return Session(target, effort, _bound(plan, target), label, report).table()
 
 
 def _plan(
@@ -180,6 +181,17 @@ def _plan(
             if not any(entry.label == old.label and geometry == place for old, place in rows):
                 rows.append((entry, geometry))
     return tuple(rows)
+
+
+def _bound(plan: tuple[tuple[Measure, Geometry], ...], target: Subject) -> tuple[tuple[Measure, Geometry], ...]:
+    """The plan with `auto` knowing the network's symmetries."""
+    if not any(isinstance(geometry, Canonical) and geometry.found is None for _, geometry in plan):
+        return plan
+    found = symmetries_of(target)
+    return tuple(
+        (measure, place.on(found) if isinstance(place, Canonical) and place.found is None else place)
+        for measure, place in plan
+    )
 
 
 def _verify(target: Subject, symmetries: Sequence[Symmetry], seed: int) -> None:

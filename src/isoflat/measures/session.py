@@ -11,15 +11,19 @@ from typing import Any, final
 
 import torch
 
+from isoflat.core.errors import SymmetryViolated
 from isoflat.core.estimate import Cost
 from isoflat.core.fingerprint import fingerprint
 from isoflat.core.record import Record
+from isoflat.core.space import norm
+from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.core.table import Table
 from isoflat.curvature.hessian import Hessian
-from isoflat.geometry.base import Geometry
+from isoflat.geometry.base import Chart, Geometry
+from isoflat.linalg.maps import Identity as Identical
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Job, Outcome, together
+from isoflat.linalg.solver import Job, Outcome, Probe, together
 from isoflat.measures.base import Effort, Findings, Measure, Question, Subject
 from isoflat.measures.prepare import point, warnings
 from isoflat.risk.empirical import Survey
@@ -48,26 +52,49 @@ class Session:
     report: Callable[[str], None]
 
     def table(self) -> Table:
-        """Survey, linearise, answer, evaluate."""
+        """Chart, survey, linearise, answer, evaluate."""
         started = time.monotonic()
         state = self.subject.state
-        # Frames come first: a geometry that refuses must do so before the data is read.
-        frames = {geometry: geometry.frame(state) for _, geometry in self.plan}
+        # Charts come first: a geometry that refuses must do so before the data is read.
+        charts = {geometry: geometry.chart(state) for _, geometry in self.plan}
+        places = {id(chart.state): self._place(chart.state) for chart in charts.values()}
+        setup = time.monotonic() - started
+        answers: Answers = {}
+        for key, place in places.items():
+            jobs = self._jobs({g: chart for g, chart in charts.items() if id(chart.state) == key}, place)
+            answers |= dict(zip(jobs, together(place.hessian, list(jobs.values()), self.report), strict=True))
+        scribe = _Scribe(self, charts, places, answers, setup)
+        return Table(tuple(scribe.record(measure, geometry) for measure, geometry in self.plan))
+
+    def _place(self, state: State) -> Place:
+        """Loss, gradient and Hessian at a state."""
         survey = self.subject.risk.survey(state)
         self.report(f"loss {survey.loss:.4g}")
         budget = self.effort.budget.memory
         memory = available_memory(state.device) // 2 if budget is None else budget
-        hessian = Hessian(linearise(self.subject.risk.pinned(survey), state, survey.rows, memory))
-        asked = [(geometry, question) for measure, geometry in self.plan for question in measure.needs(self.effort)]
+        return Place(survey, Hessian(linearise(self.subject.risk.pinned(survey), state, survey.rows, memory)))
+
+    def _jobs(self, charts: dict[Geometry, Chart], place: Place) -> dict[tuple[Geometry, Question], Job]:
+        """Every question in every geometry once, and a check of the products against the group."""
+        asked = [(g, question) for m, g in self.plan if g in charts for question in m.needs(self.effort)]
+        asked += [(g, Question(Probe(c.identity.velocity))) for g, c in charts.items() if c.identity is not None]
         jobs = {}
         for geometry, question in dict.fromkeys(asked):
-            plus = geometry.connection(state, survey.gradient) if question.covariant else None
+            chart = charts[geometry]
+            plus = geometry.connection(chart.state, place.survey.gradient) if question.covariant else None
+            frame = Identical(place.hessian.n) if isinstance(question.solver, Probe) else chart.frame
             random = stream(self.effort.seed, type(question.solver).__name__)
-            jobs[geometry, question] = Job(Pullback(hessian, frames[geometry], plus), question.solver, random)
-        setup = time.monotonic() - started
-        answers = dict(zip(jobs, together(hessian, list(jobs.values()), self.report), strict=True))
-        scribe = _Scribe(self, survey, answers, setup, hessian.linearisation.route)
-        return Table(tuple(scribe.record(measure, geometry) for measure, geometry in self.plan))
+            jobs[geometry, question] = Job(Pullback(place.hessian, frame, plus), question.solver, random)
+        return jobs
+
+
+@final
+@dataclass(frozen=True)
+class Place:
+    """A point with what the data says about it."""
+
+    survey: Survey
+    hessian: Hessian
 
 
 @final
@@ -76,54 +103,100 @@ class _Scribe:
     """Evaluates measures and writes down where each number comes from."""
 
     session: Session
-    survey: Survey
+    charts: dict[Geometry, Chart]
+    places: dict[int, Place]
     answers: Answers
     setup: float
-    route: str
 
     def record(self, measure: Measure, geometry: Geometry) -> Record:
         """One row."""
         subject, effort = self.session.subject, self.session.effort
-        where = point(subject.state, self.survey)
+        chart = self.charts[geometry]
+        place = self.places[id(chart.state)]
+        where = point(subject.state, restricted(place.survey, chart.state, subject.state))
         answers = tuple(self.answers[geometry, question] for question in measure.needs(effort))
         findings = Findings(where, answers, effort, measure.options)
         estimate = measure.evaluate(findings)
         seconds = estimate.cost.seconds + self.setup / len(self.session.plan)
         cost = Cost(
             products=estimate.cost.products,
-            gradient_passes=seconds / self.survey.seconds,
+            gradient_passes=seconds / place.survey.seconds,
             seconds=seconds,
             peak_memory=peak_memory(subject.state.device),
         )
-        ratio = None
-        if measure.curvature is not None and geometry.name != "euclidean" and (size := measure.curvature(findings)):
-            ratio = where.stationarity / size
+        size = None if measure.curvature is None else measure.curvature(findings)
+        ratio = self._stationarity(geometry) / size if size and geometry.name != "euclidean" else None
+        notes = [*self._notes(geometry, ratio, place), *self._checked(geometry, size)]
         return Record(
             measure=measure.label,
             geometry=geometry.name,
-            group=geometry.group,
-            group_hash=geometry.group_hash(subject.state),
-            estimate=replace(estimate, cost=cost).with_notes(*self._notes(geometry, ratio)),
+            group=chart.group,
+            group_hash=chart.group_hash,
+            estimate=replace(estimate, cost=cost).with_notes(*notes),
             point=where,
             stationarity_ratio=ratio,
             label=self.session.label,
-            settings=self._settings(),
+            settings=self._settings(place),
             versions=_versions(measure, geometry),
             model_hash=subject.state.fingerprint(),
-            data_hash=fingerprint(*self.survey.digests),
+            data_hash=fingerprint(*place.survey.digests),
         )
 
-    def _notes(self, geometry: Geometry, ratio: float | None) -> list[str]:
-        state = self.session.subject.state
-        notes = [*self.session.subject.notes, *warnings(point(state, self.survey), self.survey)]
-        if unseen := geometry.degenerate(state):
-            notes.append(f"all zero, invisible to the {geometry.name} metric: {', '.join(unseen)}")
+    def _stationarity(self, geometry: Geometry) -> float:
+        """`max_i ‖W_i‖ ‖∇_i L‖` in the geometry's units: the largest block of `Eᵀ∇L`."""
+        chart = self.charts[geometry]
+        slope = chart.frame.pull(self.places[id(chart.state)].survey.gradient[:, None])[:, 0]
+        return float(self.session.subject.state.space.block_norms(slope).max())
+
+    def _checked(self, geometry: Geometry, size: float | None) -> list[str]:
+        """The generator's identities `⟨∇L, Xθ⟩ = 0` and `H Xθ = −Xᵀ∇L`, relative to the curvature along Xθ.
+
+        Raises:
+            SymmetryViolated: they do not hold.
+        """
+        chart = self.charts[geometry]
+        identity = chart.identity
+        if identity is None:
+            return []
+        answer = next(
+            self.answers[g, question]
+            for g, question in self.answers
+            if g == geometry and isinstance(question.solver, Probe)
+        )
+        place = self.places[id(chart.state)]
+        moved = (identity.rates * place.survey.gradient)[:, None]
+        image, turned = (chart.frame.pull(part)[:, 0] for part in (answer.result, moved))
+        length = norm(identity.coordinates)
+        slope = norm(chart.frame.pull(place.survey.gradient[:, None])[:, 0])
+        scale = max(norm(image), norm(turned), (size or 0.0) * length)
+        defect = norm(image + turned) / scale if scale else 0.0
+        along = abs(float(place.survey.gradient @ identity.velocity))
+        first = along / (slope * length) if slope * length else 0.0
+        worst = max(defect, first)
+        allowed = 30 * torch.finfo(chart.state.dtype).eps ** 0.5
+        if worst > allowed:
+            raise SymmetryViolated(
+                f"a generator of the group that was found should satisfy ⟨∇L, Xθ⟩ = 0 and H Xθ = −Xᵀ∇L, but is off by "
+                f"{worst:.1e} (allowed: {allowed:.1e}): the loss depends on more than the network's output, or its "
+                "products are wrong. isoflat doctor checks both"
+            )
+        return [f"generator identities hold to {worst:.0e}"]
+
+    def _notes(self, geometry: Geometry, ratio: float | None, place: Place) -> list[str]:
+        state, chart = self.session.subject.state, self.charts[geometry]
+        notes = [
+            *self.session.subject.notes,
+            *warnings(point(state, restricted(place.survey, chart.state, state)), place.survey),
+        ]
+        if chart.unseen:
+            notes.append(f"invisible to the {geometry.name} metric: {', '.join(chart.unseen)}")
+        notes += chart.notes
         if ratio is not None and ratio > 0.01:
             kind = "a local curvature, no minimum's" if ratio > 1 else "not quite a minimum's"
             notes.append(f"b/value = {ratio:.2g}: {kind} (b bounds the difference to the covariant Hessian)")
         return notes
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, place: Place) -> dict[str, Any]:
         effort, state = self.session.effort, self.session.subject.state
         return {
             "rtol": effort.rtol,
@@ -133,9 +206,17 @@ class _Scribe:
             "max_products": effort.budget.products,
             "dtype": str(state.dtype).removeprefix("torch."),
             "device": str(state.device),
-            "route": self.route,
+            "route": place.hessian.linearisation.route,
             "threads": torch.get_num_threads(),
         }
+
+
+def restricted(survey: Survey, place: State, state: State) -> Survey:
+    """A survey whose gradient is that of the state's own trainable tensors."""
+    if place.parameters.keys() == state.parameters.keys():
+        return survey
+    parts = place.space.unflatten(survey.gradient)
+    return replace(survey, gradient=torch.cat([parts[name].reshape(-1) for name in state.parameters]))
 
 
 def _versions(measure: Measure, geometry: Geometry) -> dict[str, str]:

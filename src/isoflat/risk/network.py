@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
-from isoflat.core.state import State
+from isoflat.core.state import State, everywhere
 
 Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | None
 
@@ -41,8 +41,8 @@ class Network:
 
     def __call__(self, state: State, use: Callable[[nn.Module], Any]) -> Any:
         """What `use(model)` returns when the model's tensors are those of the state."""
-        tensors = {f"model.{name}": tensor for name, tensor in state.tensors.items()}
-        return torch.func.functional_call(_Use(self.module, use), tensors, ())
+        tensors = {f"model.{name}": tensor for name, tensor in everywhere(self.module, state.tensors).items()}
+        return torch.func.functional_call(_Use(self.module, use), tensors, (), tie_weights=False)
 
     def state(self, params: Selector = None) -> State:
         """The module's tensors; those that require gradients and match `params` are trainable.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import final
 
 import torch
 from torch import Tensor
@@ -38,8 +39,24 @@ class Symmetry(ABC):
         """The state moved along the orbit; new tensors."""
 
     @abstractmethod
+    def velocity(self, state: State, rates: Tensor) -> dict[str, Tensor]:
+        """Velocity of every tensor that moves, when the group's coordinates move at these rates; float64."""
+
+    @final
     def generators(self, state: State) -> Tensor:
-        """Vertical directions at a state, shape `(n, dimension)`, float64."""
+        """Vertical directions of the trainable tensors at a state, shape `(n, dimension)`, float64."""
+        columns = []
+        for rates in torch.eye(self.dimension, dtype=torch.float64):
+            moving = self.velocity(state, rates)
+            columns.append(
+                torch.cat(
+                    [
+                        moving.get(name, torch.zeros_like(tensor)).double().reshape(-1)
+                        for name, tensor in state.parameters.items()
+                    ]
+                )
+            )
+        return torch.stack(columns, dim=1)
 
 
 def verify(

@@ -98,19 +98,10 @@ class LayerScale(Symmetry):
             {name: state.tensors[name] * float(factor) for name, factor in self._factors(element) if factor != 1}
         )
 
-    def generators(self, state: State) -> Tensor:
-        """`δW_l = c_l W_l`, `δb_l = (c_1 + … + c_l) b_l` for c = e_j − e_{j+1}, restricted to the trainable tensors."""
-        columns = []
-        for j in range(self.dimension):
-            rates = torch.zeros(len(self.weights), dtype=torch.float64)
-            rates[j], rates[j + 1] = 1.0, -1.0
-            moving = dict(self._rates(rates))
-            parts = [
-                tensor.detach().double().reshape(-1) * moving.get(name, 0.0)
-                for name, tensor in state.parameters.items()
-            ]
-            columns.append(torch.cat(parts))
-        return torch.stack(columns, dim=1)
+    def velocity(self, state: State, rates: Tensor) -> dict[str, Tensor]:
+        """`δW_l = c_l W_l`, `δb_l = (c_1 + … + c_l) b_l` for `c = Σ_j rates_j (e_j − e_{j+1})`."""
+        own = torch.cat([rates, rates.new_zeros(1)]) - torch.cat([rates.new_zeros(1), rates])
+        return {name: state.tensors[name].detach().double() * rate for name, rate in self._rates(own) if rate}
 
     def _factors(self, element: Tensor) -> Sequence[tuple[str, float]]:
         return self._pairs(element.tolist(), torch.cumprod(element, 0).tolist())

@@ -1,0 +1,275 @@
+"""Find a network's continuous symmetries by tracing it: units inference over the operations."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from isoflat.core.errors import UsageError
+from isoflat.symmetry.found import Found, assemble
+from isoflat.symmetry.graph import Graph, trace
+from isoflat.symmetry.ledger import Ledger, Mean
+from isoflat.symmetry.relations import Form
+from isoflat.symmetry.rules import Rule, rules
+from isoflat.symmetry.rules.elementwise import nonlinear
+from isoflat.symmetry.values import Activation, Known, Stored, Value
+
+
+def symmetries(
+    model: nn.Module,
+    example: Any,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    further_rules: Mapping[str, Rule] | None = None,
+    verify: bool = True,
+) -> Found:
+    """The continuous reparametrisations of a network that keep its function, found by tracing it and proved on it.
+
+    The network is traced as it evaluates (`eval`), once, on the example; claims hold for inputs of its shape, and any
+    number of rows. Operations without a rule fix what they touch, so that unknown code can only make the group smaller.
+
+    Args:
+        model: any module that `torch.export` can trace; it is not changed.
+        example: an input with two rows or more, a tuple of positional inputs, or a mapping of keyword inputs.
+        loss: of output and class targets; given, and found to ignore a constant added to all scores of an example
+            (softmax cross-entropy), that direction of the head is a symmetry too.
+        further_rules: rules beside those of the package, by the full overload name of the operation
+            (`"mylib.op.default"`); see `symmetry.rules`.
+        verify: apply random elements to the network in float64 before anything is returned.
+
+    Raises:
+        UnsupportedModel: the network cannot be traced.
+        SymmetryViolated: a symmetry that was found changes the output: a wrong rule.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> found = symmetries(net, torch.randn(5, 4))
+    >>> found.scaling.dimension
+    3
+    """
+    args, kwargs = inputs_of(example)
+    blind = loss is not None and ignores_common_score(model, args, kwargs, loss)
+    found = discover(model, args, kwargs, blind, further_rules)
+    if verify:
+        found.verify()
+    return found
+
+
+def discover(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    blind: bool = False,
+    further: Mapping[str, Rule] | None = None,
+) -> Found:
+    """Trace, walk, solve; nothing is proved yet.
+
+    Args:
+        model: any module that `torch.export` can trace.
+        args: positional inputs with two rows or more.
+        kwargs: keyword inputs.
+        blind: whether the loss ignores a constant added to all scores of an example.
+        further: rules beside those of the package.
+
+    Raises:
+        UnsupportedModel: the network cannot be traced.
+    """
+    known = {**rules(), **(further or {})}
+    graph = trace(model, args, kwargs, known.__contains__)
+    ledger = walk(graph, known, blind)
+    return assemble(model, args, kwargs, ledger, means(graph, blind), exact_forms(ledger), blind)
+
+
+def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs with two rows: claims do not depend on their number, but one row hides too much.
+
+    Raises:
+        UsageError: there is no tensor with rows.
+    """
+    named = dict(example) if isinstance(example, Mapping) else {}
+    placed = () if isinstance(example, Mapping) else example if isinstance(example, tuple) else (example,)
+    counts = [len(value) for value in (*placed, *named.values()) if isinstance(value, Tensor) and value.ndim]
+    if not counts or counts[0] == 0:
+        raise UsageError(f"expected an input with rows as the example, got {type(example).__name__}")
+
+    def two(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim or len(value) != counts[0]:
+            return value
+        return torch.cat([value, value]).detach() if counts[0] == 1 else value.detach()[:2]
+
+    return tuple(map(two, placed)), {key: two(value) for key, value in named.items()}
+
+
+def walk(graph: Graph, known: Mapping[str, Rule], blind: bool) -> Ledger:
+    """Go through the operations in order and write down what they relate.
+
+    Args:
+        graph: of the network.
+        known: rules by overload name.
+        blind: whether the loss ignores a constant added to all scores of an example.
+    """
+    first = {id(module): path for path, module in graph.module.named_modules()}
+
+    def epsilon_of(node: Node, value: float) -> str | None:
+        """One path for a module that has several."""
+        try:
+            path, dot, name = (graph.epsilon_of(node, value) or "").rpartition(".")
+        except AttributeError:  # not the path of a module: a slice of a list, called in a loop
+            return None
+        return f"{first[id(graph.module.get_submodule(path))]}{dot}{name}" if name else None
+
+    ledger = Ledger(where=graph.where, epsilon_of=epsilon_of)
+    values: dict[Node, Value] = dict(graph.inputs)
+    for node in graph.nodes:
+        if node.op == "get_attr":  # a branch of a control-flow operation
+            values[node] = Known(None)
+        elif node.op == "call_function":
+            values[node] = _step(ledger, node, known, values)
+    for node in graph.outputs:
+        value = values[node]
+        ledger.scales.pin(ledger.activation(value, "output").scale, "output")
+        shift = ledger.activation(value, "output").shift
+        if blind and len(graph.outputs) == 1 and shift.ndim > 1:
+            ledger.shifts.along(shift, *(axis for axis in range(shift.ndim) if axis != 1))
+        else:
+            ledger.shifts.pin(shift, "output")
+        if isinstance(value, Stored):
+            ledger.rigid[value.name] = "output"
+    ledger.settle()
+    return ledger
+
+
+def means(graph: Graph, blind: bool) -> tuple[Mean, ...]:
+    """Weights and tables to whose output a common constant may be added, because every reader subtracts the mean."""
+    stored = {node: value.name for node, value in graph.inputs.items() if isinstance(value, Stored)}
+    readers: dict[str, list[Node]] = {}
+    for node, name in stored.items():
+        readers.setdefault(name, []).extend(node.users)
+    memo: dict[Node, bool] = {}
+    found = []
+    for name, nodes in readers.items():
+        kinds = {str(node.target) for node in nodes}
+        if kinds == {"aten.linear.default"}:
+            weights = all(node.args[1] in stored and stored[node.args[1]] == name for node in nodes)  # pyrefly: ignore
+            if weights and all(_subtracted(graph, node, blind, memo) for node in nodes):
+                found.append(Mean(name, 0))
+        elif kinds == {"aten.embedding.default"}:
+            unpadded = all(len(node.args) < 3 or node.args[2] == -1 for node in nodes)
+            if unpadded and all(_subtracted(graph, node, blind, memo) for node in nodes):
+                found.append(Mean(name, 1))
+    return tuple(found)
+
+
+def exact_forms(ledger: Ledger) -> tuple[Form, ...]:
+    """What must vanish for a rescaling to be exact though normalisations have an epsilon.
+
+    An epsilon that a module holds moves with its factor; several factors behind one epsilon must be equal, and one that
+    nothing holds cannot move at all.
+    """
+    forms: list[Form] = []
+    held: dict[str, int] = {}
+    for norm in ledger.norms:
+        for factor in norm.factors:
+            if norm.epsilon == 0:
+                continue
+            if norm.constant is None:
+                forms.append({factor: Fraction(1)})
+            elif held.setdefault(norm.constant, factor) != factor:
+                forms.append({factor: Fraction(1), held[norm.constant]: Fraction(-1)})
+    return tuple(forms)
+
+
+def ignores_common_score(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Tensor, Tensor], Tensor]
+) -> bool:
+    """Whether a loss of scores and classes is the same when a constant is added to all scores of each example."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        scores = model(*args, **kwargs)
+        scores = getattr(scores, "logits", scores)
+        if not isinstance(scores, Tensor) or scores.ndim < 2 or not scores.is_floating_point():
+            return False
+        scores = scores.double()
+        targets = torch.randint(scores.shape[1], (scores.shape[0], *scores.shape[2:]), device=scores.device)
+        shifts = torch.randn(scores.shape[0], 1, *scores.shape[2:], dtype=torch.float64).to(scores.device)
+        try:
+            before, after = loss(scores, targets), loss(scores + shifts, targets)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False  # no loss of scores and class indices
+    scale = float(before.abs().max() + scores.abs().max())
+    return bool((before - after).abs().max() <= 1e-12 * scale)
+
+
+def _step(ledger: Ledger, node: Node, known: Mapping[str, Rule], values: Mapping[Node, Value]) -> Value:
+    """The value of one operation."""
+    args, kwargs = (_filled(part, values) for part in (node.args, node.kwargs))
+    name = str(node.target)
+    if node.target is operator.getitem:  # taking one of several results
+        return args[0][args[1]] if not isinstance(args[0], Known) else Known(args[0].value[args[1]])
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return nonlinear(ledger, node, *args, **kwargs)  # control flow
+    if not _any_unknown((args, list(kwargs.values()))) and torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return Known(node.target(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()}))
+    rule = known.get(name, nonlinear)
+    return rule(ledger, node, *args, **kwargs)
+
+
+def _filled(part: Any, values: Mapping[Node, Value]) -> Any:
+    if isinstance(part, Node):
+        return values[part]
+    if isinstance(part, list | tuple):
+        return [_filled(item, values) for item in part]
+    if isinstance(part, dict):
+        return {key: _filled(item, values) for key, item in part.items()}
+    return part
+
+
+def _any_unknown(part: Any) -> bool:
+    if isinstance(part, list | tuple):
+        return any(map(_any_unknown, part))
+    return isinstance(part, Activation | Stored)
+
+
+def _plain(part: Any) -> Any:
+    if isinstance(part, list | tuple):
+        return [_plain(item) for item in part]
+    return part.value if isinstance(part, Known) else part
+
+
+_PASSES = {
+    "aten.clone.default", "aten.dropout.default", "aten.alias.default", "aten.contiguous.default",
+    "aten.detach.default", "aten.neg.default",
+}  # fmt: skip
+
+
+def _subtracted(graph: Graph, node: Node, blind: bool, memo: dict[Node, bool]) -> bool:
+    """Whether everything that reads this node subtracts the mean over its last axis, or loses it in the loss."""
+    if node not in memo:
+        memo[node] = bool(node.users) and all(_subtracts(graph, user, node, blind, memo) for user in node.users)
+    return memo[node]
+
+
+def _subtracts(graph: Graph, user: Node, node: Node, blind: bool, memo: dict[Node, bool]) -> bool:
+    shape = node.meta["val"].shape
+    name = str(user.target)
+    if user.op == "output":
+        # Over two axes the scores of an example are the last one.
+        return blind and graph.outputs == (node,) and len(shape) == 2
+    if name in ("aten.layer_norm.default", "aten.native_layer_norm.default"):
+        return user.args[0] is node and list(user.args[1]) == [shape[-1]]  # pyrefly: ignore
+    if name in _PASSES:
+        return _subtracted(graph, user, blind, memo)
+    if name == "aten.add.Tensor":
+        whole = user.meta["val"].shape[-1] == shape[-1] and not user.kwargs
+        return whole and _subtracted(graph, user, blind, memo)
+    if name in ("aten.view.default", "aten.reshape.default"):
+        return user.meta["val"].shape[-1] == shape[-1] and _subtracted(graph, user, blind, memo)
+    if name == "aten.select.int":
+        inner = int(user.args[1]) % len(shape) != len(shape) - 1  # pyrefly: ignore
+        return inner and _subtracted(graph, user, blind, memo)
+    return False

@@ -1,0 +1,379 @@
+"""What tracing has found: groups that can be applied, proved and read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, final
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+
+from isoflat.core.errors import SymmetryViolated
+from isoflat.core.fingerprint import fingerprint
+from isoflat.core.state import State, everywhere
+from isoflat.core.streams import stream
+from isoflat.symmetry.base import Symmetry
+from isoflat.symmetry.graph import skeleton
+from isoflat.symmetry.ledger import Ledger, Mean
+from isoflat.symmetry.relations import Form, Solution
+from isoflat.symmetry.translation import Centre, CommonVector, Offset, Translation, common
+from isoflat.symmetry.units import UnitScaling, exponents
+
+VERSION = 1
+"""Version of the rules; raised whenever another group may be found for some network."""
+
+TOLERANCE = 1e-9
+"""Relative change of outputs in float64 up to which a symmetry counts as proved."""
+
+
+@final
+@dataclass(frozen=True)
+class Line:
+    """One line of the report: how many dimensions act on which tensors, or what does not move and why.
+
+    Attributes:
+        kind: "scale", "scale divided out", "shift", "common vector", or "not claimed".
+        dimension: how many.
+        tensors: names, each with the axis that is meant.
+        reasons: for what is not claimed: operations that fix it.
+    """
+
+    kind: str
+    dimension: int
+    tensors: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The continuous symmetries of one network.
+
+    Attributes:
+        model: the network.
+        args: positional inputs that it was traced on, two rows.
+        kwargs: keyword inputs.
+        ledger: unknowns and relations.
+        solution: of the scales, normalisations' epsilons disregarded.
+        exact: forms that must vanish where epsilons stay or move with the only module that holds them.
+        translation: shifts of constants.
+        common: common vectors that every reader subtracts.
+        blind: whether the loss ignores a constant added to all scores of an example.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    ledger: Ledger
+    solution: Solution
+    exact: tuple[Form, ...]
+    translation: Translation
+    common: CommonVector
+    blind: bool
+
+    @cached_property
+    def free(self) -> UnitScaling:
+        """Scalings that keep the function where epsilons are zero."""
+        return scaling(self.ledger, self.solution)
+
+    @cached_property
+    def scaling(self) -> UnitScaling:
+        """Scalings that keep the function exactly, epsilons moved where modules hold them."""
+        if not self.exact:
+            return self.free
+        return scaling(self.ledger, effective(self.ledger, self.ledger.scales.solve(self.exact)))
+
+    @property
+    def fixed(self) -> tuple[Form, ...]:
+        """Forms that must vanish for a rescaling to be exact with every epsilon as it is."""
+        return tuple({u: Fraction(1)} for norm in self.ledger.norms if norm.epsilon for u in norm.factors)
+
+    @property
+    def symmetries(self) -> tuple[Symmetry, ...]:
+        """The exact groups in the order in which they are applied."""
+        return (self.common, self.translation, self.scaling)
+
+    @property
+    def dimension(self) -> int:
+        """Of all exact groups together."""
+        return sum(symmetry.dimension for symmetry in self.symmetries)
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of the group as it acts on this network's tensors, and of the rules that found it."""
+        parts: list[str | bytes] = [str(VERSION), str(self.blind)]
+        for entry in self.free.tensors:
+            parts.append(repr((entry.name, entry.view, entry.sign)))
+            parts += [*_bytes(entry.first), *_bytes(entry.second)]
+        for offset in self.translation.offsets:
+            parts += [offset.entry.name, *_bytes(offset.own)]
+        parts += [repr(self.common.means)]
+        return fingerprint(*parts)
+
+    def state(self, model: nn.Module | None = None) -> State:
+        """All tensors of a network, and the epsilons that its modules hold."""
+        module = self.model if model is None else model
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+        trainable = {name: t for name, t in parameters.items() if module.get_parameter(name).requires_grad}
+        frozen = {name: t for name, t in parameters.items() if name not in trainable}
+        buffers = {name: b.detach() for name, b in module.named_buffers()}
+        return State(trainable, frozen, buffers, self.constants(module))
+
+    def constants(self, model: nn.Module) -> dict[str, float]:
+        """Epsilons that modules hold, by dotted path."""
+        paths = dict.fromkeys(norm.constant for norm in self.ledger.norms if norm.constant is not None)
+        return {path: float(getattr(*_holder(model, path))) for path in paths}
+
+    def element(self, random: torch.Generator, spread: float) -> tuple[Tensor, ...]:
+        """A random element of each exact group; shifts have a tenth of the spread, because they are no logarithms."""
+        widths = (0.1 * spread, 0.1 * spread, spread)
+        return tuple(s.sample(random, width) for s, width in zip(self.symmetries, widths, strict=True))
+
+    def act(self, state: State, element: Iterable[Tensor]) -> State:
+        """Apply an element of each exact group."""
+        for symmetry, part in zip(self.symmetries, element, strict=True):
+            state = symmetry.act(state, part)
+        return state
+
+    def output(
+        self, state: State, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """The network's output at a state, epsilons included, as one flat float64 vector.
+
+        If the loss ignores a constant added to all scores of an example, so does this.
+        """
+        shadow = self._shadow
+        for path, value in state.constants.items():
+            holder, name = _holder(shadow, path)
+            setattr(holder, name, value)
+        dtype = state.dtype
+        inputs = [_cast(value, dtype) for value in (self.args if args is None else args)]
+        named = {key: _cast(value, dtype) for key, value in (self.kwargs if kwargs is None else kwargs).items()}
+        with torch.no_grad():
+            swapped = everywhere(shadow, state.tensors)
+            result = torch.func.functional_call(shadow, swapped, tuple(inputs), named, tie_weights=False)
+        tensors = [t.double() for t in _tensors(result) if t.is_floating_point()]
+        if self.blind and len(tensors) == 1 and tensors[0].ndim > 1:
+            tensors = [tensors[0] - tensors[0].mean(1, keepdim=True)]
+        return torch.cat([t.reshape(-1) for t in tensors])
+
+    def verify(self, example: Any = None, *, spread: float = 3.0, samples: int = 3, seed: int = 0) -> float:
+        """Apply random group elements to the real network in float64 and compare outputs.
+
+        Args:
+            example: inputs; default those it was traced on.
+            spread: standard deviation of the logarithms of the factors.
+            samples: how many elements to try.
+            seed: of the elements.
+
+        Returns:
+            The largest relative change seen, at rounding level.
+
+        Raises:
+            SymmetryViolated: an output changed by more than 1e-9 of the largest.
+        """
+        args, kwargs = (self.args, self.kwargs) if example is None else _split(example)
+        precise = self.state().to(dtype=torch.float64)
+        worst = 0.0
+        for group in ("exact", "without epsilon"):
+            start, act = precise, self.act
+            if group == "without epsilon":
+                if not self.exact and not self.ledger.norms:
+                    continue
+                start = replace(precise, constants=dict.fromkeys(precise.constants, 0.0))
+                act = lambda state, element: self.free.act(state, element[-1])  # noqa: E731
+                if any(norm.constant is None and norm.epsilon for norm in self.ledger.norms):
+                    continue
+            before = self.output(start, args, kwargs)
+            if not bool(torch.isfinite(before).all()):
+                continue  # without epsilon a constant input divides zero by zero
+            size = float(before.abs().max())
+            for attempt in range(samples):
+                random = stream(seed, "verify", group, attempt)
+                element = self.element(random, spread)
+                if group == "without epsilon":
+                    element = (self.free.sample(random, spread),)
+                change = float((self.output(act(start, element), args, kwargs) - before).abs().max())
+                worst = max(worst, change / size if size else change)
+                if not worst <= TOLERANCE:
+                    raise SymmetryViolated(
+                        f"the symmetries found ({group}) change the network's output by {worst:.2e} of its size "
+                        f"(allowed: {TOLERANCE:g}). A rule for one of its operations is wrong, or its forward pass "
+                        "depends on the values of its weights; declare less, and please report it"
+                    )
+        return worst
+
+    @cached_property
+    def report(self) -> tuple[Line, ...]:
+        """Groups of one kind with their dimensions and tensors, then what is not claimed and why."""
+        return (*_scales(self), *_shifts(self.translation), *_commons(self.common), *_unclaimed(self))
+
+    @cached_property
+    def _shadow(self) -> nn.Module:
+        return skeleton(self.model)
+
+    def __str__(self) -> str:
+        """The report as text."""
+        lines = []
+        for line in self.report:
+            why = f" — {'; '.join(line.reasons)}" if line.reasons else ""
+            lines.append(f"{line.dimension:>7} {line.kind}: {', '.join(line.tensors)}{why}")
+        return "\n".join(lines)
+
+
+def assemble(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    ledger: Ledger,
+    means: tuple[Mean, ...],
+    exact: tuple[Form, ...],
+    blind: bool,
+) -> Found:
+    """Solve the relations and put the groups together."""
+    shapes = {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return Found(
+        model,
+        args,
+        kwargs,
+        ledger,
+        effective(ledger, ledger.scales.solve()),
+        exact,
+        translation(ledger),
+        common(means, shapes),
+        blind,
+    )
+
+
+def scaling(ledger: Ledger, solution: Solution) -> UnitScaling:
+    """The group of scalings for a solution of the relations."""
+    tensors = tuple(exponents(entry, solution) for entry in ledger.fields.values())
+    runnings = tuple((running, solution.rows(running.deviation)) for running in ledger.runnings.values())
+    norms = tuple((norm, solution.rows(torch.tensor(norm.factors, dtype=torch.int64))) for norm in ledger.norms)
+    return UnitScaling(tuple(e for e in tensors if not e.still()), runnings, norms, solution.dimension)
+
+
+def effective(ledger: Ledger, solution: Solution) -> Solution:
+    """Without the coordinates that move no stored tensor."""
+    matrices = [solution.rows(part) for entry in ledger.fields.values() for part in (entry.first, entry.second)]
+    matrices += [solution.rows(running.deviation) for running in ledger.runnings.values()]
+    used = np.zeros(solution.dimension, dtype=bool)
+    for matrix in matrices:
+        used[np.unique(matrix.indices)] = True
+    return solution.restricted(used)
+
+
+def translation(ledger: Ledger, zero: tuple[Form, ...] = ()) -> Translation:
+    """The group of shifts."""
+    solution = ledger.shifts.solve(zero)
+    ids: list[Tensor] = []
+    for entry in ledger.additives.values():
+        ids.append(entry.shift)
+        if entry.absorbed is not None:
+            ids.append(entry.absorbed.shift)
+    for running in ledger.runnings.values():
+        ids += [running.entering, running.moved]
+    used = np.zeros(solution.dimension, dtype=bool)
+    for part in ids:
+        used[np.unique(solution.rows(part).indices)] = True
+    solution = solution.restricted(used)
+    offsets = tuple(
+        Offset(
+            entry, solution.rows(entry.shift), None if entry.absorbed is None else solution.rows(entry.absorbed.shift)
+        )
+        for entry in ledger.additives.values()
+    )
+    centres = tuple(Centre(r, solution.rows(r.entering), solution.rows(r.moved)) for r in ledger.runnings.values())
+    return Translation(tuple(o for o in offsets if not o.still()), centres, solution.dimension)
+
+
+def _scales(found: Found) -> Iterator[Line]:
+    group = found.free
+    touched: list[list[str]] = [[] for _ in range(group.size)]
+    for entry in group.tensors:
+        flat = entry.view[1] == 1 or entry.view[2] == 1
+        for matrix, word in ((entry.first, "" if flat else " rows"), (entry.second, "" if flat else " columns")):
+            for j in np.unique(matrix.indices):
+                touched[j].append(f"{entry.name}{word}")
+    for running, rows in group.runnings:
+        for j in np.unique(rows.indices):
+            touched[j].append(running.variance)
+    divided = np.zeros(group.size, dtype=bool)
+    for _, rows in group.norms:
+        divided[np.unique(rows.indices)] = True
+    counts = Counter((bool(divided[j]), tuple(dict.fromkeys(names))) for j, names in enumerate(touched))
+    for (scale_free, names), count in counts.items():
+        yield Line("scale divided out" if scale_free else "scale", count, names)
+
+
+def _shifts(group: Translation) -> Iterator[Line]:
+    touched: list[list[str]] = [[] for _ in range(group.size)]
+    for offset in group.offsets:
+        matrices = [offset.own] if offset.entering is None else [offset.own, offset.entering]
+        for j in np.unique(np.concatenate([matrix.indices for matrix in matrices])):
+            touched[j].append(offset.entry.name)
+    for centre in group.centres:
+        for j in np.unique(np.concatenate([centre.entering.indices, centre.moved.indices])):
+            touched[j].append(centre.running.mean)
+        for j in np.unique(centre.moved.indices):
+            touched[j].append(str(centre.running.offset))
+    for names, count in Counter(tuple(dict.fromkeys(names)) for names in touched).items():
+        yield Line("shift", count, names)
+
+
+def _commons(group: CommonVector) -> Iterator[Line]:
+    for mean, length in zip(group.means, group.lengths, strict=True):
+        yield Line("common vector", length, (mean.name,))
+
+
+def _unclaimed(found: Found) -> Iterator[Line]:
+    """Units of stored tensors whose scale is fixed, with what fixes them; outputs and inputs are no reason to list."""
+    ledger = found.ledger
+    gathered: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+    for entry in ledger.fields.values():
+        flat = entry.view[1] == 1 or entry.view[2] == 1
+        for ids, word in ((entry.first, "" if flat else " rows"), (entry.second, "" if flat else " columns")):
+            rows = found.solution.rows(ids)
+            fixed = ids.reshape(-1)[torch.from_numpy(np.diff(rows.indptr) == 0)]
+            reasons = tuple(r for r in ledger.scales.reasons(fixed) if r != "output") if fixed.numel() else ()
+            if reasons:
+                gathered.setdefault(reasons, []).append((f"{entry.name}{word}", fixed.numel()))
+    for reasons, parts in gathered.items():
+        yield Line("not claimed", sum(count for _, count in parts), tuple(name for name, _ in parts), reasons)
+
+
+def _bytes(matrix: sparse.csr_matrix) -> tuple[bytes, ...]:
+    matrix.sort_indices()
+    return matrix.indptr.tobytes(), matrix.indices.tobytes(), matrix.data.tobytes()
+
+
+def _holder(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    place, _, name = path.rpartition(".")
+    return module.get_submodule(place), name
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _split(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), example
+    return (example if isinstance(example, tuple) else (example,)), {}

@@ -1,0 +1,206 @@
+"""Shifts of constants: what a bias gives, its readers take back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from isoflat.core.state import State
+from isoflat.symmetry.base import Symmetry
+from isoflat.symmetry.ledger import Absorbed, Additive, Mean, Running
+
+
+@final
+@dataclass(frozen=True)
+class Offset:
+    """An additive tensor with its shifts solved for.
+
+    Attributes:
+        entry: the tensor.
+        own: sparse `(units, m)`: what is added, as a function of the group's coordinates τ.
+        entering: sparse `(g · j, m)`: constants that its factor would multiply; None where it absorbs nothing.
+    """
+
+    entry: Additive
+    own: sparse.csr_matrix
+    entering: sparse.csr_matrix | None
+
+    def still(self) -> bool:
+        """Whether no element moves the tensor."""
+        return self.own.nnz == 0 and (self.entering is None or self.entering.nnz == 0)
+
+
+@final
+@dataclass(frozen=True)
+class Centre:
+    """A batch normalisation with its shifts solved for: of its input, and out of its mean into its offset."""
+
+    running: Running
+    entering: sparse.csr_matrix
+    moved: sparse.csr_matrix
+
+
+@final
+@dataclass(frozen=True)
+class Translation(Symmetry):
+    """Constants moved between biases, offsets, tables and running means. An element is the vector τ; they add up.
+
+    Attributes:
+        offsets: additive tensors.
+        centres: batch normalisations.
+        size: dimension m.
+    """
+
+    offsets: tuple[Offset, ...]
+    centres: tuple[Centre, ...]
+    size: int
+
+    @property
+    def touches(self) -> frozenset[str]:
+        """Tensors that some element moves."""
+        means = {centre.running.mean for centre in self.centres if centre.entering.nnz or centre.moved.nnz}
+        return frozenset(offset.entry.name for offset in self.offsets) | means
+
+    @property
+    def dimension(self) -> int:
+        """M."""
+        return self.size
+
+    def sample(self, stream: torch.Generator, spread: float = 1.0) -> Tensor:
+        """Normal shifts, in the unit of the activations."""
+        return torch.randn(self.size, generator=stream, dtype=torch.float64) * spread
+
+    def act(self, state: State, element: Tensor) -> State:
+        """Add; new tensors."""
+        return state.replace(
+            {
+                name: (state.tensors[name].double() + delta).to(state.tensors[name].dtype)
+                for name, delta in self.velocity(state, element).items()
+            }
+        )
+
+    def velocity(self, state: State, rates: Tensor) -> dict[str, Tensor]:
+        """What is added to each tensor."""
+        moving: dict[str, Tensor] = {}
+        for offset in self.offsets:
+            tensor = state.tensors[offset.entry.name]
+            delta = given(offset, rates)
+            if offset.entering is not None and offset.entering.nnz and offset.entry.absorbed is not None:
+                delta = delta - absorbed(offset.entry.absorbed, state, entering(offset, rates))
+            moving[offset.entry.name] = spread_out(delta.to(tensor.device), offset.entry, tensor.shape)
+        for centre in self.centres:
+            running = centre.running
+            moved = _values(centre.moved, rates)
+            mean = state.tensors[running.mean]
+            moving[running.mean] = (_values(centre.entering, rates) - moved).to(mean.device)
+            if running.gain is not None and running.offset is not None:
+                gain = state.tensors[running.gain].double()
+                taken = gain * moved.to(gain.device) / deviation(running, state)
+                before = moving.get(running.offset, torch.zeros_like(taken))
+                moving[running.offset] = before - taken
+        return moving
+
+
+@final
+@dataclass(frozen=True)
+class CommonVector(Symmetry):
+    """A common vector added to all rows of a weight whose readers subtract the mean. An element holds one per weight.
+
+    Attributes:
+        means: weights and the axis that is averaged over.
+        lengths: entries of each one's vector.
+    """
+
+    means: tuple[Mean, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def touches(self) -> frozenset[str]:
+        """The weights."""
+        return frozenset(mean.name for mean in self.means)
+
+    @property
+    def dimension(self) -> int:
+        """Length of all vectors together."""
+        return sum(self.lengths)
+
+    def sample(self, stream: torch.Generator, spread: float = 1.0) -> Tensor:
+        """Normal vectors."""
+        return torch.randn(self.dimension, generator=stream, dtype=torch.float64) * spread
+
+    def act(self, state: State, element: Tensor) -> State:
+        """Add; new tensors."""
+        return state.replace(
+            {
+                name: (state.tensors[name].double() + delta).to(state.tensors[name].dtype)
+                for name, delta in self.velocity(state, element).items()
+            }
+        )
+
+    def velocity(self, state: State, rates: Tensor) -> dict[str, Tensor]:
+        """The vectors, repeated along their axis."""
+        moving = {}
+        for mean, part in zip(self.means, rates.split(self.lengths), strict=True):
+            shape = state.tensors[mean.name].shape
+            moving[mean.name] = part.to(state.device).unsqueeze(mean.axis).expand(shape)
+        return moving
+
+    def slice(self, state: State) -> Tensor:
+        """The element that makes every mean zero."""
+        parts = [-state.tensors[mean.name].double().mean(mean.axis).reshape(-1) for mean in self.means]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def given(offset: Offset, element: Tensor) -> Tensor:
+    """What an element adds to each unit of an additive tensor, shape `(units,)`."""
+    return _values(offset.own, element)
+
+
+def entering(offset: Offset, element: Tensor) -> Tensor:
+    """Constants that enter an additive tensor's factor, shape `(g, j)`."""
+    assert offset.entering is not None
+    assert offset.entry.absorbed is not None
+    return _values(offset.entering, element).view(offset.entry.absorbed.shift.shape)
+
+
+def absorbed(entry: Absorbed, state: State, shift: Tensor) -> Tensor:
+    """`Σ_{j,k} factor[g, i, j, k] · shift[g, j]`, shape `(g · i,)`."""
+    factor = state.tensors[entry.factor].double().reshape(entry.view).sum(3)
+    return torch.einsum("gij,gj->gi", factor, shift.to(factor.device)).reshape(-1)
+
+
+def spread_out(delta: Tensor, entry: Additive, shape: torch.Size) -> Tensor:
+    """A value for each unit, at every entry of the tensor."""
+    if entry.axis is None:
+        return delta.view(shape)
+    wide = [1] * len(shape)
+    wide[entry.axis] = -1
+    return delta.view(wide).expand(shape)
+
+
+def gathered(tensor: Tensor, entry: Additive) -> tuple[Tensor, int]:
+    """Mean over the entries that share a unit, shape `(units,)`, and how many they are."""
+    if entry.axis is None:
+        return tensor.double().reshape(-1), 1
+    rows = tensor.double().movedim(entry.axis, 0).reshape(tensor.shape[entry.axis], -1)
+    return rows.mean(1), rows.shape[1]
+
+
+def deviation(running: Running, state: State) -> Tensor:
+    """`√(v + ε)`, float64."""
+    return (state.tensors[running.variance].double() + running.epsilon).sqrt()
+
+
+def _values(rows: sparse.csr_matrix, element: Tensor) -> Tensor:
+    return torch.from_numpy(rows @ element.detach().double().numpy())
+
+
+def common(means: tuple[Mean, ...], shapes: dict[str, torch.Size]) -> CommonVector:
+    """The symmetry of some weights."""
+    lengths = tuple(math.prod(shapes[mean.name]) // shapes[mean.name][mean.axis] for mean in means)
+    return CommonVector(means, lengths)
