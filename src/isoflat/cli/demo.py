@@ -12,7 +12,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-    from isoflat.experiments.attack import Rung
+    from isoflat.core.estimate import Estimate
+    from isoflat.experiments.attack import Ladder
     from isoflat.experiments.demo import DemoResult, Plan
 
 
@@ -117,45 +118,50 @@ def show(result: DemoResult, report: Path) -> None:
     screen.print(networks(result))
     for sentence in result.comparison:
         screen.print(plain(sentence), end="\n\n")
-    screen.print(rungs("One network rescaled layer by layer: the same function", result.attack.layers))
-    screen.print(rungs("The same, unit by unit: not covered by the paper's metric", result.attack.units))
+    for ladder in result.ladders:
+        screen.print(rungs(ladder))
     for sentence in result.manipulation:
         screen.print(plain(sentence), end="\n\n")
     screen.print(plain(f"{result.seconds:.0f} s. Report: {report}", style="bold"))
 
 
 def networks(result: DemoResult) -> RichTable:
-    """One line per network, both numbers with their enclosures."""
+    """One line per network: every number over its enclosure."""
     from rich.table import Table as RichTable
 
-    from isoflat.core.table import interval
-    from isoflat.experiments.attack import PAPER, PLAIN
+    from isoflat.experiments.numbers import NUMBERS
 
     grid = RichTable(title="Minima at equal training loss", title_justify="left", header_style="bold")
-    heads = ("network", "training loss", "test accuracy", "paper's number", "enclosure", "plain number", "enclosure")
-    for head in heads:
+    for head in ("network", "training loss", "|gradient|", "test accuracy", *(number.words for number in NUMBERS)):
         grid.add_column(head, justify="left" if head == "network" else "right", no_wrap=True)
     for before, network in zip((None, *result.networks), result.networks, strict=False):
         if before is not None and before.arm != network.arm:
             grid.add_section()
-        paper, bare = network.estimate(PAPER), network.estimate(PLAIN)
         loss = f"{network.training.loss:.5f}" + ("" if network.training.reached else " missed")
-        cells = (str(paper), interval(paper), str(bare), interval(bare))
-        grid.add_row(network.label, loss, f"{network.test_accuracy:.3f}", *cells)
+        slope = f"{network.table[0].point.gradient_norm:.2g}"
+        cells = [enclosed(network.estimate(number)) for number in NUMBERS]
+        grid.add_row(network.label, loss, slope, f"{network.test_accuracy:.3f}", *cells)
     return grid
 
 
-def rungs(title: str, ladder: tuple[Rung, ...]) -> RichTable:
-    """One line per factor."""
+def rungs(ladder: Ladder) -> RichTable:
+    """One line per amount of an edit: every number over its enclosure."""
     from rich.table import Table as RichTable
 
+    from isoflat.experiments.numbers import NUMBERS
+
+    title = f"{ladder.title}, the same function ({ladder.label})"
+    grid = RichTable(title=title, title_justify="left", header_style="bold")
+    for head in (ladder.name, "outputs change by", *(number.words for number in NUMBERS)):
+        grid.add_column(head, justify="right", no_wrap=True)
+    for rung in ladder.rungs:
+        cells = [enclosed(rung.records[number.name].estimate) for number in NUMBERS]
+        grid.add_row(f"{rung.amount:g}", f"{rung.output_change:.0e}" if rung.output_change else "0", *cells)
+    return grid
+
+
+def enclosed(estimate: Estimate) -> str:
+    """A value, and its enclosure below."""
     from isoflat.core.table import interval
 
-    grid = RichTable(title=title, title_justify="left", header_style="bold")
-    for head in ("factor", "outputs change by", "paper's number", "enclosure", "plain number", "enclosure"):
-        grid.add_column(head, justify="right", no_wrap=True)
-    for rung in ladder:
-        paper, bare = rung.paper.estimate, rung.plain.estimate
-        cells = (str(paper), interval(paper), str(bare), interval(bare))
-        grid.add_row(f"{rung.factor:g}", f"{rung.output_change:.0e}" if rung.output_change else "0", *cells)
-    return grid
+    return f"{estimate}\n{interval(estimate)}"

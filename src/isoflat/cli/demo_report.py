@@ -6,22 +6,23 @@ from statistics import median
 
 from isoflat.core.record import Record
 from isoflat.core.table import interval
-from isoflat.experiments.attack import PAPER, PLAIN, Rung
+from isoflat.experiments.attack import Ladder
 from isoflat.experiments.demo import LARGE, SMALL, Arm, DemoResult, Trained
+from isoflat.experiments.numbers import CANONICAL, NUMBERS
 from isoflat.report import tables
 from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
 from isoflat.report.drawing import markup
-from isoflat.report.figures import Curve, Panel, ladder, strips
+from isoflat.report.figures import Climb, Curve, Panel, ladders, strips
 
-TITLES = {
-    PAPER: "The paper’s number: ‖D H D‖, each layer in units of its own norm",
-    PLAIN: "The plain number: ‖H‖, in the weights as they are stored",
-}
+COLOURS = ("first", "second", "third")
 
 READING = (
+    ("The canonical number", "Spectral norm of D H D at the canonical representative: the one network with the same "
+     "function that every rescaling of units, every change of scale that a normalisation undoes and every shift of "
+     "constants leads back to. The symmetries are found by tracing the network and proved on it. Lower is flatter."),
     ("The paper’s number", "Spectral norm of D H D (Rangamani et al. 2019, arXiv 1902.02434): the Hessian H of the "
      "training loss, seen in units of each layer’s own norm, D. Multiplying one layer by a factor and dividing another "
-     "by it leaves the number exactly where it was. Lower is flatter."),
+     "by it leaves the number exactly where it was; multiplying single units does not. Lower is flatter."),
     ("The plain number", "Spectral norm of H itself. The same rescaling moves it as far as one likes."),
     ("339.27(7)", "The digit in brackets is the uncertainty of the last digit shown. The enclosure spells the same out: "
      "an interval that contains the exact number for these weights and these data, with the stated confidence over "
@@ -44,11 +45,11 @@ def page(result: DemoResult, command: str) -> Page:
         command: what was typed to find it.
     """
     plan = result.plan
-    main = result.verdicts.get(PAPER)
+    main = result.verdicts.get(CANONICAL.name)
     return Page(
         title="isoflat demo",
         headline=f"{main.claim}." if main else result.comparison[0],
-        lead=(_setting(result), result.manipulation[0]),
+        lead=(_setting(result), result.ladders[1].sentence),
         facts=(
             ("Data", result.data),
             ("Networks", str(len(result.networks))),
@@ -84,13 +85,16 @@ def _rows(result: DemoResult) -> int:
 
 def _comparison(result: DemoResult) -> tuple[Prose | Plate | Grid, ...]:
     panels = [
-        Panel(title, tuple((arm.name, tuple(n.estimate(m) for n in result.arm(arm))) for arm in (SMALL, LARGE)))
-        for m, title in TITLES.items()
+        Panel(
+            number.title,
+            tuple((arm.name, tuple(n.estimate(number) for n in result.arm(arm))) for arm in (SMALL, LARGE)),
+        )
+        for number in NUMBERS
     ]
     figure = Plate(
         caption="Every dot is a network, with its enclosure (mostly narrower than the dot). The bar is the geometric "
         "mean of the arm. Further right is sharper.",
-        alternative=" ".join(verdict.sentence for verdict in result.verdicts.values()) or "Both numbers by arm.",
+        alternative=" ".join(verdict.sentence for verdict in result.verdicts.values()) or "Every number by arm.",
         svg=markup(strips(panels), "strips"),
     )
     main, *others = (Prose(text) for text in result.comparison)
@@ -106,7 +110,7 @@ def _heights(result: DemoResult) -> str:
 
 
 def _summary(result: DemoResult) -> Grid:
-    heads = ("arm", "networks", "the paper’s number", "the plain number", "test accuracy", "epochs", "|gradient|")
+    heads = ("arm", *(number.words for number in NUMBERS), "test accuracy", "epochs")
     return Grid(
         "Medians per arm, with the range over networks.",
         heads,
@@ -120,28 +124,23 @@ def _arm(networks: tuple[Trained, ...], arm: Arm) -> tuple[str, ...]:
 
     return (
         arm.name,
-        str(len(networks)),
-        spread([n.estimate(PAPER).value for n in networks], ".4g"),
-        spread([n.estimate(PLAIN).value for n in networks], ".4g"),
+        *(spread([n.estimate(number).value for n in networks], ".3g") for number in NUMBERS),
         spread([n.test_accuracy for n in networks], ".3f"),
-        spread([n.training.epochs for n in networks], ".4g"),
-        f"{median(n.table[PAPER].point.gradient_norm for n in networks):.1e}",
+        spread([n.training.epochs for n in networks], ".3g"),
     )
 
 
 def _networks(result: DemoResult) -> Grid:
     return Grid(
         "Every network.",
-        ("network", "the paper’s number", "the plain number", "training loss", "|gradient|", "test accuracy", "epochs", "steps"),
+        ("network", *(number.words for number in NUMBERS), "training loss", "|gradient|", "test accuracy", "steps"),
         tuple(
             (
                 network.label,
-                str(network.estimate(PAPER)),
-                str(network.estimate(PLAIN)),
+                *(str(network.estimate(number)) for number in NUMBERS),
                 f"{network.training.loss:.5f}" + ("" if network.training.reached else " (missed)"),
-                f"{network.table[PAPER].point.gradient_norm:.1e}",
+                f"{network.table[0].point.gradient_norm:.1e}",
                 f"{network.test_accuracy:.4f}",
-                f"{network.training.epochs:.1f}",
                 str(network.training.steps),
             )
             for network in result.networks
@@ -150,53 +149,58 @@ def _networks(result: DemoResult) -> Grid:
 
 
 def _attack(result: DemoResult) -> tuple[Prose | Plate | Grid, ...]:
-    attack = result.attack
-    factors = tuple(rung.factor for rung in attack.layers[1:])
-    curves = [
-        Curve("paper’s number,\nsingle units rescaled", factors, _changes(attack.units, "paper"), "muted", dashed=True),
-        Curve("plain number,\nlayers rescaled", factors, _changes(attack.layers, "plain"), "second"),
-        Curve("paper’s number,\nlayers rescaled", factors, _changes(attack.layers, "paper"), "first"),
+    climbs = [
+        Climb(
+            ladder.title,
+            ladder.name.removesuffix("×").strip(" +") + (" +" if "+" in ladder.name else " ×"),
+            _curves(ladder),
+        )
+        for ladder in result.ladders
     ]
+    how = "; ".join(f"{ladder.title.lower()} ({ladder.label}): {ladder.how}" for ladder in result.ladders)
     plate = Plate(
-        caption=f"One network ({attack.label}) in float64, rescaled without changing its function. Solid: the first layer times "
-        "the factor, the last layer divided by it. Dashed, the negative control: units of the first hidden layer "
-        "times the factor or divided by it, the next layer inversely.",
-        alternative=" ".join(attack.sentences),
-        svg=markup(ladder(curves, "factor", "Relative change of the number"), "ladder"),
+        caption=f"Edits in float64 that keep the function. {how[0].upper()}{how[1:]}.",
+        alternative=" ".join(ladder.sentence for ladder in result.ladders),
+        svg=markup(ladders(climbs, "Relative change of the number"), "ladders"),
     )
     said = [Prose(text) for text in result.manipulation]
-    note = f"Random layer-wise rescalings were verified before: outputs agree to {attack.verified:.0e}."
-    return (
-        said[0], plate, *said[1:],
-        _rungs("Whole layers rescaled.", attack.layers, note), _rungs("Single units rescaled (negative control).", attack.units, ""),
-    )  # fmt: skip
+    return (said[0], plate, *said[1:], *(_rungs(ladder) for ladder in result.ladders))
 
 
-def _changes(rungs: tuple[Rung, ...], number: str) -> tuple[float, ...]:
-    return tuple(getattr(rung, f"{number}_change") for rung in rungs[1:])
+def _curves(ladder: Ladder) -> tuple[Curve, ...]:
+    amounts = tuple(rung.amount for rung in ladder.rungs[1:])
+    return tuple(
+        Curve(number.words, amounts, tuple(rung.changes[number.name] for rung in ladder.rungs[1:]), colour)
+        for number, colour in zip(NUMBERS, COLOURS, strict=True)
+    )
 
 
-def _rungs(caption: str, rungs: tuple[Rung, ...], note: str) -> Grid:
+def _rungs(ladder: Ladder) -> Grid:
     rows = tuple(
         (
-            f"{rung.factor:g}",
+            f"{rung.amount:g}",
             f"{rung.output_change:.0e}" if rung.output_change else "0",
-            str(rung.paper.estimate),
-            f"{rung.paper_change:.1e}" if rung.paper_change else "0",
-            str(rung.plain.estimate),
-            f"{rung.plain_change:.1e}" if rung.plain_change else "0",
+            *(
+                cell
+                for number in NUMBERS
+                for cell in (
+                    str(rung.records[number.name].estimate),
+                    f"{rung.changes[number.name]:.0e}" if rung.changes[number.name] else "0",
+                )
+            ),
         )
-        for rung in rungs
+        for rung in ladder.rungs
     )
-    heads = ("factor", "outputs change by", "the paper’s number", "changes by", "the plain number", "changes by")
-    return Grid(f"{caption} All changes are relative.", heads, rows, note=note)
+    heads = (ladder.name, "outputs change by", *(head for number in NUMBERS for head in (number.words, "changes by")))
+    note = f"Random elements of every symmetry found were applied before: outputs agree to {ladder.verified:.0e}."
+    return Grid(f"{ladder.title} ({ladder.label}). All changes are relative.", heads, rows, note=note)
 
 
 def _numbers(result: DemoResult) -> tuple[Grid, ...]:
     networks = [record for network in result.networks for record in network.table]
     return (
         *tables.measurements(networks, "Networks"),
-        *tables.measurements(result.attack.records, "Attack"),
+        *(grid for ladder in result.ladders for grid in tables.measurements(ladder.records, ladder.title)),
     )
 
 

@@ -30,10 +30,12 @@ class Table:
         """Number of rows."""
         return len(self.rows)
 
-    def __getitem__(self, key: int | str) -> Record:
-        """A row by position, or the first one of a measure by name."""
+    def __getitem__(self, key: int | str | tuple[str, str]) -> Record:
+        """A row by position, the first one of a measure by name, or the one of a measure in a geometry."""
         if isinstance(key, int):
             return self.rows[key]
+        if isinstance(key, tuple):
+            return next(row for row in self.rows if (row.measure, row.geometry) == key)
         return next(row for row in self.rows if row.measure == key)
 
     def __rich__(self) -> Grid:

@@ -1,201 +1,250 @@
-"""Rescalings that keep a network's function: what they do to a flatness number."""
+"""Edits that keep a network's function: what they do to a flatness number."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from isoflat.core.estimate import Estimate
 from isoflat.core.record import Record
 from isoflat.core.state import State
 from isoflat.core.streams import stream
+from isoflat.experiments.numbers import GEOMETRIES, MEASURES, NUMBERS, Number
+from isoflat.geometry.canonical import GEOMETRY
 from isoflat.measures.run import measure_all
-from isoflat.risk.network import Network
-from isoflat.symmetry.base import verify
+from isoflat.symmetry.canonical import install
+from isoflat.symmetry.discover import symmetries
+from isoflat.symmetry.found import Found
 from isoflat.symmetry.scaling import LayerScale
 
-PAPER, PLAIN = "quotient_spectral_norm", "hessian_spectral_norm"
+STILL = 1e-6
+"""Relative change up to which a sentence says that a number stays."""
 
 
 @final
 @dataclass(frozen=True)
 class Rung:
-    """The network rescaled by one factor.
+    """The network edited by one amount.
 
     Attributes:
-        factor: how strongly.
+        amount: how strongly.
         output_change: largest change of an output on the training set, relative to the largest output.
-        paper: the paper's number there.
-        plain: the plain Hessian's norm there.
-        paper_change: relative to the first rung.
-        plain_change: relative to the first rung.
+        records: each number there, by name.
+        changes: of each number, relative to the first rung.
     """
 
-    factor: float
+    amount: float
     output_change: float
-    paper: Record
-    plain: Record
-    paper_change: float
-    plain_change: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
-        return {**vars(self), "paper": self.paper.to_dict(), "plain": self.plain.to_dict()}
-
-
-@final
-@dataclass(frozen=True)
-class Attack:
-    """Two ladders of rescalings of one network, measured in float64.
-
-    Attributes:
-        label: which network.
-        verified: worst output change over random layer-wise rescalings; the chain was proved before it was used.
-        layers: first layer times the factor, last layer divided by it.
-        units: each unit of the first hidden layer times the factor or divided by it, at random, and the next
-            layer's columns inversely; a negative control.
-    """
-
-    label: str
-    verified: float
-    layers: tuple[Rung, ...]
-    units: tuple[Rung, ...]
-
-    @property
-    def records(self) -> tuple[Record, ...]:
-        """Every measured number."""
-        return tuple(record for rung in (*self.layers, *self.units) for record in (rung.paper, rung.plain))
-
-    @property
-    def sentences(self) -> tuple[str, str]:
-        """What the rescalings did, in words."""
-        last, control = self.layers[-1], self.units[-1]
-        return (
-            f"Rescaling whole layers of one network ({self.label}) by {last.factor:g} changes its outputs by at most "
-            f"{last.output_change:.0e} of their size, the plain Hessian norm from {self._span(self.layers, 'plain')}, "
-            f"and the paper's number by {last.paper_change:.0e} of its value.",
-            f"Not covered: rescaling single units by {control.factor:g} keeps the outputs too (to "
-            f"{control.output_change:.0e}) but moves the paper's number from {self._span(self.units, 'paper')}; "
-            "a later version's geometry 'auto' is meant to close this.",
-        )
-
-    @staticmethod
-    def _span(rungs: Sequence[Rung], number: str) -> str:
-        first, last = (getattr(rung, number).estimate.value for rung in (rungs[0], rungs[-1]))
-        return f"{first:.3g} to {last:.3g}"
+    records: Mapping[str, Record]
+    changes: Mapping[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {
-            "label": self.label,
-            "verified": self.verified,
-            "layers": [rung.to_dict() for rung in self.layers],
-            "units": [rung.to_dict() for rung in self.units],
-            "sentences": list(self.sentences),
+            "amount": self.amount,
+            "output_change": self.output_change,
+            "records": {name: record.to_dict() for name, record in self.records.items()},
+            "changes": dict(self.changes),
         }
 
 
-def attack(
-    model: nn.Module,
-    data: tuple[Tensor, Tensor],
-    label: str,
-    factors: Sequence[float],
-    seed: int = 0,
-    report: Callable[[str], None] = lambda text: None,
-) -> Attack:
-    """Rescale copies of a feed-forward network without biases and measure them; the model itself is not changed.
+@final
+@dataclass(frozen=True)
+class Ladder:
+    """One kind of edit with growing amounts, measured in float64.
 
-    Args:
-        model: a chain of linear layers and positively homogeneous activations.
-        data: inputs and class targets.
-        label: what to call the network.
-        factors: rescalings to try, the first one being the reference, usually 1.
-        seed: of the start vectors and of which units grow.
-        report: told what is going on, once per rescaled network.
-
-    Raises:
-        SymmetryViolated: rescaling whole layers changes this network's outputs.
+    Attributes:
+        name: short.
+        title: what is edited.
+        edit: the same, to begin a sentence with; `{amount}` and `{label}` are filled in.
+        how: what exactly, for a caption.
+        label: which network.
+        verified: worst output change over random elements of all its symmetries, proved before it was edited.
+        rungs: the first one is the reference: nothing edited.
     """
-    twin = copy.deepcopy(model).double()
-    precise = (data[0].double(), data[1])
-    network = Network(twin)
-    state = network.state().to(dtype=torch.float64)
 
-    def outputs(at: State) -> Tensor:
+    name: str
+    title: str
+    edit: str
+    how: str
+    label: str
+    verified: float
+    rungs: tuple[Rung, ...]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Every measured number."""
+        return tuple(record for rung in self.rungs for record in rung.records.values())
+
+    @property
+    def sentence(self) -> str:
+        """What the edit did, in words."""
+        last = self.rungs[-1]
+        what = ", ".join(self._fate(number) for number in reversed(NUMBERS))
+        edit = self.edit.format(amount=f"{last.amount:g}", label=self.label)
+        return f"{edit} changes outputs by at most {last.output_change:.0e} of their size: {what}."
+
+    def _fate(self, number: Number) -> str:
+        first, last = (rung.records[number.name].estimate.value for rung in (self.rungs[0], self.rungs[-1]))
+        change = self.rungs[-1].changes[number.name]
+        if change <= STILL:
+            return f"the {number.words} stays, to {change:.0e} of its value"
+        return f"the {number.words} goes from {first:.3g} to {last:.3g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            **{key: value for key, value in vars(self).items() if key != "rungs"},
+            "rungs": [rung.to_dict() for rung in self.rungs],
+            "sentence": self.sentence,
+        }
+
+
+@final
+@dataclass(frozen=True)
+class Victim:
+    """A network to be edited, in float64, with its data and its symmetries proved.
+
+    Attributes:
+        model: a copy of the network.
+        data: inputs and class targets, float64.
+        label: what to call it.
+        found: its symmetries.
+        verified: worst output change when they were proved.
+    """
+
+    model: nn.Module
+    data: tuple[Tensor, Tensor]
+    label: str
+    found: Found
+    verified: float
+
+    @staticmethod
+    def prepare(model: nn.Module, data: tuple[Tensor, Tensor], label: str) -> Victim:
+        """A copy of a network in float64, traced and proved; the network itself is not changed.
+
+        Raises:
+            SymmetryViolated: what was found does not keep its outputs.
+        """
+        twin = copy.deepcopy(model).double().eval()
+        precise = (data[0].double(), data[1])
+        found = symmetries(twin, precise[0], loss=nn.CrossEntropyLoss(), verify=False)
+        return Victim(twin, precise, label, found, found.verify())
+
+    def climb(
+        self,
+        ladder: tuple[str, str, str, str],
+        amounts: Sequence[float],
+        move: Callable[[State, float], State],
+        seed: int,
+        report: Callable[[str], None] = lambda text: None,
+    ) -> Ladder:
+        """Edit by each amount and measure.
+
+        Args:
+            ladder: name, title, edit and how of the ladder.
+            amounts: the first one is the reference.
+            move: the state edited by an amount.
+            seed: of start vectors.
+            report: told what is going on, once per rung.
+        """
+        state = self.found.state()
+        before = self._outputs(self.model)
+        rungs: list[Rung] = []
+        for amount in amounts:
+            report(f"attacking {self.label}, {ladder[0]} {amount:g}")
+            holder = install(self.model, move(state, amount))
+            change = float((self._outputs(holder) - before).abs().max() / before.abs().max())
+            records = self._measured(holder, f"{self.label}, {ladder[0]} {amount:g}", seed)
+            start = rungs[0].records if rungs else records
+            changes = {
+                name: abs(record.estimate.value / start[name].estimate.value - 1) for name, record in records.items()
+            }
+            rungs.append(Rung(amount, change, records, changes))
+        return Ladder(*ladder, self.label, self.verified, tuple(rungs))
+
+    def _outputs(self, model: nn.Module) -> Tensor:
         with torch.no_grad():
-            return network(at, lambda module: module(precise[0]))
+            return model(self.data[0])
 
-    chain = LayerScale.sequential(state)
-    verified = verify(chain, outputs, state, stream(seed, "verify"))
+    def _measured(self, model: nn.Module, label: str, seed: int) -> dict[str, Record]:
+        known = GEOMETRY.on(replace(self.found, model=model))
+        table = measure_all(
+            model,
+            self.data,
+            nn.CrossEntropyLoss(),
+            measures=MEASURES,
+            geometry=[known if name == "auto" else name for name in GEOMETRIES],
+            seed=seed,
+            label=label,
+        )
+        return {number.name: number.of(table) for number in NUMBERS}
+
+
+def rescale_layers(victim: Victim, factors: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
+    """First layer of a feed-forward network times the factor, last layer divided by it."""
+    chain = LayerScale.sequential(victim.found.state())
     inside = [1.0] * (chain.dimension - 1)
-    signs = _signs(state, chain, seed)
-    moves = {
-        "layers": lambda factor: chain.act(state, chain.element(factor, *inside, 1 / factor)),
-        "units": lambda factor: scale_units(state, chain, factor**signs),
-    }
-    ladders: dict[str, list[Rung]] = {name: [] for name in moves}
-    for name, move in moves.items():
-        for factor in factors:
-            rung_label = f"{label}, {name} × {factor:g}"
-            report(f"attacking {rung_label}")
-            moved = move(factor)
-            records = _measured(twin, moved, precise, rung_label, seed)
-            change = outputs(moved) - outputs(state)
-            ladders[name].append(_rung(factor, change, outputs(state), records, ladders[name]))
-    return Attack(label, verified, tuple(ladders["layers"]), tuple(ladders["units"]))
+    words = (
+        "layers ×",
+        "Whole layers rescaled",
+        "Rescaling whole layers of one network ({label}) by {amount}",
+        "the first layer times the factor, the last layer divided by it",
+    )
+    return victim.climb(
+        words, factors, lambda state, f: chain.act(state, chain.element(f, *inside, 1 / f)), seed, report
+    )
 
 
-def scale_units(state: State, chain: LayerScale, factors: Tensor) -> State:
-    """Multiply each unit of the first hidden layer by its own factor, and divide the next layer's column by it.
+def rescale_units(victim: Victim, factors: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
+    """Units of the first hidden layer times the factor or divided by it, at random; the next layer's columns inversely."""
+    state = victim.found.state()
+    first, second = LayerScale.sequential(state).weights[:2]
+    units = state.tensors[first].shape[0]
+    order = torch.randperm(units, generator=stream(seed, "units"))
+    signs = torch.where(order < units / 2, 1.0, -1.0).double()
+
+    def move(at: State, factor: float) -> State:
+        factors = factor**signs
+        return at.replace({first: at.tensors[first] * factors[:, None], second: at.tensors[second] / factors})
+
+    words = (
+        "units ×",
+        "Single units rescaled",
+        "Rescaling single units of the same network ({label}) by {amount}",
+        "units of the first hidden layer times the factor or divided by it, the next layer inversely",
+    )
+    return victim.climb(words, factors, move, seed, report)
+
+
+def shift_constants(
+    victim: Victim, pairs: Sequence[tuple[str, str]], amounts: Sequence[float], seed: int, report: Callable[[str], None]
+) -> Ladder:
+    """A constant added to biases before batch normalisation, and to the running means that take it away again.
 
     Args:
-        state: the point.
-        chain: names the layers.
-        factors: positive, one per unit.
+        victim: a network with batch normalisation.
+        pairs: names of a bias and of the running mean of what it is added to.
+        amounts: how much; the first one is zero.
+        seed: of the signs and of start vectors.
+        report: as for `Victim.climb`.
     """
-    first, second = chain.weights[:2]
-    scaled = {first: state.tensors[first] * factors[:, None], second: state.tensors[second] / factors}
-    if (bias := chain.biases[0]) is not None:
-        scaled[bias] = state.tensors[bias] * factors
-    return state.replace(scaled)
 
+    def move(at: State, amount: float) -> State:
+        changed = {}
+        for bias, mean in pairs:
+            draw = torch.randint(0, 2, at.tensors[bias].shape, generator=stream(seed, "shift", bias)).double() * 2 - 1
+            changed |= {name: at.tensors[name] + amount * draw for name in (bias, mean)}
+        return at.replace(changed)
 
-def _signs(state: State, chain: LayerScale, seed: int) -> Tensor:
-    """+1 for units that grow, −1 for those that shrink, as equally many as possible."""
-    units = state.tensors[chain.weights[0]].shape[0]
-    order = torch.randperm(units, generator=stream(seed, "units"))
-    return torch.where(order < units / 2, 1.0, -1.0).double()
-
-
-def _measured(
-    twin: nn.Module, state: State, data: tuple[Tensor, Tensor], label: str, seed: int
-) -> tuple[Record, Record]:
-    """Both numbers of a copy of the network that holds the state's tensors."""
-    holder = copy.deepcopy(twin)
-    holder.load_state_dict(state.tensors)
-    table = measure_all(
-        holder, data, nn.CrossEntropyLoss(), measures=[PAPER, PLAIN], geometry="layerwise", seed=seed, label=label
+    words = (
+        "biases +",
+        "Constants moved",
+        "Adding ±{amount} to the biases of another network ({label}) and to the running means that take it away again",
+        "± the amount added to every bias before a batch normalisation and to its running mean",
     )
-    return table[PAPER], table[PLAIN]
-
-
-def _rung(factor: float, change: Tensor, before: Tensor, records: tuple[Record, Record], earlier: list[Rung]) -> Rung:
-    paper, plain = records
-    start = earlier[0] if earlier else None
-    return Rung(
-        factor=factor,
-        output_change=float(change.abs().max() / before.abs().max()),
-        paper=paper,
-        plain=plain,
-        paper_change=_relative(paper.estimate, start.paper.estimate) if start else 0.0,
-        plain_change=_relative(plain.estimate, start.plain.estimate) if start else 0.0,
-    )
-
-
-def _relative(after: Estimate, before: Estimate) -> float:
-    return abs(after.value / before.value - 1)
+    return victim.climb(words, amounts, move, seed, report)

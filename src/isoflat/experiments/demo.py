@@ -19,14 +19,13 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.record import Record
 from isoflat.core.streams import stream
 from isoflat.core.table import Table
-from isoflat.experiments.attack import PAPER, PLAIN, Attack, attack
+from isoflat.experiments.attack import Ladder, Victim, rescale_layers, rescale_units, shift_constants
 from isoflat.experiments.data import Split
-from isoflat.experiments.families import mlp
+from isoflat.experiments.families import mlp, normed
 from isoflat.experiments.loop import Recipe, Training, accuracy, train
+from isoflat.experiments.numbers import GEOMETRIES, MEASURES, NUMBERS, PLAIN, Number
 from isoflat.experiments.verdict import Verdict, compare
 from isoflat.measures.run import measure_all
-
-NUMBERS = {PAPER: "the paper's number", PLAIN: "the plain Hessian norm"}
 
 Report = Callable[[str, float], None]
 """Told what is being done, and how many units of work (one network is two) have been done since the last call."""
@@ -65,7 +64,8 @@ class Plan:
         optimizer: see `Recipe`.
         target: training loss at which networks are compared.
         widths: of the fully connected network, without biases.
-        factors: how strongly the attack rescales.
+        factors: how strongly the attacks rescale.
+        shifts: constants that the last attack moves about.
         max_epochs: see `Recipe`.
     """
 
@@ -75,6 +75,7 @@ class Plan:
     target: float = 0.01
     widths: tuple[int, ...] = (64, 128, 128, 128, 10)
     factors: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
+    shifts: tuple[float, ...] = (0.0, 10.0, 100.0, 1000.0)
     max_epochs: int = 4000
 
     def __post_init__(self) -> None:
@@ -87,7 +88,7 @@ class Plan:
     @property
     def work(self) -> float:
         """Units of work of the whole demonstration, as reported on the way."""
-        return 2.0 * 2 * self.seeds + len(self.factors) * 2
+        return 2.0 * 2 * self.seeds + 2 + len(self.factors) * 2 + len(self.shifts)
 
 
 @final
@@ -100,7 +101,7 @@ class Trained:
         seed: its number within the arm; weights, order of rows and start vectors follow from it and the plan's seed.
         training: how the training went.
         test_accuracy: on the held-out rows.
-        table: the paper's number and the plain one, on the whole training set.
+        table: every number, on the whole training set.
         model: the network itself.
     """
 
@@ -116,9 +117,9 @@ class Trained:
         """Arm and seed."""
         return f"{self.arm.name} {self.seed}"
 
-    def estimate(self, measure: str) -> Estimate:
+    def estimate(self, number: Number) -> Estimate:
         """One of its numbers."""
-        return self.table[measure].estimate
+        return number.of(self.table).estimate
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
@@ -142,8 +143,8 @@ class DemoResult:
         plan: what was done.
         data: name of the data set.
         networks: all of them, those that missed the target included.
-        verdicts: by measure; empty if too few networks reached the target.
-        attack: what rescaling did to one network.
+        verdicts: by name of the number; empty if too few networks reached the target.
+        ladders: what edits that keep the function did: layers and units of one network rescaled, constants moved.
         seconds: wall-clock time.
     """
 
@@ -151,7 +152,7 @@ class DemoResult:
     data: str
     networks: tuple[Trained, ...]
     verdicts: dict[str, Verdict]
-    attack: Attack
+    ladders: tuple[Ladder, ...]
     seconds: float
 
     @property
@@ -167,7 +168,7 @@ class DemoResult:
     def records(self) -> tuple[Record, ...]:
         """Every measured number."""
         networks = [record for network in self.networks for record in network.table]
-        return (*networks, *self.attack.records)
+        return (*networks, *(record for ladder in self.ladders for record in ladder.records))
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -189,30 +190,30 @@ class DemoResult:
 
     @property
     def manipulation(self) -> tuple[str, ...]:
-        """What rescaling does to the numbers, in words."""
-        moved, not_covered = self.attack.sentences
-        return (moved, *self._overtaking(), not_covered)
+        """What edits that keep the function do to the numbers, in words."""
+        first, *others = (ladder.sentence for ladder in self.ladders)
+        return (first, *self._overtaking(), *others)
 
     def _overtaking(self) -> list[str]:
         """What the attack does to the comparison itself."""
         large = [network.estimate(PLAIN).value for network in self.arm(LARGE)]
-        last = self.attack.layers[-1]
-        times = last.plain.estimate.value / max(large)
+        ladder = self.ladders[0]
+        times = ladder.rungs[-1].records[PLAIN.name].estimate.value / max(large)
         if times <= 1:
             return []
         return [
-            f"By the plain number the rescaled {self.attack.label} would pass for {_amount(times)} times sharper than the "
+            f"By the plain number the rescaled {ladder.label} would pass for {_amount(times)} times sharper than the "
             "sharpest large-batch network, although it computes the same function as before."
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {
-            "plan": {**vars(self.plan), "widths": list(self.plan.widths), "factors": list(self.plan.factors)},
+            "plan": {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self.plan).items()},
             "data": self.data,
             "verdicts": {name: verdict.to_dict() for name, verdict in self.verdicts.items()},
             "networks": [network.to_dict() for network in self.networks],
-            "attack": self.attack.to_dict(),
+            "ladders": [ladder.to_dict() for ladder in self.ladders],
             "sentences": list(self.sentences),
             "seconds": self.seconds,
         }
@@ -239,11 +240,14 @@ def run(data: Split, plan: Plan, report: Report = lambda text, done: None) -> De
         # Arms alternate, so that the time left is foreseen well.
         pairs = [[_trained(data, plan, arm, seed, report) for arm in (SMALL, LARGE)] for seed in range(plan.seeds)]
         networks = tuple(network for arm in zip(*pairs, strict=True) for network in arm)
-        victim = networks[0]
-        attacked = attack(victim.model, data.train, victim.label, plan.factors, plan.seed, attacking)
-    verdicts = {measure: _verdict(networks, measure, words) for measure, words in NUMBERS.items()}
-    found = {measure: verdict for measure, verdict in verdicts.items() if verdict is not None}
-    return DemoResult(plan, data.name, networks, found, attacked, time.monotonic() - started)
+        victim = Victim.prepare(networks[0].model, data.train, networks[0].label)
+        ladders = [climb(victim, plan.factors, plan.seed, attacking) for climb in (rescale_layers, rescale_units)]
+        model = _normed(data, plan, report)
+        other = Victim.prepare(model, data.train, "batch-normalised")
+        ladders.append(shift_constants(other, normed.pairs(model), plan.shifts, plan.seed, attacking))
+    verdicts = {number.name: _verdict(networks, number) for number in NUMBERS}
+    found = {name: verdict for name, verdict in verdicts.items() if verdict is not None}
+    return DemoResult(plan, data.name, networks, found, tuple(ladders), time.monotonic() - started)
 
 
 @contextmanager
@@ -277,8 +281,8 @@ def _trained(data: Split, plan: Plan, arm: Arm, seed: int, report: Report) -> Tr
         model,
         data.train,
         nn.CrossEntropyLoss(),
-        measures=[PAPER, PLAIN],
-        geometry="layerwise",
+        measures=MEASURES,
+        geometry=GEOMETRIES,
         seed=plan.seed,
         label=label,
     )
@@ -286,12 +290,22 @@ def _trained(data: Split, plan: Plan, arm: Arm, seed: int, report: Report) -> Tr
     return Trained(arm, seed, training, accuracy(model, data.test), table, model)
 
 
-def _verdict(networks: tuple[Trained, ...], measure: str, words: str) -> Verdict | None:
+def _normed(data: Split, plan: Plan, report: Report) -> nn.Sequential:
+    """A smaller network with biases and batch normalisation, trained with small batches to the same loss."""
+    report("training batch-normalised", 0.0)
+    model = normed.build((plan.widths[0], *plan.widths[2:]), seed=stream(plan.seed, "normed").initial_seed())
+    recipe = Recipe(SMALL.batch, plan.target, plan.optimizer, plan.max_epochs)
+    train(model, data.train, recipe, stream(plan.seed, "order", "normed"))
+    report("trained batch-normalised", 2.0)
+    return model
+
+
+def _verdict(networks: tuple[Trained, ...], number: Number) -> Verdict | None:
     """Large against small batches, over the networks that reached the target."""
     small, large = (
-        [network.estimate(measure) for network in networks if network.arm == arm and network.training.reached]
+        [network.estimate(number) for network in networks if network.arm == arm and network.training.reached]
         for arm in (SMALL, LARGE)
     )
     if min(len(small), len(large)) < 2:
         return None
-    return compare(words, (SMALL.minima, small), (LARGE.minima, large))
+    return compare(f"the {number.words}", (SMALL.minima, small), (LARGE.minima, large))

@@ -81,9 +81,10 @@ def train(
     shuffling: torch.Generator,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Training:
-    """Train in place until the loss over the whole training set is at or below the target.
+    """Train in place until the loss over the whole training set, as evaluated, is at or below the target.
 
-    The loss is checked often enough that training stops just below it. The global random state is not touched.
+    The model ends in evaluation mode. The loss is checked often enough that training stops just below it. The global
+    random state is not touched.
 
     Args:
         model: changed in place.
@@ -107,6 +108,7 @@ def train(
         if loss <= recipe.target:
             break
         optimizer.zero_grad(set_to_none=True)
+        model.train()
         F.cross_entropy(model(inputs[chosen]), targets[chosen]).backward()
         optimizer.step()
         steps, seen = steps + 1, seen + len(chosen)
@@ -119,11 +121,12 @@ def train(
 
 
 def full_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Mean cross-entropy over all rows.
+    """Mean cross-entropy over all rows; the model is put in evaluation mode.
 
     Raises:
         NonFinite: it is NaN or infinite.
     """
+    model.eval()
     with torch.no_grad():
         loss = float(F.cross_entropy(model(data[0]), data[1]))
     if not math.isfinite(loss):

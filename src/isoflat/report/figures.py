@@ -37,21 +37,35 @@ class Panel:
 @final
 @dataclass(frozen=True)
 class Curve:
-    """One quantity against the factor.
+    """One quantity against the amount of an edit.
 
     Attributes:
-        name: written beside its last point.
-        factors: abscissae.
+        name: in the legend.
+        amounts: abscissae.
         changes: relative changes; zeros are drawn at the spacing of doubles.
         colour: a name of `drawing.VARIABLES`.
-        dashed: for what is not the main message.
     """
 
     name: str
-    factors: tuple[float, ...]
+    amounts: tuple[float, ...]
     changes: tuple[float, ...]
     colour: str
-    dashed: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Climb:
+    """Curves of one kind of edit.
+
+    Attributes:
+        title: what is edited.
+        abscissa: what the amounts are.
+        curves: one per quantity.
+    """
+
+    title: str
+    abscissa: str
+    curves: tuple[Curve, ...]
 
 
 def strips(panels: Sequence[Panel]) -> Figure:
@@ -109,45 +123,51 @@ def _logarithmic(axes: Axes, low: float, high: float) -> None:
     axes.grid(axis="x")
 
 
-def ladder(curves: Sequence[Curve], abscissa: str, ordinate: str) -> Figure:
-    """Relative changes against a factor, both axes logarithmic, each curve named at its end."""
-    drawn = [np.maximum(curve.changes, FLOOR) for curve in curves]
-    factors = sorted({factor for curve in curves for factor in curve.factors})
-    if not factors or any(factor <= 0 for factor in factors):
-        raise UsageError("a ladder needs positive factors")
+def ladders(climbs: Sequence[Climb], ordinate: str) -> Figure:
+    """Relative changes against the amounts of several edits, side by side on common logarithmic axes.
+
+    Args:
+        climbs: one panel each, with the same curves in the same order.
+        ordinate: what the changes are of.
+    """
+    amounts = [amount for climb in climbs for curve in climb.curves for amount in curve.amounts]
+    if not amounts or any(amount <= 0 for amount in amounts):
+        raise UsageError("a ladder needs positive amounts")
+    top = max(max(curve.changes) for climb in climbs for curve in climb.curves)
     with drawing.style():
-        figure = Figure(figsize=(7.2, 3.7), layout="constrained")
-        axes = figure.subplots()
-        for curve, changes in zip(curves, drawn, strict=True):
-            colour = {name: value for value, name in drawing.VARIABLES.items()}[curve.colour]
-            dash = (0, (4, 2.5)) if curve.dashed else "-"
-            axes.plot(curve.factors, changes, color=colour, linestyle=dash, linewidth=1.5, marker="o", markersize=5)
-            axes.annotate(
-                curve.name,
-                (curve.factors[-1], changes[-1]),
-                xytext=(9, 0),
-                textcoords="offset points",
-                verticalalignment="center",
-                color=colour,
-                fontsize=9,
-            )
-        axes.axhline(FLOOR, color=drawing.MUTED, linewidth=0.8, linestyle=(0, (1, 2.5)))
-        axes.annotate(
-            "rounding of a double", (1, FLOOR), xycoords=("axes fraction", "data"), xytext=(-2, -4),
-            textcoords="offset points", color=drawing.MUTED, fontsize=8, va="top", ha="right",
-        )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(factors[0] / 1.15, factors[-1] * (factors[-1] / factors[0]) ** 0.42)
-        axes.set_ylim(FLOOR / 60, 30 * max(float(changes.max()) for changes in drawn))
-        axes.xaxis.set_major_locator(FixedLocator(factors))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_major_locator(LogLocator(numticks=8))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: drawing.power(value)))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_minor_formatter(NullFormatter())
-        axes.tick_params(which="minor", length=0)
-        axes.grid(axis="y")
-        axes.set_xlabel(abscissa)
-        axes.set_title(ordinate)
+        figure = Figure(figsize=(7.2, 3.5), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08)  # pyrefly: ignore
+        row = figure.subplots(1, len(climbs), sharey=True, squeeze=False)[0]
+        for axes, climb in zip(row, climbs, strict=True):
+            _climb(axes, climb)
+            axes.set_ylim(FLOOR / 60, 30 * max(top, FLOOR))
+        row[0].yaxis.set_major_locator(LogLocator(numticks=8))
+        row[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: drawing.power(value)))
+        row[0].set_ylabel(ordinate)
+        handles, names = row[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper left", ncols=len(names), fontsize=9, handlelength=1.4)
         return figure
+
+
+def _climb(axes: Axes, climb: Climb) -> None:
+    for curve in climb.curves:
+        colour = {name: value for value, name in drawing.VARIABLES.items()}[curve.colour]
+        changes = np.maximum(curve.changes, FLOOR)
+        axes.plot(curve.amounts, changes, color=colour, linewidth=1.5, marker="o", markersize=4.5, label=curve.name)
+    axes.axhline(FLOOR, color=drawing.MUTED, linewidth=0.8, linestyle=(0, (1, 2.5)))
+    axes.annotate(
+        "rounding of a double", (0, FLOOR), xycoords=("axes fraction", "data"), xytext=(2, -4),
+        textcoords="offset points", color=drawing.MUTED, fontsize=8, va="top", ha="left",
+    )  # fmt: skip
+    ticks = sorted({amount for curve in climb.curves for amount in curve.amounts})
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(ticks[0] / 1.6, ticks[-1] * 1.6)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", length=0)
+    axes.grid(axis="y")
+    axes.set_xlabel(climb.abscissa)
+    axes.set_title(climb.title)

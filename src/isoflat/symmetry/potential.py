@@ -140,7 +140,8 @@ class _Point:
             up = r * da + ea * _times(s.squares, eb * db)
             across = c * db + eb * _times(s.squares.mT, ea * da)
             parts.append((up, across))
-        return 4 * (self.potential.turned @ _flat(parts))
+        result: Vector = self.potential.turned @ _flat(parts)
+        return 4 * result
 
     def reach(self, direction: Vector) -> float:
         """Largest change of a logarithm `2 s·z` along a direction."""
