@@ -20,6 +20,7 @@ from isoflat.measures.base import Budget, Measure
 from isoflat.measures.run import measure, measure_all
 from isoflat.risk.losses import BatchLoss
 from isoflat.symmetry.canonical import canonicalize, reparametrize
+from isoflat.symmetry.declared import UnitScale
 from isoflat.symmetry.discover import symmetries
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.scaling import LayerScale
@@ -44,6 +45,7 @@ __all__ = [
     "Record",
     "SymmetryViolated",
     "Table",
+    "UnitScale",
     "UnknownName",
     "UnsupportedModel",
     "UsageError",

@@ -9,9 +9,10 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+
+F = nn.functional
 
 EPSILON = 0.1
 """Of every normalisation: large, so that one left behind is seen."""
@@ -135,14 +136,16 @@ class Product(Total):
 
 
 class Apply(nn.Module):
-    """A function as a module."""
+    """A function of the input and of modules and parameters (given by their shapes) of its own."""
 
-    def __init__(self, function):
+    def __init__(self, function, *owned: nn.Module | tuple[int, ...]):
         super().__init__()
         self.function = function
+        self.parts = nn.ModuleList(part for part in owned if isinstance(part, nn.Module))
+        self.tensors = nn.ParameterList(nn.Parameter(torch.zeros(part)) for part in owned if isinstance(part, tuple))
 
     def forward(self, x):
-        return self.function(x)
+        return self.function(x, *self.parts, *self.tensors)
 
 
 class RootMeanSquare(nn.Module):

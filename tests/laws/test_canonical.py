@@ -1,5 +1,7 @@
 """The number that cannot be moved: find, prove, attack, measure again; and the representative it is taken at."""
 
+import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ import isoflat
 from cases.zoo import ZOO
 from isoflat.geometry.canonical import GEOMETRY
 from isoflat.symmetry.canonical import Epsilon, canonical
+from isoflat.symmetry.rules.elementwise import homogeneous
 
 ROWS = 24
 
@@ -141,3 +144,190 @@ def test_losses_of_more_than_the_output_are_caught():
     assert isoflat.measure(net, [data], fine).converged
     with pytest.raises(isoflat.SymmetryViolated, match="generator"):
         isoflat.measure(net, [data], broken)
+
+
+# What a user adds -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("isoflat_test::ramp", mutates_args=())
+def ramp(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(min=0)
+
+
+@ramp.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+ramp.register_autograd(
+    lambda ctx, grad: grad * ctx.mask, setup_context=lambda ctx, inputs, output: setattr(ctx, "mask", inputs[0] > 0)
+)
+
+
+class Ramp(nn.Module):
+    def forward(self, x):
+        return ramp(x)
+
+
+def test_rules_and_declarations_of_the_users_own():
+    """An unknown operation fixes its units; a rule, or a declared symmetry, frees them, and both are proved."""
+    net, data = _dense(4, 6, 3, act=Ramp), _data(4)
+    known = _dense(4, 6, 3)
+    unknown = isoflat.symmetries(net, data[0])
+    assert unknown.scaling.dimension == 0
+    assert any("ramp" in reason for line in unknown.report for reason in line.reasons)
+    with_rule = isoflat.symmetries(net, data[0], further_rules={"isoflat_test.ramp.default": homogeneous})
+    own = isoflat.UnitScale(("0.weight", "0.bias"), ("2.weight",), 6)
+    declared = isoflat.symmetries(net, data[0], declared=[own])
+    assert with_rule.scaling.dimension == declared.scaling.dimension == 6
+    wanted = _auto(known, data).value
+    assert _auto(net, data, symmetries=[own]).value == pytest.approx(wanted, rel=1e-8)
+    assert _auto(net, data).value != pytest.approx(wanted, rel=1e-3)
+    wrong = isoflat.UnitScale(("0.weight",), ("2.weight",), 6)
+    with pytest.raises(isoflat.SymmetryViolated):
+        isoflat.symmetries(net, data[0], declared=[wrong])
+    with pytest.raises(isoflat.SymmetryViolated):
+        isoflat.symmetries(_dense(4, 6, 3, act=nn.GELU), data[0], further_rules={"aten.gelu.default": homogeneous})
+    with pytest.raises(isoflat.UsageError, match=r"6 units on axis 1 of '0.weight'"):
+        isoflat.symmetries(net, data[0], declared=[isoflat.UnitScale((), ("0.weight",), 6)])
+
+
+# Orbits that are not closed ------------------------------------------------------------------------------------------
+
+
+def _dense(*widths, act=nn.ReLU):
+    layers = []
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.Linear(a, b, dtype=torch.float64), act()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _data(width, classes=3):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(ROWS, width, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(classes, (ROWS,), generator=generator)
+
+
+def _auto(net, data, **options):
+    return isoflat.measure(net, data, nn.CrossEntropyLoss(), rtol=1e-9, **options)
+
+
+def _without(net, first, second, units):
+    """A network of two linear layers with some hidden units taken out."""
+    keep = [u for u in range(net[first].out_features) if u not in units]
+    small = copy.deepcopy(net)
+    small[first] = nn.Linear(net[first].in_features, len(keep), dtype=torch.float64)
+    small[second] = nn.Linear(len(keep), net[second].out_features, dtype=torch.float64)
+    with torch.no_grad():
+        small[first].weight.copy_(net[first].weight[keep])
+        small[first].bias.copy_(net[first].bias[keep])
+        small[second].weight.copy_(net[second].weight[:, keep])
+        small[second].bias.copy_(net[second].bias)
+    return small
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+@pytest.mark.parametrize("side", ["nothing reads it", "nothing feeds it"])
+def test_a_dead_unit_counts_as_none(size, side):
+    """However large its other weights: the closed orbit has zeros there, and the number is the smaller network's."""
+    net, data = _dense(4, 5, 4, 3), _data(4)
+    with torch.no_grad():
+        if side == "nothing reads it":
+            net[2].weight[:, 0] = 0
+            net[0].weight[0] *= size
+        else:
+            net[0].weight[0] = 0
+            net[0].bias[0] = 0
+            net[2].weight[:, 0] *= size
+    est = _auto(net, data)
+    assert est.value == pytest.approx(_auto(_without(net, 0, 2, {0}), data).value, rel=1e-8)
+    assert any("dead units" in note for note in est.notes)
+    canon = isoflat.canonicalize(net, isoflat.symmetries(net, data[0]))
+    assert torch.allclose(canon(data[0]), net(data[0]), rtol=1e-12)
+    assert not canon[0].weight[0].any()
+    assert not canon[2].weight[:, 0].any()
+
+
+def test_a_chain_of_dead_units_falls_from_its_end():
+    """A unit that only dead units read is dead: one zero column far down clears the whole chain."""
+    net, data = _dense(4, 5, 5, 4, 3), _data(4)
+    with torch.no_grad():
+        net[4].weight[:, 1] = 0  # nothing reads unit 1 of the second hidden layer
+        net[2].weight[[i for i in range(5) if i != 1], 0] = 0  # which alone reads unit 0 of the first
+        net[0].weight[0] *= 1e5
+    small = _without(_without(net, 2, 4, {1}), 0, 2, {0})
+    assert _auto(net, data).value == pytest.approx(_auto(small, data).value, rel=1e-8)
+
+
+class Branch(nn.Module):
+    """`x + W₂ relu(W₁ x)` on a stream between two linear maps."""
+
+    def __init__(self, zero):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.embed, self.up, self.down, self.head = (
+                nn.Linear(a, b, dtype=torch.float64) for a, b in ((4, 5), (5, 6), (6, 5), (5, 3))
+            )
+        if zero:
+            nn.init.zeros_(self.down.weight)
+            nn.init.zeros_(self.down.bias)
+
+    def forward(self, x):
+        x = self.embed(x).relu()
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_a_zero_branch_counts_as_none(size):
+    """Zero-initialised residual branches: whatever feeds the zero is at liberty, and vanishes in the closed orbit."""
+    net, data = Branch(zero=True).eval(), _data(4)
+    with torch.no_grad():
+        net.up.weight *= size
+    bare = nn.Sequential(net.embed, nn.ReLU(), net.head)
+    assert _auto(net, data).value == pytest.approx(_auto(bare, data).value, rel=1e-8)
+
+
+def test_zero_gain_and_offset_of_a_batch_normalisation():
+    """The usual zero initialisation of a residual branch that ends in batch normalisation."""
+    net, inputs = ZOO["resnet-basic-batch"].build(), ZOO["resnet-basic-batch"].inputs(ROWS)[0]
+    targets = torch.randint(net(inputs).shape[1], (ROWS,), generator=torch.Generator().manual_seed(0))
+    last = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)][2]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.zero_()
+    found = isoflat.symmetries(net, inputs, loss=nn.CrossEntropyLoss())
+    before = _auto(net, (inputs, targets))
+    for seed in (1, 2):
+        twin = isoflat.reparametrize(net, found, seed=seed)
+        assert _auto(twin, (inputs, targets)).value == pytest.approx(before.value, rel=1e-8)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_normalisation_that_nothing_feeds_is_listed(norm):
+    """Its scale has no minimum to balance at; it is left out, by name, and the rest keeps its number."""
+    net = nn.Sequential(
+        _dense(4, 5), norm(5, eps=0.1, dtype=torch.float64), nn.Linear(5, 3, dtype=torch.float64)
+    ).eval()
+    with torch.no_grad():
+        net[0][0].weight.zero_()
+        net[0][0].bias.zero_()
+    est = _auto(net, _data(4))
+    assert any("nothing feeds" in note for note in est.notes)
+
+
+def test_zero_gains_stay_where_they_are():
+    """A gain of exactly zero cannot go into its readers: its columns vanish instead, whatever they were."""
+    net = nn.Sequential(
+        nn.Linear(4, 6, dtype=torch.float64), nn.LayerNorm(6, dtype=torch.float64), nn.Linear(6, 3, dtype=torch.float64)
+    ).eval()
+    data = _data(4)
+    with torch.no_grad():
+        net[1].weight[2] = 0
+    before = _auto(net, data).value
+    with torch.no_grad():
+        net[2].weight[:, 2] *= 1e4
+        net[2].bias -= net[1].bias[2] * net[2].weight[:, 2] * (1 - 1e-4)
+    assert _auto(net, data).value == pytest.approx(before, rel=1e-8)

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import isoflat
@@ -17,6 +18,22 @@ from torch import nn
 
 def build():
     return nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+
+def normed():
+    return nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 10))
+
+def precise():
+    return normed().double()
+
+def unsaved():
+    net = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10)).eval()
+    net[1].register_buffer("running_mean", net[1].running_mean, persistent=False)
+    return net
+
+def tied():
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    net[2].weight = net[0].weight
+    return net
 """
 
 
@@ -73,6 +90,29 @@ def test_checkpoints_of_both_kinds_give_the_same_number(folder):
     assert values[0] == values[1]
 
 
+def test_auto_is_the_default_and_says_what_it_is_invariant_to(folder):
+    plain, named = (_measure("--weights", "best.safetensors", "--json", *more) for more in ((), ("--geometry", "auto")))
+    assert plain.exit_code == named.exit_code == 0, plain.output + named.output
+    rows = [json.loads(result.stdout)["rows"][0] for result in (plain, named)]
+    assert rows[0]["geometry"] == "auto"
+    assert rows[0]["estimate"]["value"] == rows[1]["estimate"]["value"]
+    assert rows[0]["group"] in " ".join(_measure("--weights", "best.safetensors").stdout.split())
+
+
+def test_numbers_over_the_orbit_are_printed_and_in_the_json(folder):
+    """All three geometries together: one does not move, two do."""
+    asked = [word for place in ("auto", "layerwise", "euclidean") for word in ("--geometry", place)]
+    few = ("--weights", "best.safetensors", "--examples", "100", "--orbit", "2", *asked)
+    result = _measure(*few, "--json")
+    assert result.exit_code == 0, result.output
+    orbit = json.loads(result.stdout)["orbit"]
+    assert [row["survives"] for row in orbit["rows"]] == [True, False, False]
+    assert len(orbit["copies"]) == 2
+    printed = _measure(*few).stdout
+    assert printed.count("over 2 orbit points") == 3
+    assert printed.count("does not move") == 1
+
+
 def test_every_measure_in_every_geometry_prints(folder):
     """Also where b/value is not defined: in plain weights, and for traces."""
     asked = [word for name in measures() for word in ("--measure", name)]
@@ -95,7 +135,8 @@ def test_refusals_are_one_line_and_exit_code_2(folder):
         (("--weights", "cut.safetensors"), "cut.safetensors"),
         (("--weights", "wrong.pt"), "0.weight"),
         (("--measure", "quotient_norm"), "quotient_spectral_norm"),
-        (("--geometry", "auto"), "layerwise"),
+        (("--geometry", "automatic"), "auto"),
+        (("--measure", "quotient_norm", "--orbit", "2"), "quotient_spectral_norm"),
     ):
         result = _measure(*arguments)
         assert result.exit_code == 2, (arguments, result.output)
@@ -123,3 +164,136 @@ def test_measures_and_doctor(folder):
         assert result.exit_code == 0, result.output
     checked = _run("doctor", "--model", "cli_nets:build", "--weights", "best.safetensors", "--data", "digits")
     assert checked.exit_code == 0, checked.output
+
+
+def test_attack_tells_what_survives(folder):
+    few = ("attack", "--model", "cli_nets:normed", "--data", "digits", "--examples", "100", "--points", "2")
+    result = _run(*few, "--search", "1", "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert [(row["geometry"], row["survives"]) for row in content["rows"]] == [
+        ("auto", True),
+        ("layerwise", False),
+        ("euclidean", False),
+    ]
+    assert content["output_change"] <= 1e-10
+    printed = _run(*few, "--search", "0", "--measure", "quotient_spectral_norm", "--geometry", "layerwise")
+    assert printed.exit_code == 0, printed.output
+    assert "Nothing survives" in printed.stdout
+
+
+def test_symmetries_are_counted(folder):
+    """One scale per hidden unit; the head's common vector and shift, because cross-entropy ignores them."""
+    asked = ("symmetries", "--data", "digits", "--examples", "20")
+    found = json.loads(_run(*asked, "--model", "cli_nets:build", "--json").stdout)
+    assert _by_kind(found) == {"scale": 8, "shift": 1, "common vector": 8}
+    assert found["dimension"] == {"exact": 17, "without_epsilon": 17}
+    assert found["verified"] <= 1e-10
+    normed = json.loads(_run(*asked, "--model", "cli_nets:normed", "--json").stdout)
+    assert _by_kind(normed)["scale"] == 8 + 6
+    assert _by_kind(normed)["scale divided out"] == 1
+    assert normed["group_hash"] != found["group_hash"]
+    printed = _run(*asked, "--model", "cli_nets:normed")
+    assert printed.exit_code == 0, printed.output
+    assert normed["group_hash"] in printed.stdout
+    assert "0.weight rows, 0.bias, 2.weight columns" in printed.stdout
+
+
+def _by_kind(found):
+    kinds = {}
+    for group in found["groups"]:
+        kinds[group["kind"]] = kinds.get(group["kind"], 0) + group["dimension"]
+    return kinds
+
+
+def _canonicalize(model, out, *arguments):
+    few = ("--data", "digits", "--examples", "100", "--out", out)
+    result = _run("canonicalize", "--model", f"cli_nets:{model}", *few, "--json", *arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def _same_function(one, two):
+    """Up to a constant added to all scores of an example, which cross-entropy ignores."""
+    outputs = [net(torch.randn(20, 64, generator=torch.Generator().manual_seed(2)).double()) for net in (one, two)]
+    centred = [scores - scores.mean(1, keepdim=True) for scores in outputs]
+    assert (centred[1] - centred[0]).abs().max() <= 1e-9 * centred[0].abs().max()
+
+
+def test_canonical_weights_are_the_same_function_and_the_same_number(folder):
+    import cli_nets
+
+    torch.manual_seed(1)
+    net = cli_nets.precise()
+    save_file(net.state_dict(), "given.safetensors")
+    _canonicalize("precise", "canonical.safetensors", "--weights", "given.safetensors", "--fixed-epsilon")
+    twin = cli_nets.precise()
+    twin.load_state_dict(load_file("canonical.safetensors"))
+    _same_function(twin, net)
+    assert not torch.allclose(twin[0].weight, net[0].weight)
+    values = []
+    for file in ("given.safetensors", "canonical.safetensors"):
+        few = ("--data", "digits", "--examples", "100", "--weights", file, "--json")
+        result = _run("measure", "--model", "cli_nets:precise", *few)
+        assert result.exit_code == 0, result.output
+        values.append(json.loads(result.stdout)["rows"][0]["estimate"]["value"])
+    assert values[1] == pytest.approx(values[0], rel=1e-8)
+
+
+def test_canonical_weights_are_canonical(folder):
+    _canonicalize("normed", "once.safetensors", "--fixed-epsilon")
+    _canonicalize("normed", "twice.safetensors", "--fixed-epsilon", "--weights", "once.safetensors")
+    once, twice = load_file("once.safetensors"), load_file("twice.safetensors")
+    for name, tensor in once.items():
+        assert tensor.dtype is torch.float32
+        assert (twice[name] - tensor).abs().max() <= 1e-6 * max(1.0, float(tensor.abs().max()))
+
+
+def test_moved_epsilons_are_told(folder):
+    import cli_nets
+
+    torch.manual_seed(1)
+    net = cli_nets.precise()
+    save_file(net.state_dict(), "given.safetensors")
+    facts = _canonicalize("precise", "moved.safetensors", "--weights", "given.safetensors")
+    (path, epsilon), *further = facts["epsilons"].items()
+    assert (path, further) == ("3.eps", [])
+    with safe_open("moved.safetensors", "pt") as file:
+        labels = file.metadata()
+    assert json.loads(labels["epsilons"]) == {path: epsilon["after"]}
+    assert labels["group_hash"] == facts["group_hash"]
+    twin = cli_nets.precise()
+    twin.load_state_dict(load_file("moved.safetensors"))
+    twin[3].eps = epsilon["after"]
+    _same_function(twin, net)
+    printed = _run(
+        *("canonicalize", "--model", "cli_nets:precise", "--data", "digits", "--weights", "given.safetensors"),
+        *("--out", "moved.safetensors", "--force"),
+    )
+    assert printed.exit_code == 0, printed.output
+    assert f"3.eps = {epsilon['after']!r}" in printed.stdout
+    assert "--fixed-epsilon" in printed.stdout
+
+
+def test_tied_weights_are_written_once_and_load(folder):
+    _canonicalize("tied", "tied.safetensors")
+    assert "2.weight" not in load_file("tied.safetensors")
+    few = ("--data", "digits", "--examples", "100", "--weights", "tied.safetensors", "--rtol", "0.1")
+    assert _run("measure", "--model", "cli_nets:tied", *few).exit_code == 0
+
+
+def test_the_new_verbs_refuse_in_one_line(folder):
+    named = ("--model", "cli_nets:build", "--data", "digits")
+    for arguments, words in (
+        (("attack", *named, "--points", "0", "--search", "0"), "at least one random point"),
+        (("attack", *named, "--geometry", "flat"), "unknown geometry"),
+        (("symmetries", "--model", "cli_nets:build", "--data", "absent.npz"), "absent.npz"),
+        (("canonicalize", *named, "--out", "weights.pt"), ".safetensors"),
+        (("canonicalize", *named, "--out", "best.safetensors"), "--force"),
+        (("canonicalize", "--model", "cli_nets:unsaved", *named[2:], "--out", "new.safetensors"), "1.running_mean"),
+    ):
+        result = _run(*arguments)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert words in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert result.stdout == ""

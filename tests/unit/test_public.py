@@ -29,7 +29,7 @@ def test_public_names():
     assert sorted(isoflat.__all__) == [
         "BatchLoss", "Budget", "CheckpointError", "Cost", "DataError", "Estimate", "Found", "IsoflatError", "Kind",
         "LayerScale", "Measure", "NoInvariantGeometry", "NonFinite", "NondeterministicRisk", "Point", "Quotient",
-        "Record", "SymmetryViolated", "Table", "UnknownName", "UnsupportedModel", "UsageError", "canonicalize",
+        "Record", "SymmetryViolated", "Table", "UnitScale", "UnknownName", "UnsupportedModel", "UsageError", "canonicalize",
         "measure", "measure_all", "reparametrize", "symmetries",
     ]  # fmt: skip
     assert sorted(measures()) == [

@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from isoflat.cli.load.inputs import Inputs
     from isoflat.core.record import Record
     from isoflat.core.table import Table
+    from isoflat.experiments.orbit import Orbit
 
 HEADLINE = "quotient_spectral_norm"
 """Measured where no --measure is given."""
+
+PLACE = "auto"
+"""Where it is measured, if no --geometry is given."""
 
 
 def measure(  # noqa: PLR0913
@@ -35,7 +39,13 @@ def measure(  # noqa: PLR0913
         typer.Option("--measure", metavar="NAME", help=f"See isoflat measures; can be repeated. Default: {HEADLINE}."),
     ] = None,
     geometry: Annotated[
-        list[str] | None, typer.Option("--geometry", metavar="NAME", help="Can be repeated. Default: layerwise.")
+        list[str] | None,
+        typer.Option(
+            "--geometry",
+            metavar="NAME",
+            help="auto (proof against every symmetry found), layerwise (the paper's) or euclidean; can be repeated. "
+            f"Default: {PLACE}.",
+        ),
     ] = None,
     params: options.Params = None,
     weights_key: options.WeightsKey = None,
@@ -44,25 +54,22 @@ def measure(  # noqa: PLR0913
     split: options.Split = None,
     examples: options.Examples = None,
     batch_size: options.BatchSize = 500,
-    rtol: Annotated[
-        float, typer.Option(help="Relative width of the enclosure to reach.", rich_help_panel=options.HOW)
-    ] = 1e-3,
-    confidence: Annotated[
-        float | None,
-        typer.Option(help="That the interval holds. Default: 1 - 1e-6; 0.95 for traces.", rich_help_panel=options.HOW),
-    ] = None,
-    certify: Annotated[
-        bool, typer.Option("--certify/--no-certify", help="An enclosure, or a value only.", rich_help_panel=options.HOW)
-    ] = True,
-    max_products: Annotated[
-        int, typer.Option(help="Hessian-vector products per eigenvalue.", rich_help_panel=options.HOW)
-    ] = 300,
-    seconds: Annotated[float | None, typer.Option(help="Time per eigenvalue.", rich_help_panel=options.HOW)] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(help="For kept graphs, such as 4GB. Default: half of what is free.", rich_help_panel=options.HOW),
-    ] = None,
-    probes: Annotated[int, typer.Option(help="Random probes of traces.", rich_help_panel=options.HOW)] = 64,
+    rtol: options.Rtol = 1e-3,
+    confidence: options.Confidence = None,
+    certify: options.Certify = True,
+    max_products: options.MaxProducts = 300,
+    seconds: options.Seconds = None,
+    memory: options.Memory = None,
+    probes: options.Probes = 64,
+    orbit: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="K",
+            help="Measure K random copies with the same function too (float64), and how far they differ.",
+            rich_help_panel=options.HOW,
+        ),
+    ] = 0,
     seed: options.Seed = 0,
     dtype: options.Precision = None,
     device: options.Device = None,
@@ -70,9 +77,7 @@ def measure(  # noqa: PLR0913
         Path | None,
         typer.Option(metavar="FILE", help="Also write the result there, as JSON.", rich_help_panel=options.OUT),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing --out file.", rich_help_panel=options.OUT)
-    ] = False,
+    force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure how flat a minimum is: values with enclosures, loss, accuracy, cost and warnings.
@@ -96,10 +101,11 @@ def measure(  # noqa: PLR0913
         loss=loss,
         seed=seed,
     )
-    table, notes = evaluate(
+    table, notes, over = evaluate(
         inputs,
+        orbit,
         measures=names or [HEADLINE],
-        geometry=geometry or ["layerwise"],
+        geometry=geometry or [PLACE],
         params=params or None,
         rtol=rtol,
         confidence=confidence,
@@ -111,7 +117,8 @@ def measure(  # noqa: PLR0913
         device=device,
         progress=sys.stderr.isatty() and not as_json,
     )
-    text = json.dumps({"subject": inputs.described() | {"notes": list(notes)}, **table.to_dict()}, allow_nan=False)
+    content = {"subject": inputs.described() | {"notes": list(notes)}, **table.to_dict()}
+    text = json.dumps(content if over is None else content | {"orbit": over.to_dict()}, allow_nan=False)
     try:
         if out is not None:
             save(out, f"{text}\n", force)
@@ -119,49 +126,52 @@ def measure(  # noqa: PLR0913
         if as_json:
             sys.stdout.write(f"{text}\n")
         else:
-            show(console(), inputs, table, notes)
+            show(console(), inputs, table, notes, over)
     if not all(row.estimate.converged for row in table):
         raise typer.Exit(NOT_CONVERGED)
 
 
-def evaluate(inputs: Inputs, **settings: Any) -> tuple[Table, tuple[str, ...]]:
+def evaluate(inputs: Inputs, orbit: int = 0, **settings: Any) -> tuple[Table, tuple[str, ...], Orbit | None]:
     """Load and measure.
 
     Args:
         inputs: what is measured.
+        orbit: how many copies with the same function are measured too.
         **settings: as for `isoflat.measure_all`.
 
     Returns:
-        The table, and notes on how the inputs were loaded.
+        The table, notes on how the inputs were loaded, and what became of the numbers over the orbit, if asked for.
 
     Raises:
         IsoflatError: something is refused; names and limits are checked before a file is opened.
     """
-    import torch
-
-    from isoflat.cli.load.inputs import device_of, load, try_forward
-    from isoflat.measures.base import Effort
-    from isoflat.measures.catalogue import find_geometry, find_measure
-    from isoflat.measures.prepare import subject
+    from isoflat.cli.attack import watched
+    from isoflat.cli.load.inputs import check, device_of, prepare, within_memory
+    from isoflat.experiments.orbit import Plan
+    from isoflat.measures.prepare import symmetries_of
     from isoflat.measures.run import measure_all
 
-    for name in settings["measures"]:
-        find_measure(name)
-    for name in settings["geometry"]:
-        find_geometry(name)
     effort = ("rtol", "confidence", "certify", "probes", "budget", "seed")
-    Effort(**{key: settings[key] for key in effort})
-    device = device_of(settings.pop("device"))
-    loaded = load(inputs)
-    try:
-        try_forward(subject(loaded.model, loaded.batches, loaded.loss, settings["params"], settings["dtype"], device))
-        table = measure_all(loaded.model, loaded.batches, loaded.loss, device=device, **settings)
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(str(error)) from error
-    return table, loaded.notes
+    check(settings["measures"], settings["geometry"], **{key: settings[key] for key in effort})
+    settings["device"] = device_of(settings["device"])
+    loaded, target = prepare(inputs, settings["params"], settings["dtype"], settings["device"])
+    with within_memory():
+        # Found first: a network without a traceable orbit is refused before the data is read.
+        found = symmetries_of(target) if orbit else None
+        table = measure_all(loaded.model, loaded.batches, loaded.loss, **settings)
+        if found is None:
+            return table, loaded.notes, None
+        if not found.dimension:
+            return table, (*loaded.notes, "no change of these weights that keeps the function: no orbit"), None
+        shared = {
+            key: settings[key] for key in ("params", "rtol", "confidence", "certify", "budget", "probes", "device")
+        }
+        names, places = tuple(settings["measures"]), tuple(settings["geometry"])
+        plan = Plan(names, places, points=orbit, search=0, seed=settings["seed"], settings=shared)
+        return table, loaded.notes, watched(loaded, found, plan, hidden=not settings["progress"])
 
 
-def show(screen: Console, inputs: Inputs, table: Table, notes: tuple[str, ...]) -> None:
+def show(screen: Console, inputs: Inputs, table: Table, notes: tuple[str, ...], orbit: Orbit | None = None) -> None:
     """Print values, then what is needed to trust them."""
     screen.print(table)
     point = table[0].point
@@ -176,8 +186,9 @@ def show(screen: Console, inputs: Inputs, table: Table, notes: tuple[str, ...]) 
         ("peak memory", f"{max(row.estimate.cost.peak_memory for row in table) / 2**20:.0f} MiB"),
     ]
     _facts(screen, "", facts)
-    for row in table:
-        _facts(screen, f"{row.measure} ({row.geometry})", _row(row))
+    for number, row in enumerate(table):
+        further = [] if orbit is None else [("over the orbit", _spread(orbit, number))]
+        _facts(screen, f"{row.measure} ({row.geometry})", [*_row(row), *further])
     for note in dict.fromkeys((*notes, *(note for row in table for note in row.estimate.notes))):
         screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
 
@@ -204,6 +215,15 @@ def _row(row: Record) -> list[tuple[str, str]]:
         ("b/value", "not defined here" if row.stationarity_ratio is None else f"{row.stationarity_ratio:.3g}"),
         ("cost", f"{cost.products} products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s"),
     ]
+
+
+def _spread(orbit: Orbit, number: int) -> str:
+    """One number over the copies, in words."""
+    row = orbit.rows[number]
+    value, verdict = row.before.estimate.value, "does not move" if row.survives else "MOVES"
+    lost = f" ({len(orbit.refused)} more gave no number)" if orbit.refused else ""
+    points = "1 orbit point" if len(orbit.measured) == 1 else f"{len(orbit.measured)} orbit points"
+    return f"{value:.6g} ± {row.deviation:.2g} over {points}{lost}, float64: {verdict}"
 
 
 def _facts(screen: Console, title: str, facts: list[tuple[str, str]]) -> None:

@@ -97,12 +97,28 @@ Params = Annotated[
         rich_help_panel=WHAT,
     ),
 ]
+Rtol = Annotated[float, typer.Option(help="Relative width of the enclosure to reach.", rich_help_panel=HOW)]
+Confidence = Annotated[
+    float | None,
+    typer.Option(help="That the interval holds. Default: 1 - 1e-6; 0.95 for traces.", rich_help_panel=HOW),
+]
+Certify = Annotated[
+    bool, typer.Option("--certify/--no-certify", help="An enclosure, or a value only.", rich_help_panel=HOW)
+]
+MaxProducts = Annotated[int, typer.Option(help="Hessian-vector products per eigenvalue.", rich_help_panel=HOW)]
+Seconds = Annotated[float | None, typer.Option(help="Time per eigenvalue.", rich_help_panel=HOW)]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="For kept graphs, such as 4GB. Default: half of what is free.", rich_help_panel=HOW),
+]
+Probes = Annotated[int, typer.Option(help="Random probes of traces.", rich_help_panel=HOW)]
 Seed = Annotated[int, typer.Option("--seed", help="Of all random numbers.", rich_help_panel=HOW)]
 Precision = Annotated[
     str | None,
     typer.Option("--dtype", help="float32 or float64. Default: as the weights are.", rich_help_panel=HOW),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda. Default: cpu.", rich_help_panel=HOW)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing --out file.", rich_help_panel=OUT)]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.", rich_help_panel=OUT)
 ]

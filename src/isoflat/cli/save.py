@@ -31,12 +31,12 @@ def claim(path: Path | None, force: bool) -> None:
         raise UsageError(f"--out {path}: no permission to write in {path.parent}")
 
 
-def save(path: Path, text: str, force: bool) -> None:
+def save(path: Path, content: str | bytes, force: bool) -> None:
     """Write a file in one step: a reader sees the old content or the new, never a part.
 
     Args:
         path: where.
-        text: the whole content.
+        content: all of it; text becomes UTF-8.
         force: whether an existing file may be replaced.
 
     Raises:
@@ -45,11 +45,9 @@ def save(path: Path, text: str, force: bool) -> None:
     claim(path, force)
     temporary: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".isoflat-", suffix=".part", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".isoflat-", suffix=".part", delete=False) as file:
             temporary = Path(file.name)
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

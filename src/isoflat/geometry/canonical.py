@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -90,16 +91,20 @@ class Canonical(Geometry):
 
 
 def _reaching(start: State, point: Representative) -> State:
-    """The state with frozen offsets made reachable that take up something of a trainable factor."""
+    """The state with fixed offsets and running means made reachable that take up something of a trainable factor."""
     wanted = {
         shear.offset
         for shear in point.shears
-        if shear.absorbed.factor in start.parameters and shear.offset in start.frozen
+        if shear.absorbed.factor in start.parameters and shear.offset not in start.parameters
     }
     if not wanted:
         return start
-    parameters = {**start.parameters, **{name: start.frozen[name] for name in sorted(wanted)}}
-    return replace(start, parameters=parameters, frozen={k: v for k, v in start.frozen.items() if k not in wanted})
+
+    def rest(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if name not in wanted}
+
+    parameters = {**start.parameters, **{name: start.tensors[name] for name in sorted(wanted)}}
+    return replace(start, parameters=parameters, frozen=rest(start.frozen), buffers=rest(start.buffers))
 
 
 def _units(point: Representative, state: State) -> tuple[Tensor, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from isoflat.risk.batches import as_batches, move
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.losses import TargetLoss, as_loss, call, split
 from isoflat.risk.network import Network, Selector
+from isoflat.symmetry.base import Symmetry
+from isoflat.symmetry.declared import UnitScale
 from isoflat.symmetry.discover import discover, inputs_of
 from isoflat.symmetry.found import Found
 
@@ -62,8 +65,12 @@ def subject(
     return Subject(risk, state.to(dtype=precision, device=place), tuple(notes))
 
 
-def symmetries_of(subject: Subject) -> Found:
+def symmetries_of(subject: Subject, declared: Sequence[Symmetry] = ()) -> Found:
     """The symmetries of a subject's network, found by tracing it on its first batch, and proved there.
+
+    Args:
+        subject: what is measured.
+        declared: symmetries of the user's own; scalings of units join the group.
 
     Raises:
         UnsupportedModel: the network cannot be traced.
@@ -81,7 +88,7 @@ def symmetries_of(subject: Subject) -> Found:
         subject.risk.loss, module, move(batch, _device(module), dtype)
     )
     args, kwargs = recorder.two_rows()
-    found = discover(module, args, kwargs, blind)
+    found = discover(module, args, kwargs, blind, declared=[s for s in declared if isinstance(s, UnitScale)])
     found.verify()
     return found
 

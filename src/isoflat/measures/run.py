@@ -53,9 +53,11 @@ def measure(  # noqa: PLR0913
         loss: a `torch.nn` criterion, a function of output and target, or an `isoflat.BatchLoss`; left out if the
             model's output carries `.loss`.
         measure: name in the catalogue (`isoflat measures`), with options in brackets: `quotient_sharpness(epsilon=1)`.
-        geometry: "layerwise" (the paper's metric) or "euclidean"; "auto" is not available in this version.
+        geometry: "auto" (at the canonical representative: nothing that keeps the function moves it), "layerwise" (the
+            paper's metric) or "euclidean".
         params: which tensors count: a glob, several, or a predicate of name and tensor.
-        symmetries: groups you claim for this network; each is verified on the first batch before anything is measured.
+        symmetries: groups you claim for this network; each is verified on the first batch before anything is measured,
+            and a `UnitScale` joins the group of "auto".
         rtol: relative width of the enclosure to reach.
         confidence: probability that the interval holds; default 1 − 1e-6 for eigenvalues, 0.95 for traces.
         certify: False for a cheaper value with a true residual but no enclosure.
@@ -165,7 +167,7 @@ def measure_all(  # noqa: PLR0913
 
         with exactly(target.state.device):
             _verify(target, symmetries or (), seed)
-            return Session(target, effort, _bound(plan, target), label, report).table()
+            return Session(target, effort, _bound(plan, target, symmetries or ()), label, report).table()
 
 
 def _plan(
@@ -183,11 +185,13 @@ def _plan(
     return tuple(rows)
 
 
-def _bound(plan: tuple[tuple[Measure, Geometry], ...], target: Subject) -> tuple[tuple[Measure, Geometry], ...]:
+def _bound(
+    plan: tuple[tuple[Measure, Geometry], ...], target: Subject, declared: Sequence[Symmetry]
+) -> tuple[tuple[Measure, Geometry], ...]:
     """The plan with `auto` knowing the network's symmetries."""
     if not any(isinstance(geometry, Canonical) and geometry.found is None for _, geometry in plan):
         return plan
-    found = symmetries_of(target)
+    found = symmetries_of(target, declared)
     return tuple(
         (measure, place.on(found) if isinstance(place, Canonical) and place.found is None else place)
         for measure, place in plan

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
 from isoflat.core.state import State, everywhere
@@ -40,9 +41,19 @@ class Network:
             raise UsageError(f"expected a torch.nn.Module as the model, got {type(self.module).__name__}")
 
     def __call__(self, state: State, use: Callable[[nn.Module], Any]) -> Any:
-        """What `use(model)` returns when the model's tensors are those of the state."""
+        """What `use(model)` returns when the model's tensors are those of the state.
+
+        Running means among the parameters are differentiated by as well, which torch's batch normalisation does not do:
+        moving one is moving its input the other way.
+        """
         tensors = {f"model.{name}": tensor for name, tensor in everywhere(self.module, state.tensors).items()}
-        return torch.func.functional_call(_Use(self.module, use), tensors, (), tie_weights=False)
+        with ExitStack() as stack:
+            for name in state.parameters:
+                path, _, own = name.rpartition(".")
+                if own == "running_mean" and isinstance(module := self.module.get_submodule(path), _BatchNorm):
+                    tensors[f"model.{name}"] = state.parameters[name].detach()
+                    stack.callback(module.register_forward_pre_hook(_moved_by(state.parameters[name])).remove)
+            return torch.func.functional_call(_Use(self.module, use), tensors, (), tie_weights=False)
 
     def state(self, params: Selector = None) -> State:
         """The module's tensors; those that require gradients and match `params` are trainable.
@@ -107,6 +118,16 @@ class _Use(nn.Module):
 
     def forward(self) -> Any:
         return self.use(self.model)
+
+
+def _moved_by(mean: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A hook that takes a running mean's derivative through the input; its value changes nothing."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        still = mean - mean.detach()
+        return (args[0] - still.view(1, -1, *[1] * (args[0].ndim - 2)), *args[1:])
+
+    return hook
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import lsmr
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from isoflat.symmetry.found import Found, effective, scaling, translation
 from isoflat.symmetry.ledger import Additive, Norm
 from isoflat.symmetry.potential import Mass, Vector, close, dead, minimise, touched
 from isoflat.symmetry.relations import ZERO, Form, Solution, some
-from isoflat.symmetry.translation import Absorbed, Translation, deviation, entering, gathered
+from isoflat.symmetry.translation import Absorbed, Translation, deviation, entering, gathered, passed
 from isoflat.symmetry.units import Exponents
 
 
@@ -134,8 +135,9 @@ def reparametrize(model: nn.Module, found: Found, *, seed: int = 0, spread: floa
         seed: of the element.
         spread: standard deviation of the logarithms of the factors.
     """
-    element = found.element(stream(seed, "reparametrize"), spread)
-    return install(model, found.act(found.state(model).to(dtype=torch.float64), element))
+    state = found.state(model).to(dtype=torch.float64)
+    element = found.element(stream(seed, "reparametrize"), spread, state)
+    return install(model, found.act(state, element))
 
 
 def install(model: nn.Module, state: State) -> nn.Module:
@@ -164,44 +166,78 @@ def _shift(found: Found, state: State) -> tuple[State, tuple[Shear, ...]]:
     without cycles this comes to rest after as many sweeps as layers.
     """
     levels = _levels(found)
-    entered = {o.entry.name: torch.zeros(o.entry.absorbed.shift.shape, dtype=torch.float64)
-               for o in found.translation.offsets if o.entry.absorbed is not None}  # fmt: skip
-    taken = {c.running.mean: torch.zeros(len(c.running.moved), dtype=torch.float64) for c in found.translation.centres}
+    flow = _Flow(found)
     for _ in range(2 * len(found.ledger.additives) + 10):
         moved = 0.0
         for group, rows, read in levels:
             values, weights = read(state)
             element = torch.from_numpy(_least(rows, values, weights))
             after = _emptied(group.act(state, element), state, group)
-            size = max((float(state.tensors[name].abs().max()) for name in group.touches), default=0.0)
-            change = max((float((after.tensors[n] - state.tensors[n]).abs().max()) for n in group.touches), default=0.0)
-            moved = max(moved, change / size if size else 0.0)
+            moved = max(moved, _change(after, state, group))
             state = after
-            for offset in group.offsets:
-                if offset.entering is not None:
-                    entered[offset.entry.name] = entered[offset.entry.name] + entering(offset, element)
-            for centre in group.centres:
-                taken[centre.running.mean] += torch.from_numpy(centre.moved @ element.numpy())
+            flow.add(group, element)
         if moved <= 1e-14:
-            break
-    else:
-        raise NoInvariantGeometry(
-            "the constants of this network feed back into each other (a linear residual chain?), so that their least "
-            "norm was not found; geometry='layerwise' works"
-        )
-    shears = [
-        Shear(offset.entry.name, offset.entry.absorbed, entered[offset.entry.name])
-        for offset in found.translation.offsets
-        if offset.entry.absorbed is not None and bool(entered[offset.entry.name].any())
-    ]
-    for centre in found.translation.centres:
-        running, amount = centre.running, taken[centre.running.mean]
-        if running.gain is not None and running.offset is not None and bool(amount.any()):
-            ratio = amount / deviation(running, state).cpu()
-            view = (len(ratio), 1, 1, 1)
-            # β* = β − γ m/σ: a shear of γ into β, one unit at a time.
-            shears.append(Shear(running.offset, Absorbed(running.gain, view, running.moved[:, None]), ratio[:, None]))
-    return state, tuple(shears)
+            return state, flow.shears(state)
+    raise NoInvariantGeometry(
+        "the constants of this network feed back into each other (a linear residual chain?), so that their least norm "
+        "was not found; geometry='layerwise' works"
+    )
+
+
+class _Flow:
+    """Constants that have gone into weights and out of running means, over all sweeps."""
+
+    def __init__(self, found: Found) -> None:
+        self.group = found.translation
+        takers = [(o.entry.name, o.entry.absorbed) for o in self.group.offsets]
+        takers += [(c.running.mean, c.running.absorbed) for c in self.group.centres]
+        self.entered = {
+            name: torch.zeros(absorbed.shift.shape, dtype=torch.float64)
+            for name, absorbed in takers
+            if absorbed is not None
+        }
+        self.taken = {
+            c.running.mean: torch.zeros(len(c.running.moved), dtype=torch.float64) for c in self.group.centres
+        }
+
+    def add(self, group: Translation, element: Tensor) -> None:
+        """Count an element of a group."""
+        for offset in group.offsets:
+            if offset.entering is not None:
+                self.entered[offset.entry.name] += entering(offset, element)
+        for centre in group.centres:
+            self.taken[centre.running.mean] += torch.from_numpy(centre.moved @ element.numpy())
+            if centre.absorbed is not None:
+                self.entered[centre.running.mean] += passed(centre, element)
+
+    def shears(self, state: State) -> tuple[Shear, ...]:
+        """What biases, offsets and means have taken up, as linear maps of weights and gains."""
+        shears = [
+            Shear(offset.entry.name, offset.entry.absorbed, self.entered[offset.entry.name])
+            for offset in self.group.offsets
+            if offset.entry.absorbed is not None and bool(self.entered[offset.entry.name].any())
+        ]
+        for running in (centre.running for centre in self.group.centres):
+            amount = self.taken[running.mean]
+            if running.absorbed is not None and bool(self.entered[running.mean].any()):
+                # μ* = μ + W t: a mean takes up with the other sign than a bias.
+                shears.append(Shear(running.mean, running.absorbed, -self.entered[running.mean]))
+            if running.gain is not None and running.offset is not None and bool(amount.any()):
+                ratio = amount / deviation(running, state).cpu()
+                # β* = β − γ m/σ: a shear of γ into β, one unit at a time.
+                unit = Absorbed(running.gain, (len(ratio), 1, 1, 1), running.moved[:, None])
+                shears.append(Shear(running.offset, unit, ratio[:, None]))
+        return tuple(shears)
+
+
+def _change(after: State, before: State, group: Translation) -> float:
+    """Largest change of an entry, relative to the largest entry of its tensor."""
+    worst = 0.0
+    for name in group.touches:
+        old, new = before.tensors[name], after.tensors[name]
+        size = max(float(old.abs().max()), float(new.abs().max()))
+        worst = max(worst, float((new - old).abs().max()) / size if size else 0.0)
+    return worst
 
 
 def _emptied(after: State, before: State, group: Translation) -> State:
@@ -228,9 +264,11 @@ def _levels(found: Found) -> list[tuple[Translation, sparse.csr_matrix, Reader]]
     forms: list[Form] = []
     levels: list[tuple[Translation, sparse.csr_matrix, Reader]] = []
 
-    def level(names: Sequence[str], ids: Sequence[Tensor], minus: Sequence[Tensor], read: Reader) -> None:
-        group = translation(ledger, tuple(forms))
-        rows = [_rows(group, name, ids[k].numel()) for k, name in enumerate(names)]
+    def level(
+        names: Sequence[str], ids: Sequence[Tensor], minus: Sequence[Tensor], read: Reader, still: Sequence[Form] = ()
+    ) -> None:
+        group = translation(ledger, (*forms, *still))
+        rows = [_rows(group, name) for name in names]
         if rows:
             levels.append((group, sparse.csr_matrix(sparse.vstack(rows)), read))
         for own, taken in zip(ids, minus, strict=True):
@@ -252,33 +290,62 @@ def _levels(found: Found) -> list[tuple[Translation, sparse.csr_matrix, Reader]]
 
         return read
 
-    level([r.mean for r in means], [r.entering for r in means], [r.moved for r in means], of_means)
+    # Means are emptied into offsets alone: what enters a normalisation stays for the biases before it to give up.
+    still = [{int(u): Fraction(1)} for e in entries for u in e.shift]
+    # A mean that nothing can be moved out of (its offset serves another as well) follows the biases before it.
+    free = [torch.from_numpy(np.diff(c.moved.indptr) > 0) for c in found.translation.centres]
+    entering_ = [r.entering[mask] for r, mask in zip(means, free, strict=True)]
+    level(
+        [r.mean for r in means],
+        entering_,
+        [r.moved[mask] for r, mask in zip(means, free, strict=True)],
+        of_means,
+        still,
+    )
     for chosen in (norms, others):
         zero = [torch.zeros_like(e.shift) for e in chosen]
         level([e.name for e in chosen], [e.shift for e in chosen], zero, of(chosen))
     return levels
 
 
-def _rows(group: Translation, name: str, units: int) -> sparse.csr_matrix:
-    """How a tensor's own units move with the element of a group; not at all where the group leaves it alone."""
+def _rows(group: Translation, name: str) -> sparse.csr_matrix:
+    """How a tensor's own units move with the element of a group."""
     for centre in group.centres:
         if centre.running.mean == name:
             return centre.entering - centre.moved
-    for offset in group.offsets:
-        if offset.entry.name == name:
-            return offset.own
-    return sparse.csr_matrix((units, group.size))
+    return next(offset.own for offset in group.offsets if offset.entry.name == name)
 
 
 def _least(rows: sparse.csr_matrix, values: Vector, weights: Vector) -> Vector:
-    """The element that makes `Σ weights (values + rows·τ)²` least."""
-    if rows.shape[1] == 0:
-        return np.zeros(0)
-    root = np.sqrt(weights)
-    scaled = sparse.diags(root) @ rows
-    solution = lsmr(scaled, -root * values, atol=1e-16, btol=1e-16, conlim=0, maxiter=10_000)[0]
-    # One step of refinement: the residual's own least norm.
-    return solution + lsmr(scaled, -root * (values + rows @ solution), atol=1e-16, btol=1e-16, conlim=0)[0]
+    """The element that makes `Σ weights (values + rows·τ)²` least, and of those the smallest.
+
+    Units that share no coordinate are solved for apart, each in its own scale: a tiny stream counts like any other.
+    """
+    count, size = rows.shape
+    element = np.zeros(size)
+    if rows.nnz == 0:
+        return element
+    _, labels = connected_components(sparse.bmat([[None, rows], [rows.T, None]]), directed=False)
+    single = (np.diff(rows.indptr) == 1) & (np.diff(sparse.csc_matrix(rows).indptr)[_first(rows)] == 1)
+    element[rows.indices[rows.indptr[:-1][single]]] = -values[single] / rows.data[rows.indptr[:-1][single]]
+    order = np.argsort(labels[:count], kind="stable")
+    starts = np.flatnonzero(np.diff(labels[:count][order], prepend=-1))
+    for part in np.split(order, starts[1:]):
+        if len(part) == 0 or single[part].all():
+            continue
+        block = sparse.csr_matrix(rows[part])
+        columns = np.unique(block.indices)
+        scale = np.abs(values[part]).max()
+        if len(columns) and scale:
+            root = np.sqrt(weights[part])
+            dense = root[:, None] * block[:, columns].toarray()  # pyrefly: ignore
+            element[columns] = np.linalg.lstsq(dense, -root * (values[part] / scale), rcond=None)[0] * scale
+    return element
+
+
+def _first(rows: sparse.csr_matrix) -> NDArray[np.int64]:
+    """Column of the first entry of each row; any column where it has none."""
+    return rows.indices[np.minimum(rows.indptr[:-1], rows.nnz - 1)]
 
 
 def _scale(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from isoflat.core.errors import UsageError
+from isoflat.core.state import State
+from isoflat.symmetry.declared import UnitScale
 from isoflat.symmetry.found import Found, assemble
 from isoflat.symmetry.graph import Graph, trace
 from isoflat.symmetry.ledger import Ledger, Mean
 from isoflat.symmetry.relations import Form
 from isoflat.symmetry.rules import Rule, rules
 from isoflat.symmetry.rules.elementwise import nonlinear
+from isoflat.symmetry.rules.views import COPIES, same
 from isoflat.symmetry.values import Activation, Known, Stored, Value
 
 
@@ -27,6 +31,7 @@ def symmetries(
     *,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     further_rules: Mapping[str, Rule] | None = None,
+    declared: Sequence[UnitScale] = (),
     verify: bool = True,
 ) -> Found:
     """The continuous reparametrisations of a network that keep its function, found by tracing it and proved on it.
@@ -41,6 +46,7 @@ def symmetries(
             (softmax cross-entropy), that direction of the head is a symmetry too.
         further_rules: rules beside those of the package, by the full overload name of the operation
             (`"mylib.op.default"`); see `symmetry.rules`.
+        declared: symmetries of your own, to be proved like the others.
         verify: apply random elements to the network in float64 before anything is returned.
 
     Raises:
@@ -54,7 +60,7 @@ def symmetries(
     """
     args, kwargs = inputs_of(example)
     blind = loss is not None and ignores_common_score(model, args, kwargs, loss)
-    found = discover(model, args, kwargs, blind, further_rules)
+    found = discover(model, args, kwargs, blind, further_rules, declared)
     if verify:
         found.verify()
     return found
@@ -66,6 +72,7 @@ def discover(
     kwargs: Mapping[str, Any],
     blind: bool = False,
     further: Mapping[str, Rule] | None = None,
+    declared: Sequence[UnitScale] = (),
 ) -> Found:
     """Trace, walk, solve; nothing is proved yet.
 
@@ -75,6 +82,7 @@ def discover(
         kwargs: keyword inputs.
         blind: whether the loss ignores a constant added to all scores of an example.
         further: rules beside those of the package.
+        declared: symmetries of the user's own.
 
     Raises:
         UnsupportedModel: the network cannot be traced.
@@ -82,6 +90,9 @@ def discover(
     known = {**rules(), **(further or {})}
     graph = trace(model, args, kwargs, known.__contains__)
     ledger = walk(graph, known, blind)
+    tensors = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    for symmetry in declared:
+        symmetry.declare(ledger, State(tensors))
     return assemble(model, args, kwargs, ledger, means(graph, blind), exact_forms(ledger), blind)
 
 
@@ -123,7 +134,7 @@ def walk(graph: Graph, known: Mapping[str, Rule], blind: bool) -> Ledger:
             return None
         return f"{first[id(graph.module.get_submodule(path))]}{dot}{name}" if name else None
 
-    ledger = Ledger(where=graph.where, epsilon_of=epsilon_of)
+    ledger = Ledger(where=graph.where, epsilon_of=epsilon_of, centred=graph.centred)
     values: dict[Node, Value] = dict(graph.inputs)
     for node in graph.nodes:
         if node.op == "get_attr":  # a branch of a control-flow operation
@@ -145,23 +156,20 @@ def walk(graph: Graph, known: Mapping[str, Rule], blind: bool) -> Ledger:
 
 
 def means(graph: Graph, blind: bool) -> tuple[Mean, ...]:
-    """Weights and tables to whose output a common constant may be added, because every reader subtracts the mean."""
+    """Weights and tables to whose output a common vector may be added, because every reader subtracts the mean."""
     stored = {node: value.name for node, value in graph.inputs.items() if isinstance(value, Stored)}
-    readers: dict[str, list[Node]] = {}
+    readers: dict[str, list[tuple[Node, Node]]] = {}
     for node, name in stored.items():
-        readers.setdefault(name, []).extend(node.users)
-    memo: dict[Node, bool] = {}
+        readers.setdefault(name, []).extend((node, user) for user in node.users)
+    memo: dict[tuple[Node, int], bool] = {}
     found = []
-    for name, nodes in readers.items():
-        kinds = {str(node.target) for node in nodes}
-        if kinds == {"aten.linear.default"}:
-            weights = all(node.args[1] in stored and stored[node.args[1]] == name for node in nodes)  # pyrefly: ignore
-            if weights and all(_subtracted(graph, node, blind, memo) for node in nodes):
-                found.append(Mean(name, 0))
-        elif kinds == {"aten.embedding.default"}:
-            unpadded = all(len(node.args) < 3 or node.args[2] == -1 for node in nodes)
-            if unpadded and all(_subtracted(graph, node, blind, memo) for node in nodes):
-                found.append(Mean(name, 1))
+    for name, uses in readers.items():
+        axes = {_writes(node, user) for node, user in uses}
+        if len(axes) != 1 or None in axes:
+            continue
+        ((axis, channel),) = axes  # pyrefly: ignore
+        if all(_subtracted(graph, user, channel % user.meta["val"].ndim, blind, memo) for _, user in uses):
+            found.append(Mean(name, axis))
     return tuple(found)
 
 
@@ -198,8 +206,10 @@ def ignores_common_score(
         targets = torch.randint(scores.shape[1], (scores.shape[0], *scores.shape[2:]), device=scores.device)
         shifts = torch.randn(scores.shape[0], 1, *scores.shape[2:], dtype=torch.float64).to(scores.device)
         try:
-            before, after = loss(scores, targets), loss(scores + shifts, targets)
-        except (RuntimeError, ValueError, TypeError, IndexError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # a loss that broadcasts was not made for class indices
+                before, after = loss(scores, targets), loss(scores + shifts, targets)
+        except (RuntimeError, ValueError, TypeError, IndexError, UserWarning):
             return False  # no loss of scores and class indices
     scale = float(before.abs().max() + scores.abs().max())
     return bool((before - after).abs().max() <= 1e-12 * scale)
@@ -241,35 +251,91 @@ def _plain(part: Any) -> Any:
     return part.value if isinstance(part, Known) else part
 
 
-_PASSES = {
-    "aten.clone.default", "aten.dropout.default", "aten.alias.default", "aten.contiguous.default",
-    "aten.detach.default", "aten.neg.default",
+_LINEAR = {
+    # Which argument is the weight, its axis of output units, and the axis of channels in what comes out.
+    "aten.linear.default": (1, 0, -1),
+    "aten.conv1d.default": (1, 0, 1),
+    "aten.conv2d.default": (1, 0, 1),
+    "aten.conv3d.default": (1, 0, 1),
+    "aten.conv1d.padding": (1, 0, 1),
+    "aten.conv2d.padding": (1, 0, 1),
+    "aten.mm.default": (1, 1, -1),
+    "aten.matmul.default": (1, 1, -1),
+    "aten.addmm.default": (2, 1, -1),
+    "aten.embedding.default": (0, 1, -1),
+}
+
+
+def _writes(weight: Node, user: Node) -> tuple[int, int] | None:
+    """Axis of output units of a weight, and of channels in what it makes; None if it is read in any other way."""
+    place, axis, channel = _LINEAR.get(str(user.target), (None, 0, 0))
+    if place is None or user.args[place] is not weight or list(user.all_input_nodes).count(weight) != 1:
+        return None
+    if "embedding" in str(user.target) and len(user.args) > 2 and user.args[2] != -1:
+        return None  # a padding row stays zero
+    if "conv" in str(user.target) and len(user.args) > 6 and user.args[6] != 1:
+        return None  # groups read different inputs
+    return (axis, channel) if weight.meta["val"].ndim == 2 or "conv" in str(user.target) else None
+
+
+_SAME = {
+    *COPIES, "aten.neg.default", "aten.avg_pool1d.default", "aten.avg_pool2d.default", "aten.avg_pool3d.default",
+    "aten.adaptive_avg_pool1d.default", "aten.adaptive_avg_pool2d.default", "aten.adaptive_avg_pool3d.default",
 }  # fmt: skip
+"""Operations that keep the axes and treat all channels alike."""
 
 
-def _subtracted(graph: Graph, node: Node, blind: bool, memo: dict[Node, bool]) -> bool:
-    """Whether everything that reads this node subtracts the mean over its last axis, or loses it in the loss."""
-    if node not in memo:
-        memo[node] = bool(node.users) and all(_subtracts(graph, user, node, blind, memo) for user in node.users)
-    return memo[node]
+def _subtracted(graph: Graph, node: Node, axis: int, blind: bool, memo: dict[tuple[Node, int], bool]) -> bool:
+    """Whether everything that reads this node subtracts the mean over an axis, or loses it in the loss."""
+    if (node, axis) not in memo:
+        memo[node, axis] = bool(node.users) and all(
+            _subtracts(graph, user, node, axis, blind, memo) for user in node.users
+        )
+    return memo[node, axis]
 
 
-def _subtracts(graph: Graph, user: Node, node: Node, blind: bool, memo: dict[Node, bool]) -> bool:
+def _subtracts(
+    graph: Graph, user: Node, node: Node, axis: int, blind: bool, memo: dict[tuple[Node, int], bool]
+) -> bool:
     shape = node.meta["val"].shape
     name = str(user.target)
     if user.op == "output":
-        # Over two axes the scores of an example are the last one.
-        return blind and graph.outputs == (node,) and len(shape) == 2
+        return blind and graph.outputs == (node,) and axis == 1
+    if user.args[0] is not node and name not in ("aten.add.Tensor", "aten.sub.Tensor", "aten.cat.default"):
+        return False
     if name in ("aten.layer_norm.default", "aten.native_layer_norm.default"):
-        return user.args[0] is node and list(user.args[1]) == [shape[-1]]  # pyrefly: ignore
-    if name in _PASSES:
-        return _subtracted(graph, user, blind, memo)
-    if name == "aten.add.Tensor":
-        whole = user.meta["val"].shape[-1] == shape[-1] and not user.kwargs
-        return whole and _subtracted(graph, user, blind, memo)
-    if name in ("aten.view.default", "aten.reshape.default"):
-        return user.meta["val"].shape[-1] == shape[-1] and _subtracted(graph, user, blind, memo)
-    if name == "aten.select.int":
-        inner = int(user.args[1]) % len(shape) != len(shape) - 1  # pyrefly: ignore
-        return inner and _subtracted(graph, user, blind, memo)
-    return False
+        return axis == len(shape) - 1 and tuple(user.args[1]) == (shape[-1],)  # pyrefly: ignore
+    if name == "aten.group_norm.default":
+        return len(shape) == 2 and axis == 1 and bool(user.args[1] == 1)
+    if name in ("aten._softmax.default", "aten._log_softmax.default", "aten.softmax.int", "aten.log_softmax.int"):
+        return int(user.args[1]) % len(shape) == axis  # pyrefly: ignore
+    after = _axis_after(user, node, axis)
+    return after is not None and _subtracted(graph, user, after, blind, memo)
+
+
+def _axis_after(user: Node, node: Node, axis: int) -> int | None:
+    """Where an axis of channels is after an operation that adds, averages or moves whole channels; None for others."""
+    name, before, value = str(user.target), node.meta["val"].shape, user.meta["val"]
+    if not isinstance(value, Tensor):
+        return None
+    if name in _SAME:
+        return axis
+    if name in ("aten.add.Tensor", "aten.sub.Tensor"):
+        after = axis + value.ndim - len(before)
+        return after if value.shape[after] == before[axis] and not user.kwargs else None
+    if name in ("aten.mul.Tensor", "aten.div.Tensor"):
+        return axis if isinstance(user.args[1], int | float) else None
+    if name == "aten.cat.default":
+        dim = int(user.args[1]) % len(before) if len(user.args) > 1 else 0  # pyrefly: ignore
+        return axis if dim != axis else None
+    if name != "aten.mean.dim" and rules().get(name) is not same:
+        return None
+    # The operation itself, on the channels' numbers: they must come out whole and in order along one axis.
+    numbers = torch.arange(before[axis], dtype=torch.float64).view(-1, *[1] * (len(before) - 1 - axis)).expand(before)
+    operation: Any = torch.ops.aten.reshape.default if name == "aten.view.default" else user.target
+    made = operation(numbers, *user.args[1:], **user.kwargs)
+    for after, size in enumerate(made.shape):
+        wanted = torch.arange(size, dtype=torch.float64).view(-1, *[1] * (made.ndim - 1 - after))
+        if size == before[axis] and torch.equal(made, wanted.expand(made.shape)):
+            return after
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -130,10 +131,17 @@ class Found:
         paths = dict.fromkeys(norm.constant for norm in self.ledger.norms if norm.constant is not None)
         return {path: float(getattr(*_holder(model, path))) for path in paths}
 
-    def element(self, random: torch.Generator, spread: float) -> tuple[Tensor, ...]:
-        """A random element of each exact group; shifts have a tenth of the spread, because they are no logarithms."""
-        widths = (0.1 * spread, 0.1 * spread, spread)
-        return tuple(s.sample(random, width) for s, width in zip(self.symmetries, widths, strict=True))
+    def element(self, random: torch.Generator, spread: float, state: State | None = None) -> tuple[Tensor, ...]:
+        """A random element of each exact group.
+
+        Args:
+            random: randomness.
+            spread: standard deviation of the logarithms of factors, and a tenth of it that of shifts in their unit.
+            state: whose sizes are the units of shifts; default the network's own.
+        """
+        at = self.state() if state is None else state
+        common_, shift, scale = (s.sample(random, spread) for s in self.symmetries)
+        return 0.1 * common_ * self.common.units(at), 0.1 * shift * self.translation.units(at), scale
 
     def act(self, state: State, element: Iterable[Tensor]) -> State:
         """Apply an element of each exact group."""
@@ -201,7 +209,7 @@ class Found:
                     element = (self.free.sample(random, spread),)
                 change = float((self.output(act(start, element), args, kwargs) - before).abs().max())
                 worst = max(worst, change / size if size else change)
-                if not worst <= TOLERANCE:
+                if not (worst <= TOLERANCE and change < math.inf):
                     raise SymmetryViolated(
                         f"the symmetries found ({group}) change the network's output by {worst:.2e} of its size "
                         f"(allowed: {TOLERANCE:g}). A rule for one of its operations is wrong, or its forward pass "
@@ -278,7 +286,7 @@ def translation(ledger: Ledger, zero: tuple[Form, ...] = ()) -> Translation:
         if entry.absorbed is not None:
             ids.append(entry.absorbed.shift)
     for running in ledger.runnings.values():
-        ids += [running.entering, running.moved]
+        ids += [running.entering, running.moved, *([running.absorbed.shift] if running.absorbed is not None else [])]
     used = np.zeros(solution.dimension, dtype=bool)
     for part in ids:
         used[np.unique(solution.rows(part).indices)] = True
@@ -289,8 +297,16 @@ def translation(ledger: Ledger, zero: tuple[Form, ...] = ()) -> Translation:
         )
         for entry in ledger.additives.values()
     )
-    centres = tuple(Centre(r, solution.rows(r.entering), solution.rows(r.moved)) for r in ledger.runnings.values())
-    return Translation(tuple(o for o in offsets if not o.still()), centres, solution.dimension)
+    centres = tuple(
+        Centre(
+            running,
+            solution.rows(running.entering),
+            solution.rows(running.moved),
+            None if running.absorbed is None else solution.rows(running.absorbed.shift),
+        )
+        for running in ledger.runnings.values()
+    )
+    return Translation(offsets, centres, solution.dimension)
 
 
 def _scales(found: Found) -> Iterator[Line]:
@@ -319,7 +335,8 @@ def _shifts(group: Translation) -> Iterator[Line]:
         for j in np.unique(np.concatenate([matrix.indices for matrix in matrices])):
             touched[j].append(offset.entry.name)
     for centre in group.centres:
-        for j in np.unique(np.concatenate([centre.entering.indices, centre.moved.indices])):
+        taken = [] if centre.absorbed is None else [centre.absorbed.indices]
+        for j in np.unique(np.concatenate([centre.entering.indices, centre.moved.indices, *taken])):
             touched[j].append(centre.running.mean)
         for j in np.unique(centre.moved.indices):
             touched[j].append(str(centre.running.offset))

@@ -35,7 +35,8 @@ class Graph:
 
     def where(self, node: Node) -> str:
         """The operation and the module that it comes from, in words."""
-        operation = str(node.target).removeprefix("aten.").split(".")[0]
+        space, name, *_ = [*str(node.target).split("."), ""]
+        operation = name if space == "aten" else f"{space}.{name}".strip(".")
         path, kind = self._place(node)
         return f"{operation} ('{path}')" if path else f"{operation} ({kind})" if kind else operation
 
@@ -46,6 +47,15 @@ class Graph:
         found = [name for name, held in vars(module).items() if isinstance(held, float) and held == value]
         named = [name for name in found if "eps" in name] or found
         return ".".join(filter(None, (path, named[0]))) if len(named) == 1 else None
+
+    def centred(self, node: Node) -> bool:
+        """Whether a node is a batch normalisation by the running mean that its own module holds."""
+        if str(node.target) != "aten._native_batch_norm_legit_no_training.default":
+            return False
+        module = self.module.get_submodule(self._place(node)[0])
+        mean = self.inputs.get(node.args[3])  # pyrefly: ignore
+        path = f"{self._place(node)[0]}.running_mean".lstrip(".")
+        return isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(mean, Stored) and mean.name == path
 
     @staticmethod
     def _place(node: Node) -> tuple[str, str]:

@@ -87,6 +87,7 @@ class Running:
         deviation: unknown log-scale of √(v + ε), shape `(C,)`.
         entering: unknown shift of x, shape `(C,)`.
         moved: unknown shift of x taken out of μ into β, shape `(C,)`.
+        absorbed: what μ takes up from constants before a contraction without bias: `+Σ factor · shift`; None for none.
     """
 
     mean: str
@@ -97,6 +98,7 @@ class Running:
     deviation: Tensor
     entering: Tensor
     moved: Tensor
+    absorbed: Absorbed | None = None
 
 
 @final
@@ -150,6 +152,8 @@ class Ledger:
         bent: log-scales that pass through a kink or a nonlinearity.
         module: dotted path and class of the module that a node comes from.
         epsilon_of: path of the module attribute that holds a node's epsilon.
+        centred: whether a node is a batch normalisation whose module holds the running mean.
+        pending: constants that a contraction without bias passes on to the batch normalisations that alone read it.
     """
 
     scales: Relations = field(default_factory=Relations)
@@ -163,6 +167,8 @@ class Ledger:
     bent: set[int] = field(default_factory=set)
     where: Callable[[Node], str] = str
     epsilon_of: Callable[[Node, float], str | None] = lambda node, value: None
+    centred: Callable[[Node], bool] = lambda node: False
+    pending: dict[Node, Absorbed] = field(default_factory=dict)
 
     def scale_by(self, name: str, found: Field) -> None:
         """Write down how a tensor scales; where it has been seen before, both must hold."""
@@ -206,8 +212,16 @@ class Ledger:
                 self.shifts.pin(entry.absorbed.shift, f"'{name}' is added in two ways")
 
     def entries(self, stored: Stored) -> Tensor:
-        """Log-scales of a tensor entry by entry, shape of the tensor; zero where it has too many."""
+        """Log-scales of a tensor entry by entry, shape of the tensor; of its last axis only where it has too many."""
         count = math.prod(stored.shape)
+        if count > ENTRYWISE and len(stored.shape) > 1 and stored.shape[-1] <= ENTRYWISE:
+            view = (1, count // stored.shape[-1], stored.shape[-1], 1)
+            old = self.fields.get(stored.name)
+            if old is None or old.view != view or old.sign != 1:
+                ids = self.scales.fresh(stored.shape[-1])
+                self.scale_by(stored.name, Field(stored.name, view, torch.zeros(1, 1, dtype=torch.int64), ids[None], 1))
+                return ids.expand(stored.shape)
+            return old.second[0].expand(stored.shape)
         if count > ENTRYWISE:
             reason = f"'{stored.name}' is used entry by entry and has {count} entries"
             self.pin([stored], reason)
@@ -226,9 +240,13 @@ class Ledger:
             return value
         if isinstance(value, Stored):
             scale = self.entries(value)
-            if math.prod(value.shape) > ENTRYWISE:
-                return shifted_only(value.shape)
             count = math.prod(value.shape)
+            if count > ENTRYWISE and (len(value.shape) < 2 or value.shape[-1] > ENTRYWISE):
+                return shifted_only(value.shape)
+            if count > ENTRYWISE:
+                last = len(value.shape) - 1
+                self.add_to(value.name, Additive(value.name, last, self.shifts.fresh(value.shape[-1])))
+                return Activation(scale, self.additives[value.name].shift.expand(value.shape))
             shift = self.shifts.fresh(count)
             self.add_to(value.name, Additive(value.name, None, shift))
             return Activation(scale, self.additives[value.name].shift.view(value.shape))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
@@ -30,19 +31,27 @@ class Offset:
     own: sparse.csr_matrix
     entering: sparse.csr_matrix | None
 
-    def still(self) -> bool:
-        """Whether no element moves the tensor."""
-        return self.own.nnz == 0 and (self.entering is None or self.entering.nnz == 0)
+    def moves(self) -> bool:
+        """Whether some element moves the tensor."""
+        return self.own.nnz > 0 or (self.entering is not None and self.entering.nnz > 0)
 
 
 @final
 @dataclass(frozen=True)
 class Centre:
-    """A batch normalisation with its shifts solved for: of its input, and out of its mean into its offset."""
+    """A batch normalisation with its shifts solved for.
+
+    Attributes:
+        running: the normalisation.
+        entering: sparse `(C, m)`: shift of its input.
+        moved: sparse `(C, m)`: shift out of its mean into its offset.
+        absorbed: sparse `(g · j, m)`: constants before the contraction without bias that it reads; None for none.
+    """
 
     running: Running
     entering: sparse.csr_matrix
     moved: sparse.csr_matrix
+    absorbed: sparse.csr_matrix | None
 
 
 @final
@@ -63,17 +72,42 @@ class Translation(Symmetry):
     @property
     def touches(self) -> frozenset[str]:
         """Tensors that some element moves."""
-        means = {centre.running.mean for centre in self.centres if centre.entering.nnz or centre.moved.nnz}
-        return frozenset(offset.entry.name for offset in self.offsets) | means
+        means = {
+            c.running.mean
+            for c in self.centres
+            if c.entering.nnz or c.moved.nnz or (c.absorbed is not None and c.absorbed.nnz)
+        }
+        return frozenset(offset.entry.name for offset in self.offsets if offset.moves()) | means
 
     @property
     def dimension(self) -> int:
-        """M."""
+        """Number of coordinates."""
         return self.size
 
     def sample(self, stream: torch.Generator, spread: float = 1.0) -> Tensor:
         """Normal shifts, in the unit of the activations."""
         return torch.randn(self.size, generator=stream, dtype=torch.float64) * spread
+
+    def units(self, state: State) -> Tensor:
+        """A natural size for each coordinate at a state: that of the activations it is added to, shape `(m,)`."""
+        sizes = np.zeros(self.size)
+
+        def weigh(rows: sparse.csr_matrix, values: Tensor) -> None:
+            entries = rows.tocoo()
+            np.maximum.at(sizes, entries.col, values.cpu().numpy()[entries.row])
+
+        for offset in self.offsets:
+            value, _ = gathered(state.tensors[offset.entry.name], offset.entry)
+            size = value.abs() + value.square().mean().sqrt()
+            if offset.entry.absorbed is not None:
+                factor = state.tensors[offset.entry.absorbed.factor].double().reshape(offset.entry.absorbed.view)
+                size = size + factor.square().sum((2, 3)).sqrt().reshape(-1)
+            weigh(offset.own, size)
+        for centre in self.centres:
+            size = state.tensors[centre.running.mean].double().abs() + deviation(centre.running, state)
+            weigh(centre.entering, size)
+            weigh(centre.moved, size)
+        return torch.from_numpy(np.where(sizes > 0, sizes, 1.0))
 
     def act(self, state: State, element: Tensor) -> State:
         """Add; new tensors."""
@@ -87,7 +121,7 @@ class Translation(Symmetry):
     def velocity(self, state: State, rates: Tensor) -> dict[str, Tensor]:
         """What is added to each tensor."""
         moving: dict[str, Tensor] = {}
-        for offset in self.offsets:
+        for offset in filter(Offset.moves, self.offsets):
             tensor = state.tensors[offset.entry.name]
             delta = given(offset, rates)
             if offset.entering is not None and offset.entering.nnz and offset.entry.absorbed is not None:
@@ -98,6 +132,8 @@ class Translation(Symmetry):
             moved = _values(centre.moved, rates)
             mean = state.tensors[running.mean]
             moving[running.mean] = (_values(centre.entering, rates) - moved).to(mean.device)
+            if centre.absorbed is not None and running.absorbed is not None and centre.absorbed.nnz:
+                moving[running.mean] += absorbed(running.absorbed, state, passed(centre, rates))
             if running.gain is not None and running.offset is not None:
                 gain = state.tensors[running.gain].double()
                 taken = gain * moved.to(gain.device) / deviation(running, state)
@@ -147,8 +183,16 @@ class CommonVector(Symmetry):
         moving = {}
         for mean, part in zip(self.means, rates.split(self.lengths), strict=True):
             shape = state.tensors[mean.name].shape
-            moving[mean.name] = part.to(state.device).unsqueeze(mean.axis).expand(shape)
+            rest = [n for axis, n in enumerate(shape) if axis != mean.axis]
+            moving[mean.name] = part.to(state.device).view(rest).unsqueeze(mean.axis).expand(shape)
         return moving
+
+    def units(self, state: State) -> Tensor:
+        """A natural size for each coordinate at a state: that of the weight's own entries."""
+        parts = [
+            state.tensors[mean.name].double().square().mean(mean.axis).sqrt().reshape(-1).cpu() for mean in self.means
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     def slice(self, state: State) -> Tensor:
         """The element that makes every mean zero."""
@@ -166,6 +210,13 @@ def entering(offset: Offset, element: Tensor) -> Tensor:
     assert offset.entering is not None
     assert offset.entry.absorbed is not None
     return _values(offset.entering, element).view(offset.entry.absorbed.shift.shape)
+
+
+def passed(centre: Centre, element: Tensor) -> Tensor:
+    """Constants before the contraction that a batch normalisation reads, shape `(g, j)`."""
+    assert centre.absorbed is not None
+    assert centre.running.absorbed is not None
+    return _values(centre.absorbed, element).view(centre.running.absorbed.shift.shape)
 
 
 def absorbed(entry: Absorbed, state: State, shift: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class UnitScaling(Symmetry):
 
     @property
     def dimension(self) -> int:
-        """D."""
+        """Number of coordinates."""
         return self.size
 
     def sample(self, stream: torch.Generator, spread: float = 1.0) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -14,7 +16,9 @@ from isoflat.cli.load.model import build, find_loss
 from isoflat.cli.load.named import reason
 from isoflat.cli.load.weights import read_weights
 from isoflat.core.errors import DataError, IsoflatError, UsageError
-from isoflat.measures.base import Subject
+from isoflat.measures.base import Effort, Subject
+from isoflat.measures.catalogue import find_geometry, find_measure
+from isoflat.measures.prepare import subject
 from isoflat.risk.batches import Batches, tensors
 from isoflat.risk.network import exactly
 
@@ -97,6 +101,53 @@ def load(inputs: Inputs) -> Loaded:
     return Loaded(model, data.batches, loss, (*notes, *data.notes))
 
 
+def check(measures: list[str], geometry: list[str], **effort: Any) -> None:
+    """Names and limits, before a file is opened.
+
+    Args:
+        measures: names in the catalogue.
+        geometry: names of metrics.
+        **effort: as for `isoflat.measures.base.Effort`.
+
+    Raises:
+        UsageError: one of them is unknown or has no meaning.
+    """
+    for name in measures:
+        find_measure(name)
+    for name in geometry:
+        find_geometry(name)
+    Effort(**effort)
+
+
+def prepare(
+    inputs: Inputs, params: list[str] | None = None, dtype: str | None = None, device: torch.device | None = None
+) -> tuple[Loaded, Subject]:
+    """Load, and see that the network runs on the data.
+
+    Args:
+        inputs: what the user named.
+        params: which parameters count, by name; None for all.
+        dtype: precision of the products; None for the weights' own.
+        device: where to compute; None for where the weights are.
+
+    Raises:
+        IsoflatError: something cannot be found, opened or fitted.
+    """
+    loaded = load(inputs)
+    target = subject(loaded.model, loaded.batches, loaded.loss, params, dtype, device)
+    try_forward(target)
+    return loaded, target
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """An accelerator without memory is refused like a machine without."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from error
+
+
 def fill(model: torch.nn.Module, inputs: Inputs) -> tuple[str, ...]:
     """Load the weights file into the model, if there is one; what a reader must know about it.
 
@@ -128,19 +179,19 @@ def device_of(name: str | None) -> torch.device | None:
     return device
 
 
-def try_forward(subject: Subject) -> None:
+def try_forward(target: Subject) -> None:
     """Run the network on the first batch, so that what does not fit is said in words.
 
     Raises:
         UsageError: network, inputs, targets and loss do not fit together.
         DataError: there is no batch.
     """
-    batch = next(iter(subject.risk.batches), None)
+    batch = next(iter(target.risk.batches), None)
     if batch is None:
         raise DataError("the data is empty: it gave no batch")
     try:
-        with exactly(subject.state.device), torch.no_grad():
-            subject.risk.term(subject.state, batch)
+        with exactly(target.state.device), torch.no_grad():
+            target.risk.term(target.state, batch)
     except IsoflatError:
         raise
     except Exception as error:  # whatever the user's network and loss raise on data of the wrong form

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -11,15 +12,12 @@ from torch.fx import Node
 
 from isoflat.symmetry.ledger import Ledger, Norm
 from isoflat.symmetry.relations import ANY, distinct
-from isoflat.symmetry.rules.elementwise import nonlinear
 from isoflat.symmetry.values import Activation, Known, Stored, Value, shifted_only
 
 
 def total(ledger: Ledger, node: Node, a: Value, b: Value, alpha: Any = 1) -> Activation:
     """`a + αb`: equal scales; shifts add up."""
-    if alpha in (1, -1):
-        return _sum(ledger, node, a, b, int(alpha))
-    return _pinned(ledger, node, a, b)
+    return _sum(ledger, node, a, b, Fraction(alpha))
 
 
 def difference(ledger: Ledger, node: Node, a: Value, b: Value, alpha: Any = 1) -> Activation:
@@ -79,7 +77,7 @@ def _divided(ledger: Ledger, reason: str, scale: Tensor) -> None:
         ledger.norms.append(Norm(reason, None, 0.0, factors, None))
 
 
-def _sum(ledger: Ledger, node: Node, a: Value, b: Value, sign: int) -> Activation:
+def _sum(ledger: Ledger, node: Node, a: Value, b: Value, sign: Fraction) -> Activation:
     reason = ledger.where(node)
     if (epsilon := _epsilon(node, a, b)) is not None:
         x = ledger.activation(a if isinstance(b, Known | float | int) else b, reason)
@@ -109,6 +107,11 @@ def _epsilon(node: Node, a: Value, b: Value) -> float | None:
 
 def _product(ledger: Ledger, node: Node, a: Value, b: Value, power: int) -> Activation:
     reason = ledger.where(node)
+    if (factor := _number(b, power)) is not None and not isinstance(a, Known):
+        x = ledger.activation(a, reason)
+        return Activation(x.scale, ledger.shifts.combine((factor, x.shift)))
+    if power == 1 and (factor := _number(a, 1)) is not None and not isinstance(b, Known):
+        return _product(ledger, node, b, a, 1)
     ledger.multiplies(a, reason)
     ledger.multiplies(b, reason)
     x, y = (ledger.activation(value, reason) for value in (a, b))
@@ -119,15 +122,20 @@ def _product(ledger: Ledger, node: Node, a: Value, b: Value, power: int) -> Acti
     return Activation(scale, shifted_only(scale.shape).shift)
 
 
+def _number(value: Value, power: int) -> Fraction | None:
+    """A single known number other than zero, or its reciprocal, exactly."""
+    content = value.value if isinstance(value, Known) else value
+    if isinstance(content, Tensor) and content.numel() == 1 and content.ndim == 0:
+        content = content.item()
+    if not isinstance(content, int | float) or isinstance(content, bool) or not math.isfinite(content) or not content:
+        return None
+    return Fraction(content) ** power
+
+
 def _either(a: Tensor, b: Tensor) -> Tensor:
     """Ids of a sum: those of the first, but of the second where the first is a literal zero."""
     a, b = torch.broadcast_tensors(a, b)
     return torch.where(a == ANY, b, a) if ANY in distinct(a) else a
-
-
-def _pinned(ledger: Ledger, node: Node, *values: Value) -> Activation:
-    made: Activation = nonlinear(ledger, node, *values)
-    return made
 
 
 RULES = {

@@ -59,6 +59,14 @@ def sign(ledger: Ledger, node: Node, x: Value, *args: Any) -> Activation:
     return shifted_only(x.shape)
 
 
+def softmax(ledger: Ledger, node: Node, x: Value, dim: int, *args: Any) -> Activation:
+    """Softmax and its logarithm fix every scale, and forget a constant common to all entries along their axis."""
+    x = ledger.activation(x, ledger.where(node))
+    ledger.scales.pin(x.scale, ledger.where(node))
+    ledger.shifts.along(x.shift, *(axis for axis in range(x.scale.ndim) if axis != dim % x.scale.ndim))
+    return shifted_only(x.shape)
+
+
 def power(ledger: Ledger, node: Node, x: Value, exponent: Any) -> Activation:
     """`x^n` for a whole n: n times the scale."""
     n = exponent.value if isinstance(exponent, Known) else exponent
@@ -101,9 +109,8 @@ RULES = {
     "aten.sign.default": sign,
     **{f"aten.{name}.Scalar": sign for name in ("gt", "lt", "ge", "le")},
     **{name: nonlinear for function in _NONLINEAR for name in _both(function)},
-    "aten.softmax.int": nonlinear,
-    "aten._softmax.default": nonlinear,
-    "aten.log_softmax.int": nonlinear,
-    "aten._log_softmax.default": nonlinear,
-    "aten.softplus.default": nonlinear,
+    "aten.softmax.int": softmax,
+    "aten._softmax.default": softmax,
+    "aten.log_softmax.int": softmax,
+    "aten._log_softmax.default": softmax,
 }

@@ -168,7 +168,10 @@ def _shift(
     out: Tensor,
     bias: Value,
 ) -> Tensor:
-    """Constants after a contraction: the bias takes `−W t(x)` and gives what it likes."""
+    """Constants after a contraction: the bias takes `−W t(x)` and gives what it likes; without one, the running means do."""
+    if bias is None and node.users and all(ledger.centred(user) and user.args[0] is node for user in node.users):
+        ledger.pending[node] = Absorbed(weight.name, view, entering)
+        return torch.zeros_like(out)
     if not isinstance(bias, Stored) or math.prod(bias.shape) != out.numel():
         ledger.shifts.pin(entering, f"{ledger.where(node)}: no bias")
         return _offset(ledger, node, out, bias)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.ledger import Additive, Field, Ledger, Norm, Running
+from isoflat.symmetry.ledger import Absorbed, Additive, Field, Ledger, Norm, Running
 from isoflat.symmetry.relations import ANY, ZERO, distinct
 from isoflat.symmetry.values import Activation, Stored, Value, shifted_only
 
@@ -75,6 +75,7 @@ def running(
     reason = ledger.where(node)
     parts = node.meta["val"]
     shape = parts[0].shape
+    waiting = ledger.pending.get(node.args[0])  # pyrefly: ignore
     plain = isinstance(mean, Stored) and isinstance(variance, Stored)
     old = ledger.runnings.get(mean.name) if isinstance(mean, Stored) else None
     names = tuple(part.name if isinstance(part, Stored) else None for part in (mean, variance, gain, offset))
@@ -82,7 +83,9 @@ def running(
     affine = (gain is None and offset is None) or (isinstance(gain, Stored) and isinstance(offset, Stored))
     if not plain or not affine or not known:
         ledger.pin([x, gain, offset, mean, variance], reason)
+        _hold(ledger, waiting, reason)
         if old is not None:
+            _hold(ledger, old.absorbed, reason)
             ledger.scales.pin(old.deviation, reason)
             ledger.shifts.pin(torch.stack([old.entering, old.moved]), reason)
         return tuple(shifted_only(part.shape) for part in parts)
@@ -92,15 +95,8 @@ def running(
     wide = (slice(None), *[None] * (len(shape) - 2))
     rest = [shifted_only(part.shape) for part in parts[1:]]
     if old is not None:
-        ledger.scales.tie(entering, ledger.fields[mean.name].first[0])
-        ledger.shifts.tie(ledger.shifts.along(x.shift, 1), old.entering)
-        scale = (
-            ledger.scales.combine((1, entering), (-1, old.deviation))
-            if old.offset is None
-            else ledger.fields[old.offset].first[0]
-        )
-        leaving = torch.zeros(channels, dtype=torch.int64) if old.offset is None else ledger.additives[old.offset].shift
-        return (Activation(scale[wide].expand(shape), leaving[wide].expand(shape)), *rest)
+        _hold(ledger, waiting, f"{reason}: used twice")
+        return (_again(ledger, x, old, entering, wide, shape, reason), *rest)
     deviation = ledger.scales.fresh(channels)
     ledger.scale_by(mean.name, _vector(mean.name, entering))
     shifts, out, moved = ledger.shifts.along(x.shift, 1), None, torch.zeros(channels, dtype=torch.int64)
@@ -116,8 +112,28 @@ def running(
     else:
         out = ledger.scales.combine((1, entering), (-1, deviation))
         leaving = torch.zeros(channels, dtype=torch.int64)
-    ledger.runnings[mean.name] = Running(*names, epsilon, deviation, shifts, moved)  # pyrefly: ignore
+    ledger.runnings[mean.name] = Running(*names, epsilon, deviation, shifts, moved, waiting)  # pyrefly: ignore
     return (Activation(out[wide].expand(shape), leaving[wide].expand(shape)), *rest)
+
+
+def _again(
+    ledger: Ledger, x: Activation, old: Running, entering: Tensor, wide: Any, shape: torch.Size, reason: str
+) -> Activation:
+    """A normalisation that has been seen before: what enters and leaves it is as it was then."""
+    _hold(ledger, old.absorbed, f"{reason}: used twice")
+    ledger.scales.tie(entering, ledger.fields[old.mean].first[0])
+    ledger.shifts.tie(ledger.shifts.along(x.shift, 1), old.entering)
+    if old.offset is None:
+        scale, shift = ledger.scales.combine((1, entering), (-1, old.deviation)), torch.zeros_like(entering)
+    else:
+        scale, shift = ledger.fields[old.offset].first[0], ledger.additives[old.offset].shift
+    return Activation(scale[wide].expand(shape), shift[wide].expand(shape))
+
+
+def _hold(ledger: Ledger, absorbed: Absorbed | None, reason: str) -> None:
+    """Constants that cannot be taken up do not move."""
+    if absorbed is not None:
+        ledger.shifts.pin(absorbed.shift, reason)
 
 
 def _out(

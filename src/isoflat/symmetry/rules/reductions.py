@@ -33,7 +33,7 @@ def pooling(space: int, maximum: bool, padded: bool = True) -> Any:
         scale, shift = ledger.scales.along(x.scale, *kept), ledger.shifts.along(x.shift, *kept)
         if maximum:
             ledger.bend(x.scale)
-        elif padded and len(args) > 2 and any(torch.as_tensor(args[2]).reshape(-1)):
+        elif padded and not _plain_mean(args):
             ledger.shifts.pin(shift, f"{ledger.where(node)}: zero padding")
         elif padded and len(args) > 5 and args[5] is not None:
             ledger.shifts.pin(shift, f"{ledger.where(node)}: divided by another number than that of the terms")
@@ -42,6 +42,12 @@ def pooling(space: int, maximum: bool, padded: bool = True) -> Any:
         return (result, shifted_only(shape)) if _several(made) else result
 
     return rule
+
+
+def _plain_mean(args: tuple[Any, ...]) -> bool:
+    """Whether an average counts its entries: kernel, stride, padding, ceil, count padding, divisor."""
+    padding, counted, divisor = (args[i] if len(args) > i else default for i, default in ((2, 0), (4, True), (5, None)))
+    return divisor is None and not (counted and bool(torch.as_tensor(padding).any()))
 
 
 def summed(ledger: Ledger, node: Node, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Activation:
@@ -114,6 +120,11 @@ def _kept(ids: Tensor, axes: set[int], keepdim: bool) -> Tensor:
     return ids
 
 
+_INTERPOLATED = {
+    **{f"nearest{n}d": n for n in (1, 2, 3)}, "_nearest_exact1d": 1, "_nearest_exact2d": 2, "linear1d": 1, "bilinear2d": 2,
+    "bicubic2d": 2, "trilinear3d": 3,
+}  # fmt: skip
+
 RULES = {
     **{f"aten.max_pool{n}d.default": pooling(n, maximum=True) for n in (1, 2, 3)},
     **{f"aten.max_pool{n}d_with_indices.default": pooling(n, maximum=True) for n in (2, 3)},
@@ -121,6 +132,12 @@ RULES = {
     **{f"aten.avg_pool{n}d.default": pooling(n, maximum=False) for n in (1, 2, 3)},
     **{f"aten.adaptive_avg_pool{n}d.default": pooling(n, maximum=False, padded=False) for n in (1, 2, 3)},
     **{f"aten._adaptive_avg_pool{n}d.default": pooling(n, maximum=False, padded=False) for n in (2, 3)},
+    # Weights of an interpolation add up to one: it lets scales and constants through as a mean does.
+    **{
+        f"aten.upsample_{kind}.{form}": pooling(n, maximum=False, padded=False)
+        for kind, n in _INTERPOLATED.items()
+        for form in ("default", "vec")
+    },
     "aten.sum.default": summed,
     "aten.sum.dim_IntList": summed,
     "aten.cumsum.default": accumulated,

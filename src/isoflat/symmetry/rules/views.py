@@ -58,6 +58,18 @@ def padded(ledger: Ledger, node: Node, x: Value, amounts: list[int], value: Any 
     return Activation(pad(x.scale, amounts, value=1), pad(x.shift, amounts, value=0))
 
 
+def wrapped(
+    ledger: Ledger, node: Node, x: Value, amounts: list[int], mode: str = "constant", value: Any = None
+) -> Value:
+    """Padding by any mode: entries are repeated, or zeros."""
+    if mode == "constant":
+        return padded(ledger, node, x, amounts, value)
+    x = ledger.activation(x, ledger.where(node))
+    # Padding by reflection is made for floating-point numbers; ids are far below 2^53.
+    pad = torch.nn.functional.pad
+    return Activation(*(pad(ids.double(), amounts, mode=mode).long() for ids in (x.scale, x.shift)))
+
+
 def _forget(ledger: Ledger, node: Node, x: Value) -> Activation:
     from isoflat.symmetry.values import shifted_only
 
@@ -94,8 +106,11 @@ RULES = {
     "aten.type_as.default": cast,
     "aten.cat.default": joined,
     "aten.stack.default": joined,
-    "aten.pad.default": lambda ledger, node, x, pad, mode="constant", value=None: (
-        padded(ledger, node, x, pad, value) if mode == "constant" else _forget(ledger, node, x)
-    ),
+    "aten.pad.default": wrapped,
+    **{
+        f"aten.{kind}_pad{n}d.default": lambda ledger, node, x, pad, mode=mode: wrapped(ledger, node, x, pad, mode)
+        for kind, mode in (("reflection", "reflect"), ("replication", "replicate"))
+        for n in (1, 2, 3)
+    },
     "aten.constant_pad_nd.default": padded,
 }

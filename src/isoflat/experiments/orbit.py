@@ -1,0 +1,345 @@
+"""Copies of a network with other weights and the same function: how far can a number be moved?"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from isoflat.core.errors import IsoflatError, UsageError
+from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.record import Record
+from isoflat.core.state import State
+from isoflat.core.streams import stream
+from isoflat.core.table import Table
+from isoflat.measures.catalogue import find_measure
+from isoflat.measures.run import measure_all
+from isoflat.symmetry.canonical import install
+from isoflat.symmetry.found import TOLERANCE, Found
+
+SLACK = 1e-8
+"""Relative change of a number in float64 that counts as rounding, beside the widths of its enclosures."""
+
+STEP = 1 / 3
+"""Spread of a step of the search, in units of that of a random copy: factors that add up stay within float64."""
+
+Element = tuple[Tensor, ...]
+"""Coordinates in each exact group: logarithms of factors, or shifts."""
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """What is attacked, and how hard.
+
+    Attributes:
+        measures: names in the catalogue.
+        geometries: names of metrics.
+        points: random copies.
+        search: steps that try to move each number further.
+        spread: standard deviation of the logarithms of the factors.
+        seed: of all randomness.
+        settings: further ones for `measure_all`.
+    """
+
+    measures: tuple[str, ...] = ("quotient_spectral_norm", "hessian_spectral_norm")
+    geometries: tuple[str, ...] = ("auto", "layerwise")
+    points: int = 5
+    search: int = 10
+    spread: float = 3.0
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse an attack that does nothing."""
+        if min(self.points, self.search) < 0 or self.points + self.search == 0:
+            raise UsageError(
+                f"expected at least one random point or search step, got {self.points} points and {self.search} steps"
+            )
+        if not 0 < self.spread < math.inf:
+            raise UsageError(f"spread must be a positive number (3 is usual), got {self.spread}")
+
+    @property
+    def work(self) -> int:
+        """How many networks are measured."""
+        single = [find_measure(name).geometry is not None for name in set(self.measures)]
+        rows = sum(1 if alone else len(set(self.geometries)) for alone in single)
+        return 1 + self.points + rows * self.search
+
+
+@final
+@dataclass(frozen=True)
+class Twin:
+    """One copy.
+
+    Attributes:
+        label: how it was come by.
+        output_change: largest change of an output on the traced rows, relative to the largest output.
+        loss_change: of the loss on all the data, relative to it; None where it was not measured.
+        estimates: one for each attacked number, in order; none where it was not measured.
+        refused: why it was not measured; empty where it was.
+    """
+
+    label: str
+    output_change: float
+    loss_change: float | None = None
+    estimates: tuple[Estimate, ...] = ()
+    refused: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "label": self.label,
+            "output_change": _number(self.output_change),
+            "loss_change": None if self.loss_change is None else _number(self.loss_change),
+            "estimates": [estimate.to_dict() for estimate in self.estimates],
+            "refused": self.refused,
+        }
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """What became of one number.
+
+    Attributes:
+        before: at the weights as given, in float64.
+        lowest: value seen, the one before included.
+        highest: value seen, the one before included.
+        drift: largest `|value − before| / |before|`; absolute where the value before is zero.
+        worst: label of the copy where it was seen.
+        tolerance: drift that the enclosures' relative widths and rounding explain there.
+        survives: whether the drift of every copy is within its tolerance.
+    """
+
+    before: Record
+    lowest: float
+    highest: float
+    drift: float
+    worst: str
+    tolerance: float
+    survives: bool
+
+    @property
+    def name(self) -> str:
+        """Measure and geometry."""
+        return f"{self.before.measure} ({self.before.geometry})"
+
+    @property
+    def deviation(self) -> float:
+        """Largest distance from the value before."""
+        value = self.before.estimate.value
+        return max(self.highest - value, value - self.lowest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "measure": self.before.measure,
+            "geometry": self.before.geometry,
+            "before": self.before.to_dict(),
+            "lowest": self.lowest,
+            "highest": self.highest,
+            "drift": _number(self.drift),
+            "worst": self.worst,
+            "tolerance": _number(self.tolerance),
+            "survives": self.survives,
+        }
+
+
+@final
+@dataclass(frozen=True)
+class Orbit:
+    """Numbers over an orbit.
+
+    Attributes:
+        plan: what was asked.
+        dimension: of the exact groups that were used.
+        group_hash: of the group.
+        blind: whether a constant added to all scores, which the loss ignores, does not count as a change of outputs.
+        rows: one for each number.
+        twins: every copy, in order.
+    """
+
+    plan: Plan
+    dimension: int
+    group_hash: str
+    blind: bool
+    rows: tuple[Row, ...]
+    twins: tuple[Twin, ...]
+
+    @property
+    def measured(self) -> tuple[Twin, ...]:
+        """Copies that gave numbers."""
+        return tuple(twin for twin in self.twins if not twin.refused)
+
+    @property
+    def refused(self) -> tuple[Twin, ...]:
+        """Copies that gave none."""
+        return tuple(twin for twin in self.twins if twin.refused)
+
+    @property
+    def output_change(self) -> float:
+        """Largest of all measured copies."""
+        return max(twin.output_change for twin in self.measured)
+
+    @property
+    def loss_change(self) -> float:
+        """Largest of all measured copies."""
+        return max(twin.loss_change or 0.0 for twin in self.measured)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "points": self.plan.points,
+            "search": self.plan.search,
+            "spread": self.plan.spread,
+            "seed": self.plan.seed,
+            "dimension": self.dimension,
+            "group_hash": self.group_hash,
+            "loss_ignores_common_score": self.blind,
+            "output_change": self.output_change,
+            "loss_change": self.loss_change,
+            "rows": [row.to_dict() for row in self.rows],
+            "copies": [twin.to_dict() for twin in self.twins],
+        }
+
+
+def attack(
+    model: nn.Module,
+    data: Any,
+    loss: Any,
+    found: Found,
+    plan: Plan,
+    report: Callable[[str], None] = lambda text: None,
+) -> Orbit:
+    """Measure a network and copies of it with the same function, in float64; the model is not changed.
+
+    Random copies come first. Then each number is searched for by itself, from the copy that moved it furthest so far:
+    a random step is kept where the number moves further. Every copy counts for every number.
+
+    Args:
+        model: the network that `found` was found on.
+        data: as for `isoflat.measure`.
+        loss: as for `isoflat.measure`.
+        found: its symmetries.
+        plan: what to attack, and how hard.
+        report: told what is measured next, once for each network.
+
+    Raises:
+        UsageError: there is nothing to attack with, or no copy could be measured.
+        IsoflatError: the network cannot be measured as it is given.
+    """
+    if not found.dimension:
+        raise UsageError(
+            "no change of these weights that keeps the function was found, so that there is nothing to attack with: "
+            "isoflat symmetries says what fixes them"
+        )
+    hunt = _Hunt(copy.deepcopy(model).double(), data, loss, found, plan, report)
+    for k in range(plan.points):
+        hunt.visit(f"random copy {k + 1}", found.element(stream(plan.seed, "orbit", k), plan.spread))
+    for row, record in enumerate(hunt.before):
+        name = f"{record.measure} ({record.geometry})"
+        for step in range(plan.search):
+            move = found.element(stream(plan.seed, "search", name, step), STEP * plan.spread)
+            element = tuple(a + b for a, b in zip(hunt.furthest(row), move, strict=True))
+            hunt.visit(f"search for {name}, step {step + 1}", element)
+    twins = tuple(twin for twin, _ in hunt.visited)
+    if all(twin.refused for twin in twins):
+        raise UsageError(f"none of {len(twins)} copies could be measured ({twins[0].refused}): try a smaller spread")
+    rows = tuple(_row(record, row, twins) for row, record in enumerate(hunt.before))
+    return Orbit(plan, found.dimension, found.hash, found.blind, rows, twins)
+
+
+class _Hunt:
+    """Copies measured so far, with the elements that lead to them."""
+
+    def __init__(
+        self, twin: nn.Module, data: Any, loss: Any, found: Found, plan: Plan, report: Callable[[str], None]
+    ) -> None:
+        self._twin, self._data, self._loss = twin, data, loss
+        self._found, self._plan, self._report = found, plan, report
+        self._state = found.state(twin)
+        self._outputs = found.output(self._state)
+        self.before = self._measured("as given", self._state)
+        self.visited: list[tuple[Twin, Element]] = []
+
+    def visit(self, label: str, element: Element) -> None:
+        """Measure the copy that a group element leads to; where its outputs or its numbers fail, say why."""
+        state = self._found.act(self._state, element)
+        size = float(self._outputs.abs().max())
+        change = float((self._found.output(state) - self._outputs).abs().max()) / (size or 1.0)
+        if not change <= TOLERANCE:
+            self._report(label)
+            reason = f"rounding changed its outputs by {change:.0e} of the largest (allowed: {TOLERANCE:g})"
+            self.visited.append((Twin(label, change, refused=reason), element))
+            return
+        try:
+            table = self._measured(label, state)
+        except IsoflatError as error:
+            self.visited.append((Twin(label, change, refused=str(error)), element))
+            return
+        old, new = self.before[0].point.loss, table[0].point.loss
+        estimates = tuple(record.estimate for record in table)
+        self.visited.append((Twin(label, change, abs(new - old) / (abs(old) or 1.0), estimates), element))
+
+    def furthest(self, row: int) -> Element:
+        """The element that moved a number furthest so far; the identity where none did."""
+        identity = tuple(torch.zeros(group.dimension, dtype=torch.float64) for group in self._found.symmetries)
+        start = self.before[row].estimate.value
+        best, chosen = 0.0, identity
+        for twin, element in self.visited:
+            far = 0.0 if twin.refused else _distance(start, twin.estimates[row].value)
+            if far > best:
+                best, chosen = far, element
+        return chosen
+
+    def _measured(self, label: str, state: State) -> Table:
+        self._report(label)
+        return measure_all(
+            install(self._twin, state),
+            self._data,
+            self._loss,
+            measures=self._plan.measures,
+            geometry=self._plan.geometries,
+            seed=self._plan.seed,
+            **self._plan.settings,
+        )
+
+
+def _row(record: Record, row: int, twins: Sequence[Twin]) -> Row:
+    """The range of one number, and the copy that speaks most against it."""
+    before = record.estimate
+    seen = [(twin.label, twin.estimates[row]) for twin in twins if not twin.refused]
+    values = [before.value, *(after.value for _, after in seen)]
+    size = abs(before.value) or 1.0
+
+    def doubts() -> Iterator[tuple[bool, float, float, str]]:
+        for label, after in seen:
+            drift, allowed = abs(after.value - before.value) / size, _width(before) + _width(after) + SLACK
+            yield drift > allowed, drift, allowed, label
+
+    moved, drift, allowed, label = max(doubts(), key=lambda doubt: doubt[:2])
+    return Row(record, min(values), max(values), drift, label, allowed, not moved)
+
+
+def _width(estimate: Estimate) -> float:
+    """How much of its value an estimate leaves open."""
+    if estimate.kind is Kind.UNCERTIFIED:  # its interval is open above: only the residual tells
+        return (estimate.residual or 0.0) / (abs(estimate.value) or 1.0)
+    return (estimate.upper - estimate.lower) / (abs(estimate.value) or 1.0)
+
+
+def _distance(before: float, after: float) -> float:
+    """`|log(after/before)|`; infinite across zero."""
+    if before == 0:
+        return abs(after)
+    return abs(math.log(after / before)) if after / before > 0 else math.inf
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
