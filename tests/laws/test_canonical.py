@@ -176,13 +176,17 @@ def test_rules_and_declarations_of_the_users_own():
     unknown = isoflat.symmetries(net, data[0])
     assert unknown.scaling.dimension == 0
     assert any("ramp" in reason for line in unknown.report for reason in line.reasons)
-    with_rule = isoflat.symmetries(net, data[0], further_rules={"isoflat_test.ramp.default": homogeneous})
+    rule = {"isoflat_test.ramp.default": homogeneous}
+    with_rule = isoflat.symmetries(net, data[0], loss=nn.CrossEntropyLoss(), further_rules=rule)
     own = isoflat.UnitScale(("0.weight", "0.bias"), ("2.weight",), 6)
     declared = isoflat.symmetries(net, data[0], declared=[own])
     assert with_rule.scaling.dimension == declared.scaling.dimension == 6
     wanted = _auto(known, data).value
     assert _auto(net, data, symmetries=[own]).value == pytest.approx(wanted, rel=1e-8)
     assert _auto(net, data).value != pytest.approx(wanted, rel=1e-3)
+    assert _auto(net, data, symmetries=with_rule).value == pytest.approx(wanted, rel=1e-8)
+    with pytest.raises(isoflat.UsageError, match="another network"):
+        _auto(known, data, symmetries=with_rule)
     wrong = isoflat.UnitScale(("0.weight",), ("2.weight",), 6)
     with pytest.raises(isoflat.SymmetryViolated):
         isoflat.symmetries(net, data[0], declared=[wrong])

@@ -88,7 +88,7 @@ def _claims(entry: Measure) -> dict[str, str]:
     """Invariances by geometry, in words: the geometry's, and the measure's own."""
     from isoflat.measures.catalogue import geometries
 
-    places = [entry.geometry] if entry.geometry else [name for name in geometries() if name != "auto"]
+    places = [entry.geometry] if entry.geometry else list(geometries())
     return {place: "; ".join([geometries()[place].group, *entry.invariant_under]) for place in places}
 
 

@@ -23,6 +23,7 @@ from isoflat.risk.batches import move
 from isoflat.risk.losses import call, split
 from isoflat.risk.network import Selector, exactly
 from isoflat.symmetry.base import Symmetry, verify
+from isoflat.symmetry.found import Found
 
 
 def measure(  # noqa: PLR0913
@@ -33,7 +34,7 @@ def measure(  # noqa: PLR0913
     measure: str | Measure = "quotient_spectral_norm",
     geometry: str | Geometry = "auto",
     params: Selector = None,
-    symmetries: Sequence[Symmetry] | None = None,
+    symmetries: Found | Sequence[Symmetry] | None = None,
     rtol: float = 1e-3,
     confidence: float | None = None,
     certify: bool = True,
@@ -57,7 +58,8 @@ def measure(  # noqa: PLR0913
             paper's metric) or "euclidean".
         params: which tensors count: a glob, several, or a predicate of name and tensor.
         symmetries: groups you claim for this network; each is verified on the first batch before anything is measured,
-            and a `UnitScale` joins the group of "auto".
+            and a `UnitScale` joins the group of "auto". Or what `isoflat.symmetries` found on this network, for
+            instance with rules of your own: it is proved again and used as it is.
         rtol: relative width of the enclosure to reach.
         confidence: probability that the interval holds; default 1 − 1e-6 for eigenvalues, 0.95 for traces.
         certify: False for a cheaper value with a true residual but no enclosure.
@@ -111,7 +113,7 @@ def measure_all(  # noqa: PLR0913
     measures: Sequence[str | Measure] = ("quotient_spectral_norm", "hessian_spectral_norm"),
     geometry: str | Geometry | Sequence[str | Geometry] = "auto",
     params: Selector = None,
-    symmetries: Sequence[Symmetry] | None = None,
+    symmetries: Found | Sequence[Symmetry] | None = None,
     rtol: float = 1e-3,
     confidence: float | None = None,
     certify: bool = True,
@@ -166,8 +168,10 @@ def measure_all(  # noqa: PLR0913
             bar.update()
 
         with exactly(target.state.device):
-            _verify(target, symmetries or (), seed)
-            return Session(target, effort, _bound(plan, target, symmetries or ()), label, report).table()
+            found = symmetries if isinstance(symmetries, Found) else None
+            declared = () if found is not None else tuple(symmetries or ())  # pyrefly: ignore
+            _verify(target, declared, seed)
+            return Session(target, effort, _bound(plan, target, declared, found), label, report).table()
 
 
 def _plan(
@@ -186,12 +190,16 @@ def _plan(
 
 
 def _bound(
-    plan: tuple[tuple[Measure, Geometry], ...], target: Subject, declared: Sequence[Symmetry]
+    plan: tuple[tuple[Measure, Geometry], ...], target: Subject, declared: Sequence[Symmetry], known: Found | None
 ) -> tuple[tuple[Measure, Geometry], ...]:
     """The plan with `auto` knowing the network's symmetries."""
     if not any(isinstance(geometry, Canonical) and geometry.found is None for _, geometry in plan):
         return plan
-    found = symmetries_of(target, declared)
+    if known is not None:
+        if known.model is not target.risk.network.module:
+            raise UsageError("these symmetries were found on another network: call isoflat.symmetries on this one")
+        known.verify()
+    found = known or symmetries_of(target, declared)
     return tuple(
         (measure, place.on(found) if isinstance(place, Canonical) and place.found is None else place)
         for measure, place in plan
