@@ -72,12 +72,13 @@ class Translation(Symmetry):
     @property
     def touches(self) -> frozenset[str]:
         """Tensors that some element moves."""
-        means = {
-            c.running.mean
-            for c in self.centres
-            if c.entering.nnz or c.moved.nnz or (c.absorbed is not None and c.absorbed.nnz)
-        }
-        return frozenset(offset.entry.name for offset in self.offsets if offset.moves()) | means
+        names = {offset.entry.name for offset in self.offsets if offset.moves()}
+        for centre in self.centres:
+            if any(part is not None and part.nnz for part in (centre.entering, centre.moved, centre.absorbed)):
+                names.add(centre.running.mean)
+            if centre.moved.nnz and centre.running.offset is not None:
+                names.add(centre.running.offset)
+        return frozenset(names)
 
     @property
     def dimension(self) -> int:
