@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENV := $(VENV)/.installed
 
-.PHONY: demo test lint test-slow test-oracles clean
+.PHONY: demo test lint test-slow test-oracles bench clean
 
 demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
 	$(BIN)/isoflat demo
@@ -13,13 +13,16 @@ test: $(ENV) lint  ## everything that must hold before a change lands
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(ENV)
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports --no-logo
 
 test-slow: $(ENV)  ## with real MNIST and CIFAR-10 in the folder ISOFLAT_DATA (skipped, and said so, where absent)
 	$(BIN)/python -m pytest -m slow -rs -s
+
+bench: $(ENV)  ## what finding, proving and canonicalising cost, as a table
+	$(BIN)/python benchmarks/symmetries.py
 
 # curvlinops asks for backpack, which asks for torchvision; neither is needed for what we compare with.
 test-oracles: $(ENV)  ## against curvlinops, installed in an environment of its own

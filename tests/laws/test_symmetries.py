@@ -283,6 +283,18 @@ TRAPS = {
         lambda x, table, layer: (table((x[:, 0] > 0).long()) + layer(x)) @ table.weight.t(),
         nn.Embedding(600, 500), nn.Linear(4, 500),
     ),
+    "a large matrix that is also averaged": lambda: Apply(
+        lambda x, layer, last, w: last(torch.relu(torch.relu(layer(x)) @ w + w.mean(0))),
+        nn.Linear(4, 600), nn.Linear(500, 3), (600, 500),
+    ),
+    "a mean that takes up constants and is read besides": lambda: Apply(
+        lambda x, first, layer, norm, last: last(torch.relu(norm(layer(first(x)))) + norm.running_mean[:, None, None]),
+        nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 1, bias=False), batch_norm(3), head(3),
+    ),
+    "a layer normalised after a copy that is asserted": lambda: Apply(
+        lambda x, layer, norm, last: last(torch.relu(norm(layer(x).to(torch.float64).flip(0)))),
+        nn.Linear(4, 4), layer_norm(4), nn.Linear(4, 3),
+    ),
     "a gain that is computed is no gain": lambda: Apply(
         lambda x, layer, norm, last: last(torch.relu(_statistics(layer(x), norm, 2 * norm.weight, 2 * norm.bias))),
         nn.Conv2d(2, 3, 1), batch_norm(3), head(3),

@@ -275,6 +275,28 @@ def test_moved_epsilons_are_told(folder):
     assert "--fixed-epsilon" in printed.stdout
 
 
+def test_moved_epsilons_come_with_the_file(folder):
+    """isoflat sets them as it loads the weights, says so, and refuses a network that has no such number."""
+    import cli_nets
+
+    torch.manual_seed(1)
+    save_file(cli_nets.precise().state_dict(), "given.safetensors")
+    _canonicalize("precise", "moved.safetensors", "--weights", "given.safetensors")
+    few = ("--data", "digits", "--examples", "100", "--json")
+    given, moved = (
+        json.loads(_run("measure", "--model", "cli_nets:precise", "--weights", f"{name}.safetensors", *few).stdout)
+        for name in ("given", "moved")
+    )
+    values = [result["rows"][0]["estimate"]["value"] for result in (given, moved)]
+    assert values[1] == pytest.approx(values[0], rel=1e-8)
+    assert any("3.eps" in note for note in moved["subject"]["notes"])
+    for epsilons, words in (({"9.eps": 1.0}, "9.eps"), ({"3.eps": -1.0}, "positive"), ("no table", "cannot be read")):
+        save_file(cli_nets.precise().state_dict(), "bad.safetensors", {"epsilons": json.dumps(epsilons)})
+        refused = _run("measure", "--model", "cli_nets:precise", "--weights", "bad.safetensors", *few)
+        assert refused.exit_code == 2
+        assert words in refused.stderr
+
+
 def test_tied_weights_are_written_once_and_load(folder):
     _canonicalize("tied", "tied.safetensors")
     assert "2.weight" not in load_file("tied.safetensors")

@@ -161,8 +161,8 @@ def show(screen: Console, out: Path, facts: dict[str, Any], notes: tuple[str, ..
     if facts["epsilons"]:
         screen.print(
             plain(
-                "The file is the same function only with these attributes of the network's modules (they are in its "
-                "metadata too); --fixed-epsilon writes one that needs none:",
+                "The file is the same function only with these attributes of the network's modules. They are in its "
+                "metadata, and isoflat sets them; elsewhere set them yourself, or write a file with --fixed-epsilon:",
                 style="bold",
             )
         )

@@ -28,6 +28,7 @@ from isoflat.measures.base import Effort, Findings, Measure, Question, Subject
 from isoflat.measures.prepare import point, warnings
 from isoflat.risk.empirical import Survey
 from isoflat.risk.linearise import available_memory, linearise, peak_memory
+from isoflat.symmetry.found import VERSION as RULES
 
 Answers = dict[tuple[Geometry, Question], Outcome]
 
@@ -226,4 +227,5 @@ def _versions(measure: Measure, geometry: Geometry) -> dict[str, str]:
         "python": platform.python_version(),
         "measure": str(measure.version),
         "geometry": str(geometry.version),
+        "rules": str(RULES),
     }

@@ -21,7 +21,7 @@ from isoflat.symmetry.ledger import Ledger, Mean
 from isoflat.symmetry.relations import Form
 from isoflat.symmetry.rules import Rule, rules
 from isoflat.symmetry.rules.elementwise import nonlinear
-from isoflat.symmetry.rules.views import COPIES, same
+from isoflat.symmetry.rules.views import COPIES, RESHAPES, same
 from isoflat.symmetry.values import Activation, Known, Stored, Value
 
 
@@ -301,6 +301,8 @@ def _subtracts(
     name = str(user.target)
     if user.op == "output":
         return blind and graph.outputs == (node,) and axis == 1
+    if name.startswith("aten._assert"):
+        return True
     if user.args[0] is not node and name not in ("aten.add.Tensor", "aten.sub.Tensor", "aten.cat.default"):
         return False
     if name in ("aten.layer_norm.default", "aten.native_layer_norm.default"):
@@ -315,7 +317,7 @@ def _subtracts(
 
 def _axis_after(user: Node, node: Node, axis: int) -> int | None:
     """Where an axis of channels is after an operation that adds, averages or moves whole channels; None for others."""
-    name, before, value = str(user.target), node.meta["val"].shape, user.meta["val"]
+    name, before, value = str(user.target), node.meta["val"].shape, user.meta.get("val")
     if not isinstance(value, Tensor):
         return None
     if name in _SAME:
@@ -328,12 +330,14 @@ def _axis_after(user: Node, node: Node, axis: int) -> int | None:
     if name == "aten.cat.default":
         dim = int(user.args[1]) % len(before) if len(user.args) > 1 else 0  # pyrefly: ignore
         return axis if dim != axis else None
-    if name != "aten.mean.dim" and rules().get(name) is not same:
+    if (name != "aten.mean.dim" and rules().get(name) is not same) or user.all_input_nodes != [node]:
         return None
     # The operation itself, on the channels' numbers: they must come out whole and in order along one axis.
     numbers = torch.arange(before[axis], dtype=torch.float64).view(-1, *[1] * (len(before) - 1 - axis)).expand(before)
-    operation: Any = torch.ops.aten.reshape.default if name == "aten.view.default" else user.target
-    made = operation(numbers, *user.args[1:], **user.kwargs)
+    operation: Any = user.target
+    made = numbers.reshape(value.shape) if name in RESHAPES else operation(numbers, *user.args[1:], **user.kwargs)
+    if not isinstance(made, Tensor):
+        return None
     for after, size in enumerate(made.shape):
         wanted = torch.arange(size, dtype=torch.float64).view(-1, *[1] * (made.ndim - 1 - after))
         if size == before[axis] and torch.equal(made, wanted.expand(made.shape)):

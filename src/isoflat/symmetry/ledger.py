@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.relations import ANY, ZERO, Relations, distinct
+from isoflat.symmetry.relations import ANY, ZERO, Relations, distinct, is_all
 from isoflat.symmetry.values import Activation, Known, Stored, Value, shifted_only
 
 ENTRYWISE = 1 << 18
@@ -217,7 +217,7 @@ class Ledger:
         if count > ENTRYWISE and len(stored.shape) > 1 and stored.shape[-1] <= ENTRYWISE:
             view = (1, count // stored.shape[-1], stored.shape[-1], 1)
             old = self.fields.get(stored.name)
-            if old is None or old.view != view or old.sign != 1:
+            if old is None or old.view != view or old.sign != 1 or not is_all(old.first, ZERO):
                 ids = self.scales.fresh(stored.shape[-1])
                 self.scale_by(stored.name, Field(stored.name, view, torch.zeros(1, 1, dtype=torch.int64), ids[None], 1))
                 return ids.expand(stored.shape)
@@ -309,6 +309,8 @@ class Ledger:
         if running.mean in self.additives or running.mean in self.rigid:
             reason = f"'{running.mean}' is read in two ways"
             self.shifts.pin(torch.stack([running.entering, running.moved]), reason)
+            if running.absorbed is not None:
+                self.shifts.pin(running.absorbed.shift, reason)
             if running.mean in self.additives:
                 self.shifts.pin(self.additives[running.mean].shift, reason)
         if running.offset in self.again or running.offset in self.rigid:

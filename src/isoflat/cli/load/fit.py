@@ -48,11 +48,35 @@ def fit(model: nn.Module, weights: Weights, prefixes: Sequence[str] = ()) -> tup
     if rounded := [name for name, tensor in tensors.items() if not _exact(tensor, target[name])]:
         kinds = f"{tensors[rounded[0]].dtype} to {target[rounded[0]].dtype}"
         notes.append(f"weights rounded from {kinds} to fit the network: {some(rounded)}".replace("torch.", ""))
+    notes += _set_epsilons(model, weights)
     try:
         model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{weights.source}: the network refuses its weights: {error}") from error
     return (*weights.notes, *notes)
+
+
+def _set_epsilons(model: nn.Module, weights: Weights) -> list[str]:
+    """Epsilons that belong to the weights, into the modules that hold them.
+
+    Raises:
+        CheckpointError: the network has no such number.
+    """
+    modules = dict(model.named_modules())
+    notes = []
+    for path, value in weights.epsilons.items():
+        place, _, name = path.rpartition(".")
+        held = vars(modules[place]).get(name) if place in modules else None
+        if "eps" not in name or not isinstance(held, float):
+            raise CheckpointError(
+                f"{weights.source} comes with the epsilon {path!r}, which {type(model).__name__} does not have. Build the "
+                "network these weights were made for"
+            )
+        notes.append(f"{path} = {value:.6g}, as it belongs to these weights (it was {held:g})")
+    for path, value in weights.epsilons.items():
+        place, _, name = path.rpartition(".")
+        setattr(modules[place], name, value)
+    return notes
 
 
 def _rename(

@@ -5,10 +5,12 @@ Safetensors, single or sharded, and torch's own checkpoints through its restrict
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -41,11 +43,14 @@ class Weights:
         tensors: by the names in the file.
         source: the file, for messages.
         notes: what was chosen while reading, for the reader of the result.
+        epsilons: of normalisations that belong to these weights, by the path of the module's attribute; written by
+            `isoflat canonicalize`.
     """
 
     tensors: Mapping[str, Tensor]
     source: Path
     notes: tuple[str, ...] = ()
+    epsilons: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_weights(path: Path, key: str | None = None) -> Weights:
@@ -73,7 +78,8 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
     tensors, notes = _choose(content, key, path)
     for name, tensor in tensors.items():
         _check_memory(name, tensor, path)
-    return Weights(tensors, path, notes)
+    epsilons = _epsilons(path) if path.suffix == ".safetensors" else {}
+    return Weights(tensors, path, notes, epsilons)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -83,6 +89,27 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Fetch or save it again") from error
+
+
+def _epsilons(path: Path) -> dict[str, float]:
+    """Epsilons in the metadata of a file; none if there are none.
+
+    Raises:
+        CheckpointError: what stands there is no table of positive numbers.
+    """
+    with safe_open(path, framework="pt", device="cpu") as file:
+        text = (file.metadata() or {}).get("epsilons")
+    if text is None:
+        return {}
+    try:
+        found = {str(name): float(value) for name, value in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: its metadata hold epsilons that cannot be read ({error}); write it again"
+        ) from error
+    if not all(0 < value < math.inf for value in found.values()):
+        raise CheckpointError(f"{path}: its metadata hold epsilons that are no positive numbers; write it again")
+    return found
 
 
 def _sharded(path: Path) -> dict[str, Tensor]:
