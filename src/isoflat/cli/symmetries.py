@@ -14,7 +14,8 @@ from isoflat.cli import options
 from isoflat.cli.terminal import console, plain
 
 if TYPE_CHECKING:
-    from isoflat.symmetry.found import Found, Line
+    from isoflat.symmetry.found import Found
+    from isoflat.symmetry.report import Line
 
 NOT_CLAIMED = "not claimed"
 

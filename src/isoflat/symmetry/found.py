@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, final
 
-import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor, nn
@@ -21,34 +19,18 @@ from isoflat.core.state import State, everywhere
 from isoflat.core.streams import stream
 from isoflat.symmetry.base import Symmetry
 from isoflat.symmetry.graph import skeleton
+from isoflat.symmetry.groups import effective, scaling, translation
 from isoflat.symmetry.ledger import Ledger, Mean
 from isoflat.symmetry.relations import Form, Solution
-from isoflat.symmetry.translation import Centre, CommonVector, Offset, Translation, common
-from isoflat.symmetry.units import UnitScaling, exponents
+from isoflat.symmetry.report import Line, lines
+from isoflat.symmetry.translation import CommonVector, Translation, common
+from isoflat.symmetry.units import UnitScaling
 
 VERSION = 1
 """Version of the rules; raised whenever another group may be found for some network."""
 
 TOLERANCE = 1e-9
 """Relative change of outputs in float64 up to which a symmetry counts as proved."""
-
-
-@final
-@dataclass(frozen=True)
-class Line:
-    """One line of the report: how many dimensions act on which tensors, or what does not move and why.
-
-    Attributes:
-        kind: "scale", "scale divided out", "shift", "common vector", or "not claimed".
-        dimension: how many.
-        tensors: names, each with the axis that is meant.
-        reasons: for what is not claimed: operations that fix it.
-    """
-
-    kind: str
-    dimension: int
-    tensors: tuple[str, ...]
-    reasons: tuple[str, ...] = ()
 
 
 @final
@@ -220,7 +202,7 @@ class Found:
     @cached_property
     def report(self) -> tuple[Line, ...]:
         """Groups of one kind with their dimensions and tensors, then what is not claimed and why."""
-        return (*_scales(self), *_shifts(self.translation), *_commons(self.common), *_unclaimed(self))
+        return lines(self)
 
     @cached_property
     def _shadow(self) -> nn.Module:
@@ -257,112 +239,6 @@ def assemble(
         common(means, shapes),
         blind,
     )
-
-
-def scaling(ledger: Ledger, solution: Solution) -> UnitScaling:
-    """The group of scalings for a solution of the relations."""
-    tensors = tuple(exponents(entry, solution) for entry in ledger.fields.values())
-    runnings = tuple((running, solution.rows(running.deviation)) for running in ledger.runnings.values())
-    norms = tuple((norm, solution.rows(torch.tensor(norm.factors, dtype=torch.int64))) for norm in ledger.norms)
-    return UnitScaling(tuple(e for e in tensors if not e.still()), runnings, norms, solution.dimension)
-
-
-def effective(ledger: Ledger, solution: Solution) -> Solution:
-    """Without the coordinates that move no stored tensor."""
-    matrices = [solution.rows(part) for entry in ledger.fields.values() for part in (entry.first, entry.second)]
-    matrices += [solution.rows(running.deviation) for running in ledger.runnings.values()]
-    used = np.zeros(solution.dimension, dtype=bool)
-    for matrix in matrices:
-        used[np.unique(matrix.indices)] = True
-    return solution.restricted(used)
-
-
-def translation(ledger: Ledger, zero: tuple[Form, ...] = ()) -> Translation:
-    """The group of shifts."""
-    solution = ledger.shifts.solve(zero)
-    ids: list[Tensor] = []
-    for entry in ledger.additives.values():
-        ids.append(entry.shift)
-        if entry.absorbed is not None:
-            ids.append(entry.absorbed.shift)
-    for running in ledger.runnings.values():
-        ids += [running.entering, running.moved, *([running.absorbed.shift] if running.absorbed is not None else [])]
-    used = np.zeros(solution.dimension, dtype=bool)
-    for part in ids:
-        used[np.unique(solution.rows(part).indices)] = True
-    solution = solution.restricted(used)
-    offsets = tuple(
-        Offset(
-            entry, solution.rows(entry.shift), None if entry.absorbed is None else solution.rows(entry.absorbed.shift)
-        )
-        for entry in ledger.additives.values()
-    )
-    centres = tuple(
-        Centre(
-            running,
-            solution.rows(running.entering),
-            solution.rows(running.moved),
-            None if running.absorbed is None else solution.rows(running.absorbed.shift),
-        )
-        for running in ledger.runnings.values()
-    )
-    return Translation(offsets, centres, solution.dimension)
-
-
-def _scales(found: Found) -> Iterator[Line]:
-    group = found.free
-    touched: list[list[str]] = [[] for _ in range(group.size)]
-    for entry in group.tensors:
-        flat = entry.view[1] == 1 or entry.view[2] == 1
-        for matrix, word in ((entry.first, "" if flat else " rows"), (entry.second, "" if flat else " columns")):
-            for j in np.unique(matrix.indices):
-                touched[j].append(f"{entry.name}{word}")
-    for running, rows in group.runnings:
-        for j in np.unique(rows.indices):
-            touched[j].append(running.variance)
-    divided = np.zeros(group.size, dtype=bool)
-    for _, rows in group.norms:
-        divided[np.unique(rows.indices)] = True
-    counts = Counter((bool(divided[j]), tuple(dict.fromkeys(names))) for j, names in enumerate(touched))
-    for (scale_free, names), count in counts.items():
-        yield Line("scale divided out" if scale_free else "scale", count, names)
-
-
-def _shifts(group: Translation) -> Iterator[Line]:
-    touched: list[list[str]] = [[] for _ in range(group.size)]
-    for offset in group.offsets:
-        matrices = [offset.own] if offset.entering is None else [offset.own, offset.entering]
-        for j in np.unique(np.concatenate([matrix.indices for matrix in matrices])):
-            touched[j].append(offset.entry.name)
-    for centre in group.centres:
-        taken = [] if centre.absorbed is None else [centre.absorbed.indices]
-        for j in np.unique(np.concatenate([centre.entering.indices, centre.moved.indices, *taken])):
-            touched[j].append(centre.running.mean)
-        for j in np.unique(centre.moved.indices):
-            touched[j].append(str(centre.running.offset))
-    for names, count in Counter(tuple(dict.fromkeys(names)) for names in touched).items():
-        yield Line("shift", count, names)
-
-
-def _commons(group: CommonVector) -> Iterator[Line]:
-    for mean, length in zip(group.means, group.lengths, strict=True):
-        yield Line("common vector", length, (mean.name,))
-
-
-def _unclaimed(found: Found) -> Iterator[Line]:
-    """Units of stored tensors whose scale is fixed, with what fixes them; outputs and inputs are no reason to list."""
-    ledger = found.ledger
-    gathered: dict[tuple[str, ...], list[tuple[str, int]]] = {}
-    for entry in ledger.fields.values():
-        flat = entry.view[1] == 1 or entry.view[2] == 1
-        for ids, word in ((entry.first, "" if flat else " rows"), (entry.second, "" if flat else " columns")):
-            rows = found.solution.rows(ids)
-            fixed = ids.reshape(-1)[torch.from_numpy(np.diff(rows.indptr) == 0)]
-            reasons = tuple(r for r in ledger.scales.reasons(fixed) if r != "output") if fixed.numel() else ()
-            if reasons:
-                gathered.setdefault(reasons, []).append((f"{entry.name}{word}", fixed.numel()))
-    for reasons, parts in gathered.items():
-        yield Line("not claimed", sum(count for _, count in parts), tuple(name for name, _ in parts), reasons)
 
 
 def _bytes(matrix: sparse.csr_matrix) -> tuple[bytes, ...]:
