@@ -442,7 +442,8 @@ def test_fused_attention_is_measured_through_the_math_kernel():
 def test_a_module_that_is_used_twice_comes_back_as_it_was(case, geometry):
     """`functional_call` swaps a shared module's tensors once per path; its parameters must still be parameters."""
     shared = nn.Linear(4, 4, dtype=torch.float64)
-    net = nn.Sequential(case.net[0], nn.ReLU(), nn.Linear(case.net[0].out_features, 4).double(), shared, shared)
+    first = nn.Linear(case.net[0].out_features, 4).double()
+    net = nn.Sequential(case.net[0], nn.ReLU(), first, shared, nn.ReLU(), shared)
     before = {name: (p, p.detach().clone()) for name, p in net.named_parameters()}
     isoflat.measure(net, case.data, case.criterion, geometry=geometry, rtol=0.5)
     assert dict(net.named_parameters()).keys() == before.keys()

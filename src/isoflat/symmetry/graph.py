@@ -44,15 +44,15 @@ class Graph:
         """Path of the module attribute that holds an epsilon; None if there is none to be told from others."""
         path, _ = self._place(node)
         module = self.module.get_submodule(path)
-        found = [name for name, held in vars(module).items() if isinstance(held, float) and held == value]
-        named = [name for name in found if "eps" in name] or found
+        named = [n for n, held in vars(module).items() if "eps" in n and isinstance(held, float) and held == value]
         return ".".join(filter(None, (path, named[0]))) if len(named) == 1 else None
 
     def centred(self, node: Node) -> bool:
         """Whether a node is a batch normalisation by the running mean that its own module holds."""
         if str(node.target) != "aten._native_batch_norm_legit_no_training.default":
             return False
-        module = self.module.get_submodule(self._place(node)[0])
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        module = modules.get(self._place(node)[0])
         mean = self.inputs.get(node.args[3])  # pyrefly: ignore
         path = f"{self._place(node)[0]}.running_mean".lstrip(".")
         return isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(mean, Stored) and mean.name == path
@@ -84,7 +84,13 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], k
     Raises:
         UnsupportedModel: `torch.export` cannot trace it.
     """
-    traced = skeleton(module)
+    try:
+        traced = skeleton(module)
+    except TypeError as error:
+        raise UnsupportedModel(
+            f"the network's structure cannot be copied to be traced ({error}): a module holds something that "
+            "copy.deepcopy refuses, such as an operator. geometry='layerwise' needs no tracing"
+        ) from error
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:

@@ -64,13 +64,13 @@ def root(exponent: Fraction) -> Any:
         x = ledger.activation(x, ledger.where(node))
         ledger.no_shift(ledger.where(node), x)
         if exponent < 0:
-            _divided(ledger, ledger.where(node), ledger.scales.combine((-exponent, x.scale)))
+            divided(ledger, ledger.where(node), ledger.scales.combine((-exponent, x.scale)))
         return Activation(ledger.scales.combine((exponent, x.scale)), shifted_only(x.shape).shift)
 
     return rule
 
 
-def _divided(ledger: Ledger, reason: str, scale: Tensor) -> None:
+def divided(ledger: Ledger, reason: str, scale: Tensor) -> None:
     """A scale that something is divided by must not vanish: it is divided out as by a normalisation without epsilon."""
     factors = tuple(u for u in distinct(scale) if u > ANY)
     if factors:
@@ -99,7 +99,9 @@ def _epsilon(node: Node, a: Value, b: Value) -> float | None:
         return None
     small = isinstance(content, float) or (isinstance(content, Tensor) and content.numel() == 1)
     read = {str(user.target) for user in node.users}
-    if not small or not read or not read <= {"aten.rsqrt.default", "aten.sqrt.default"}:
+    roots = {"aten.rsqrt.default", "aten.sqrt.default", "aten.pow.Tensor_Scalar"}
+    powers = [user.args[1] for user in node.users if str(user.target) == "aten.pow.Tensor_Scalar"]
+    if not small or not read or not read <= roots or not set(powers) <= {0.5, -0.5}:
         return None
     value = float(content)
     return value if 0 < value <= 1e-2 else None
@@ -117,7 +119,7 @@ def _product(ledger: Ledger, node: Node, a: Value, b: Value, power: int) -> Acti
     x, y = (ledger.activation(value, reason) for value in (a, b))
     ledger.no_shift(reason, x, y)
     if power < 0:
-        _divided(ledger, reason, y.scale)
+        divided(ledger, reason, y.scale)
     scale = ledger.scales.combine((1, x.scale), (power, y.scale))
     return Activation(scale, shifted_only(scale.shape).shift)
 

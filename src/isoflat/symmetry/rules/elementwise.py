@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from isoflat.symmetry.ledger import Ledger
+from isoflat.symmetry.rules.arithmetic import divided
 from isoflat.symmetry.values import Activation, Known, Value, shifted_only
 
 
@@ -68,17 +71,19 @@ def softmax(ledger: Ledger, node: Node, x: Value, dim: int, *args: Any) -> Activ
 
 
 def power(ledger: Ledger, node: Node, x: Value, exponent: Any) -> Activation:
-    """`x^n` for a whole n: n times the scale."""
+    """`x^n` for a number n: n times the scale; below zero, x is divided by."""
     n = exponent.value if isinstance(exponent, Known) else exponent
     if isinstance(n, torch.Tensor):
         n = n.item() if n.numel() == 1 else None
-    if not isinstance(n, int | float) or n != int(n) or n < 1:
+    if not isinstance(n, int | float) or not math.isfinite(n) or n == 0:
         return nonlinear(ledger, node, x)
     x = ledger.activation(x, ledger.where(node))
     if n == 1:
         return x
     ledger.no_shift(ledger.where(node), x)
-    return Activation(ledger.scales.combine((int(n), x.scale)), shifted_only(x.shape).shift)
+    if n < 0:
+        divided(ledger, ledger.where(node), ledger.scales.combine((-Fraction(n), x.scale)))
+    return Activation(ledger.scales.combine((Fraction(n), x.scale)), shifted_only(x.shape).shift)
 
 
 def _is_zero(value: Any) -> bool:
