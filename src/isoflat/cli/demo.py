@@ -1,4 +1,4 @@
-"""`isoflat demo`: the claim, the attack and a report, offline and in less than a minute."""
+"""`isoflat demo`: the claim, the attack and a report, offline and in about a minute."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -130,11 +130,6 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], k
     wanted = set(signature.user_outputs)
     outputs = tuple(node for node in last.all_input_nodes if node.name in wanted)
     return Graph(tuple(program.graph.nodes), inputs, outputs, traced)
-
-
-def users(node: Node) -> Iterable[Node]:
-    """Operations that read a node."""
-    return node.users.keys()
 
 
 def _unknown(node: Node, known: Callable[[str], bool]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ class Ledger:
         rigid: tensors that multiply something, so that nothing may be added to them.
         again: tensors that are added more than once.
         bent: log-scales that pass through a kink or a nonlinearity.
-        module: dotted path and class of the module that a node comes from.
+        where: operation and module that a node stands for, in words.
         epsilon_of: path of the module attribute that holds a node's epsilon.
         centred: whether a node is a batch normalisation whose module holds the running mean.
         pending: constants that a contraction without bias passes on to the batch normalisations that alone read it.
@@ -321,13 +321,3 @@ class Ledger:
         self.fields.setdefault(entry.name, entry)
         self.scales.pin(entry.first, reason)
         self.scales.pin(entry.second, reason)
-
-
-def names(values: Iterable[Any]) -> list[str]:
-    """Stored tensors among values."""
-    return [value.name for value in values if isinstance(value, Stored)]
-
-
-__all__ = [
-    "ZERO", "Absorbed", "Additive", "Field", "Ledger", "Mean", "Norm", "Running", "names",
-]  # fmt: skip
