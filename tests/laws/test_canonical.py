@@ -11,6 +11,7 @@ from torch import nn
 import isoflat
 from cases.zoo import ZOO
 from isoflat.geometry.canonical import GEOMETRY
+from isoflat.symmetry.basis import BasisChange
 from isoflat.symmetry.canonical import Epsilon, canonical
 from isoflat.symmetry.rules.elementwise import homogeneous
 
@@ -93,15 +94,22 @@ def test_attack_does_not_move_it(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_representative_is_one_point_of_the_orbit(name):
-    """The same function; reached from anywhere on the orbit; left alone by a second pass."""
+    """The same function; reached from anywhere on the orbit; left alone by a second pass.
+
+    Points of least norm differ by rotations: of pairs of linear maps, where the singular vectors choose one, and of
+    streams and rotary pairs, which the attack leaves out here.
+    """
     net, data, found = _setting(name)
-    canon = isoflat.canonicalize(net, found)
+    still = tuple(family for family in found.basis.families if not family.orthogonal)
+    found = replace(found, basis=BasisChange(still))
+    canon = isoflat.canonicalize(net, found, gauge="principal")
     change = (_scores(canon, data) - _scores(net, data)).abs().max() / _scores(net, data).abs().max()
     assert float(change) <= 1e-10
     for seed in (1, 2):
-        again = isoflat.canonicalize(isoflat.reparametrize(net, found, seed=seed, spread=3), found)
+        again = isoflat.canonicalize(isoflat.reparametrize(net, found, seed=seed, spread=3), found, gauge="principal")
         assert _distance(canon, again) <= 1e-10
-    assert _distance(canon, isoflat.canonicalize(canon, found)) <= 1e-12
+    for gauge in ("principal", "nearest"):
+        assert _distance(canon, isoflat.canonicalize(canon, found, gauge=gauge)) <= 1e-12
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in WRONG_PRODUCTS])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -15,7 +16,7 @@ from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.geometry.base import Chart, Geometry, Identity
-from isoflat.linalg.maps import Composition, Diagonal, Embedding, LinearMap, Shear, Term
+from isoflat.linalg.maps import Composition, Diagonal, Embedding, LinearMap, Mixing, Part, Shear, Term
 from isoflat.linalg.operator import Operator
 from isoflat.symmetry.canonical import Epsilon, Representative, canonical
 from isoflat.symmetry.found import VERSION, Found
@@ -42,7 +43,7 @@ class Canonical(Geometry):
     name: str = "auto"
     title: str = "each tensor in units of its norm at the canonical representative of the orbit"
     group: str = "every scaling, normalisation and shift found by tracing the network"
-    version: int = 1
+    version: int = 2
     found: Found | None = None
     epsilon: Epsilon = Epsilon.FREE
 
@@ -67,16 +68,16 @@ class Canonical(Geometry):
         reached = replace(_reaching(point.start, point), constants={})
         unchanged = reached.parameters.keys() == state.parameters.keys() and not point.zeroed
         place = state if unchanged else reached
-        scale, unseen = _units(point, state)
-        frame = _frame(point, state, place, scale)
+        scale, unseen = _units(found, point, state)
+        frame, back = _frame(point, state, place, scale)
         return Chart(
             state=place,
             frame=frame,
             unseen=unseen,
             group=self._described(found),
             group_hash=found.hash,
-            notes=_notes(point, place, state),
-            identity=_identity(found, own, place, frame, scale),
+            notes=_notes(found, point, place, state),
+            identity=_identity(found, own, place, back),
         )
 
     def connection(self, state: State, gradient: Tensor) -> Operator | None:
@@ -84,19 +85,25 @@ class Canonical(Geometry):
         return None
 
     def _described(self, found: Found) -> str:
-        scalings, shifts = found.free.dimension, found.translation.dimension + found.common.dimension
+        shifts = found.translation.dimension + found.common.dimension
         return (
-            f"{scalings} scalings and {shifts} shifts found by tracing (rules {VERSION}); isoflat symmetries lists them"
+            f"{found.free.dimension} scalings, {found.basis.dimension} changes of basis and {shifts} shifts found by "
+            f"tracing (rules {VERSION}); isoflat symmetries lists them"
         )
 
 
 def _reaching(start: State, point: Representative) -> State:
-    """The state with fixed offsets and running means made reachable that take up something of a trainable factor."""
+    """The state with fixed tensors made reachable that take up something of a trainable one, or are mixed with it."""
     wanted = {
         shear.offset
         for shear in point.shears
         if shear.absorbed.factor in start.parameters and shear.offset not in start.parameters
     }
+    for change in point.changes:
+        for side in change.family.sides:
+            names = {piece.name for piece in side.pieces}
+            if names & start.parameters.keys():
+                wanted |= names - start.parameters.keys()
     if not wanted:
         return start
 
@@ -107,45 +114,112 @@ def _reaching(start: State, point: Representative) -> State:
     return replace(start, parameters=parameters, frozen=rest(start.frozen), buffers=rest(start.buffers))
 
 
-def _units(point: Representative, state: State) -> tuple[Tensor, tuple[str, ...]]:
-    """`exp(−log-factor) · ‖T*‖` for each trainable entry, zero where it has no block; and the tensors without one."""
-    parts, unseen = [], []
+def _sizes(found: Found, point: Representative) -> dict[str, Tensor]:
+    """Norm of the block that each entry belongs to: the stored tensor's, or that of what it is packed or mixed with."""
+    squares: dict[int, float] = defaultdict(float)
+    for name, (axis, numbers) in found.blocks.items():
+        rows = point.state.tensors[name].movedim(axis, 0).flatten(1) if point.state.tensors[name].ndim > 1 else (
+            point.state.tensors[name][:, None]
+        )  # fmt: skip
+        for number, square in zip(numbers.tolist(), rows.square().sum(1).tolist(), strict=True):
+            squares[number] += square
+    sizes = {}
+    for name, tensor in point.state.tensors.items():
+        if name in found.blocks:
+            axis, numbers = found.blocks[name]
+            roots = torch.tensor([squares[number] ** 0.5 for number in numbers.tolist()], dtype=torch.float64)
+            sizes[name] = roots.view(-1, *[1] * (tensor.ndim - 1 - axis))
+        elif tensor.is_floating_point():
+            sizes[name] = torch.tensor(norm(tensor), dtype=torch.float64)
+    return sizes
+
+
+def _units(found: Found, point: Representative, state: State) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Norm of the block of each trainable entry, zero where it has none; and the tensors without one."""
+    units, unseen = {}, []
     absorbed = {shear.offset for shear in point.shears}
+    sizes = _sizes(found, point)
     for name, tensor in state.parameters.items():
-        size = norm(point.state.tensors[name])
-        scale = (-point.log(name, tensor.shape)).exp() * size
+        unit = sizes[name].expand(tensor.shape)
         if name in point.folded:
-            scale = scale.masked_fill(point.folded[name], 0.0)
+            unit = unit.masked_fill(point.folded[name], 0.0)
             if bool(point.folded[name].all()):
                 unseen.append(f"{name} (folded into its readers)")
         if name in point.removed:
-            scale = scale.masked_fill(point.removed[name], 0.0)
-        if size == 0:
+            unit = unit.masked_fill(point.removed[name], 0.0)
+        if not bool(sizes[name].any()):
             moved = name in absorbed or bool((tensor != 0).any())
             unseen.append(f"{name} ({'emptied by a shift' if moved else 'all zero'})")
-        parts.append(scale.reshape(-1))
-    return torch.cat(parts), tuple(unseen)
+        units[name] = unit
+    return units, tuple(unseen)
 
 
-def _frame(point: Representative, state: State, place: State, scale: Tensor) -> LinearMap:
-    """`E = S⁻¹ J D`."""
+def _frame(
+    point: Representative, state: State, place: State, units: Mapping[str, Tensor]
+) -> tuple[LinearMap, Callable[[Tensor], Tensor]]:
+    """`E = S⁻¹ J D`: D, then J into what the frame reaches, then bases, scales and constants undone; and its inverse."""
     slices, size = place.space.slices, place.space.size
-    maps: list[LinearMap] = []
-    terms = tuple(
-        Term(slices[shear.absorbed.factor], slices[shear.offset], shear.absorbed.view, shear.shift)
+    diagonal = torch.cat([units[name].reshape(-1) for name in state.parameters])
+    log = torch.cat([point.log(name, tensor.shape).reshape(-1) for name, tensor in place.parameters.items()])
+    shears = tuple(
+        Term(
+            slices[shear.absorbed.factor],
+            slices[shear.offset],
+            shear.absorbed.view,
+            shear.shift,
+            shear.absorbed.turned,
+        )
         for shear in point.shears
         if shear.absorbed.factor in slices and shear.offset in slices
     )
-    if terms:
-        maps.append(Shear(size, terms))
+    embedding = None
     if place.parameters.keys() != state.parameters.keys():
         places = [torch.arange(slices[name].start, slices[name].stop) for name in state.parameters]
-        maps.append(Embedding(size, torch.cat(places)))
-    maps.append(Diagonal(scale))
-    return maps[0] if len(maps) == 1 else Composition(tuple(maps))
+        embedding = Embedding(size, torch.cat(places))
+    undone, done = (Mixing(size, _mixing(point, place, inverse)) for inverse in (True, False))
+    if undone.terms:
+        maps: list[LinearMap] = [
+            Diagonal((-log).exp()),
+            undone,
+            *([embedding] if embedding else []),
+            Diagonal(diagonal),
+        ]
+    else:  # one multiplication does for both
+        within = log if embedding is None else embedding.pull(log[:, None])[:, 0]
+        maps = [*([embedding] if embedding else []), Diagonal((-within).exp() * diagonal)]
+    if shears:
+        maps.insert(0, Shear(size, shears))
+
+    def back(velocity: Tensor) -> Tensor:
+        vector = velocity[:, None]
+        if shears:
+            vector = Shear(size, tuple(replace(term, weights=-term.weights) for term in shears)).push(vector)
+        vector = done.push(log.exp().to(vector.device)[:, None] * vector)
+        if embedding is not None:
+            vector = embedding.pull(vector)
+        unit = diagonal.to(vector.device)
+        return torch.where(unit > 0, vector[:, 0] / unit, 0.0)
+
+    return maps[0] if len(maps) == 1 else Composition(tuple(maps)), back
 
 
-def _identity(found: Found, state: State, place: State, frame: LinearMap, scale: Tensor) -> Identity | None:
+def _mixing(point: Representative, place: State, inverse: bool) -> tuple[tuple[Tensor, tuple[Part, ...]], ...]:
+    """The changes of basis on the tensors that the frame reaches, or their inverses."""
+    slices = place.space.slices
+    terms = []
+    for change in point.changes:
+        forward, back = (change.inverse, change.matrix) if inverse else (change.matrix, change.inverse)
+        for side in change.family.sides:
+            if all(piece.name in slices for piece in side.pieces):
+                parts = tuple(
+                    Part(slices[p.name], tuple(place.tensors[p.name].shape), p.axis, p.places, p.slots)
+                    for p in side.pieces
+                )
+                terms.append((back.mT if side.dual else forward, parts))
+    return tuple(terms)
+
+
+def _identity(found: Found, state: State, place: State, back: Callable[[Tensor], Tensor]) -> Identity | None:
     """A random generator that moves trainable tensors only, as a check of the products."""
     group = found.scaling
     allowed = np.ones(group.size, dtype=bool)
@@ -163,17 +237,10 @@ def _identity(found: Found, state: State, place: State, frame: LinearMap, scale:
         [rates.get(name, torch.zeros(t.numel(), dtype=torch.float64)) for name, t in place.parameters.items()]
     ).to(state.device)
     velocity = along * place.vector.double()
-    straight = velocity[:, None]
-    for part in frame.maps if isinstance(frame, Composition) else ():
-        if isinstance(part, Shear):
-            straight = Shear(part.size, tuple(replace(t, weights=-t.weights) for t in part.terms)).push(straight)
-        elif isinstance(part, Embedding):
-            straight = part.pull(straight)
-    units = scale.to(state.device)
-    return Identity(velocity, torch.where(units > 0, straight[:, 0] / units, 0.0), along)
+    return Identity(velocity, back(velocity), along)
 
 
-def _notes(point: Representative, place: State, state: State) -> tuple[str, ...]:
+def _notes(found: Found, point: Representative, place: State, state: State) -> tuple[str, ...]:
     notes = []
     if point.zeroed:
         listed = ", ".join(f"{count} of {name}" for name, count in sorted(point.zeroed.items()))
@@ -184,6 +251,9 @@ def _notes(point: Representative, place: State, state: State) -> tuple[str, ...]
         notes.append(f"normalisations that nothing feeds, left out of the balance: {', '.join(point.starved)}")
     if further := place.parameters.keys() - state.parameters.keys():
         notes.append(f"the frame reaches fixed tensors that take up constants: {', '.join(sorted(further))}")
+    if open_ := found.uncovered(state):
+        gains = sorted({gain for family in open_ for gain in family.gains})
+        notes.append(f"rotations of a stream are not covered, because a gain stays that it passes: {', '.join(gains)}")
     return tuple(notes)
 
 

@@ -134,12 +134,14 @@ class Term:
         target: where the entries that take them up lie.
         view: shape `(g, i, j, k)` of the factor.
         weights: shape `(g, j)`, float64.
+        turned: whether the source lies as `(g, j, i, k)`.
     """
 
     source: slice
     target: slice
     view: tuple[int, int, int, int]
     weights: Tensor
+    turned: bool = False
 
 
 @final
@@ -170,8 +172,10 @@ class Shear(LinearMap):
         """Add the contractions, in float64."""
         result = vectors.double().clone()
         for term in self.terms:
-            factor = vectors[term.source].double().view(*term.view, -1)
-            taken = torch.einsum("gijkc,gj->gic", factor, term.weights.to(vectors.device))
+            g, i, j, k = term.view
+            factor = vectors[term.source].double().view(*((g, j, i, k) if term.turned else term.view), -1)
+            letters = "gjikc" if term.turned else "gijkc"
+            taken = torch.einsum(f"{letters},gj->gic", factor, term.weights.to(vectors.device))
             result[term.target] += taken.reshape(-1, vectors.shape[1])
         return result.to(vectors.dtype)
 
@@ -182,8 +186,85 @@ class Shear(LinearMap):
             g, i, _, k = term.view
             target = vectors[term.target].double().view(g, i, 1, 1, -1)
             spread = target * term.weights.to(vectors.device)[:, None, :, None, None]
-            result[term.source] += spread.expand(-1, -1, -1, k, -1).reshape(-1, vectors.shape[1])
+            wide = spread.expand(-1, -1, -1, k, -1)
+            result[term.source] += (wide.transpose(1, 2) if term.turned else wide).reshape(-1, vectors.shape[1])
         return result.to(vectors.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """Slices of one tensor in a flat vector.
+
+    Attributes:
+        where: the tensor's entries.
+        shape: of the tensor.
+        axis: that holds the slices.
+        places: along it, shape `(n, p)`: for each of n blocks.
+        slots: which coordinates of a block they are, shape `(p,)`.
+    """
+
+    where: slice
+    shape: tuple[int, ...]
+    axis: int
+    places: Tensor
+    slots: Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Mixing(LinearMap):
+    """Slices of tensors multiplied by a matrix for each block; all other coordinates stay as they are.
+
+    >>> import torch
+    >>> part = Part(slice(0, 4), (2, 2), 0, torch.tensor([[0, 1]]), torch.tensor([0, 1]))
+    >>> swap = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=torch.float64)
+    >>> Mixing(5, ((swap, (part,)),)).push(torch.arange(5.0)[:, None]).ravel().tolist()
+    [2.0, 3.0, 0.0, 1.0, 4.0]
+
+    Attributes:
+        size: dimension.
+        terms: matrices, shape `(n, d, d)`, float64, and the slices that make up their d coordinates.
+    """
+
+    size: int
+    terms: tuple[tuple[Tensor, tuple[Part, ...]], ...]
+
+    @property
+    def rows(self) -> int:
+        """Dimension."""
+        return self.size
+
+    @property
+    def columns(self) -> int:
+        """Dimension."""
+        return self.size
+
+    def push(self, vectors: Tensor) -> Tensor:
+        """One term after the other, in float64."""
+        result = vectors.double().clone()
+        for matrix, parts in self.terms:
+            _mix(result, matrix, parts)
+        return result.to(vectors.dtype)
+
+    def pull(self, vectors: Tensor) -> Tensor:
+        """The transposes, the other way round."""
+        result = vectors.double().clone()
+        for matrix, parts in reversed(self.terms):
+            _mix(result, matrix.mT, parts)
+        return result.to(vectors.dtype)
+
+
+def _mix(vectors: Tensor, matrix: Tensor, parts: tuple[Part, ...]) -> None:
+    """Multiply slices in place."""
+    views = [vectors[p.where].view(*p.shape, -1).movedim(p.axis, 0) for p in parts]
+    slices = [view[p.places.to(view.device)] for p, view in zip(parts, views, strict=True)]
+    count = matrix.shape[0]
+    before = torch.cat([part.reshape(count, part.shape[1], -1) for part in slices], 1)
+    slots = torch.cat([p.slots for p in parts]).to(before.device)
+    after = matrix.to(before.device) @ before[:, torch.argsort(slots)]
+    for p, view, old in zip(parts, views, slices, strict=True):
+        view[p.places.to(view.device)] = after[:, p.slots.to(after.device)].reshape(old.shape)
 
 
 @final

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
+from isoflat.core.precision import unrounded
 from isoflat.core.state import State, everywhere
 
 Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | None
@@ -53,6 +54,7 @@ class Network:
                 if own == "running_mean" and isinstance(module := self.module.get_submodule(path), _BatchNorm):
                     tensors[f"model.{name}"] = state.parameters[name].detach()
                     stack.callback(module.register_forward_pre_hook(_moved_by(state.parameters[name])).remove)
+            stack.enter_context(unrounded(state.dtype))
             return torch.func.functional_call(_Use(self.module, use), tensors, (), tie_weights=False)
 
     def state(self, params: Selector = None) -> State:

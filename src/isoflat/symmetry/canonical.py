@@ -9,28 +9,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 from typing import final
 
 import numpy as np
 import torch
-from scipy import sparse
 from scipy.sparse.linalg import lsmr
 from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
 from isoflat.core.state import State
 from isoflat.core.streams import stream
+from isoflat.symmetry.balance import Change, alternate, cut, principal
 from isoflat.symmetry.folds import bent, folds
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups import effective, scaling
-from isoflat.symmetry.ledger import Norm
-from isoflat.symmetry.potential import Mass, Vector, close, dead, minimise, touched
+from isoflat.symmetry.potential import Mass, Vector, close, dead, distinct_factors, masses, minimise, touched
 from isoflat.symmetry.relations import Form, some
 from isoflat.symmetry.slices import Shear, settle
-from isoflat.symmetry.units import Exponents
+from isoflat.symmetry.units import Exponents, UnitScaling
 
 
 @final
@@ -43,20 +42,25 @@ class Representative:
         state: θ*, float64; buffers and the epsilons that modules hold moved along.
         logs: log-factor of each tensor that is scaled, by name: broadcastable to its view, and the view.
         shears: constants that biases and offsets took up from weights and gains.
+        changes: of basis, after the scaling.
         folded: entries of gains that went into their readers, by name.
         removed: coordinates that only reach through a kink, by name.
-        zeroed: how many entries of each tensor the closure sent to zero.
+        zeroed: how many entries of each tensor the closure changed; to zero, but for pairs that are cut to their rank.
         starved: normalisations that nothing feeds.
+        loose: tensors whose coordinates mean nothing by themselves: rotations of a stream or of rotary pairs mix them,
+            or singular values that tie; in the nearest gauge, those of all pairs.
     """
 
     start: State
     state: State
     logs: Mapping[str, tuple[Tensor, tuple[int, ...]]]
     shears: tuple[Shear, ...]
+    changes: tuple[Change, ...]
     folded: Mapping[str, Tensor]
     removed: Mapping[str, Tensor]
     zeroed: Mapping[str, int]
     starved: tuple[str, ...]
+    loose: tuple[str, ...]
 
     def log(self, name: str, shape: torch.Size) -> Tensor:
         """Log-factor of every entry of a tensor."""
@@ -77,13 +81,25 @@ class Epsilon(StrEnum):
     """They stay, and so does every factor: exact, and the weights alone tell it."""
 
 
-def canonical(found: Found, state: State, epsilon: Epsilon = Epsilon.FREE) -> Representative:
+class Gauge(StrEnum):
+    """Which of the points of least norm: they differ by rotations of each pair of linear maps."""
+
+    NEAREST = "nearest"
+    """What is reached by symmetric changes of basis: a balanced network stays as it is."""
+    PRINCIPAL = "principal"
+    """Gram matrices diagonal, descending: single entries mean something, unless singular values tie."""
+
+
+def canonical(
+    found: Found, state: State, epsilon: Epsilon = Epsilon.FREE, gauge: Gauge = Gauge.NEAREST
+) -> Representative:
     """The canonical representative of a state's orbit.
 
     Args:
         found: the network's symmetries.
         state: the point, with the epsilons that modules hold (`Found.state`).
         epsilon: what becomes of the epsilons of normalisations.
+        gauge: which of the points of least norm.
 
     Raises:
         NoInvariantGeometry: there is none that could be computed.
@@ -92,10 +108,13 @@ def canonical(found: Found, state: State, epsilon: Epsilon = Epsilon.FREE) -> Re
     centred = found.common.act(origin, found.common.slice(origin))
     shifted, shears = settle(found, centred)
     forms: dict[Epsilon, tuple[Form, ...]] = {Epsilon.FREE: (), Epsilon.MOVED: found.exact, Epsilon.FIXED: found.fixed}
-    return _scale(found, state, shifted, shears, forms[epsilon])
+    point = _scale(found, state, shifted, shears, forms[epsilon])
+    return _principal(found, point) if gauge is Gauge.PRINCIPAL else point
 
 
-def canonicalize(model: nn.Module, found: Found, *, epsilon: Epsilon | str = Epsilon.MOVED) -> nn.Module:
+def canonicalize(
+    model: nn.Module, found: Found, *, epsilon: Epsilon | str = Epsilon.MOVED, gauge: Gauge | str = Gauge.NEAREST
+) -> nn.Module:
     """A copy of the network at the canonical representative of its weights: the same function.
 
     Args:
@@ -105,6 +124,8 @@ def canonicalize(model: nn.Module, found: Found, *, epsilon: Epsilon | str = Eps
             of channels (GroupNorm), they are scaled together. "fixed" leaves them, so that the weights can be saved
             and loaded into the same network. "free" is the point that is measured, no exact copy of the function
             where an epsilon is shared.
+        gauge: "nearest" leaves balanced bases as they are; "principal" turns each pair of linear maps to its singular
+            vectors, so that single entries can be compared.
 
     >>> from isoflat.symmetry.discover import symmetries
     >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
@@ -113,7 +134,7 @@ def canonicalize(model: nn.Module, found: Found, *, epsilon: Epsilon | str = Eps
     >>> [round(p.item(), 5) for p in balanced.parameters()]
     [4.0, 4.0]
     """
-    return install(model, canonical(found, found.state(model), Epsilon(epsilon)).state)
+    return install(model, canonical(found, found.state(model), Epsilon(epsilon), Gauge(gauge)).state)
 
 
 def reparametrize(model: nn.Module, found: Found, *, seed: int = 0, spread: float = 3.0) -> nn.Module:
@@ -156,7 +177,7 @@ def _scale(
     ledger = found.ledger
     relations = ledger.scales
     before = effective(ledger, relations.solve(exact)) if exact else found.solution
-    fixed, targets, folded = folds(found, before, moved)
+    fixed, targets, folded = folds(ledger, before, moved)
     rows = before.rows(torch.tensor(fixed, dtype=torch.int64))
     particular = (
         lsmr(rows, np.array(targets), atol=1e-16, btol=1e-16, conlim=0)[0] if fixed else np.zeros(before.dimension)
@@ -165,34 +186,76 @@ def _scale(
     state = first.act(moved, torch.from_numpy(particular))
     logs = _add({}, first.tensors, particular)
 
-    left = effective(ledger, relations.solve((*exact, *({x: Fraction(1)} for x in fixed)))) if fixed else before
+    still = (*exact, *({x: Fraction(1)} for x in fixed))
+    left = effective(ledger, relations.solve(still)) if fixed else before
     group = scaling(ledger, left)
-    masses = [
-        Mass(e.name, state.tensors[e.name].cpu().reshape(e.view).square().sum(3), e.first, e.second, e.sign)
-        for e in group.tensors
-    ]
-    factors, owners = _factors(group.norms, left.dimension)
-    closed, kept = close(masses, factors, left.dimension)
+    pairs = tuple(family for family in found.basis.families if not family.orthogonal)
+    factors, owners = distinct_factors(group.norms, left.dimension)
+    folded_state = state
+    while True:
+        seen = masses(group, state)
+        closed, kept = close(seen, factors, left.dimension)
+        emptied = _emptied(group, seen, closed, state)
+        state = cut(pairs, emptied)
+        if state is emptied:
+            break
+    change = _difference(folded_state, state, moved, logs)
     z = minimise([m for m in closed if bool(m.squares.any())], some(factors, np.flatnonzero(kept)), left.dimension)
     logs = _add(logs, group.tensors, z)
-    zeros = {m.name: new.squares == 0 for m, new in zip(masses, closed, strict=True) if new is not m}
-    unscaled, state = moved, group.act(state, torch.from_numpy(z))
-    removed, zeroed, vanished = {}, {}, {}
+    state, further, changes = alternate(ledger, pairs, group.act(state, torch.from_numpy(z)), still)
+    for element, tensors in further:
+        logs = _add(logs, tensors, element)
+    removed = {}
     unfed = dead(closed, left.dimension) & bent(ledger.bent, left)
     for entry, mass in zip(group.tensors, closed, strict=True):
-        shape = state.tensors[entry.name].shape
-        if entry.name in zeros:
-            mask = zeros[entry.name][..., None].expand(entry.view).reshape(shape).to(state.device)
-            count = int((mask & (state.tensors[entry.name] != 0)).sum())
-            if count:
-                zeroed[entry.name] = count
-                state = state.replace({entry.name: state.tensors[entry.name].masked_fill(mask, 0.0)})
-                vanished[entry.name] = torch.where(mask, -unscaled.tensors[entry.name], 0.0)
         feeding = touched(mass, unfed, growing=True)
         if bool(feeding.any()):
+            shape = state.tensors[entry.name].shape
             removed[entry.name] = feeding[..., None].expand(entry.view).reshape(shape)
     starved = tuple(where for where, stays in zip(owners, kept, strict=True) if not stays)
-    return Representative(_changed(given, vanished, shears), state, logs, shears, folded, removed, zeroed, starved)
+    zeroed = {name: int((delta != 0).sum()) for name, delta in change.items()}
+    loose = tuple(sorted({name for family in found.basis.families for name in family.names}))
+    return Representative(
+        _changed(given, change, shears), state, logs, shears, changes, folded, removed, zeroed, starved, loose
+    )
+
+
+def _principal(found: Found, point: Representative) -> Representative:
+    """The same point with every pair of linear maps turned to its singular vectors."""
+    state, changes = point.state, []
+    loose = {name for family in found.basis.families if family.orthogonal for name in family.names}
+    for change in point.changes:
+        turn, apart = principal(change.family, state)
+        state = turn.act(state)
+        changes.append(turn.after(change))
+        loose |= set() if all(apart) else set(change.family.names)
+    return replace(point, state=state, changes=tuple(changes), loose=tuple(sorted(loose)))
+
+
+def _emptied(group: UnitScaling, seen: Sequence[Mass], closed: Sequence[Mass], state: State) -> State:
+    """The state with zeros where the closed orbit has them."""
+    tensors = {}
+    for entry, old, new in zip(group.tensors, seen, closed, strict=True):
+        if new is not old:
+            tensor = state.tensors[entry.name]
+            mask = (new.squares == 0)[..., None].expand(entry.view).reshape(tensor.shape).to(tensor.device)
+            tensors[entry.name] = tensor.masked_fill(mask, 0.0)
+    return state.replace(tensors)
+
+
+def _difference(
+    before: State, after: State, unscaled: State, logs: Mapping[str, tuple[Tensor, tuple[int, ...]]]
+) -> dict[str, Tensor]:
+    """What the closure took from each tensor, in the scale of the weights as given."""
+    changes = {}
+    for name, tensor in after.tensors.items():
+        old = before.tensors[name]
+        if tensor is not old and bool((tensor != old).any()):
+            log, view = logs.get(name, (torch.zeros(()), ()))
+            back = (-log).exp().expand(view).reshape(old.shape) if name in logs else 1.0
+            lost = (tensor - old) * back
+            changes[name] = torch.where(tensor == 0, -unscaled.tensors[name], lost)
+    return changes
 
 
 def _changed(given: State, vanished: Mapping[str, Tensor], shears: Sequence[Shear]) -> State:
@@ -202,25 +265,11 @@ def _changed(given: State, vanished: Mapping[str, Tensor], shears: Sequence[Shea
         change = vanished.get(shear.absorbed.factor)
         if change is not None:
             shift = shear.shift.to(change.device)
-            taken = torch.einsum("gijk,gj->gi", change.double().reshape(shear.absorbed.view), shift)
+            taken = torch.einsum("gijk,gj->gi", shear.absorbed.seen(change.double()), shift)
             old = changes.get(shear.offset, torch.zeros((), dtype=torch.float64, device=change.device))
             changes[shear.offset] = old + taken.reshape(given.tensors[shear.offset].shape)
     tensors = given.tensors
     return given.replace({name: (tensors[name].double() + c).to(tensors[name].dtype) for name, c in changes.items()})
-
-
-def _factors(norms: Sequence[tuple[Norm, sparse.csr_matrix]], size: int) -> tuple[sparse.csr_matrix, list[str]]:
-    """Distinct factors that normalisations divide out, as forms in z, and where each comes from."""
-    seen: dict[tuple[tuple[int, float], ...], str] = {}
-    for norm, rows in norms:
-        for row in range(rows.shape[0]):
-            part = slice(rows.indptr[row], rows.indptr[row + 1])
-            key = tuple(sorted(zip(rows.indices[part].tolist(), rows.data[part].tolist(), strict=True)))
-            if key:
-                seen.setdefault(key, norm.where)
-    entries = [(k, j, value) for k, key in enumerate(seen) for j, value in key]
-    i, j, values = zip(*entries, strict=True) if entries else ((), (), ())
-    return sparse.csr_matrix((np.array(values, dtype=float), (i, j)), shape=(len(seen), size)), list(seen.values())
 
 
 def _add(

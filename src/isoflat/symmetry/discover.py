@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,14 +15,22 @@ from torch.fx import Node
 
 from isoflat.core.errors import UsageError
 from isoflat.core.state import State
+from isoflat.symmetry.axes import Readers
+from isoflat.symmetry.bases.accept import accepted
+from isoflat.symmetry.bases.walk import follow
+from isoflat.symmetry.basis import BasisChange, families
 from isoflat.symmetry.declared import UnitScale
-from isoflat.symmetry.found import Found, assemble
+from isoflat.symmetry.folds import foldable
+from isoflat.symmetry.found import Found
 from isoflat.symmetry.graph import Graph, trace
+from isoflat.symmetry.groups import effective, translation
 from isoflat.symmetry.ledger import Ledger
+from isoflat.symmetry.logical import blocks
 from isoflat.symmetry.means import means
 from isoflat.symmetry.relations import Form
 from isoflat.symmetry.rules import Rule, rules
 from isoflat.symmetry.rules.elementwise import nonlinear
+from isoflat.symmetry.translation import common
 from isoflat.symmetry.values import Activation, Known, Stored, Value
 
 
@@ -89,11 +98,32 @@ def discover(
     """
     known = {**rules(), **(further or {})}
     graph = trace(model, args, kwargs, known.__contains__)
-    ledger = walk(graph, known, blind)
+    readers = Readers(graph, blind)
+    ledger, values = walk(graph, known, readers)
     tensors = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
     for symmetry in declared:
         symmetry.declare(ledger, State(tensors))
-    return assemble(model, args, kwargs, ledger, means(graph, blind), exact_forms(ledger), blind)
+    solution = effective(ledger, ledger.scales.solve())
+    folded = frozenset(name for name, fine in foldable(ledger, solution).items() if fine.all())
+    constants = {node: value for node, value in values.items() if isinstance(value, Known)}
+    legs = follow(graph, constants, folded, frozenset(ledger.normalised))
+    basis = BasisChange(families(legs.settle(), legs.legs, legs.gains))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    found = Found(
+        model,
+        args,
+        kwargs,
+        ledger,
+        solution,
+        exact_forms(ledger),
+        translation(ledger),
+        common(means(graph, readers), shapes),
+        basis,
+        {},
+        blind,
+    )
+    proved = accepted(found)
+    return replace(proved, blocks=blocks(graph, proved.basis))
 
 
 def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -116,13 +146,13 @@ def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(map(two, placed)), {key: two(value) for key, value in named.items()}
 
 
-def walk(graph: Graph, known: Mapping[str, Rule], blind: bool) -> Ledger:
+def walk(graph: Graph, known: Mapping[str, Rule], readers: Readers) -> tuple[Ledger, dict[Node, Value]]:
     """Go through the operations in order and write down what they relate.
 
     Args:
         graph: of the network.
         known: rules by overload name.
-        blind: whether the loss ignores a constant added to all scores of an example.
+        readers: what everything that reads a node is blind to.
     """
     first = {id(module): path for path, module in graph.module.named_modules()}
 
@@ -134,7 +164,7 @@ def walk(graph: Graph, known: Mapping[str, Rule], blind: bool) -> Ledger:
             return None
         return f"{first[id(graph.module.get_submodule(path))]}{dot}{name}" if name else None
 
-    ledger = Ledger(where=graph.where, epsilon_of=epsilon_of, centred=graph.centred)
+    ledger = Ledger(where=graph.where, epsilon_of=epsilon_of, centred=graph.centred, forgets=readers.subtract)
     values: dict[Node, Value] = dict(graph.inputs)
     for node in graph.nodes:
         if node.op == "get_attr":  # a branch of a control-flow operation
@@ -145,14 +175,14 @@ def walk(graph: Graph, known: Mapping[str, Rule], blind: bool) -> Ledger:
         value = values[node]
         ledger.scales.pin(ledger.activation(value, "output").scale, "output")
         shift = ledger.activation(value, "output").shift
-        if blind and len(graph.outputs) == 1 and shift.ndim > 1:
+        if readers.blind and len(graph.outputs) == 1 and shift.ndim > 1:
             ledger.shifts.along(shift, *(axis for axis in range(shift.ndim) if axis != 1))
         else:
             ledger.shifts.pin(shift, "output")
         if isinstance(value, Stored):
             ledger.rigid[value.name] = "output"
     ledger.settle()
-    return ledger
+    return ledger, values
 
 
 def exact_forms(ledger: Ledger) -> tuple[Form, ...]:

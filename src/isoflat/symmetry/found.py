@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import SymmetryViolated
 from isoflat.core.fingerprint import fingerprint
+from isoflat.core.precision import unrounded
 from isoflat.core.state import State, everywhere
 from isoflat.core.streams import stream
 from isoflat.symmetry.base import Symmetry
+from isoflat.symmetry.basis import BasisChange, Family
+from isoflat.symmetry.folds import kept
 from isoflat.symmetry.graph import skeleton
-from isoflat.symmetry.groups import effective, scaling, translation
-from isoflat.symmetry.ledger import Ledger, Mean
+from isoflat.symmetry.groups import effective, scaling
+from isoflat.symmetry.ledger import Ledger
 from isoflat.symmetry.relations import Form, Solution
 from isoflat.symmetry.report import Line, lines
-from isoflat.symmetry.translation import CommonVector, Translation, common
+from isoflat.symmetry.translation import CommonVector, Translation
 from isoflat.symmetry.units import UnitScaling
 
 VERSION = 1
@@ -47,6 +50,8 @@ class Found:
         exact: forms that must vanish where epsilons stay or move with the only module that holds them.
         translation: shifts of constants.
         common: common vectors that every reader subtracts.
+        basis: changes of basis between linear maps.
+        blocks: of tensors that pack several: an axis, and the number of the block along it.
         blind: whether the loss ignores a constant added to all scores of an example.
     """
 
@@ -58,6 +63,8 @@ class Found:
     exact: tuple[Form, ...]
     translation: Translation
     common: CommonVector
+    basis: BasisChange
+    blocks: Mapping[str, tuple[int, Tensor]]
     blind: bool
 
     @cached_property
@@ -80,7 +87,7 @@ class Found:
     @property
     def symmetries(self) -> tuple[Symmetry, ...]:
         """The exact groups in the order in which they are applied."""
-        return (self.common, self.translation, self.scaling)
+        return (self.common, self.translation, self.basis, self.scaling)
 
     @property
     def dimension(self) -> int:
@@ -97,6 +104,7 @@ class Found:
         for offset in self.translation.offsets:
             parts += [offset.entry.name, *_bytes(offset.own)]
         parts += [repr(self.common.means)]
+        parts += [repr(family) for family in self.basis.families]
         return fingerprint(*parts)
 
     def state(self, model: nn.Module | None = None) -> State:
@@ -122,8 +130,18 @@ class Found:
             state: whose sizes are the units of shifts; default the network's own.
         """
         at = self.state() if state is None else state
-        common_, shift, scale = (s.sample(random, spread) for s in self.symmetries)
-        return 0.1 * common_ * self.common.units(at), 0.1 * shift * self.translation.units(at), scale
+        common_, shift, mix, scale = (s.sample(random, spread) for s in self.symmetries)
+        mix = (
+            mix
+            * self.basis.units(at)
+            * self.basis.mask([family not in self.uncovered(at) for family in self.basis.families])
+        )
+        return 0.1 * common_ * self.common.units(at), 0.1 * shift * self.translation.units(at), mix, scale
+
+    def uncovered(self, state: State) -> tuple[Family, ...]:
+        """Changes of basis behind a gain that cannot be folded at a state: it, or what reads it, is held fixed there."""
+        stay = kept(self.ledger, self.solution, state)
+        return tuple(family for family in self.basis.families if stay & set(family.gains))
 
     def act(self, state: State, element: Iterable[Tensor]) -> State:
         """Apply an element of each exact group."""
@@ -145,7 +163,7 @@ class Found:
         dtype = state.dtype
         inputs = [_cast(value, dtype) for value in (self.args if args is None else args)]
         named = {key: _cast(value, dtype) for key, value in (self.kwargs if kwargs is None else kwargs).items()}
-        with torch.no_grad():
+        with torch.no_grad(), unrounded(dtype):
             swapped = everywhere(shadow, state.tensors)
             result = torch.func.functional_call(shadow, swapped, tuple(inputs), named, tie_weights=False)
         tensors = [t.double() for t in _tensors(result) if t.is_floating_point()]
@@ -153,12 +171,13 @@ class Found:
             tensors = [tensors[0] - tensors[0].mean(1, keepdim=True)]
         return torch.cat([t.reshape(-1) for t in tensors])
 
-    def verify(self, example: Any = None, *, spread: float = 3.0, samples: int = 3, seed: int = 0) -> float:
+    def verify(self, example: Any = None, *, spread: float = 1.0, samples: int = 3, seed: int = 0) -> float:
         """Apply random group elements to the real network in float64 and compare outputs.
 
         Args:
             example: inputs; default those it was traced on.
-            spread: standard deviation of the logarithms of the factors.
+            spread: standard deviation of the logarithms of the factors. A wrong symmetry shows at any; at a large one
+                rounding does too, where weights lie far out on their orbit already.
             samples: how many elements to try.
             seed: of the elements.
 
@@ -215,30 +234,6 @@ class Found:
             why = f" — {'; '.join(line.reasons)}" if line.reasons else ""
             lines.append(f"{line.dimension:>7} {line.kind}: {', '.join(line.tensors)}{why}")
         return "\n".join(lines)
-
-
-def assemble(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    ledger: Ledger,
-    means: tuple[Mean, ...],
-    exact: tuple[Form, ...],
-    blind: bool,
-) -> Found:
-    """Solve the relations and put the groups together."""
-    shapes = {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    return Found(
-        model,
-        args,
-        kwargs,
-        ledger,
-        effective(ledger, ledger.scales.solve()),
-        exact,
-        translation(ledger),
-        common(means, shapes),
-        blind,
-    )
 
 
 def _bytes(matrix: sparse.csr_matrix) -> tuple[bytes, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -67,9 +68,17 @@ class Graph:
 
 
 def skeleton(module: nn.Module) -> nn.Module:
-    """A copy of the module's structure, in evaluation mode, that shares its parameters and buffers."""
+    """A copy of the module's structure, in evaluation mode, that shares its parameters and buffers.
+
+    A cache of keys and values (Hugging Face's `config.use_cache`) is no part of the function: it is switched off.
+    """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared).eval()
+    made = copy.deepcopy(module, shared).eval()
+    for part in made.modules():
+        config: Any = getattr(part, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            config.use_cache = False
+    return made
 
 
 def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Callable[[str], bool]) -> Graph:
@@ -91,7 +100,7 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], k
             f"the network's structure cannot be copied to be traced ({error}): a module holds something that "
             "copy.deepcopy refuses, such as an operator. geometry='layerwise' needs no tracing"
         ) from error
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad(), _plain_attention():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(traced, args, dict(kwargs), strict=False).run_decompositions({})
@@ -130,6 +139,17 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], k
     wanted = set(signature.user_outputs)
     outputs = tuple(node for node in last.all_input_nodes if node.name in wanted)
     return Graph(tuple(program.graph.nodes), inputs, outputs, traced)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention as the modules write it down, not torch's fused shortcut for inference."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _unknown(node: Node, known: Callable[[str], bool]) -> bool:

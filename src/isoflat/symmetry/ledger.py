@@ -42,14 +42,35 @@ class Field:
     sign: int = -1
 
 
+def along(found: Field, axis: int) -> Tensor:
+    """The unknowns that a field has along one axis of its tensor, as far as it tells axes apart; shape `(n,)`."""
+    groups, rows, columns, _ = found.view
+    if axis == 0:
+        return found.first.expand(groups, rows).reshape(-1)
+    return found.second[0].expand(columns)
+
+
 @final
 @dataclass(frozen=True)
 class Absorbed:
-    """What an additive tensor takes up when constants upstream move: `−Σ_j factor[g, i, j, k] · shift[g, j]`."""
+    """What an additive tensor takes up when constants upstream move: `−Σ_j factor[g, i, j, k] · shift[g, j]`.
+
+    Attributes:
+        factor: name of the weight.
+        view: shape `(g, i, j, k)` under which it is seen.
+        shift: unknown constants that enter, shape `(g, j)`.
+        turned: whether the stored tensor holds its inputs first: `(g, j, i, k)`.
+    """
 
     factor: str
     view: tuple[int, int, int, int]
     shift: Tensor
+    turned: bool = False
+
+    def seen(self, factor: Tensor) -> Tensor:
+        """The weight under its view, shape `(g, i, j, k)`."""
+        g, i, j, k = self.view
+        return factor.reshape(g, j, i, k).transpose(1, 2) if self.turned else factor.reshape(self.view)
 
 
 @final
@@ -111,14 +132,12 @@ class Norm:
         constant: path of the module attribute that holds ε; None where there is none, or it is not one module's alone.
         epsilon: ε.
         factors: unknown log-scales it divides out, each once.
-        gain: name of γ; None without.
     """
 
     where: str
     constant: str | None
     epsilon: float
     factors: tuple[int, ...]
-    gain: str | None
 
 
 @final
@@ -154,6 +173,9 @@ class Ledger:
         epsilon_of: path of the module attribute that holds a node's epsilon.
         centred: whether a node is a batch normalisation whose module holds the running mean.
         pending: constants that a contraction without bias passes on to the batch normalisations that alone read it.
+        forgets: whether everything that reads a node is blind to a constant along an axis.
+        gains: vectors that multiply what a normalisation gives.
+        normalised: nodes that hold what a normalisation written by hand gives.
     """
 
     scales: Relations = field(default_factory=Relations)
@@ -169,6 +191,9 @@ class Ledger:
     epsilon_of: Callable[[Node, float], str | None] = lambda node, value: None
     centred: Callable[[Node], bool] = lambda node: False
     pending: dict[Node, Absorbed] = field(default_factory=dict)
+    forgets: Callable[[Node, int], bool] = lambda node, axis: False
+    gains: set[str] = field(default_factory=set)
+    normalised: set[Node] = field(default_factory=set)
 
     def scale_by(self, name: str, found: Field) -> None:
         """Write down how a tensor scales; where it has been seen before, both must hold."""

@@ -18,7 +18,10 @@ from scipy import sparse
 from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
+from isoflat.core.state import State
+from isoflat.symmetry.ledger import Norm
 from isoflat.symmetry.relations import some
+from isoflat.symmetry.units import UnitScaling
 
 Vector = NDArray[np.float64]
 
@@ -47,6 +50,28 @@ class Mass:
     first: sparse.csr_matrix
     second: sparse.csr_matrix
     sign: int
+
+
+def masses(group: UnitScaling, state: State) -> list[Mass]:
+    """Of every tensor that a group moves, at a state."""
+    return [
+        Mass(e.name, state.tensors[e.name].cpu().reshape(e.view).square().sum(3), e.first, e.second, e.sign)
+        for e in group.tensors
+    ]
+
+
+def distinct_factors(norms: Sequence[tuple[Norm, sparse.csr_matrix]], size: int) -> tuple[sparse.csr_matrix, list[str]]:
+    """Distinct factors that normalisations divide out, as forms in z, and where each comes from."""
+    seen: dict[tuple[tuple[int, float], ...], str] = {}
+    for norm, rows in norms:
+        for row in range(rows.shape[0]):
+            part = slice(rows.indptr[row], rows.indptr[row + 1])
+            key = tuple(sorted(zip(rows.indices[part].tolist(), rows.data[part].tolist(), strict=True)))
+            if key:
+                seen.setdefault(key, norm.where)
+    entries = [(k, j, value) for k, key in enumerate(seen) for j, value in key]
+    i, j, values = zip(*entries, strict=True) if entries else ((), (), ())
+    return sparse.csr_matrix((np.array(values, dtype=float), (i, j)), shape=(len(seen), size)), list(seen.values())
 
 
 @final

@@ -101,7 +101,7 @@ class Translation(Symmetry):
             value, _ = gathered(state.tensors[offset.entry.name], offset.entry)
             size = value.abs() + value.square().mean().sqrt()
             if offset.entry.absorbed is not None:
-                factor = state.tensors[offset.entry.absorbed.factor].double().reshape(offset.entry.absorbed.view)
+                factor = offset.entry.absorbed.seen(state.tensors[offset.entry.absorbed.factor].double())
                 size = size + factor.square().sum((2, 3)).sqrt().reshape(-1)
             weigh(offset.own, size)
         for centre in self.centres:
@@ -222,7 +222,7 @@ def passed(centre: Centre, element: Tensor) -> Tensor:
 
 def absorbed(entry: Absorbed, state: State, shift: Tensor) -> Tensor:
     """`Σ_{j,k} factor[g, i, j, k] · shift[g, j]`, shape `(g · i,)`."""
-    factor = state.tensors[entry.factor].double().reshape(entry.view).sum(3)
+    factor = entry.seen(state.tensors[entry.factor].double()).sum(3)
     return torch.einsum("gij,gj->gi", factor, shift.to(factor.device)).reshape(-1)
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from isoflat.symmetry.axes import CASTS
 from isoflat.symmetry.ledger import Ledger, Norm
 from isoflat.symmetry.relations import ANY, distinct
+from isoflat.symmetry.rules.views import COPIES
 from isoflat.symmetry.values import Activation, Known, Stored, Value, shifted_only
 
 
@@ -74,7 +76,7 @@ def divided(ledger: Ledger, reason: str, scale: Tensor) -> None:
     """A scale that something is divided by must not vanish: it is divided out as by a normalisation without epsilon."""
     factors = tuple(u for u in distinct(scale) if u > ANY)
     if factors:
-        ledger.norms.append(Norm(reason, None, 0.0, factors, None))
+        ledger.norms.append(Norm(reason, None, 0.0, factors))
 
 
 def _sum(ledger: Ledger, node: Node, a: Value, b: Value, sign: Fraction) -> Activation:
@@ -84,7 +86,7 @@ def _sum(ledger: Ledger, node: Node, a: Value, b: Value, sign: Fraction) -> Acti
         ledger.no_shift(reason, x)
         halves = ledger.scales.combine((Fraction(1, 2), x.scale))
         factors = tuple(u for u in distinct(halves) if u != ANY)
-        ledger.norms.append(Norm(reason, ledger.epsilon_of(node, epsilon), epsilon, factors, None))
+        ledger.norms.append(Norm(reason, ledger.epsilon_of(node, epsilon), epsilon, factors))
         return x
     x, y = (ledger.activation(value, reason) for value in (a, b))
     ledger.scales.tie(x.scale, y.scale)
@@ -116,12 +118,36 @@ def _product(ledger: Ledger, node: Node, a: Value, b: Value, power: int) -> Acti
         return _product(ledger, node, b, a, 1)
     ledger.multiplies(a, reason)
     ledger.multiplies(b, reason)
+    if _normalises(node, power):
+        ledger.normalised.add(node)
+    for value, other in ((a, node.args[1]), (b, node.args[0])):
+        if isinstance(value, Stored) and power > 0 and isinstance(other, Node) and _origin(other) in ledger.normalised:
+            ledger.gains.add(value.name)
     x, y = (ledger.activation(value, reason) for value in (a, b))
     ledger.no_shift(reason, x, y)
     if power < 0:
         divided(ledger, reason, y.scale)
     scale = ledger.scales.combine((1, x.scale), (power, y.scale))
     return Activation(scale, shifted_only(scale.shape).shift)
+
+
+def _normalises(node: Node, power: int) -> bool:
+    """Whether something is divided by a root, as a normalisation written by hand does."""
+    roots = (("aten.rsqrt.default",), -0.5) if power > 0 else (("aten.sqrt.default",), 0.5)
+    for part in node.args if power > 0 else node.args[1:]:
+        made = _origin(part) if isinstance(part, Node) else None
+        if made is not None and (
+            str(made.target) in roots[0] or (str(made.target) == "aten.pow.Tensor_Scalar" and made.args[1] == roots[1])
+        ):
+            return True
+    return False
+
+
+def _origin(node: Node) -> Node:
+    """The node before casts and copies."""
+    while str(node.target) in COPIES | CASTS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def _number(value: Value, power: int) -> Fraction | None:

@@ -116,6 +116,7 @@ RULES = {
     **{name: nonlinear for function in _NONLINEAR for name in _both(function)},
     "aten.softmax.int": softmax,
     "aten._softmax.default": softmax,
+    "aten._safe_softmax.default": softmax,
     "aten.log_softmax.int": softmax,
     "aten._log_softmax.default": softmax,
 }

@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.ledger import ENTRYWISE, Absorbed, Additive, Field, Ledger
+from isoflat.symmetry.axes import sums_to_one
+from isoflat.symmetry.ledger import Absorbed, Additive, Field, Ledger
 from isoflat.symmetry.relations import ANY
 from isoflat.symmetry.values import Activation, Stored, Value, shifted_only
+
+TERMS = 1 << 22
+"""Terms of a product of two activations up to which they are related one by one."""
 
 
 def linear(ledger: Ledger, node: Node, x: Value, weight: Value, bias: Value = None) -> Activation:
     """`y = x Wᵀ + b`."""
     x = ledger.activation(x, ledger.where(node))
     if not isinstance(weight, Stored):
-        return _with_bias(ledger, node, contraction(ledger, node, x, ledger.activation(weight, "")), bias)
+        made = ledger.activation(weight, "")
+        turned = Activation(made.scale.mT, made.shift.mT)
+        return _with_bias(ledger, node, contraction(ledger, node, x, turned), bias)
     rows, columns = weight.shape
     out = _weigh(ledger, node, weight, (1, rows, columns, 1), ledger.scales.along(x.scale, -1)[None])
     shift = _shift(ledger, node, weight, (1, rows, columns, 1), ledger.shifts.along(x.shift, -1)[None], out, bias)
@@ -85,45 +91,114 @@ def transposed(
     return Activation(*(ids.reshape(-1)[:, *[None] * (len(out_shape) - 2)].expand(out_shape) for ids in (out, shift)))
 
 
-def product(ledger: Ledger, node: Node, x: Value, weight: Value) -> Activation:
-    """`y = x W`."""
+def product(ledger: Ledger, node: Node, x: Value, weight: Value, bias: Value = None) -> Activation:
+    """`y = x W + b`, with a weight that holds its inputs first."""
     reason = ledger.where(node)
-    if isinstance(weight, Stored) and len(weight.shape) == 2 and not isinstance(x, Stored):
-        x = ledger.activation(x, reason)
-        ledger.no_shift(f"{reason}: no bias", x)
+    if not isinstance(weight, Stored) or len(weight.shape) != 2 or isinstance(x, Stored):
+        ledger.multiplies(x, reason)
         ledger.multiplies(weight, reason)
-        out = ledger.scales.fresh(weight.shape[1])
-        entering = ledger.scales.combine((-1, ledger.scales.along(x.scale, -1)))
-        view = (1, weight.shape[0], weight.shape[1], 1)
-        ledger.scale_by(weight.name, Field(weight.name, view, entering[None], out[None], 1))
-        shape = (*x.shape[:-1], weight.shape[1])
-        return Activation(out.expand(shape), torch.zeros((), dtype=torch.int64).expand(shape))
-    a, b = ledger.activation(x, reason), ledger.activation(weight, reason)
-    ledger.multiplies(x, reason)
+        a, b = ledger.activation(x, reason), ledger.activation(weight, reason)
+        return _with_bias(ledger, node, contraction(ledger, node, a, b), bias)
+    x = ledger.activation(x, reason)
+    columns, rows = weight.shape
     ledger.multiplies(weight, reason)
-    if len(b.shape) != 2:
-        ledger.pin([x, a, weight, b], reason)
-        return shifted_only(node.meta["val"].shape)
-    return contraction(ledger, node, a, Activation(b.scale.T, b.shift.T))
+    out = ledger.scales.fresh(rows)[None]
+    against = ledger.scales.combine((-1, ledger.scales.along(x.scale, -1)[None]))
+    ledger.scale_by(weight.name, Field(weight.name, (1, columns, rows, 1), against, out, 1))
+    constants = ledger.shifts.along(x.shift, -1)[None]
+    simple = isinstance(bias, Stored) and tuple(bias.shape) == (rows,)
+    own = bias if simple else None
+    shift = _shift(ledger, node, weight, (1, rows, columns, 1), constants, out, own, turned=True)
+    shape = (*x.shape[:-1], rows)
+    made = Activation(out.reshape(-1).expand(shape), shift.reshape(-1).expand(shape))
+    return made if simple else _with_bias(ledger, node, made, bias)
 
 
 def affine(ledger: Ledger, node: Node, bias: Value, x: Value, weight: Value, beta: Any = 1, alpha: Any = 1) -> Value:
     """`addmm`: `y = b + x W`."""
-    made = product(ledger, node, x, weight)
-    return _with_bias(ledger, node, made, bias) if (beta, alpha) == (1, 1) else _pinned(ledger, node, made, bias)
+    if (beta, alpha) != (1, 1):
+        return _pinned(ledger, node, bias, x, weight)
+    return product(ledger, node, x, weight, bias)
 
 
-def contraction(ledger: Ledger, node: Node, x: Activation, weight: Activation) -> Activation:
-    """`y[…, o] = Σ_i x[…, i] w[o, i]`, with a weight that is itself computed: every term of a sum has one scale."""
+def offset_product(
+    ledger: Ledger, node: Node, bias: Value, x: Value, weight: Value, beta: Any = 1, alpha: Any = 1
+) -> Value:
+    """`baddbmm`: `y = β b + α x W`, as attention with a mask is sometimes written."""
+    made = contraction(ledger, node, ledger.activation(x, ""), ledger.activation(weight, ""))
+    return _with_bias(ledger, node, made, bias)
+
+
+def contraction(ledger: Ledger, node: Node, a: Activation, b: Activation) -> Activation:
+    """`y[…, n, m] = Σ_k a[…, n, k] b[…, k, m]`: every term of a sum has one scale.
+
+    Constants of b pass where the entries of a add up to one (attention's values), and do not matter where everything
+    that reads y is blind to what is common along m (attention's keys); likewise for a.
+    """
     reason = ledger.where(node)
-    shape = (*x.shape[:-1], weight.shape[0])
-    ledger.no_shift(reason, x, weight)
-    if math.prod(weight.shape) > ENTRYWISE:
-        ledger.pin([x, weight], f"{reason}: more than {ENTRYWISE} products")
+    shape = node.meta["val"].shape
+    left, right = (value.scale for value in (a, b))
+    left = left[None] if left.ndim == 1 else left
+    right = right[:, None] if right.ndim == 1 else right
+    tall = [ids.size(axis) if ids.stride(axis) else 1 for ids, axis in ((left, -2), (right, -1))]
+    if math.prod(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])) * math.prod(tall) * left.shape[-1] > TERMS:
+        ledger.pin([a, b], f"{reason}: more than {TERMS} products")
         return shifted_only(shape)
-    entering = ledger.scales.along(x.scale, -1)
-    out = ledger.scales.along(ledger.scales.combine((1, entering[None, :]), (1, weight.scale)), 0)
-    return Activation(out.expand(shape), torch.zeros((), dtype=torch.int64).expand(shape))
+    terms = ledger.scales.combine((1, left[..., None]), (1, right[..., None, :, :]))
+    out = ledger.scales.along(terms, *(axis for axis in range(terms.ndim) if axis != terms.ndim - 2))
+    return Activation(out.reshape(shape) if out.shape != shape else out, _through(ledger, node, a, b).expand(shape))
+
+
+def _through(ledger: Ledger, node: Node, a: Activation, b: Activation) -> Tensor:
+    """Constants that a product of two activations lets through; the others are held, or forgotten by its readers."""
+    reason, none = ledger.where(node), torch.zeros((), dtype=torch.int64)
+    if min(len(a.shape), len(b.shape), node.meta["val"].ndim) < 2:
+        ledger.no_shift(reason, a, b)
+        return none
+    first = node.args[-2]
+    if isinstance(first, Node) and sums_to_one(first) == len(a.shape) - 1:
+        ledger.no_shift(reason, a)
+        return ledger.shifts.along(b.shift, *(axis for axis in range(b.shift.ndim) if axis != b.shift.ndim - 2))[
+            ..., None, :
+        ]
+    for value, axis in ((a, -2), (b, -1)):
+        if ledger.forgets(node, axis):
+            last = value.shift.ndim + axis
+            ledger.shifts.along(value.shift, *(place for place in range(value.shift.ndim) if place != last))
+        else:
+            ledger.no_shift(reason, value)
+    return none
+
+
+def attention(
+    ledger: Ledger, node: Node, query: Value, key: Value, value: Value, mask: Value = None, drop: float = 0.0,
+    causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Activation:  # fmt: skip
+    """`softmax(q kᵀ + mask) v`: queries against keys, values through; constants of keys are forgotten."""
+    reason = ledger.where(node)
+    q, k, v = (ledger.activation(part, reason) for part in (query, key, value))
+    if enable_gqa:
+        k, v = (_repeated(part, q.shape[-3] // part.shape[-3]) for part in (k, v))
+    ledger.no_shift(reason, q)
+    queries, keys, values = (ledger.scales.along(part.scale, *_but(part.scale, -2)) for part in (q, k, v))
+    ledger.scales.pin(ledger.scales.combine((1, queries), (1, keys)), reason)
+    ledger.shifts.along(k.shift, *_but(k.shift, -2))
+    if isinstance(mask, Activation | Stored):
+        bias = ledger.activation(mask, reason)
+        ledger.scales.pin(bias.scale, reason)
+        ledger.shifts.along(bias.shift, *_but(bias.shift, -1))
+    shape = node.meta["val"].shape
+    constants = ledger.shifts.along(v.shift, *_but(v.shift, -2))
+    return Activation(values[..., None, :].expand(shape), constants[..., None, :].expand(shape))
+
+
+def _but(ids: Tensor, axis: int) -> tuple[int, ...]:
+    return tuple(place for place in range(ids.ndim) if place != axis % ids.ndim)
+
+
+def _repeated(value: Activation, times: int) -> Activation:
+    """Key or value heads, each for several query heads."""
+    return Activation(*(ids.repeat_interleave(times, dim=-3) for ids in (value.scale, value.shift)))
 
 
 def embedding(
@@ -167,17 +242,18 @@ def _shift(
     entering: Tensor,
     out: Tensor,
     bias: Value,
+    turned: bool = False,
 ) -> Tensor:
     """Constants after a contraction: the bias takes `−W t(x)` and gives what it likes; without one, the running means do."""
     if bias is None and node.users and all(ledger.centred(user) and user.args[0] is node for user in node.users):
-        ledger.pending[node] = Absorbed(weight.name, view, entering)
+        ledger.pending[node] = Absorbed(weight.name, view, entering, turned)
         return torch.zeros_like(out)
     if not isinstance(bias, Stored) or math.prod(bias.shape) != out.numel():
         ledger.shifts.pin(entering, f"{ledger.where(node)}: no bias")
         return _offset(ledger, node, out, bias)
     _scaled_like(ledger, bias, out)
     shift = ledger.shifts.fresh(out.numel())
-    ledger.add_to(bias.name, Additive(bias.name, None, shift, Absorbed(weight.name, view, entering)))
+    ledger.add_to(bias.name, Additive(bias.name, None, shift, Absorbed(weight.name, view, entering, turned)))
     return ledger.additives[bias.name].shift.view(out.shape)
 
 
@@ -229,7 +305,10 @@ RULES = {
     "aten.linear.default": linear,
     "aten.matmul.default": product,
     "aten.mm.default": product,
+    "aten.bmm.default": product,
     "aten.addmm.default": affine,
+    "aten.baddbmm.default": offset_product,
+    "aten.scaled_dot_product_attention.default": attention,
     "aten.conv1d.default": convolution,
     "aten.conv2d.default": convolution,
     "aten.conv3d.default": convolution,

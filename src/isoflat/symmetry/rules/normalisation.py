@@ -154,7 +154,6 @@ def _out(
             ledger.epsilon_of(node, epsilon),
             epsilon,
             tuple(u for u in distinct(factors) if u != ANY),
-            gain.name if isinstance(gain, Stored) else None,
         )
     )
     scale = shift = torch.zeros((), dtype=torch.int64)
@@ -163,6 +162,7 @@ def _out(
             ledger.pin([value], reason)
     if isinstance(gain, Stored):
         ledger.multiplies(gain, reason)
+        ledger.gains.add(gain.name)
         scale = ledger.entries(gain)
     if isinstance(offset, Stored):
         flat = scale.expand(offset.shape).reshape(-1)

@@ -24,7 +24,7 @@ def same(ledger: Ledger, node: Node, x: Value, *args: Any, **kwargs: Any) -> Val
     if str(node.target) in COPIES:
         return value
     if str(node.target) in RESHAPES:  # unknowns are expanded where activations are not: no view of them may exist
-        return Activation(*(ids.reshape(node.meta["val"].shape) for ids in (value.scale, value.shift)))
+        return Activation(*(lean(ids.reshape(node.meta["val"].shape)) for ids in (value.scale, value.shift)))
     operation: Any = node.target
     rest, named = [_plain(a) for a in args], {key: _plain(a) for key, a in kwargs.items()}
     if any(isinstance(a, Activation | Stored) for a in (*rest, *named.values())):
@@ -33,6 +33,15 @@ def same(ledger: Ledger, node: Node, x: Value, *args: Any, **kwargs: Any) -> Val
     if isinstance(scales, Tensor):
         return Activation(scales, shifts)
     return tuple(Activation(a, b) for a, b in zip(scales, shifts, strict=True))
+
+
+def lean(ids: Tensor) -> Tensor:
+    """The same ids, expanded (stride 0) along every axis over which they repeat: merging axes writes them out."""
+    for axis in range(ids.ndim):
+        first = ids.narrow(axis, 0, min(1, ids.shape[axis]))
+        if ids.stride(axis) and ids.shape[axis] > 1 and bool((ids == first).all()):
+            ids = first.expand(ids.shape)
+    return ids
 
 
 def cast(ledger: Ledger, node: Node, x: Value, *args: Any, **kwargs: Any) -> Value:
@@ -97,8 +106,11 @@ _MOVES = (
     "repeat_interleave.self_int", "squeeze_.dim", "mT.default", "numpy_T.default",
 )  # fmt: skip
 
+MOVES = {f"aten.{name}" for name in _MOVES}
+"""Operations that move, repeat or leave out elements."""
+
 RULES = {
-    **{f"aten.{name}": same for name in _MOVES},
+    **dict.fromkeys(MOVES, same),
     **dict.fromkeys(COPIES, same),
     "aten._to_copy.default": cast,
     "aten.to.dtype": cast,
