@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 
 import torch
@@ -58,13 +59,13 @@ def entry(function=None, *, tokens: bool = False, **options):
     return function
 
 
-def variants(**kinds):
+def variants(*, tokens: bool = False, **kinds):
     """Register one architecture for each keyword, called with its value."""
 
     def register(function):
         for kind, value in kinds.items():
             name = f"{function.__name__}-{kind}".replace("_", "-")
-            ZOO[name] = Entry(partial(function, value), function.__doc__ or "")
+            ZOO[name] = Entry(partial(function, value), function.__doc__ or "", tokens)
         return function
 
     return register
@@ -601,3 +602,6 @@ class Learned(nn.Module):
 def reduced_tables():
     """Sums and norms of stored tensors: a constant in them counts as often as there are terms, or not at all."""
     return Learned(), (4,)
+
+
+import_module("cases.transformers")  # which registers its own, made of the parts above

@@ -1,4 +1,4 @@
-"""`isoflat demo`: the claim, the attack and a report, offline and in about a minute."""
+"""`isoflat demo`: the claim, the attack and a report, offline and in a minute or two."""
 
 from __future__ import annotations
 
@@ -13,11 +13,22 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
     from isoflat.core.estimate import Estimate
+    from isoflat.experiments import transformer
     from isoflat.experiments.attack import Ladder
-    from isoflat.experiments.demo import DemoResult, Plan
+    from isoflat.experiments.demo import Plan
+    from isoflat.experiments.outcome import DemoResult
+
+NETWORKS = ("mlp", "transformer")
+"""What --network takes; the first is the default."""
 
 
 def demo(
+    network: Annotated[
+        str,
+        typer.Option(
+            help="mlp: digits, small against large batches. transformer: Python's help texts, two learning rates."
+        ),
+    ] = NETWORKS[0],
     seeds: Annotated[int, typer.Option(min=2, help="Networks per arm.")] = 5,
     seed: Annotated[int, typer.Option(help="All randomness follows from it.")] = 0,
     optimizer: Annotated[
@@ -28,13 +39,19 @@ def demo(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
-    """Are large-batch minima sharper? Train, measure, attack and report, on digits that need no download."""
+    """Are large-batch minima sharper? Train, measure, attack and report, on data that need no download."""
+    from isoflat.core.errors import UnknownName
+    from isoflat.experiments import transformer
     from isoflat.experiments.demo import Plan
 
-    plan = Plan(seeds=seeds, seed=seed, optimizer=optimizer)
+    if network not in NETWORKS:
+        raise UnknownName("network", network, NETWORKS)
+    kind = transformer.Plan if network == "transformer" else Plan
+    plan = kind(seeds=seeds, seed=seed, optimizer=optimizer)
     prepare(out)
     result = watched(plan, hidden=not sys.stderr.isatty())
-    report = write(result, out, f"isoflat demo --seeds {seeds} --seed {seed} --optimizer {optimizer}")
+    which = "" if network == NETWORKS[0] else f" --network {network}"
+    report = write(result, out, f"isoflat demo{which} --seeds {seeds} --seed {seed} --optimizer {optimizer}")
     if as_json:
         sys.stdout.write(json.dumps({**result.to_dict(), "report": str(report)}, allow_nan=False) + "\n")
     else:
@@ -55,7 +72,7 @@ def prepare(folder: Path) -> None:
         raise UsageError(f"--out {folder} cannot be made ({error.strerror}): give the name of a folder") from error
 
 
-def watched(plan: Plan, hidden: bool) -> DemoResult:
+def watched(plan: Plan | transformer.Plan, hidden: bool) -> DemoResult:
     """Run the demonstration under a progress bar.
 
     Args:
@@ -64,8 +81,8 @@ def watched(plan: Plan, hidden: bool) -> DemoResult:
     """
     from tqdm import tqdm
 
-    from isoflat.experiments.data import digits
-    from isoflat.experiments.demo import run
+    from isoflat.experiments import demo, transformer
+    from isoflat.experiments.data import characters, digits
 
     layout = "{desc:<34} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
     with tqdm(total=plan.work, disable=hidden, bar_format=layout, leave=False, smoothing=0.1) as bar:
@@ -74,7 +91,9 @@ def watched(plan: Plan, hidden: bool) -> DemoResult:
             bar.set_description_str(text, refresh=False)
             bar.update(done)
 
-        return run(digits(), plan, report)
+        if isinstance(plan, transformer.Plan):
+            return transformer.run(characters(plan.windows, plan.context), plan, report)
+        return demo.run(digits(), plan, report)
 
 
 def write(result: DemoResult, folder: Path, command: str) -> Path:
@@ -115,10 +134,10 @@ def show(result: DemoResult, report: Path) -> None:
     from isoflat.cli.terminal import console, plain
 
     screen = console()
-    screen.print(networks(result))
+    screen.print(everything(result) if result.setting.together else networks(result))
     for sentence in result.comparison:
         screen.print(plain(sentence), end="\n\n")
-    for ladder in result.ladders:
+    for ladder in () if result.setting.together else result.ladders:
         screen.print(rungs(ladder))
     for sentence in result.manipulation:
         screen.print(plain(sentence), end="\n\n")
@@ -157,6 +176,29 @@ def rungs(ladder: Ladder) -> RichTable:
     for rung in ladder.rungs:
         cells = [enclosed(rung.records[number.name].estimate) for number in NUMBERS]
         grid.add_row(f"{rung.amount:g}", f"{rung.output_change:.0e}" if rung.output_change else "0", *cells)
+    return grid
+
+
+def everything(result: DemoResult) -> RichTable:
+    """One line per network, as trained or edited: every number over its enclosure, and how far the edit moved it."""
+    from rich.table import Table as RichTable
+
+    from isoflat.experiments.numbers import NUMBERS
+
+    title = "Minima at equal training loss; then two with other weights, the same function (changes are relative)"
+    grid = RichTable(title=title, title_justify="left", header_style="bold")
+    for head in ("network", "training loss", "outputs change by", *(number.words for number in NUMBERS)):
+        grid.add_column(head, justify="left" if head == "network" else "right", no_wrap=True)
+    for group in result.lines:
+        for line in group:
+            moved = "" if line.output_change is None else f"{line.output_change:.0e}"
+            cells = [
+                enclosed(line.records[number.name].estimate)
+                + (f"\nchanges by {line.changes[number.name]:.0e}" if line.changes else "")
+                for number in NUMBERS
+            ]
+            grid.add_row(line.label, f"{line.loss:.5f}", moved, *cells)
+        grid.add_section()
     return grid
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 
 from isoflat.core.record import Record
 from isoflat.core.table import interval
-from isoflat.experiments.attack import Ladder
-from isoflat.experiments.demo import LARGE, SMALL, Arm, DemoResult, Trained
-from isoflat.experiments.numbers import CANONICAL, NUMBERS
+from isoflat.experiments.attack import Ladder, rounded
+from isoflat.experiments.numbers import CANONICAL, NUMBERS, PAPER
+from isoflat.experiments.outcome import DemoResult, Line
+from isoflat.experiments.study import Arm, Trained
 from isoflat.report import tables
 from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
 from isoflat.report.drawing import markup
@@ -49,7 +51,7 @@ def page(result: DemoResult, command: str) -> Page:
     return Page(
         title="isoflat demo",
         headline=f"{main.claim}." if main else result.comparison[0],
-        lead=(_setting(result), result.ladders[1].sentence),
+        lead=(_setting(result), result.ladders[result.setting.leading].sentence),
         facts=(
             ("Data", result.data),
             ("Networks", str(len(result.networks))),
@@ -59,7 +61,8 @@ def page(result: DemoResult, command: str) -> Page:
             ("Time", f"{result.seconds:.0f} s"),
         ),
         sections=(
-            Section("Are large-batch minima sharper?", _comparison(result)),
+            *((Section("In one table", (_everything(result),)),) if result.setting.together else ()),
+            Section(result.setting.question, _comparison(result)),
             Section("Can the number be moved without changing the network?", _attack(result)),
             Section("How to read this", (Terms(READING),)),
             Section("Every number with its enclosure and cost", _numbers(result)),
@@ -71,11 +74,11 @@ def page(result: DemoResult, command: str) -> Page:
 
 
 def _setting(result: DemoResult) -> str:
-    plan = result.plan
+    plan, rows = result.plan, _rows(result)
+    first, second = (f"{arm.how(rows)} ({arm.name})" for arm in result.setting.arms)
     return (
-        f"{plan.seeds} networks per arm ({'–'.join(map(str, plan.widths))}, ReLU, no biases) were trained on "
-        f"{result.data} with {plan.optimizer} to the same training loss of {plan.target:g}: with {SMALL.batch} rows per "
-        f"step ({SMALL.name}) or with all {_rows(result)} ({LARGE.name}). Pairs start from the same weights."
+        f"{plan.seeds} networks per arm ({result.setting.network}) were trained on {result.data} with {plan.optimizer} to "
+        f"the same training loss of {plan.target:g}: {first} or {second}. Pairs start from the same weights."
     )
 
 
@@ -83,11 +86,30 @@ def _rows(result: DemoResult) -> int:
     return result.records[0].point.examples
 
 
+def _everything(result: DemoResult) -> Grid:
+    enclosed = tuple(head for number in (CANONICAL, PAPER) for head in (f"{number.words}, enclosed", "changes by"))
+    return Grid(
+        "Networks as they were trained, then two of them with other weights that give the same function. All changes "
+        "are relative to the network as it was trained, in float64.",
+        ("network", "outputs change by", *enclosed),
+        tuple(_line(line) for group in result.lines for line in group),
+        note=" ".join(f"{how[0].upper()}{how[1:]}." for how in dict.fromkeys(ladder.how for ladder in result.ladders)),
+    )
+
+
+def _line(line: Line) -> tuple[str, ...]:
+    cells = [line.label, "–" if line.output_change is None else f"{line.output_change:.0e}"]
+    for number in (CANONICAL, PAPER):
+        change = f"{line.changes[number.name]:.0e}" if line.changes else "–"
+        cells += [interval(line.records[number.name].estimate), change]
+    return tuple(cells)
+
+
 def _comparison(result: DemoResult) -> tuple[Prose | Plate | Grid, ...]:
     panels = [
         Panel(
             number.title,
-            tuple((arm.name, tuple(n.estimate(number) for n in result.arm(arm))) for arm in (SMALL, LARGE)),
+            tuple((arm.name, tuple(n.estimate(number) for n in result.arm(arm))) for arm in result.setting.arms),
         )
         for number in NUMBERS
     ]
@@ -114,19 +136,19 @@ def _summary(result: DemoResult) -> Grid:
     return Grid(
         "Medians per arm, with the range over networks.",
         heads,
-        tuple(_arm(result.arm(arm), arm) for arm in (SMALL, LARGE)),
+        tuple(_arm(result.arm(arm), arm) for arm in result.setting.arms),
     )
 
 
 def _arm(networks: tuple[Trained, ...], arm: Arm) -> tuple[str, ...]:
-    def spread(values: list[float], digits: str) -> str:
-        return f"{median(values):{digits}} ({min(values):{digits}}–{max(values):{digits}})"
+    def spread(values: list[float], written: Callable[[float], str] = rounded) -> str:
+        return f"{written(median(values))} ({written(min(values))}–{written(max(values))})"
 
     return (
         arm.name,
-        *(spread([n.estimate(number).value for n in networks], ".3g") for number in NUMBERS),
-        spread([n.test_accuracy for n in networks], ".3f"),
-        spread([n.training.epochs for n in networks], ".3g"),
+        *(spread([n.estimate(number).value for n in networks]) for number in NUMBERS),
+        spread([n.test_accuracy for n in networks], "{:.3f}".format),
+        spread([n.training.epochs for n in networks]),
     )
 
 
@@ -149,15 +171,15 @@ def _networks(result: DemoResult) -> Grid:
 
 
 def _attack(result: DemoResult) -> tuple[Prose | Plate | Grid, ...]:
+    titles = [ladder.title for ladder in result.ladders]
     climbs = [
-        Climb(
-            ladder.title,
-            ladder.name.removesuffix("×").strip(" +") + (" +" if "+" in ladder.name else " ×"),
-            _curves(ladder),
-        )
+        Climb(ladder.label if titles.count(ladder.title) > 1 else ladder.title, ladder.name, _curves(ladder))
         for ladder in result.ladders
     ]
-    how = "; ".join(f"{ladder.title.lower()} ({ladder.label}): {ladder.how}" for ladder in result.ladders)
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for ladder in result.ladders:
+        kinds.setdefault((ladder.title, ladder.how), []).append(ladder.label)
+    how = "; ".join(f"{title.lower()} ({' and '.join(labels)}): {what}" for (title, what), labels in kinds.items())
     plate = Plate(
         caption=f"Edits in float64 that keep the function. {how[0].upper()}{how[1:]}.",
         alternative=" ".join(ladder.sentence for ladder in result.ladders),

@@ -25,6 +25,15 @@ STILL = 1e-6
 """Relative change up to which a sentence says that a number stays."""
 
 
+def rounded(value: float) -> str:
+    """Three digits, and powers of ten only where they save space.
+
+    >>> rounded(4017.6), rounded(0.81234), rounded(2.291e15)
+    ('4020', '0.812', '2.29e+15')
+    """
+    return f"{float(f'{value:.3g}'):g}"
+
+
 @final
 @dataclass(frozen=True)
 class Rung:
@@ -93,7 +102,7 @@ class Ladder:
         change = self.rungs[-1].changes[number.name]
         if change <= STILL:
             return f"the {number.words} stays, to {change:.0e} of its value"
-        return f"the {number.words} goes from {first:.3g} to {last:.3g}"
+        return f"the {number.words} goes from {rounded(first)} to {rounded(last)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
@@ -115,6 +124,7 @@ class Victim:
         label: what to call it.
         found: its symmetries.
         verified: worst output change when they were proved.
+        aside: whether outputs are compared but for a constant on all scores of an example, which the loss ignores.
     """
 
     model: nn.Module
@@ -122,18 +132,25 @@ class Victim:
     label: str
     found: Found
     verified: float
+    aside: bool = False
 
     @staticmethod
-    def prepare(model: nn.Module, data: tuple[Tensor, Tensor], label: str) -> Victim:
+    def prepare(model: nn.Module, data: tuple[Tensor, Tensor], label: str, aside: bool = False) -> Victim:
         """A copy of a network in float64, traced and proved; the network itself is not changed.
+
+        Args:
+            model: the network.
+            data: inputs and class targets.
+            label: what to call it.
+            aside: whether what the loss ignores is set aside where outputs are compared, because it will be moved.
 
         Raises:
             SymmetryViolated: what was found does not keep its outputs.
         """
         twin = copy.deepcopy(model).double().eval()
-        precise = (data[0].double(), data[1])
+        precise = (data[0].double() if data[0].is_floating_point() else data[0], data[1])
         found = symmetries(twin, precise[0], loss=nn.CrossEntropyLoss(), verify=False)
-        return Victim(twin, precise, label, found, found.verify())
+        return Victim(twin, precise, label, found, found.verify(), aside and found.blind)
 
     def climb(
         self,
@@ -169,7 +186,8 @@ class Victim:
 
     def _outputs(self, model: nn.Module) -> Tensor:
         with torch.no_grad():
-            return model(self.data[0])
+            scores = model(self.data[0])
+        return scores - scores.mean(1, keepdim=True) if self.aside else scores
 
     def _measured(self, model: nn.Module, label: str, seed: int) -> dict[str, Record]:
         known = GEOMETRY.on(replace(self.found, model=model))
@@ -248,3 +266,27 @@ def shift_constants(
         "± the amount added to every bias before a batch normalisation and to its running mean",
     )
     return victim.climb(words, amounts, move, seed, report)
+
+
+def reparametrize_all(victim: Victim, spreads: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
+    """A random element of every symmetry that was found, as `isoflat.reparametrize` draws it, at growing spreads.
+
+    Args:
+        victim: any network; its outputs are to be compared with what the loss ignores set aside.
+        spreads: standard deviations of the logarithms of the factors; the first one is zero.
+        seed: of the element and of start vectors.
+        report: as for `Victim.climb`.
+    """
+    groups = victim.found.dimension
+
+    def move(at: State, spread: float) -> State:
+        return victim.found.act(at, victim.found.element(stream(seed, "reparametrize"), spread, at))
+
+    words = (
+        "spread",
+        "Every symmetry at once",
+        f"A random element of the {groups}-dimensional symmetry group of {{label}} with spread {{amount}}",
+        f"one random element of all {groups} dimensions of the group; the spread is the standard deviation of the "
+        "logarithms of its factors",
+    )
+    return victim.climb(words, spreads, move, seed, report)

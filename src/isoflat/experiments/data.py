@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import final
 
 import numpy as np
@@ -11,18 +12,34 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from isoflat.core.errors import DataError, UsageError
+
 SPLIT = 0
 """Seed of the one split everybody gets."""
+
+TOPICS = ("while", "for", "with", "try")
+"""Pages of Python's `help()` on statements: a dictionary of strings, there with every CPython, also under -OO."""
+
+LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz ,.")
+"""What is kept of a text, in lower case."""
 
 
 @final
 @dataclass(frozen=True)
 class Split:
-    """Training and test rows, each a pair of inputs (float32) and class targets (int64)."""
+    """Training and test rows, each a pair of inputs (float32, or int64 if they are characters) and class targets (int64).
+
+    Attributes:
+        name: of the data set.
+        train: rows to train on.
+        test: rows that are held out.
+        vocabulary: what the classes are, where they are characters.
+    """
 
     name: str
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
+    vocabulary: str = ""
 
 
 def digits() -> Split:
@@ -43,3 +60,53 @@ def digits() -> Split:
 
 def _pair(inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(inputs), torch.from_numpy(targets.astype(np.int64))
+
+
+def characters(windows: int = 48, context: int = 32) -> Split:
+    """What Python's own `help()` says about loops, `with` and `try`, cut into windows; the target is the next character.
+
+    Small letters, full stops, commas and single spaces are kept. The first windows are trained on, all later ones are
+    held out. The text is the same wherever the version of Python is, and changes little between versions.
+
+    Args:
+        windows: how many to train on.
+        context: characters in a window.
+
+    Raises:
+        UsageError: a window without characters, or none to train on.
+        DataError: this Python came without its documentation, or the text is too short.
+
+    >>> data = characters(windows=4, context=16)
+    >>> "".join(data.vocabulary[i] for i in data.train[0][0]), "".join(data.vocabulary[i] for i in data.train[1][0])
+    ('the while statem', 'he while stateme')
+    """
+    if min(windows, context) < 1:
+        raise UsageError(f"windows and context must be positive, got {windows} and {context}")
+    text = _help()
+    vocabulary = "".join(sorted(set(text)))
+    codes = torch.tensor([vocabulary.index(character) for character in text], dtype=torch.int64)
+    count = max(0, len(text) - 1) // context
+    if count <= windows:
+        raise DataError(
+            f"the text has {len(text)} characters, {count} windows of {context}: too few to train on {windows} and to "
+            "hold some out; take fewer or shorter ones"
+        )
+    inputs, targets = (codes[start : start + count * context].view(count, context) for start in (0, 1))
+    train, rest = ((inputs[part], targets[part]) for part in (slice(windows), slice(windows, None)))
+    return Split("Python's help texts", train, rest, vocabulary)
+
+
+def _help() -> str:
+    """The pages one after the other, reduced to few characters.
+
+    Raises:
+        DataError: they are missing.
+    """
+    try:
+        pages = import_module("pydoc_data.topics").topics
+        text = " ".join(pages[topic] for topic in TOPICS)
+    except (ImportError, KeyError) as error:
+        raise DataError(
+            f"this Python came without its help texts (pydoc_data.topics: {error}): install its standard library in full"
+        ) from error
+    return "".join(letter for letter in " ".join(text.lower().split()) if letter in LETTERS)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import NonFinite, UnknownName, UsageError
 
-OPTIMIZERS: Mapping[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = MappingProxyType(
+OPTIMIZERS: Mapping[str, Callable[[Iterator[nn.Parameter], float | None], torch.optim.Optimizer]] = MappingProxyType(
     {
-        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9),
-        "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+        "sgd": lambda parameters, rate: torch.optim.SGD(parameters, lr=rate or 0.02, momentum=0.9),
+        "adam": lambda parameters, rate: torch.optim.Adam(parameters, lr=rate or 1e-3),
     }
 )
+"""By name: made from the parameters and a learning rate, or the usual one."""
 
 CLOSE = 1.5
 """Within this multiple of the target the training loss is looked at after every step."""
@@ -39,12 +40,14 @@ class Recipe:
         target: loss over the whole training set at which training stops.
         optimizer: "sgd" (step 0.02, momentum 0.9) or "adam" (step 0.001).
         max_epochs: passes over the data after which training stops anyway.
+        rate: another step than the optimizer's own.
     """
 
     batch: int | None
     target: float = 0.01
     optimizer: str = "adam"
     max_epochs: int = 4000
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse recipes without meaning."""
@@ -52,6 +55,8 @@ class Recipe:
             raise UnknownName("optimizer", self.optimizer, OPTIMIZERS)
         if (self.batch is not None and self.batch < 1) or self.max_epochs < 1 or not self.target > 0:
             raise UsageError(f"batch, max_epochs and target must be positive, got {self}")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise UsageError(f"a learning rate must be positive, got {self.rate}")
 
 
 @final
@@ -88,7 +93,7 @@ def train(
 
     Args:
         model: changed in place.
-        data: inputs and class targets.
+        data: inputs and class targets, one per row or one per place of a row.
         recipe: how.
         shuffling: draws the order of the rows.
         progress: told the share of the way to the target, on a logarithmic scale, at each look.
@@ -100,7 +105,7 @@ def train(
     inputs, targets = data
     rows = len(targets)
     batch = min(recipe.batch or rows, rows)
-    optimizer = OPTIMIZERS[recipe.optimizer](model.parameters())
+    optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe.rate)
     look = max(1, math.ceil(rows / batch) // LOOKS)
     first = loss = full_loss(model, data)
     steps = seen = 0
@@ -135,7 +140,7 @@ def full_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Share of rows whose largest output is at the target."""
+    """Share of targets at which the largest output is."""
     with torch.no_grad():
         return float((model(data[0]).argmax(dim=1) == data[1]).double().mean())
 

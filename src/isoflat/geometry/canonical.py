@@ -3,115 +3,50 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.space import norm
 from isoflat.core.state import State
-from isoflat.core.streams import stream
-from isoflat.geometry.base import Chart, Geometry, Identity
-from isoflat.linalg.maps import Composition, Diagonal, Embedding, LinearMap, Mixing, Part, Shear, Term
-from isoflat.linalg.operator import Operator
-from isoflat.symmetry.canonical import Epsilon, Representative, canonical
-from isoflat.symmetry.found import VERSION, Found
+from isoflat.geometry.traced import Traced, behind_gains, unseen, without_unit
+from isoflat.symmetry.canonical import Gauge, Representative
+from isoflat.symmetry.found import Found
 
 
 @final
 @dataclass(frozen=True)
-class Canonical(Geometry):
+class Canonical(Traced):
     """`geometry="auto"`: `D H D` at the canonical representative of the orbit under every symmetry that was found.
 
-    The weights stay where they are: for fixed g the action is affine, `θ* = S θ + t`, so that the Hessian there is
-    `S⁻ᵀ H S⁻¹` and the frame at the user's own weights is `E = S⁻¹ J D`, with D the norms of the tensors at θ* and J
-    the inclusion of the trainable coordinates.
+    Blocks of D are logical tensors: query, key and value count as three though one weight may pack them, and what a
+    change of basis mixes is one block.
 
     *Degenerate cases*: tensors that a shift empties (an offset its readers take up) and gains folded into their readers
     have no block. Units that are dead in the closed orbit lose the coordinates that only reach through their kink; the
     number is lower semicontinuous there. Both are listed.
-
-    Attributes:
-        found: the network's symmetries; None in the catalogue, before a network is known.
-        epsilon: what becomes of the epsilons of normalisations (`symmetry.canonical.Epsilon`).
     """
 
     name: str = "auto"
     title: str = "each tensor in units of its norm at the canonical representative of the orbit"
-    group: str = "every scaling, normalisation and shift found by tracing the network"
-    version: int = 2
-    found: Found | None = None
-    epsilon: Epsilon = Epsilon.FREE
+    group: str = "every scaling, normalisation, shift and change of basis found by tracing the network"
 
-    def on(self, found: Found) -> Canonical:
-        """The geometry of a network with these symmetries."""
-        return replace(self, found=found)
+    @property
+    def gauge(self) -> Gauge:
+        """Any: norms of blocks do not see rotations inside of them."""
+        return Gauge.NEAREST
 
-    def chart(self, state: State) -> Chart:
-        """Canonical representative, frame, and what to know about them.
+    def units(self, found: Found, point: Representative, state: State) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Norm of the block of each entry."""
+        sizes = _sizes(found, point)
+        units = {n: without_unit(point, n, sizes[n].expand(tensor.shape)) for n, tensor in state.parameters.items()}
+        return units, unseen(point, state)
 
-        Raises:
-            NoInvariantGeometry: no network's symmetries are known.
-        """
-        if self.found is None:
-            raise NoInvariantGeometry(
-                "geometry='auto' needs the symmetries of a network: isoflat.measure finds them; here, bind them with "
-                "GEOMETRY.on(isoflat.symmetries(model, example))"
-            )
-        found = self.found
-        own = replace(state, constants=found.constants(found.model))
-        point = canonical(found, own, self.epsilon)
-        reached = replace(_reaching(point.start, point), constants={})
-        unchanged = reached.parameters.keys() == state.parameters.keys() and not point.zeroed
-        place = state if unchanged else reached
-        scale, unseen = _units(found, point, state)
-        frame, back = _frame(point, state, place, scale)
-        return Chart(
-            state=place,
-            frame=frame,
-            unseen=unseen,
-            group=self._described(found),
-            group_hash=found.hash,
-            notes=_notes(found, point, place, state),
-            identity=_identity(found, own, place, back),
-        )
-
-    def connection(self, state: State, gradient: Tensor) -> Operator | None:
-        """None: the frame is that of a fixed representative (design: the headline has no connection term)."""
-        return None
-
-    def _described(self, found: Found) -> str:
-        shifts = found.translation.dimension + found.common.dimension
-        return (
-            f"{found.free.dimension} scalings, {found.basis.dimension} changes of basis and {shifts} shifts found by "
-            f"tracing (rules {VERSION}); isoflat symmetries lists them"
-        )
-
-
-def _reaching(start: State, point: Representative) -> State:
-    """The state with fixed tensors made reachable that take up something of a trainable one, or are mixed with it."""
-    wanted = {
-        shear.offset
-        for shear in point.shears
-        if shear.absorbed.factor in start.parameters and shear.offset not in start.parameters
-    }
-    for change in point.changes:
-        for side in change.family.sides:
-            names = {piece.name for piece in side.pieces}
-            if names & start.parameters.keys():
-                wanted |= names - start.parameters.keys()
-    if not wanted:
-        return start
-
-    def rest(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in tensors.items() if name not in wanted}
-
-    parameters = {**start.parameters, **{name: start.tensors[name] for name in sorted(wanted)}}
-    return replace(start, parameters=parameters, frozen=rest(start.frozen), buffers=rest(start.buffers))
+    def open(self, found: Found, point: Representative, state: State) -> tuple[str, ...]:
+        """What lies behind gains that stay."""
+        return behind_gains(found, state)
 
 
 def _sizes(found: Found, point: Representative) -> dict[str, Tensor]:
@@ -132,129 +67,6 @@ def _sizes(found: Found, point: Representative) -> dict[str, Tensor]:
         elif tensor.is_floating_point():
             sizes[name] = torch.tensor(norm(tensor), dtype=torch.float64)
     return sizes
-
-
-def _units(found: Found, point: Representative, state: State) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Norm of the block of each trainable entry, zero where it has none; and the tensors without one."""
-    units, unseen = {}, []
-    absorbed = {shear.offset for shear in point.shears}
-    sizes = _sizes(found, point)
-    for name, tensor in state.parameters.items():
-        unit = sizes[name].expand(tensor.shape)
-        if name in point.folded:
-            unit = unit.masked_fill(point.folded[name], 0.0)
-            if bool(point.folded[name].all()):
-                unseen.append(f"{name} (folded into its readers)")
-        if name in point.removed:
-            unit = unit.masked_fill(point.removed[name], 0.0)
-        if not bool(sizes[name].any()):
-            moved = name in absorbed or bool((tensor != 0).any())
-            unseen.append(f"{name} ({'emptied by a shift' if moved else 'all zero'})")
-        units[name] = unit
-    return units, tuple(unseen)
-
-
-def _frame(
-    point: Representative, state: State, place: State, units: Mapping[str, Tensor]
-) -> tuple[LinearMap, Callable[[Tensor], Tensor]]:
-    """`E = S⁻¹ J D`: D, then J into what the frame reaches, then bases, scales and constants undone; and its inverse."""
-    slices, size = place.space.slices, place.space.size
-    diagonal = torch.cat([units[name].reshape(-1) for name in state.parameters])
-    log = torch.cat([point.log(name, tensor.shape).reshape(-1) for name, tensor in place.parameters.items()])
-    shears = tuple(
-        Term(
-            slices[shear.absorbed.factor],
-            slices[shear.offset],
-            shear.absorbed.view,
-            shear.shift,
-            shear.absorbed.turned,
-        )
-        for shear in point.shears
-        if shear.absorbed.factor in slices and shear.offset in slices
-    )
-    embedding = None
-    if place.parameters.keys() != state.parameters.keys():
-        places = [torch.arange(slices[name].start, slices[name].stop) for name in state.parameters]
-        embedding = Embedding(size, torch.cat(places))
-    undone, done = (Mixing(size, _mixing(point, place, inverse)) for inverse in (True, False))
-    if undone.terms:
-        maps: list[LinearMap] = [
-            Diagonal((-log).exp()),
-            undone,
-            *([embedding] if embedding else []),
-            Diagonal(diagonal),
-        ]
-    else:  # one multiplication does for both
-        within = log if embedding is None else embedding.pull(log[:, None])[:, 0]
-        maps = [*([embedding] if embedding else []), Diagonal((-within).exp() * diagonal)]
-    if shears:
-        maps.insert(0, Shear(size, shears))
-
-    def back(velocity: Tensor) -> Tensor:
-        vector = velocity[:, None]
-        if shears:
-            vector = Shear(size, tuple(replace(term, weights=-term.weights) for term in shears)).push(vector)
-        vector = done.push(log.exp().to(vector.device)[:, None] * vector)
-        if embedding is not None:
-            vector = embedding.pull(vector)
-        unit = diagonal.to(vector.device)
-        return torch.where(unit > 0, vector[:, 0] / unit, 0.0)
-
-    return maps[0] if len(maps) == 1 else Composition(tuple(maps)), back
-
-
-def _mixing(point: Representative, place: State, inverse: bool) -> tuple[tuple[Tensor, tuple[Part, ...]], ...]:
-    """The changes of basis on the tensors that the frame reaches, or their inverses."""
-    slices = place.space.slices
-    terms = []
-    for change in point.changes:
-        forward, back = (change.inverse, change.matrix) if inverse else (change.matrix, change.inverse)
-        for side in change.family.sides:
-            if all(piece.name in slices for piece in side.pieces):
-                parts = tuple(
-                    Part(slices[p.name], tuple(place.tensors[p.name].shape), p.axis, p.places, p.slots)
-                    for p in side.pieces
-                )
-                terms.append((back.mT if side.dual else forward, parts))
-    return tuple(terms)
-
-
-def _identity(found: Found, state: State, place: State, back: Callable[[Tensor], Tensor]) -> Identity | None:
-    """A random generator that moves trainable tensors only, as a check of the products."""
-    group = found.scaling
-    allowed = np.ones(group.size, dtype=bool)
-    for entry in group.tensors:
-        if entry.name not in state.parameters and bool((state.tensors[entry.name] != 0).any()):
-            allowed[[*entry.first.indices, *entry.second.indices]] = False
-    for _, rows in (*group.runnings, *((n, r) for n, r in group.norms if n.epsilon)):
-        allowed[rows.indices] = False
-    if not allowed.any():
-        return None
-    random = torch.randn(group.size, generator=stream(0, "identity"), dtype=torch.float64)
-    z = torch.where(torch.from_numpy(allowed), random, 0.0)
-    rates = {e.name: e.log(z).expand(e.view).reshape(-1) for e in group.tensors}
-    along = torch.cat(
-        [rates.get(name, torch.zeros(t.numel(), dtype=torch.float64)) for name, t in place.parameters.items()]
-    ).to(state.device)
-    velocity = along * place.vector.double()
-    return Identity(velocity, back(velocity), along)
-
-
-def _notes(found: Found, point: Representative, place: State, state: State) -> tuple[str, ...]:
-    notes = []
-    if point.zeroed:
-        listed = ", ".join(f"{count} of {name}" for name, count in sorted(point.zeroed.items()))
-        notes.append(f"dead units: entries that the closed orbit sends to zero: {listed}")
-    if point.removed:
-        notes.append(f"reach only through a dead unit's kink, left out: {', '.join(sorted(point.removed))}")
-    if point.starved:
-        notes.append(f"normalisations that nothing feeds, left out of the balance: {', '.join(point.starved)}")
-    if further := place.parameters.keys() - state.parameters.keys():
-        notes.append(f"the frame reaches fixed tensors that take up constants: {', '.join(sorted(further))}")
-    if open_ := found.uncovered(state):
-        gains = sorted({gain for family in open_ for gain in family.gains})
-        notes.append(f"rotations of a stream are not covered, because a gain stays that it passes: {', '.join(gains)}")
-    return tuple(notes)
 
 
 GEOMETRY = Canonical()

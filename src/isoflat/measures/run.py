@@ -14,7 +14,7 @@ from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.core.table import Table
 from isoflat.geometry.base import Geometry
-from isoflat.geometry.canonical import Canonical
+from isoflat.geometry.traced import Traced
 from isoflat.measures.base import Budget, Effort, Measure, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.measures.prepare import subject, symmetries_of
@@ -54,8 +54,8 @@ def measure(  # noqa: PLR0913
         loss: a `torch.nn` criterion, a function of output and target, or an `isoflat.BatchLoss`; left out if the
             model's output carries `.loss`.
         measure: name in the catalogue (`isoflat measures`), with options in brackets: `quotient_sharpness(epsilon=1)`.
-        geometry: "auto" (at the canonical representative: nothing that keeps the function moves it), "layerwise" (the
-            paper's metric) or "euclidean".
+        geometry: "auto" (at the canonical representative: nothing that keeps the function moves it), "elementwise"
+            (each entry in units of its own size there), "layerwise" (the paper's metric) or "euclidean".
         params: which tensors count: a glob, several, or a predicate of name and tensor.
         symmetries: groups you claim for this network; each is verified on the first batch before anything is measured,
             and a `UnitScale` joins the group of "auto". Or what `isoflat.symmetries` found on this network, for
@@ -192,8 +192,8 @@ def _plan(
 def _bound(
     plan: tuple[tuple[Measure, Geometry], ...], target: Subject, declared: Sequence[Symmetry], known: Found | None
 ) -> tuple[tuple[Measure, Geometry], ...]:
-    """The plan with `auto` knowing the network's symmetries."""
-    if not any(isinstance(geometry, Canonical) and geometry.found is None for _, geometry in plan):
+    """The plan with geometries that need them knowing the network's symmetries."""
+    if not any(isinstance(geometry, Traced) and geometry.found is None for _, geometry in plan):
         return plan
     if known is not None:
         if known.model is not target.risk.network.module:
@@ -201,7 +201,7 @@ def _bound(
         known.verify()
     found = known or symmetries_of(target, declared)
     return tuple(
-        (measure, place.on(found) if isinstance(place, Canonical) and place.found is None else place)
+        (measure, place.on(found) if isinstance(place, Traced) and place.found is None else place)
         for measure, place in plan
     )
 

@@ -16,6 +16,7 @@ from typing import final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse.linalg import lsmr
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.symmetry.balance import Change, alternate, cut, principal
+from isoflat.symmetry.basis import Family
 from isoflat.symmetry.folds import bent, folds
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups import effective, scaling
@@ -30,6 +32,9 @@ from isoflat.symmetry.potential import Mass, Vector, close, dead, distinct_facto
 from isoflat.symmetry.relations import Form, some
 from isoflat.symmetry.slices import Shear, settle
 from isoflat.symmetry.units import Exponents, UnitScaling
+
+Logs = tuple[Tensor, Tensor, tuple[int, ...]]
+"""Log-factors of a tensor's two kinds of units, and the view they broadcast to."""
 
 
 @final
@@ -40,7 +45,7 @@ class Representative:
     Attributes:
         start: θ₀: the weights as given, with zeros where the closed orbit has them; the same function.
         state: θ*, float64; buffers and the epsilons that modules hold moved along.
-        logs: log-factor of each tensor that is scaled, by name: broadcastable to its view, and the view.
+        logs: log-factors of each tensor that is scaled, by name: two that add up, and the view they broadcast to.
         shears: constants that biases and offsets took up from weights and gains.
         changes: of basis, after the scaling.
         folded: entries of gains that went into their readers, by name.
@@ -53,7 +58,7 @@ class Representative:
 
     start: State
     state: State
-    logs: Mapping[str, tuple[Tensor, tuple[int, ...]]]
+    logs: Mapping[str, Logs]
     shears: tuple[Shear, ...]
     changes: tuple[Change, ...]
     folded: Mapping[str, Tensor]
@@ -66,8 +71,8 @@ class Representative:
         """Log-factor of every entry of a tensor."""
         if name not in self.logs:
             return torch.zeros(shape, dtype=torch.float64)
-        value, view = self.logs[name]
-        return value.expand(view).reshape(shape)
+        first, second, view = self.logs[name]
+        return (first + second).expand(view).reshape(shape)
 
 
 class Epsilon(StrEnum):
@@ -79,6 +84,10 @@ class Epsilon(StrEnum):
     """Each moves with the one factor that is its own; where several share one, they move together: exact."""
     FIXED = "fixed"
     """They stay, and so does every factor: exact, and the weights alone tell it."""
+
+
+def _centred(found: Found, state: State) -> State:
+    return found.common.act(state, found.common.slice(state) * found.common.mask(found.kept(state)))
 
 
 class Gauge(StrEnum):
@@ -104,9 +113,7 @@ def canonical(
     Raises:
         NoInvariantGeometry: there is none that could be computed.
     """
-    origin = state.to(dtype=torch.float64)
-    centred = found.common.act(origin, found.common.slice(origin))
-    shifted, shears = settle(found, centred)
+    shifted, shears = settle(found, _centred(found, state.to(dtype=torch.float64)))
     forms: dict[Epsilon, tuple[Form, ...]] = {Epsilon.FREE: (), Epsilon.MOVED: found.exact, Epsilon.FIXED: found.fixed}
     point = _scale(found, state, shifted, shears, forms[epsilon])
     return _principal(found, point) if gauge is Gauge.PRINCIPAL else point
@@ -188,36 +195,69 @@ def _scale(
 
     still = (*exact, *({x: Fraction(1)} for x in fixed))
     left = effective(ledger, relations.solve(still)) if fixed else before
-    group = scaling(ledger, left)
     pairs = tuple(family for family in found.basis.families if not family.orthogonal)
-    factors, owners = distinct_factors(group.norms, left.dimension)
-    folded_state = state
+    orbit = _closed(scaling(ledger, left), pairs, bent(ledger.bent, left), state)
+    change = _difference(state, orbit.state, moved, logs)
+    logs = _add(logs, orbit.group.tensors, orbit.z)
+    state = orbit.group.act(orbit.state, torch.from_numpy(orbit.z))
+    state, further, changes = alternate(ledger, pairs, state, still)
+    for element, tensors in further:
+        logs = _add(logs, tensors, element)
+    zeroed = {name: int((delta != 0).sum()) for name, delta in change.items()}
+    loose = tuple(sorted({name for family in found.basis.families for name in family.names}))
+    return Representative(
+        start=_changed(given, change, shears),
+        state=state,
+        logs=logs,
+        shears=shears,
+        changes=changes,
+        folded=folded,
+        removed=orbit.removed,
+        zeroed=zeroed,
+        starved=orbit.starved,
+        loose=loose,
+    )
+
+
+@final
+@dataclass(frozen=True)
+class _Orbit:
+    """A closed orbit.
+
+    Attributes:
+        group: its scalings.
+        state: a point on it.
+        z: the element that leads from there to the least norm among all scalings.
+        removed: coordinates that only reach through a kink, by name.
+        starved: normalisations that nothing feeds.
+    """
+
+    group: UnitScaling
+    state: State
+    z: Vector
+    removed: Mapping[str, Tensor]
+    starved: tuple[str, ...]
+
+
+def _closed(group: UnitScaling, pairs: Sequence[Family], kinked: NDArray[np.bool_], state: State) -> _Orbit:
+    """The closed orbit in the closure of a point's orbit: what a scaling or a change of basis sends to zero is zero."""
+    factors, owners = distinct_factors(group.norms, group.size)
     while True:
         seen = masses(group, state)
-        closed, kept = close(seen, factors, left.dimension)
+        closed, kept = close(seen, factors, group.size)
         emptied = _emptied(group, seen, closed, state)
         state = cut(pairs, emptied)
         if state is emptied:
             break
-    change = _difference(folded_state, state, moved, logs)
-    z = minimise([m for m in closed if bool(m.squares.any())], some(factors, np.flatnonzero(kept)), left.dimension)
-    logs = _add(logs, group.tensors, z)
-    state, further, changes = alternate(ledger, pairs, group.act(state, torch.from_numpy(z)), still)
-    for element, tensors in further:
-        logs = _add(logs, tensors, element)
+    z = minimise([m for m in closed if bool(m.squares.any())], some(factors, np.flatnonzero(kept)), group.size)
+    starved = tuple(where for where, stays in zip(owners, kept, strict=True) if not stays)
+    unfed = dead(closed, group.size) & kinked
     removed = {}
-    unfed = dead(closed, left.dimension) & bent(ledger.bent, left)
     for entry, mass in zip(group.tensors, closed, strict=True):
         feeding = touched(mass, unfed, growing=True)
         if bool(feeding.any()):
-            shape = state.tensors[entry.name].shape
-            removed[entry.name] = feeding[..., None].expand(entry.view).reshape(shape)
-    starved = tuple(where for where, stays in zip(owners, kept, strict=True) if not stays)
-    zeroed = {name: int((delta != 0).sum()) for name, delta in change.items()}
-    loose = tuple(sorted({name for family in found.basis.families for name in family.names}))
-    return Representative(
-        _changed(given, change, shears), state, logs, shears, changes, folded, removed, zeroed, starved, loose
-    )
+            removed[entry.name] = feeding[..., None].expand(entry.view).reshape(state.tensors[entry.name].shape)
+    return _Orbit(group, state, z, removed, starved)
 
 
 def _principal(found: Found, point: Representative) -> Representative:
@@ -243,17 +283,14 @@ def _emptied(group: UnitScaling, seen: Sequence[Mass], closed: Sequence[Mass], s
     return state.replace(tensors)
 
 
-def _difference(
-    before: State, after: State, unscaled: State, logs: Mapping[str, tuple[Tensor, tuple[int, ...]]]
-) -> dict[str, Tensor]:
+def _difference(before: State, after: State, unscaled: State, logs: Mapping[str, Logs]) -> dict[str, Tensor]:
     """What the closure took from each tensor, in the scale of the weights as given."""
     changes = {}
     for name, tensor in after.tensors.items():
         old = before.tensors[name]
         if tensor is not old and bool((tensor != old).any()):
-            log, view = logs.get(name, (torch.zeros(()), ()))
-            back = (-log).exp().expand(view).reshape(old.shape) if name in logs else 1.0
-            lost = (tensor - old) * back
+            first, second, view = logs.get(name, (torch.zeros(()), torch.zeros(()), tensor.shape))
+            lost = (tensor - old) * (-first - second).exp().expand(view).reshape(old.shape).to(old.device)
             changes[name] = torch.where(tensor == 0, -unscaled.tensors[name], lost)
     return changes
 
@@ -272,12 +309,13 @@ def _changed(given: State, vanished: Mapping[str, Tensor], shears: Sequence[Shea
     return given.replace({name: (tensors[name].double() + c).to(tensors[name].dtype) for name, c in changes.items()})
 
 
-def _add(
-    logs: Mapping[str, tuple[Tensor, tuple[int, ...]]], tensors: Sequence[Exponents], z: Vector
-) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+def _add(logs: Mapping[str, Logs], tensors: Sequence[Exponents], z: Vector) -> dict[str, Logs]:
     """Log-factors with those of another element added."""
     total = dict(logs)
     for entry in tensors:
-        value = entry.log(torch.from_numpy(z))
-        total[entry.name] = (value + total[entry.name][0] if entry.name in total else value, entry.view)
+        a, b = entry.terms(torch.from_numpy(z))
+        if entry.name in total:
+            first, second, _ = total[entry.name]
+            a, b = a + first, b + second
+        total[entry.name] = a, b, entry.view
     return total

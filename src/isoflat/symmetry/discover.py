@@ -9,6 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
@@ -109,6 +110,11 @@ def discover(
     legs = follow(graph, constants, folded, frozenset(ledger.normalised))
     basis = BasisChange(families(legs.settle(), legs.legs, legs.gains))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    shifts = translation(ledger)
+    movable = {offset.entry.name for offset in shifts.offsets if bool((np.diff(offset.own.indptr) > 0).all())}
+    lost = (
+        mean for mean in means(graph, readers) if {mean.gain} <= {None, *folded} and {mean.offset} <= {None, *movable}
+    )
     found = Found(
         model,
         args,
@@ -116,8 +122,8 @@ def discover(
         ledger,
         solution,
         exact_forms(ledger),
-        translation(ledger),
-        common(means(graph, readers), shapes),
+        shifts,
+        common(tuple(lost), shapes),
         basis,
         {},
         blind,

@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from scipy import sparse
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import SymmetryViolated
 from isoflat.core.fingerprint import fingerprint
@@ -19,7 +20,7 @@ from isoflat.core.precision import unrounded
 from isoflat.core.state import State, everywhere
 from isoflat.core.streams import stream
 from isoflat.symmetry.base import Symmetry
-from isoflat.symmetry.basis import BasisChange, Family
+from isoflat.symmetry.basis import BasisChange
 from isoflat.symmetry.folds import kept
 from isoflat.symmetry.graph import skeleton
 from isoflat.symmetry.groups import effective, scaling
@@ -131,17 +132,18 @@ class Found:
         """
         at = self.state() if state is None else state
         common_, shift, mix, scale = (s.sample(random, spread) for s in self.symmetries)
-        mix = (
-            mix
-            * self.basis.units(at)
-            * self.basis.mask([family not in self.uncovered(at) for family in self.basis.families])
+        stay = self.kept(at)
+        free = [not stay & set(family.gains) for family in self.basis.families]
+        return (
+            0.1 * common_ * self.common.units(at) * self.common.mask(stay),
+            0.1 * shift * self.translation.units(at),
+            mix * self.basis.units(at) * self.basis.mask(free),
+            scale,
         )
-        return 0.1 * common_ * self.common.units(at), 0.1 * shift * self.translation.units(at), mix, scale
 
-    def uncovered(self, state: State) -> tuple[Family, ...]:
-        """Changes of basis behind a gain that cannot be folded at a state: it, or what reads it, is held fixed there."""
-        stay = kept(self.ledger, self.solution, state)
-        return tuple(family for family in self.basis.families if stay & set(family.gains))
+    def kept(self, state: State) -> frozenset[str]:
+        """Gains that stay where they are at a state, because they or their readers are held: what is behind is not covered."""
+        return kept(self.ledger, self.solution, state)
 
     def act(self, state: State, element: Iterable[Tensor]) -> State:
         """Apply an element of each exact group."""
@@ -163,7 +165,7 @@ class Found:
         dtype = state.dtype
         inputs = [_cast(value, dtype) for value in (self.args if args is None else args)]
         named = {key: _cast(value, dtype) for key, value in (self.kwargs if kwargs is None else kwargs).items()}
-        with torch.no_grad(), unrounded(dtype):
+        with torch.no_grad(), unrounded(dtype), sdpa_kernel(SDPBackend.MATH):
             swapped = everywhere(shadow, state.tensors)
             result = torch.func.functional_call(shadow, swapped, tuple(inputs), named, tie_weights=False)
         tensors = [t.double() for t in _tensors(result) if t.is_floating_point()]

@@ -143,15 +143,26 @@ class Norm:
 @final
 @dataclass(frozen=True)
 class Mean:
-    """A weight whose output every reader subtracts the mean of: a common vector may be added along an axis.
+    """A weight to which a common vector may be added along an axis: what the mean over it makes is lost, or is zero.
+
+    Either every reader of the weight's output subtracts that mean, or the weight reads what has none: a LayerNorm's
+    output before its gain γ. Then `a ⊗ 1/γ` is added, and the bias takes back what the offset β would make of it.
 
     Attributes:
         name: of the tensor.
         axis: of the stored tensor, over which the mean is taken.
+        reads: whether it is the weight's inputs that have no mean.
+        gain: name of γ; None without.
+        offset: name of β; None without.
+        bias: name of the weight's bias; None without.
     """
 
     name: str
     axis: int
+    reads: bool = False
+    gain: str | None = None
+    offset: str | None = None
+    bias: str | None = None
 
 
 @final

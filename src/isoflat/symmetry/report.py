@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import torch
 
+from isoflat.symmetry.basis import BasisChange
 from isoflat.symmetry.translation import CommonVector, Translation
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class Line:
     """One line of the report: how many dimensions act on which tensors, or what does not move and why.
 
     Attributes:
-        kind: "scale", "scale divided out", "shift", "common vector", or "not claimed".
+        kind: "scale", "scale divided out", "shift", "common vector" ("read": by what reads, not writes), "n × basis of d",
+            "n × rotation of d", or "not claimed".
         dimension: how many.
         tensors: names, each with the axis that is meant.
         reasons: for what is not claimed: operations that fix it.
@@ -40,7 +42,13 @@ class Line:
 
 def lines(found: Found) -> tuple[Line, ...]:
     """Groups of one kind with their dimensions and tensors, then what is not claimed and why."""
-    return (*_scales(found), *_shifts(found.translation), *_commons(found.common), *_unclaimed(found))
+    return (
+        *_scales(found),
+        *_shifts(found.translation),
+        *_commons(found.common),
+        *_bases(found.basis),
+        *_unclaimed(found),
+    )
 
 
 def _scales(found: Found) -> Iterator[Line]:
@@ -80,7 +88,13 @@ def _shifts(group: Translation) -> Iterator[Line]:
 
 def _commons(group: CommonVector) -> Iterator[Line]:
     for mean, length in zip(group.means, group.lengths, strict=True):
-        yield Line("common vector", length, (mean.name,))
+        yield Line("common vector read" if mean.reads else "common vector", length, (mean.name,))
+
+
+def _bases(group: BasisChange) -> Iterator[Line]:
+    for family in group.families:
+        kind = f"{family.count} × {'rotation' if family.orthogonal else 'basis'} of {family.size}"
+        yield Line(kind, family.count * family.freedom, family.names)
 
 
 def _unclaimed(found: Found) -> Iterator[Line]:

@@ -146,7 +146,7 @@ class Translation(Symmetry):
 @final
 @dataclass(frozen=True)
 class CommonVector(Symmetry):
-    """A common vector added to all rows of a weight whose readers subtract the mean. An element holds one per weight.
+    """A common vector added along an axis of a weight, over which a mean is lost or zero. An element holds one each.
 
     Attributes:
         means: weights and the axis that is averaged over.
@@ -158,8 +158,9 @@ class CommonVector(Symmetry):
 
     @property
     def touches(self) -> frozenset[str]:
-        """The weights."""
-        return frozenset(mean.name for mean in self.means)
+        """The weights, and biases that take something back."""
+        biases = {mean.bias for mean in self.means if mean.bias is not None and mean.offset is not None}
+        return frozenset(mean.name for mean in self.means) | biases
 
     @property
     def dimension(self) -> int:
@@ -180,25 +181,62 @@ class CommonVector(Symmetry):
         )
 
     def velocity(self, state: State, rates: Tensor) -> dict[str, Tensor]:
-        """The vectors, repeated along their axis."""
-        moving = {}
+        """The vectors, along their axis; and what biases take back."""
+        moving: dict[str, Tensor] = {}
         for mean, part in zip(self.means, rates.split(self.lengths), strict=True):
-            shape = state.tensors[mean.name].shape
-            rest = [n for axis, n in enumerate(shape) if axis != mean.axis]
-            moving[mean.name] = part.to(state.device).view(rest).unsqueeze(mean.axis).expand(shape)
+            tensor = state.tensors[mean.name]
+            rest = [n for axis, n in enumerate(tensor.shape) if axis != mean.axis]
+            vector = part.to(state.device).view(rest).unsqueeze(mean.axis)
+            along = _along(mean, state)
+            wide = along.view(-1, *[1] * (tensor.ndim - 1 - mean.axis))
+            before = moving.get(mean.name, torch.zeros_like(tensor, dtype=torch.float64))
+            moving[mean.name] = before + vector * wide
+            if mean.offset is not None and mean.bias is not None:
+                taken = part.to(state.device) * (along @ state.tensors[mean.offset].double())
+                moving[mean.bias] = moving.get(mean.bias, torch.zeros_like(taken)) - taken
         return moving
 
     def units(self, state: State) -> Tensor:
         """A natural size for each coordinate at a state: that of the weight's own entries."""
         parts = [
-            state.tensors[mean.name].double().square().mean(mean.axis).sqrt().reshape(-1).cpu() for mean in self.means
+            (state.tensors[mean.name].double() * _against(mean, state))
+            .square()
+            .mean(mean.axis)
+            .sqrt()
+            .reshape(-1)
+            .cpu()
+            for mean in self.means
         ]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
+    def mask(self, stay: frozenset[str]) -> Tensor:
+        """One for the coordinates of weights before which no gain stays, zero for the others."""
+        parts = [torch.full((n,), float(m.gain not in stay)) for m, n in zip(self.means, self.lengths, strict=True)]
+        return torch.cat(parts).double() if parts else torch.zeros(0, dtype=torch.float64)
+
     def slice(self, state: State) -> Tensor:
-        """The element that makes every mean zero."""
-        parts = [-state.tensors[mean.name].double().mean(mean.axis).reshape(-1) for mean in self.means]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        """The element that makes every mean zero; with a gain, that of the weight with the gain folded in."""
+        parts = [torch.zeros(0, dtype=torch.float64)]
+        for mean, length in zip(self.means, self.lengths, strict=True):
+            part = -(state.tensors[mean.name].double() * _against(mean, state)).mean(mean.axis).reshape(-1).cpu()
+            parts.append(part)
+            state = CommonVector((mean,), (length,)).act(state, part)  # a weight may lose a mean over each axis
+        return torch.cat(parts)
+
+
+def _along(mean: Mean, state: State) -> Tensor:
+    """What a common vector is multiplied by along the axis: ones, or `1/γ`; zeros where some γ is zero."""
+    if mean.gain is None:
+        return torch.ones(state.tensors[mean.name].shape[mean.axis], dtype=torch.float64, device=state.device)
+    gain = state.tensors[mean.gain].double()
+    return 1 / gain if bool(gain.all()) else torch.zeros_like(gain)
+
+
+def _against(mean: Mean, state: State) -> Tensor:
+    """Weights of the mean that a slice makes zero, shaped to the axis: ones, or γ."""
+    tensor = state.tensors[mean.name]
+    weights = torch.ones(()) if mean.gain is None else state.tensors[mean.gain]
+    return weights.double().to(state.device).view(-1, *[1] * (tensor.ndim - 1 - mean.axis))
 
 
 def given(offset: Offset, element: Tensor) -> Tensor:

@@ -38,14 +38,19 @@ class Exponents:
     second: sparse.csr_matrix
     sign: int
 
-    def log(self, z: Tensor) -> Tensor:
-        """Logarithms of the factors, broadcastable to the view."""
+    def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of the factors of both kinds of units, broadcastable to the view; they add up."""
         coordinates = z.detach().double().numpy()
         a, b = (torch.from_numpy(part @ coordinates) for part in (self.first, self.second))
         g = self.view[0]
         a = a.view(g, -1, 1, 1) if len(a) > 1 else a.view(1, 1, 1, 1)
         b = b.view(g, 1, -1, 1) if len(b) > 1 else b.view(1, 1, 1, 1)
-        return a + self.sign * b
+        return a, self.sign * b
+
+    def log(self, z: Tensor) -> Tensor:
+        """Logarithms of the factors, broadcastable to the view."""
+        a, b = self.terms(z)
+        return a + b
 
     def still(self) -> bool:
         """Whether no element moves the tensor."""
@@ -102,8 +107,7 @@ class UnitScaling(Symmetry):
         moved: dict[str, Tensor] = {}
         for entry in self.tensors:
             tensor = state.tensors[entry.name]
-            factor = entry.log(element).exp().to(dtype=tensor.dtype, device=tensor.device)
-            moved[entry.name] = (tensor.reshape(entry.view) * factor).view(tensor.shape)
+            moved[entry.name] = _multiplied(tensor, entry.view, entry.terms(element))
         for running, rows in self.runnings:
             if rows.nnz:
                 variance = state.tensors[running.variance]
@@ -135,3 +139,13 @@ class UnitScaling(Symmetry):
                 speed = torch.from_numpy(2 * (rows @ rates.numpy())).to(variance.device)
                 moving[running.variance] = (variance + running.epsilon) * speed
         return moving
+
+
+def _multiplied(tensor: Tensor, view: tuple[int, ...], terms: tuple[Tensor, Tensor]) -> Tensor:
+    """A tensor times `exp(a + b)`; one after the other, unless one of them alone would overflow."""
+    apart = all(float(part.abs().max()) < 300 for part in terms) and tensor.dtype == torch.float64
+    factors = [part.exp() for part in terms] if apart else [(terms[0] + terms[1]).exp()]
+    made = tensor.reshape(view) * factors[0].to(tensor)
+    for factor in factors[1:]:
+        made *= factor.to(tensor)
+    return made.view(tensor.shape)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.state import State
 from isoflat.core.streams import stream
@@ -54,7 +53,7 @@ def _derivative(found: Found, state: State, moving: dict[str, Tensor]) -> Tensor
     def output(*tensors: Tensor) -> Tensor:
         return found.output(state.replace(dict(zip(names, tensors, strict=True))))
 
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         point = tuple(state.tensors[name] for name in names)
         return torch.func.jvp(output, point, tuple(moving[name] for name in names))[1]

@@ -175,9 +175,9 @@ class Cells:
 
 
 def _numbered(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers of pairs, in order of first appearance of their values."""
-    _, numbers = np.unique(np.stack([a, b], 1), axis=0, return_inverse=True)
-    return numbers.reshape(-1)
+    """Numbers of pairs, in order of their values."""
+    parts = [np.unique(part, return_inverse=True)[1].reshape(-1) for part in (a, b)]
+    return np.unique(parts[0] * (parts[1].max() + 1) + parts[1], return_inverse=True)[1].reshape(-1)
 
 
 def _groups(labels: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def run_from(start: Node, values: Mapping[Node, Any]) -> Run | None:
         sources = [part for part in node.all_input_nodes if not isinstance(values.get(part), Known)]
         if not set(sources) & set(inside):
             continue
-        if str(node.target) not in _LINEAR or not set(sources) <= set(inside):
+        if (str(node.target) not in _LINEAR and node.target is not operator.getitem) or not set(sources) <= set(inside):
             return None
         if str(node.target).startswith("aten.mul") and len(sources) > 1:
             return None

@@ -223,7 +223,9 @@ def _paired(legs: Legs, node: Node, a: Tensor, b: Tensor) -> Tensor:
         other, over = (b, -2) if bool(b.any()) else (a, -1)
         if not bool(other.any()) or lean(other).stride(over % other.ndim):
             return held(legs, node, a, b)
-        return legs.cells.along(other, *_but(other, over)).unsqueeze(over).expand(node.meta["val"].shape)
+        units = legs.cells.along(other, *_but(other, over))
+        legs.cells.apart(units, -1)
+        return units.unsqueeze(over).expand(node.meta["val"].shape)
     queries, keys = legs.cells.along(a, *_but(a, -2)), legs.cells.along(b, *_but(b, -1))
     legs.cells.apart(queries, -1)
     legs.cells.apart(keys, -1)

@@ -1,0 +1,96 @@
+"""Small causal transformers over characters."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from isoflat.core.errors import UsageError
+from isoflat.core.streams import stream
+
+
+@final
+class Block(nn.Module):
+    """Attention, then two layers with GELU; each behind a LayerNorm, and added to what came in.
+
+    Args:
+        width: of the stream.
+        heads: of the attention.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """The stream with what the block adds, shape `(rows, places, width)`."""
+        rows, places, width = stream.shape
+        packed = self.qkv(self.attention_norm(stream)).view(rows, places, 3, self.heads, width // self.heads)
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        stream = stream + self.out(seen.transpose(1, 2).reshape(rows, places, width))
+        return stream + self.down(F.relu(self.up(self.mlp_norm(stream))))
+
+
+@final
+class Decoder(nn.Module):
+    """Learned tokens and places, blocks, a LayerNorm and a head of its own: scores of the next character everywhere.
+
+    Args:
+        vocabulary: number of characters.
+        context: places.
+        width: of the stream.
+        heads: of each attention.
+        layers: blocks.
+    """
+
+    def __init__(self, vocabulary: int, context: int, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.places = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Scores, classes before places as `CrossEntropyLoss` wants them: shape `(rows, vocabulary, places)`."""
+        stream = self.tokens(characters) + self.places(torch.arange(characters.shape[1], device=characters.device))
+        for block in self.blocks:
+            stream = block(stream)
+        return self.head(self.norm(stream)).transpose(1, 2)
+
+
+def build(
+    vocabulary: int, context: int = 32, width: int = 32, heads: int = 4, layers: int = 2, seed: int = 0
+) -> Decoder:
+    """A decoder with PyTorch's default initialisation; the global random state is left as it was.
+
+    Args:
+        vocabulary: number of characters.
+        context: places.
+        width: of the stream.
+        heads: of each attention.
+        layers: blocks.
+        seed: of the initial weights.
+
+    Raises:
+        UsageError: the heads do not share the width evenly.
+
+    >>> tuple(build(11, context=8, width=8, heads=2, layers=1)(torch.zeros(3, 8, dtype=torch.int64)).shape)
+    (3, 11, 8)
+    """
+    if width % heads:
+        raise UsageError(f"{heads} heads cannot share a width of {width}: give a multiple of the number of heads")
+    sizes = (vocabulary, context, width, heads, layers)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(seed, "decoder", *sizes).initial_seed())
+        return Decoder(*sizes)

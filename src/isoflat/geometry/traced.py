@@ -1,0 +1,262 @@
+"""Geometries at the canonical representative of an orbit: what they share is how they get there and back."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Self, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isoflat.core.errors import NoInvariantGeometry
+from isoflat.core.state import State
+from isoflat.core.streams import stream
+from isoflat.geometry.base import Chart, Geometry, Identity
+from isoflat.linalg.maps import Composition, Diagonal, Embedding, LinearMap, Mixing, Part, Shear, Term
+from isoflat.linalg.operator import Operator
+from isoflat.symmetry.canonical import Epsilon, Gauge, Representative, canonical
+from isoflat.symmetry.found import VERSION, Found
+
+
+@dataclass(frozen=True)
+class Traced(Geometry):
+    """A metric at the canonical representative of the orbit under every symmetry that was found.
+
+    The weights stay where they are: for fixed g the action is affine, `θ* = S θ + t`, so that the Hessian there is
+    `S⁻ᵀ H S⁻¹` and the frame at the user's own weights is `E = S⁻¹ J D`, with D the metric's units at θ* and J the
+    inclusion of the trainable coordinates.
+
+    Attributes:
+        found: the network's symmetries; None in the catalogue, before a network is known.
+        epsilon: what becomes of the epsilons of normalisations (`symmetry.canonical.Epsilon`).
+    """
+
+    version: int = 2
+    found: Found | None = None
+    epsilon: Epsilon = Epsilon.FREE
+
+    @property
+    @abstractmethod
+    def gauge(self) -> Gauge:
+        """Which of the points of least norm."""
+
+    @abstractmethod
+    def units(self, found: Found, point: Representative, state: State) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """D: the unit of each trainable entry, zero where it has none; and the tensors without one, with the reason.
+
+        Args:
+            found: the network's symmetries.
+            point: the representative.
+            state: as given, with its trainable tensors.
+        """
+
+    @abstractmethod
+    def open(self, found: Found, point: Representative, state: State) -> tuple[str, ...]:
+        """What the number is not invariant to though it was found, in words."""
+
+    @final
+    def on(self, found: Found) -> Self:
+        """The geometry of a network with these symmetries."""
+        return replace(self, found=found)
+
+    @final
+    def chart(self, state: State) -> Chart:
+        """Canonical representative, frame, and what to know about them.
+
+        Raises:
+            NoInvariantGeometry: no network's symmetries are known.
+        """
+        if self.found is None:
+            raise NoInvariantGeometry(
+                f"geometry='{self.name}' needs the symmetries of a network: isoflat.measure finds them; here, bind them "
+                "with GEOMETRY.on(isoflat.symmetries(model, example))"
+            )
+        found = self.found
+        own = replace(state, constants=found.constants(found.model))
+        point = canonical(found, own, self.epsilon, self.gauge)
+        reached = replace(_reaching(point.start, point), constants={})
+        unchanged = reached.parameters.keys() == state.parameters.keys() and not point.zeroed
+        place = state if unchanged else reached
+        units, unseen = self.units(found, point, state)
+        frame, back = _frame(point, state, place, units)
+        return Chart(
+            state=place,
+            frame=frame,
+            unseen=unseen,
+            group=_described(found),
+            group_hash=found.hash,
+            notes=(*_notes(point, place, state), *self.open(found, point, state)),
+            identity=_identity(found, own, place, back),
+        )
+
+    @final
+    def connection(self, state: State, gradient: Tensor) -> Operator | None:
+        """None: the frame is that of a fixed representative (design: the headline has no connection term)."""
+        return None
+
+
+def behind_gains(found: Found, state: State) -> tuple[str, ...]:
+    """What moves the number though it was found, because a gain on the way has a block of its own."""
+    stay = found.kept(state)
+    turned = sorted({gain for family in found.basis.families for gain in family.gains if stay & set(family.gains)})
+    blind = sorted({mean.gain for mean in found.common.means if mean.gain is not None and mean.gain in stay})
+    notes = [("rotations of a stream", turned), ("common vectors of what reads a normalisation", blind)]
+    return tuple(
+        f"{what} are not covered, because a gain stays that they pass: {', '.join(gains)}"
+        for what, gains in notes
+        if gains
+    )
+
+
+def without_unit(point: Representative, name: str, unit: Tensor) -> Tensor:
+    """A tensor's units with zeros where it has no block: folded into its readers, or left out behind a kink."""
+    for mask in (point.folded.get(name), point.removed.get(name)):
+        if mask is not None:
+            unit = unit.masked_fill(mask, 0.0)
+    return unit
+
+
+def unseen(point: Representative, state: State) -> tuple[str, ...]:
+    """Trainable tensors whose curvature does not enter, with the reason."""
+    absorbed = {shear.offset for shear in point.shears}
+    missing = []
+    for name, tensor in state.parameters.items():
+        if name in point.folded and bool(point.folded[name].all()):
+            missing.append(f"{name} (folded into its readers)")
+        if not bool(point.state.tensors[name].any()):
+            moved = name in absorbed or bool((tensor != 0).any())
+            missing.append(f"{name} ({'emptied by a shift' if moved else 'all zero'})")
+    return tuple(missing)
+
+
+def _described(found: Found) -> str:
+    shifts = found.translation.dimension + found.common.dimension
+    return (
+        f"{found.free.dimension} scalings, {found.basis.dimension} changes of basis and {shifts} shifts found by "
+        f"tracing (rules {VERSION}); isoflat symmetries lists them"
+    )
+
+
+def _reaching(start: State, point: Representative) -> State:
+    """The state with fixed tensors made reachable that take up something of a trainable one, or are mixed with it."""
+    wanted = {
+        shear.offset
+        for shear in point.shears
+        if shear.absorbed.factor in start.parameters and shear.offset not in start.parameters
+    }
+    for change in point.changes:
+        for side in change.family.sides:
+            names = {piece.name for piece in side.pieces}
+            if names & start.parameters.keys():
+                wanted |= names - start.parameters.keys()
+    if not wanted:
+        return start
+
+    def rest(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if name not in wanted}
+
+    parameters = {**start.parameters, **{name: start.tensors[name] for name in sorted(wanted)}}
+    return replace(start, parameters=parameters, frozen=rest(start.frozen), buffers=rest(start.buffers))
+
+
+def _frame(
+    point: Representative, state: State, place: State, units: Mapping[str, Tensor]
+) -> tuple[LinearMap, Callable[[Tensor], Tensor]]:
+    """`E = S⁻¹ J D`: D, then J into what the frame reaches, then bases, scales and constants undone; and its inverse."""
+    slices, size = place.space.slices, place.space.size
+    diagonal = torch.cat([units[name].reshape(-1) for name in state.parameters])
+    log = torch.cat([point.log(name, tensor.shape).reshape(-1) for name, tensor in place.parameters.items()])
+    shears = tuple(
+        Term(
+            slices[shear.absorbed.factor],
+            slices[shear.offset],
+            shear.absorbed.view,
+            shear.shift,
+            shear.absorbed.turned,
+        )
+        for shear in point.shears
+        if shear.absorbed.factor in slices and shear.offset in slices
+    )
+    embedding = None
+    if place.parameters.keys() != state.parameters.keys():
+        places = [torch.arange(slices[name].start, slices[name].stop) for name in state.parameters]
+        embedding = Embedding(size, torch.cat(places))
+    undone, done = (Mixing(size, _mixing(point, place, inverse)) for inverse in (True, False))
+    if undone.terms:
+        maps: list[LinearMap] = [
+            Diagonal((-log).exp()),
+            undone,
+            *([embedding] if embedding else []),
+            Diagonal(diagonal),
+        ]
+    else:  # one multiplication does for both
+        within = log if embedding is None else embedding.pull(log[:, None])[:, 0]
+        maps = [*([embedding] if embedding else []), Diagonal((-within).exp() * diagonal)]
+    if shears:
+        maps.insert(0, Shear(size, shears))
+
+    def back(velocity: Tensor) -> Tensor:
+        vector = velocity[:, None]
+        if shears:
+            vector = Shear(size, tuple(replace(term, weights=-term.weights) for term in shears)).push(vector)
+        vector = done.push(log.exp().to(vector.device)[:, None] * vector)
+        if embedding is not None:
+            vector = embedding.pull(vector)
+        unit = diagonal.to(vector.device)
+        return torch.where(unit > 0, vector[:, 0] / unit, 0.0)
+
+    return maps[0] if len(maps) == 1 else Composition(tuple(maps)), back
+
+
+def _mixing(point: Representative, place: State, inverse: bool) -> tuple[tuple[Tensor, tuple[Part, ...]], ...]:
+    """The changes of basis on the tensors that the frame reaches, or their inverses."""
+    slices = place.space.slices
+    terms = []
+    for change in point.changes:
+        forward, back = (change.inverse, change.matrix) if inverse else (change.matrix, change.inverse)
+        for side in change.family.sides:
+            if all(piece.name in slices for piece in side.pieces):
+                parts = tuple(
+                    Part(slices[p.name], tuple(place.tensors[p.name].shape), p.axis, p.places, p.slots)
+                    for p in side.pieces
+                )
+                terms.append((back.mT if side.dual else forward, parts))
+    return tuple(terms)
+
+
+def _identity(found: Found, state: State, place: State, back: Callable[[Tensor], Tensor]) -> Identity | None:
+    """A random generator that moves trainable tensors only, as a check of the products."""
+    group = found.scaling
+    allowed = np.ones(group.size, dtype=bool)
+    for entry in group.tensors:
+        if entry.name not in state.parameters and bool((state.tensors[entry.name] != 0).any()):
+            allowed[[*entry.first.indices, *entry.second.indices]] = False
+    for _, rows in (*group.runnings, *((n, r) for n, r in group.norms if n.epsilon)):
+        allowed[rows.indices] = False
+    if not allowed.any():
+        return None
+    random = torch.randn(group.size, generator=stream(0, "identity"), dtype=torch.float64)
+    z = torch.where(torch.from_numpy(allowed), random, 0.0)
+    rates = {e.name: e.log(z).expand(e.view).reshape(-1) for e in group.tensors}
+    along = torch.cat(
+        [rates.get(name, torch.zeros(t.numel(), dtype=torch.float64)) for name, t in place.parameters.items()]
+    ).to(state.device)
+    velocity = along * place.vector.double()
+    return Identity(velocity, back(velocity), along)
+
+
+def _notes(point: Representative, place: State, state: State) -> tuple[str, ...]:
+    notes = []
+    if point.zeroed:
+        listed = ", ".join(f"{count} of {name}" for name, count in sorted(point.zeroed.items()))
+        notes.append(f"dead units: entries that the closed orbit sends to zero: {listed}")
+    if point.removed:
+        notes.append(f"reach only through a dead unit's kink, left out: {', '.join(sorted(point.removed))}")
+    if point.starved:
+        notes.append(f"normalisations that nothing feeds, left out of the balance: {', '.join(point.starved)}")
+    if further := place.parameters.keys() - state.parameters.keys():
+        notes.append(f"the frame reaches fixed tensors that take up constants: {', '.join(sorted(further))}")
+    return tuple(notes)
