@@ -1,4 +1,4 @@
-"""`isoflat canonicalize`: the one set of weights that every copy of a network leads back to."""
+"""`isoflat canonicalize`: the weights that every copy of a network leads back to, up to rotations and order of units."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def canonicalize(  # noqa: PLR0913
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write the canonical weights: the same function, and the same file for every copy of it.
+    """Write the canonical weights: the same function, and the same numbers for every rescaled or shifted copy of it.
+
+    Copies in another basis give the same up to rotations of pairs of linear maps and of streams.
 
     Exit code 0: written. 2: refused, with the reason; nothing is written.
     """

@@ -26,20 +26,20 @@ def demo(
     network: Annotated[
         str,
         typer.Option(
-            help="mlp: digits, small against large batches. transformer: Python's help texts, two learning rates."
+            help="mlp: digits, small against large batches. transformer: Python's help texts, small against large steps."
         ),
     ] = NETWORKS[0],
     seeds: Annotated[int, typer.Option(min=2, help="Networks per arm.")] = 5,
     seed: Annotated[int, typer.Option(help="All randomness follows from it.")] = 0,
     optimizer: Annotated[
-        str, typer.Option(help="adam (step 0.001) or sgd (step 0.02, momentum 0.9; about five times as many passes).")
+        str, typer.Option(help="mlp only: adam (step 0.001) or sgd (step 0.02, momentum 0.9; about five times as many passes).")
     ] = "adam",
     out: Annotated[Path, typer.Option(help="Folder for report.html, records.jsonl and records.csv.")] = Path(
         "isoflat-demo"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
-    """Are large-batch minima sharper? Train, measure, attack and report, on data that need no download."""
+    """Are large-batch minima sharper, large-step minima flatter? Train, measure, attack, report; nothing is downloaded."""
     from isoflat.core.errors import UnknownName
     from isoflat.experiments import transformer
     from isoflat.experiments.demo import Plan
@@ -185,7 +185,7 @@ def everything(result: DemoResult) -> RichTable:
 
     from isoflat.experiments.numbers import NUMBERS
 
-    title = "Minima at equal training loss; then two with other weights, the same function (changes are relative)"
+    title = "Minima at equal training loss; then two of them edited by random symmetries (changes relative to before)"
     grid = RichTable(title=title, title_justify="left", header_style="bold")
     for head in ("network", "training loss", "outputs change by", *(number.words for number in NUMBERS)):
         grid.add_column(head, justify="left" if head == "network" else "right", no_wrap=True)

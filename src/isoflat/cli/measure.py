@@ -43,8 +43,8 @@ def measure(  # noqa: PLR0913
         typer.Option(
             "--geometry",
             metavar="NAME",
-            help="auto (proof against every symmetry found), elementwise, layerwise (the paper's) or euclidean; can be "
-            "repeated. "
+            help="auto (proof against every symmetry found), elementwise (entry by entry; names what rotations mix), "
+            "layerwise (the paper's) or euclidean; can be repeated. "
             f"Default: {PLACE}.",
         ),
     ] = None,

@@ -40,9 +40,10 @@ def symmetries(  # noqa: PLR0913
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
 ) -> None:
-    """Find every change of the weights that keeps the function, and prove it on the network.
+    """Find changes of the weights that keep the function (scales, shifts, bases), and prove them on the network.
 
-    The network is traced on the first rows of the data; the loss tells whether a constant added to all scores counts.
+    A "common vector" is added to all rows that write a stream; "read": to all that read a LayerNorm. "n × basis of d":
+    n pairs of linear maps share any d × d matrix; "rotation": any rotation. The network is traced on the first rows of the data; the loss tells whether a constant added to all scores counts.
     Exit code 0: found and proved. 2: refused, with the reason.
     """
     from isoflat.cli.load.inputs import Inputs, prepare

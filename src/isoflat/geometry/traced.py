@@ -220,7 +220,7 @@ def _mixing(point: Representative, place: State, inverse: bool) -> tuple[tuple[T
         for side in change.family.sides:
             if all(piece.name in slices for piece in side.pieces):
                 parts = tuple(
-                    Part(slices[p.name], tuple(place.tensors[p.name].shape), p.axis, p.places, p.slots)
+                    Part(slices[p.name], tuple(place.tensors[p.name].shape), p.axis, p.places, p.slots, p.window)
                     for p in side.pieces
                 )
                 terms.append((back.mT if side.dual else forward, parts))

@@ -202,6 +202,7 @@ class Part:
         axis: that holds the slices.
         places: along it, shape `(n, p)`: for each of n blocks.
         slots: which coordinates of a block they are, shape `(p,)`.
+        window: part of the tensor that is meant, as axis, start and size; None for all of it.
     """
 
     where: slice
@@ -209,6 +210,12 @@ class Part:
     axis: int
     places: Tensor
     slots: Tensor
+    window: tuple[int, int, int] | None = None
+
+    def seen(self, vectors: Tensor) -> Tensor:
+        """The part of the tensor that is meant in each of k vectors, slices first; a view."""
+        tensor = vectors[self.where].view(*self.shape, -1)
+        return (tensor if self.window is None else tensor.narrow(*self.window)).movedim(self.axis, 0)
 
 
 @final
@@ -257,7 +264,7 @@ class Mixing(LinearMap):
 
 def _mix(vectors: Tensor, matrix: Tensor, parts: tuple[Part, ...]) -> None:
     """Multiply slices in place."""
-    views = [vectors[p.where].view(*p.shape, -1).movedim(p.axis, 0) for p in parts]
+    views = [p.seen(vectors) for p in parts]
     slices = [view[p.places.to(view.device)] for p, view in zip(parts, views, strict=True)]
     count = matrix.shape[0]
     before = torch.cat([part.reshape(count, part.shape[1], -1) for part in slices], 1)

@@ -7,28 +7,15 @@ those with least norm have `A Aᵀ = Bᵀ B`; from the singular values of the pr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.state import State
 from isoflat.symmetry.basis import Family, apply, stacked
-from isoflat.symmetry.groups import effective, scaling
-from isoflat.symmetry.ledger import Ledger, along
-from isoflat.symmetry.potential import Vector, close, distinct_factors, masses, minimise
-from isoflat.symmetry.relations import Form, some
-from isoflat.symmetry.units import Exponents
-
-ROUNDS = 500
-"""Rounds after which bases and scales count as not coming to rest."""
-
 
 CLOSE = 1e6
 """Singular values that differ by less than this many roundings of the largest count as equal."""
@@ -50,72 +37,6 @@ class Change:
     def after(self, first: Change) -> Change:
         """This change after another of the same family."""
         return Change(self.family, self.matrix @ first.matrix, first.inverse @ self.inverse)
-
-    def size(self) -> float:
-        """Largest distance from the identity."""
-        one = torch.eye(self.family.size, dtype=self.matrix.dtype)
-        return float(torch.maximum((self.matrix - one).abs().amax(), (self.inverse - one).abs().amax()))
-
-
-def alternate(
-    ledger: Ledger, families: Sequence[Family], state: State, still: Sequence[Form]
-) -> tuple[State, list[tuple[Vector, tuple[Exponents, ...]]], tuple[Change, ...]]:
-    """Balance bases and scales in turn, from a point whose scales are balanced, until nothing moves any more.
-
-    The scales that are balanced again are those that every block of a family shares, so that they commute with its
-    changes: the point reached is one change of basis after one scaling.
-
-    Args:
-        ledger: relations among scales.
-        families: pairs.
-        state: of least norm among all scalings.
-        still: forms in scales that must vanish.
-
-    Returns:
-        The state of least norm; the elements of the scalings on the way with the tensors they act on; the changes.
-
-    Raises:
-        NoInvariantGeometry: it does not come to rest.
-    """
-    scales: list[tuple[Vector, tuple[Exponents, ...]]] = []
-    if not families:
-        return state, scales, ()
-    common = effective(ledger, ledger.scales.solve((*still, *_ties(ledger, families))))
-    group = scaling(ledger, common)
-    factors, _ = distinct_factors(group.norms, common.dimension)
-    total: list[Change] | None = None
-    best = math.inf
-    for _ in range(ROUNDS):
-        changes = [balanced(family, state) for family in families]
-        for change in changes:
-            state = change.act(state)
-        total = changes if total is None else [new.after(old) for new, old in zip(changes, total, strict=True)]
-        size = max(change.size() for change in changes)
-        if size <= 1e-13 or (size <= 1e-10 and size > 0.5 * best):
-            return state, scales, tuple(total)
-        best = min(best, size)
-        seen, kept = close(masses(group, state), factors, common.dimension)
-        alive = [mass for mass in seen if bool(mass.squares.any())]
-        z = minimise(alive, some(factors, np.flatnonzero(kept)), common.dimension)
-        state = group.act(state, torch.from_numpy(z))
-        scales.append((z, group.tensors))
-    raise NoInvariantGeometry(
-        f"bases and scales were not balanced in {ROUNDS} rounds (last change {best:.1e}). geometry='layerwise' works; "
-        "please report the network"
-    )
-
-
-def _ties(ledger: Ledger, families: Sequence[Family]) -> Iterator[Form]:
-    """The scales of all coordinates of a block are one."""
-    for family in families:
-        side = next(side for side in family.sides if not side.dual)
-        for block in range(family.count):
-            ids = [
-                unit
-                for piece in side.pieces
-                for unit in along(ledger.fields[piece.name], piece.axis)[piece.places[block]].tolist()
-            ]
-            yield from ({a: Fraction(1), ids[0]: Fraction(-1)} for a in ids[1:] if a != ids[0])
 
 
 @final

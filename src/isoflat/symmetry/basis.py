@@ -16,7 +16,8 @@ from torch import Tensor
 from isoflat.core.state import State
 from isoflat.symmetry.base import Symmetry
 from isoflat.symmetry.bases.cells import Block
-from isoflat.symmetry.bases.legs import Leg
+from isoflat.symmetry.bases.legs import Leg, Region
+from isoflat.symmetry.ledger import Ledger, along
 
 
 @final
@@ -29,12 +30,18 @@ class Piece:
         axis: that holds the slices.
         places: along it, shape `(n, p)`: for each of n blocks.
         slots: which coordinates they are, shape `(p,)`.
+        window: part of the tensor that is meant, as axis, start and size; None for all of it.
     """
 
     name: str
     axis: int
     places: Tensor
     slots: Tensor
+    window: tuple[int, int, int] | None = None
+
+    def seen(self, tensor: Tensor) -> Tensor:
+        """The part of the tensor that is meant, slices first; a view."""
+        return (tensor if self.window is None else tensor.narrow(*self.window)).movedim(self.axis, 0)
 
 
 @final
@@ -152,7 +159,7 @@ class BasisChange(Symmetry):
             x = family.matrices(part)
             for side in family.sides:
                 matrix = through_gain(side, -x.mT if side.dual else x, state)
-                for name, change in _mixed(side, matrix, state.tensors).items():
+                for name, change in mixed(side, matrix, state.tensors).items():
                     moving[name] = moving[name] + change if name in moving else change
         return moving
 
@@ -211,7 +218,7 @@ def apply(family: Family, g: Tensor, state: State, inverse: Tensor | None = None
         state = state.replace(
             {
                 name: tensor.to(state.tensors[name].dtype)
-                for name, tensor in _mixed(side, matrix, state.tensors, keep=True).items()
+                for name, tensor in mixed(side, matrix, state.tensors, keep=True).items()
             }
         )
     return state
@@ -229,14 +236,14 @@ def stacked(side: Side, tensors: Mapping[str, Tensor]) -> Tensor:
     """The slices of a side as vectors, shape `(n, d, r)`, float64."""
     parts, slots = [], []
     for piece in side.pieces:
-        tensor = tensors[piece.name].movedim(piece.axis, 0)
+        tensor = piece.seen(tensors[piece.name])
         parts.append(tensor[piece.places.to(tensor.device)].double().reshape(*piece.places.shape, -1))
         slots.append(piece.slots)
     together = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     return together[:, torch.argsort(torch.cat(slots)).to(together.device)]
 
 
-def _mixed(side: Side, matrix: Tensor, tensors: Mapping[str, Tensor], keep: bool = False) -> dict[str, Tensor]:
+def mixed(side: Side, matrix: Tensor, tensors: Mapping[str, Tensor], keep: bool = False) -> dict[str, Tensor]:
     """The tensors of a side with their slices mixed, float64; what is not mixed is kept, or zero."""
     before = stacked(side, tensors)
     after = matrix.to(before.device) @ before
@@ -246,18 +253,29 @@ def _mixed(side: Side, matrix: Tensor, tensors: Mapping[str, Tensor], keep: bool
         whole = made.get(piece.name)
         if whole is None:
             whole = tensor.double().clone() if keep else torch.zeros_like(tensor, dtype=torch.float64)
-        moved = whole.movedim(piece.axis, 0)
+        moved = piece.seen(whole)
         slices = after[:, piece.slots.to(after.device)].reshape(*piece.places.shape, *moved.shape[1:])
         moved[piece.places.to(tensor.device)] = slices
         made[piece.name] = whole
     return made
 
 
+def scales(ledger: Ledger, family: Family, shapes: Mapping[str, torch.Size]) -> Iterator[list[int]]:
+    """For each block, the unknown scales of its coordinates."""
+    side = next(side for side in family.sides if not side.dual)
+    for block in range(family.count):
+        yield [
+            unit
+            for piece in side.pieces
+            for unit in along(ledger.fields[piece.name], piece.axis, shapes[piece.name])[piece.places[block]].tolist()
+        ]
+
+
 def families(
-    blocks: tuple[Block, ...], legs: Mapping[tuple[str, int], Leg], gains: list[tuple[int, int, str]]
+    blocks: tuple[Block, ...], legs: Mapping[tuple[Region, int], Leg], gains: list[tuple[int, int, str]]
 ) -> tuple[Family, ...]:
     """Blocks with the slices that they mix, those on the same tensors together."""
-    owners: dict[int, list[tuple[tuple[str, int], Leg, int]]] = defaultdict(list)
+    owners: dict[int, list[tuple[tuple[Region, int], Leg, int]]] = defaultdict(list)
     for key, leg in legs.items():
         for place, unit in enumerate(leg.units.tolist()):
             owners[unit].append((key, leg, place))
@@ -266,7 +284,8 @@ def families(
         sides = _sides(block, owners, gains)
         if sides:
             shape = tuple(
-                (s.dual, s.gain, tuple((p.name, p.axis, tuple(p.slots.tolist())) for p in s.pieces)) for s in sides
+                (s.dual, s.gain, tuple((p.name, p.axis, p.window, tuple(p.slots.tolist())) for p in s.pieces))
+                for s in sides
             )
             alike[(block.cells.shape[1], block.orthogonal, block.centred, shape)].append(sides)
     return tuple(
@@ -276,14 +295,14 @@ def families(
 
 
 def _sides(
-    block: Block, owners: Mapping[int, list[tuple[tuple[str, int], Leg, int]]], gains: list[tuple[int, int, str]]
+    block: Block, owners: Mapping[int, list[tuple[tuple[Region, int], Leg, int]]], gains: list[tuple[int, int, str]]
 ) -> list[Side]:
     """The sides of one block; none where some coordinate of a side has no slice of its own."""
     sides = []
     slots = list(range(block.cells.shape[1]))
     for cell, dual in zip(block.cells, block.dual, strict=True):
         # A unit that is read by several slices (repeated heads) has as many copies, told apart by their order.
-        copies: dict[tuple[object, int], dict[tuple[str, int], list[tuple[int, int]]]] = {}
+        copies: dict[tuple[object, int], dict[tuple[Region, int], list[tuple[int, int]]]] = {}
         flips: dict[object, bool] = {}
         for slot, unit in enumerate(cell.tolist()):
             seen: dict[object, int] = defaultdict(int)
@@ -297,14 +316,19 @@ def _sides(
         for (role, _), tensors in copies.items():
             if sorted(slot for entries in tensors.values() for slot, _ in entries) != slots:
                 return []
-            pieces = tuple(
-                Piece(
-                    name, axis, torch.tensor([[place for _, place in entries]]), torch.tensor([s for s, _ in entries])
-                )
-                for (name, axis), entries in tensors.items()
-            )
+            pieces = tuple(_piece(region, axis, entries) for (region, axis), entries in tensors.items())
             sides.append(Side(flips[role], gain[0] if gain else None, places[None], pieces))
     return sides
+
+
+def _piece(region: Region, axis: int, entries: list[tuple[int, int]]) -> Piece:
+    """Slices of a region, by their places along the whole tensor's axis."""
+    places = torch.tensor([[place for _, place in entries]])
+    slots = torch.tensor([slot for slot, _ in entries])
+    if region.axis == axis:
+        return Piece(region.name, axis, places + region.start, slots)
+    window = None if region.axis is None else (region.axis, region.start, region.size)
+    return Piece(region.name, axis, places, slots, window)
 
 
 def _together(members: list[list[Side]]) -> tuple[Side, ...]:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from isoflat.core.errors import UsageError
 from isoflat.core.state import State
 from isoflat.core.streams import stream
-from isoflat.symmetry.balance import Change, alternate, cut, principal
+from isoflat.symmetry.balance import Change, cut, principal
 from isoflat.symmetry.basis import Family
 from isoflat.symmetry.folds import bent, folds
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups import effective, scaling
+from isoflat.symmetry.joint import balance
 from isoflat.symmetry.potential import Mass, Vector, close, dead, distinct_factors, masses, minimise, touched
 from isoflat.symmetry.relations import Form, some
 from isoflat.symmetry.slices import Shear, settle
@@ -200,17 +201,17 @@ def _scale(
     change = _difference(state, orbit.state, moved, logs)
     logs = _add(logs, orbit.group.tensors, orbit.z)
     state = orbit.group.act(orbit.state, torch.from_numpy(orbit.z))
-    state, further, changes = alternate(ledger, pairs, state, still)
-    for element, tensors in further:
+    least = balance(ledger, pairs, state, still)
+    for element, tensors in least.scales:
         logs = _add(logs, tensors, element)
     zeroed = {name: int((delta != 0).sum()) for name, delta in change.items()}
     loose = tuple(sorted({name for family in found.basis.families for name in family.names}))
     return Representative(
         start=_changed(given, change, shears),
-        state=state,
+        state=least.state,
         logs=logs,
         shears=shears,
-        changes=changes,
+        changes=least.changes,
         folded=folded,
         removed=orbit.removed,
         zeroed=zeroed,

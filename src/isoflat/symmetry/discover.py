@@ -19,7 +19,7 @@ from isoflat.core.state import State
 from isoflat.symmetry.axes import Readers
 from isoflat.symmetry.bases.accept import accepted
 from isoflat.symmetry.bases.walk import follow
-from isoflat.symmetry.basis import BasisChange, families
+from isoflat.symmetry.basis import BasisChange, Family, families, scales
 from isoflat.symmetry.declared import UnitScale
 from isoflat.symmetry.folds import foldable
 from isoflat.symmetry.found import Found
@@ -28,7 +28,7 @@ from isoflat.symmetry.groups import effective, translation
 from isoflat.symmetry.ledger import Ledger
 from isoflat.symmetry.logical import blocks
 from isoflat.symmetry.means import means
-from isoflat.symmetry.relations import Form
+from isoflat.symmetry.relations import Form, Solution
 from isoflat.symmetry.rules import Rule, rules
 from isoflat.symmetry.rules.elementwise import nonlinear
 from isoflat.symmetry.translation import common
@@ -108,8 +108,8 @@ def discover(
     folded = frozenset(name for name, fine in foldable(ledger, solution).items() if fine.all())
     constants = {node: value for node, value in values.items() if isinstance(value, Known)}
     legs = follow(graph, constants, folded, frozenset(ledger.normalised))
-    basis = BasisChange(families(legs.settle(), legs.legs, legs.gains))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    basis = _diagonals_too(ledger, solution, families(legs.settle(), legs.legs, legs.gains), shapes)
     shifts = translation(ledger)
     movable = {offset.entry.name for offset in shifts.offsets if bool((np.diff(offset.own.indptr) > 0).all())}
     lost = (
@@ -130,6 +130,20 @@ def discover(
     )
     proved = accepted(found)
     return replace(proved, blocks=blocks(graph, proved.basis))
+
+
+def _diagonals_too(
+    ledger: Ledger, solution: Solution, found: Sequence[Family], shapes: Mapping[str, torch.Size]
+) -> BasisChange:
+    """Changes of basis whose coordinates can also be scaled: the two walks must agree."""
+
+    def scaled(family: Family) -> bool:
+        if family.orthogonal:
+            return True
+        rows = (solution.rows(torch.tensor(ids)) for ids in scales(ledger, family, shapes))
+        return all(bool((np.diff(matrix.indptr) > 0).all()) for matrix in rows)
+
+    return BasisChange(tuple(filter(scaled, found)))
 
 
 def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

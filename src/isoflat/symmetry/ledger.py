@@ -42,9 +42,11 @@ class Field:
     sign: int = -1
 
 
-def along(found: Field, axis: int) -> Tensor:
-    """The unknowns that a field has along one axis of its tensor, as far as it tells axes apart; shape `(n,)`."""
-    groups, rows, columns, _ = found.view
+def along(found: Field, axis: int, shape: torch.Size) -> Tensor:
+    """The unknowns that a field has along one axis of its tensor, where all else is the same; shape `(n,)`."""
+    groups, rows, columns, rest = found.view
+    if len(shape) > 1 and groups * rows == math.prod(shape) and columns * rest == 1:  # entry by entry
+        return found.first.expand(groups, rows).reshape(shape).movedim(axis, 0).flatten(1)[:, 0]
     if axis == 0:
         return found.first.expand(groups, rows).reshape(-1)
     return found.second[0].expand(columns)

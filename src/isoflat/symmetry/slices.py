@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import LinearOperator, gmres
 from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
@@ -22,6 +24,18 @@ from isoflat.symmetry.ledger import Absorbed, Additive
 from isoflat.symmetry.potential import Vector
 from isoflat.symmetry.relations import Form
 from isoflat.symmetry.translation import Translation, deviation, entering, gathered, passed
+
+Reader = Callable[[State], tuple[Vector, Vector]]
+"""Values and weights of the entries whose norm a level makes least."""
+
+Level = tuple[Translation, sparse.csr_matrix, Reader]
+"""A group of shifts, the tensors whose norm it makes least as functions of its element, and what these hold."""
+
+SWEEPS = 40
+"""Sweeps after which constants are solved for."""
+
+ATTEMPTS = 5
+"""How often."""
 
 
 @final
@@ -38,25 +52,64 @@ def settle(found: Found, state: State) -> tuple[State, tuple[Shear, ...]]:
     """Empty running means, then offsets of normalisations, then share out what is left by least norm.
 
     Constants flow downstream through the weights, so that one sweep can fill what it emptied before; on a network
-    without cycles this comes to rest after as many sweeps as layers.
+    without cycles sweeps come to rest after as many of them as there are layers. Where constants feed back (through the
+    residual of a post-norm layer, say), what the sweeps would converge to is solved for.
     """
     levels = _levels(found)
     flow = _Flow(found)
-    for _ in range(2 * len(found.ledger.additives) + 10):
-        moved = 0.0
-        for group, rows, read in levels:
-            values, weights = read(state)
-            element = torch.from_numpy(_least(rows, values, weights))
-            after = _emptied(group.act(state, element), state, group)
-            moved = max(moved, _change(after, state, group))
-            state = after
-            flow.add(group, element)
-        if moved <= 1e-14:
+    start, before, moved = state, math.inf, 0.0
+    sizes = _Sizes(state, found.translation)
+    for attempt in range(ATTEMPTS):
+        for _ in range(min(len(found.ledger.additives) + 2, SWEEPS) if attempt == 0 else 3):
+            moved = 0.0
+            for group, rows, read in levels:
+                values, weights = read(state)
+                element = torch.from_numpy(_least(rows, values, weights))
+                state, change = sizes.settled(group.act(state, element), state)
+                moved = max(moved, change)
+                flow.add(group, element)
+            if moved <= 1e-15:
+                return state, flow.shears(state)
+        if attempt and moved <= 1e-9 and moved > 0.1 * before:  # what is left is rounding of constants that cancel
             return state, flow.shears(state)
+        before = moved
+        if attempt == 0:  # the sweeps may have led far away
+            state, flow = start, _Flow(found)
+        for (group, _, _), element in zip(levels, _at_rest(levels, state), strict=True):
+            state = group.act(state, element)
+            flow.add(group, element)
     raise NoInvariantGeometry(
-        "the constants of this network feed back into each other (a linear residual chain?), so that their least norm "
-        "was not found; geometry='layerwise' works"
+        "the constants of this network feed back into each other in a way that no least norm of them was found; "
+        "geometry='layerwise' works; please report the network"
     )
+
+
+def _at_rest(levels: Sequence[Level], state: State) -> list[Tensor]:
+    """The element of each level's group that a sweep would leave alone.
+
+    What a sweep adds is affine in what has been added before: `r(x) = r(0) + R x`. Each coordinate counts in its own unit.
+    """
+    units = [group.units(state).numpy() for group, _, _ in levels]
+    cuts = np.cumsum([len(unit) for unit in units])[:-1]
+
+    def added(x: Vector) -> Vector:
+        here = state
+        for (group, _, _), unit, part in zip(levels, units, np.split(x, cuts), strict=True):
+            here = group.act(here, torch.from_numpy(part * unit))
+        further = []
+        for (group, rows, read), unit in zip(levels, units, strict=True):
+            element = _least(rows, *read(here))
+            here = group.act(here, torch.from_numpy(element))
+            further.append(element / unit)
+        return np.concatenate(further)
+
+    size = sum(map(len, units))
+    first = added(np.zeros(size))
+    if not first.any():
+        return [torch.zeros(len(unit), dtype=torch.float64) for unit in units]
+    operator: Any = LinearOperator((size, size), lambda x: first - added(x.reshape(-1)))  # pyrefly: ignore
+    x, _ = gmres(operator, first, rtol=1e-14, atol=0.0, restart=min(size, 150), maxiter=4)
+    return [torch.from_numpy(part * unit) for unit, part in zip(units, np.split(x, cuts), strict=True)]
 
 
 class _Flow:
@@ -105,39 +158,39 @@ class _Flow:
         return tuple(shears)
 
 
-def _change(after: State, before: State, group: Translation) -> float:
-    """Largest change of an entry, relative to the largest entry of its tensor."""
-    worst = 0.0
-    for name in group.touches:
-        old, new = before.tensors[name], after.tensors[name]
-        size = max(float(old.abs().max()), float(new.abs().max()))
-        worst = max(worst, float((new - old).abs().max()) / size if size else 0.0)
-    return worst
+class _Sizes:
+    """The largest size that each entry has had: what it is rounded to, and what counts as nothing."""
+
+    def __init__(self, state: State, group: Translation) -> None:
+        self.names = sorted(group.touches)
+        self.largest = {name: state.tensors[name].abs() for name in self.names}
+
+    def settled(self, after: State, before: State) -> tuple[State, float]:
+        """The state with zeros where entries have cancelled, and by how much any moved, relative to its tensor's size.
+
+        What rounding leaves of a constant is no constant: a last digit must not keep an orbit open.
+        """
+        changed, moved = {}, 0.0
+        for name in self.names:
+            new, old = after.tensors[name], before.tensors[name]
+            if new is old:
+                continue
+            self.largest[name] = torch.maximum(self.largest[name], new.abs())
+            size = self.largest[name]
+            changed[name] = new.masked_fill(new.abs() <= 8 * torch.finfo(torch.float64).eps * size, 0.0)
+            most = float(size.max())
+            moved = max(moved, float((changed[name] - old).abs().max()) / most if most else 0.0)
+        return after.replace(changed), moved
 
 
-def _emptied(after: State, before: State, group: Translation) -> State:
-    """Entries that cancelled are zero, not what rounding left of them: a last digit must not keep an orbit open."""
-    eps = 8 * torch.finfo(torch.float64).eps
-    return after.replace(
-        {
-            name: after.tensors[name].masked_fill(after.tensors[name].abs() <= eps * before.tensors[name].abs(), 0.0)
-            for name in group.touches
-        }
-    )
-
-
-Reader = Callable[[State], tuple[Vector, Vector]]
-"""Values and weights of the entries whose norm a level makes least."""
-
-
-def _levels(found: Found) -> list[tuple[Translation, sparse.csr_matrix, Reader]]:
+def _levels(found: Found) -> list[Level]:
     """Groups of shifts in their order, each with the tensors whose norm it makes least, as functions of its element."""
     ledger = found.ledger
     means = [c.running for c in found.translation.centres]
     entries = [o.entry for o in found.translation.offsets]
     norms, others = ([e for e in entries if e.norm is kind] for kind in (True, False))
     forms: list[Form] = []
-    levels: list[tuple[Translation, sparse.csr_matrix, Reader]] = []
+    levels: list[Level] = []
 
     def level(
         names: Sequence[str], ids: Sequence[Tensor], minus: Sequence[Tensor], read: Reader, still: Sequence[Form] = ()

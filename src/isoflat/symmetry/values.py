@@ -44,6 +44,24 @@ class Stored:
 
 @final
 @dataclass(frozen=True)
+class Slice:
+    """Consecutive slices of a stored tensor along one axis, such as the query's rows of a packed weight.
+
+    Attributes:
+        name: of the tensor.
+        shape: of the part.
+        axis: along which it is cut.
+        start: of the first slice.
+    """
+
+    name: str
+    shape: torch.Size
+    axis: int
+    start: int
+
+
+@final
+@dataclass(frozen=True)
 class Known:
     """A value that depends on neither parameters nor input: it is computed for real."""
 

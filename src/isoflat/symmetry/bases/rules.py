@@ -16,7 +16,7 @@ from torch.fx import Node
 from isoflat.symmetry.axes import CASTS
 from isoflat.symmetry.bases.legs import Leg, Legs
 from isoflat.symmetry.rules.views import COPIES, MOVES, RESHAPES, lean
-from isoflat.symmetry.values import Known, Stored
+from isoflat.symmetry.values import Known, Slice, Stored
 
 Value = Any
 """An array of units, a `Stored` tensor, a `Known` value, or what an operation takes besides."""
@@ -27,7 +27,7 @@ def held(legs: Legs, node: Node, *args: Value, **kwargs: Value) -> Value:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             legs.cells.hold(value)
-        elif isinstance(value, Stored):
+        elif isinstance(value, Stored | Slice):
             legs.use(value)
         elif isinstance(value, list | tuple):
             held(legs, node, *value)
@@ -49,9 +49,9 @@ def linear(legs: Legs, node: Node, x: Value, weight: Value, bias: Value = None) 
 
 def product(legs: Legs, node: Node, x: Value, weight: Value, bias: Value = None) -> Tensor:
     """`y = x W + b`, or a product of two activations."""
-    if isinstance(weight, Stored) and len(weight.shape) == 2:
+    if isinstance(weight, Stored | Slice) and len(weight.shape) == 2:
         return _contract(legs, node, x, weight, bias, (1, 0), -1)
-    a, b = (legs.entries(value) if isinstance(value, Stored) else value for value in (x, weight))
+    a, b = (legs.entries(value) if isinstance(value, Stored | Slice) else value for value in (x, weight))
     if bias is not None and not isinstance(bias, Known):
         held(legs, node, bias)
     return _paired(legs, node, _units(a), _units(b))
@@ -59,7 +59,7 @@ def product(legs: Legs, node: Node, x: Value, weight: Value, bias: Value = None)
 
 def affine(legs: Legs, node: Node, bias: Value, x: Value, weight: Value, beta: Any = 1, alpha: Any = 1) -> Tensor:
     """`addmm` and `baddbmm`: `y = b + x W`."""
-    if isinstance(weight, Stored) and (beta, alpha) != (1, 1):
+    if isinstance(weight, Stored | Slice) and (beta, alpha) != (1, 1):
         return held(legs, node, bias, x, weight)
     return product(legs, node, x, weight, bias)
 
@@ -79,16 +79,16 @@ def embedding(legs: Legs, node: Node, weight: Value, index: Value, *args: Any) -
     if not isinstance(weight, Stored):
         return held(legs, node, weight)
     units = legs.cells.fresh(weight.shape[1], ("rows", node))
-    legs.use(weight, axis1=Leg(units, False, ("rows", weight.name)))
+    legs.use(weight, {1: Leg(units, False, ("rows", weight.name))})
     return units.expand(node.meta["val"].shape)
 
 
 def total(legs: Legs, node: Node, a: Value, b: Value, alpha: Any = 1) -> Tensor:
     """A sum or difference: both in one basis."""
-    if not isinstance(a, Tensor | Stored) or not isinstance(b, Tensor | Stored):
-        zero = [value for value in (a, b) if not isinstance(value, Tensor | Stored) and _is_zero(value)]
+    if not isinstance(a, Tensor | Stored | Slice) or not isinstance(b, Tensor | Stored | Slice):
+        zero = [value for value in (a, b) if not isinstance(value, Tensor | Stored | Slice) and _is_zero(value)]
         return _pass(legs, node, a if isinstance(a, Tensor) else b) if zero else held(legs, node, a, b)
-    a, b = (legs.entries(value) if isinstance(value, Stored) else value for value in (a, b))
+    a, b = (legs.entries(value) if isinstance(value, Stored | Slice) else value for value in (a, b))
     legs.cells.tie(a, b)
     return torch.broadcast_tensors(a, b)[0]
 
@@ -169,11 +169,13 @@ def attention(
 
 def moved(legs: Legs, node: Node, x: Value, *args: Value, **kwargs: Value) -> Value:
     """Operations that only move elements about: the same operation moves their units."""
-    if isinstance(x, Stored) and str(node.target) in COPIES | CASTS:
+    if isinstance(x, Stored | Slice) and str(node.target) in COPIES | CASTS:
         return x
-    if any(isinstance(value, Tensor | Stored) for value in (*args, *kwargs.values())):
+    if isinstance(x, Stored) and str(node.target) in _CUTS and (parts := _cut(node, x)) is not None:
+        return parts
+    if any(isinstance(value, Tensor | Stored | Slice) for value in (*args, *kwargs.values())):
         return held(legs, node, x, *args)  # an index that depends on the input
-    x = legs.entries(x) if isinstance(x, Stored) else x
+    x = legs.entries(x) if isinstance(x, Stored | Slice) else x
     if str(node.target) in COPIES | CASTS:
         return x
     if str(node.target) in RESHAPES:
@@ -186,7 +188,7 @@ def moved(legs: Legs, node: Node, x: Value, *args: Value, **kwargs: Value) -> Va
 def joined(legs: Legs, node: Node, parts: list[Value], dim: int = 0) -> Tensor:
     """Side by side."""
     operation: Any = node.target
-    return operation([legs.entries(part) if isinstance(part, Stored) else _units(part) for part in parts], dim)
+    return operation([legs.entries(part) if isinstance(part, Stored | Slice) else _units(part) for part in parts], dim)
 
 
 def negative(legs: Legs, node: Node, x: Value) -> Tensor:
@@ -196,19 +198,19 @@ def negative(legs: Legs, node: Node, x: Value) -> Tensor:
 
 def _contract(legs: Legs, node: Node, x: Value, weight: Value, bias: Value, axes: tuple[int, int], axis: int) -> Tensor:
     """A contraction with a stored weight: `axes` are those of its outputs and inputs, `axis` the activation's."""
-    if not isinstance(weight, Stored) or not isinstance(x, Tensor):
+    if not isinstance(weight, Stored | Slice) or not isinstance(x, Tensor):
         return held(legs, node, x, weight, bias)
     rows, shape = weight.shape[axes[0]], node.meta["val"].shape
-    source = node.args[1] if isinstance(bias, Stored) and "add" in str(node.target) else node.args[0]
-    simple = bias is None or (isinstance(bias, Stored) and tuple(bias.shape) == (rows,))
+    source = node.args[1] if "add" in str(node.target) else node.args[0]
+    simple = bias is None or (isinstance(bias, Stored | Slice) and tuple(bias.shape) == (rows,))
     # Outputs of one input side by side may be mixed, by weights that are seen alike.
     alike = (source, tuple(weight.shape[2:]), *map(str, node.args[3:]), bias is None)
     units = legs.cells.fresh(rows, alike)
-    reads = Leg(legs.cells.line(x, axis), True, ("reads", weight.name, node))
+    reads = Leg(legs.cells.line(x, axis), True, ("reads", node))
     writes = Leg(units, False, ("writes", alike))
-    legs.use(weight, **{f"axis{axes[0]}": writes, f"axis{axes[1]}": reads})
-    if isinstance(bias, Stored) and simple:
-        legs.use(bias, axis0=Leg(units, False, ("offsets", alike)))
+    legs.use(weight, {axes[0]: writes, axes[1]: reads})
+    if isinstance(bias, Stored | Slice) and simple:
+        legs.use(bias, {0: Leg(units, False, ("offsets", alike))})
     elif not simple:
         legs.cells.hold(units)
         held(legs, node, bias)
@@ -246,7 +248,7 @@ def _normed(legs: Legs, node: Node, x: Value, shape: Sequence[int], gain: Value,
         legs.use(gain)
         units = legs.through(gain, units)
     if isinstance(offset, Stored):
-        legs.use(offset, axis0=Leg(units, False, ("offsets", offset.name)))
+        legs.use(offset, {0: Leg(units, False, ("offsets", offset.name))})
     made = units.expand(x.shape)
     return [made, *fixed(node)[1:]] if several else made
 
@@ -259,8 +261,38 @@ def _gained(legs: Legs, node: Node, x: Tensor, gain: Stored) -> Tensor:
     return legs.through(gain, legs.cells.line(x, -1)).expand(x.shape)
 
 
+_CUTS = {
+    "aten.slice.Tensor",
+    "aten.narrow.default",
+    "aten.split.Tensor",
+    "aten.split_with_sizes.default",
+    "aten.chunk.default",
+}
+
+
+def _cut(node: Node, x: Stored) -> Value:
+    """Parts of a stored tensor along one axis; None where they are not consecutive slices."""
+    operation: Any = node.target
+    places = {"aten.slice.Tensor": 1, "aten.narrow.default": 1}
+    place = places.get(str(node.target), 2)
+    args: list[Any] = list(node.args)
+    axis = int(args[place]) % len(x.shape) if len(args) > place else 0
+    args[0] = torch.arange(x.shape[axis])
+    args[place : place + 1] = [0]
+    made = operation(*args)
+    parts = [made] if isinstance(made, Tensor) else list(made)
+
+    def part(indices: Tensor) -> Slice:
+        shape = torch.Size(len(indices) if place == axis else n for place, n in enumerate(x.shape))
+        return Slice(x.name, shape, axis, int(indices[0]))
+
+    if not all(len(p) and bool((p.diff() == 1).all()) for p in parts):
+        return None
+    return part(made) if isinstance(made, Tensor) else [part(p) for p in parts]
+
+
 def _pass(legs: Legs, node: Node, x: Value) -> Tensor:
-    x = legs.entries(x) if isinstance(x, Stored) else x
+    x = legs.entries(x) if isinstance(x, Stored | Slice) else x
     return x.expand(node.meta["val"].shape)
 
 
