@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENV := $(VENV)/.installed
 
-.PHONY: demo test lint test-slow test-oracles bench clean
+.PHONY: demo test lint test-slow test-oracles bench bench-gpt2 clean
 
 demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
 	$(BIN)/isoflat demo
@@ -23,6 +23,9 @@ test-slow: $(ENV)  ## with real MNIST and CIFAR-10 in the folder ISOFLAT_DATA (s
 
 bench: $(ENV)  ## what finding, proving and canonicalising cost, as a table
 	$(BIN)/python benchmarks/symmetries.py
+
+bench-gpt2: $(ENV)  ## the same for GPT-2 small (124 M weights), and one number measured on it
+	$(BIN)/python benchmarks/gpt2.py
 
 # curvlinops asks for backpack, which asks for torchvision; neither is needed for what we compare with.
 test-oracles: $(ENV)  ## against curvlinops, installed in an environment of its own

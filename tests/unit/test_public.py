@@ -37,7 +37,7 @@ def test_public_names():
         "quotient_smallest_eigenvalue", "quotient_spectral_norm", "quotient_trace",
         "riemannian_hessian_spectral_norm",
     ]  # fmt: skip
-    assert sorted(geometries()) == ["auto", "euclidean", "layerwise"]
+    assert sorted(geometries()) == ["auto", "elementwise", "euclidean", "layerwise"]
 
 
 def test_every_measure_has_a_complete_card():

@@ -32,7 +32,10 @@ def demo(
     seeds: Annotated[int, typer.Option(min=2, help="Networks per arm.")] = 5,
     seed: Annotated[int, typer.Option(help="All randomness follows from it.")] = 0,
     optimizer: Annotated[
-        str, typer.Option(help="mlp only: adam (step 0.001) or sgd (step 0.02, momentum 0.9; about five times as many passes).")
+        str,
+        typer.Option(
+            help="mlp only: adam (step 0.001) or sgd (step 0.02, momentum 0.9; about five times as many passes)."
+        ),
     ] = "adam",
     out: Annotated[Path, typer.Option(help="Folder for report.html, records.jsonl and records.csv.")] = Path(
         "isoflat-demo"

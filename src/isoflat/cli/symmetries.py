@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 NOT_CLAIMED = "not claimed"
 
-KINDS = ("scale", "scale divided out", "shift", "common vector", NOT_CLAIMED)
-"""In the order in which they are printed; kinds of later rules come after them."""
+KINDS = ("scale", "scale divided out", "basis", "rotation", "shift", "common vector", "common vector read")
+"""In the order in which they are printed; kinds of later rules come after them, and what is not claimed last."""
 
 LISTED = 8
 """Tensors that one line names."""
@@ -42,8 +42,11 @@ def symmetries(  # noqa: PLR0913
 ) -> None:
     """Find changes of the weights that keep the function (scales, shifts, bases), and prove them on the network.
 
-    A "common vector" is added to all rows that write a stream; "read": to all that read a LayerNorm. "n × basis of d":
-    n pairs of linear maps share any d × d matrix; "rotation": any rotation. The network is traced on the first rows of the data; the loss tells whether a constant added to all scores counts.
+    "Common vector": one vector added to all rows of a weight, because readers subtract their mean; "read": to every
+    row a multiple of one vector, because the LayerNorm that it reads never gives that direction. "Basis": what writes
+    some coordinates is multiplied by an invertible matrix and what reads them by its inverse; "rotation": by a rotation.
+
+    The network is traced on the first rows of the data; the loss tells whether a constant added to all scores counts.
     Exit code 0: found and proved. 2: refused, with the reason.
     """
     from isoflat.cli.load.inputs import Inputs, prepare
@@ -86,7 +89,10 @@ def described(found: Found, verified: float) -> dict[str, Any]:
     claimed = [line for line in found.report if line.kind != NOT_CLAIMED]
     shifts = found.translation.dimension + found.common.dimension
     return {
-        "dimension": {"exact": found.dimension, "without_epsilon": found.free.dimension + shifts},
+        "dimension": {
+            "exact": found.dimension,
+            "without_epsilon": found.free.dimension + found.basis.dimension + shifts,
+        },
         "groups": [{"kind": line.kind, "dimension": line.dimension, "tensors": list(line.tensors)} for line in claimed],
         "not_claimed": [
             {"units": line.dimension, "tensors": list(line.tensors), "reasons": list(line.reasons)}
@@ -107,7 +113,8 @@ def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> N
     verb = "dimension keeps" if exact == 1 else "dimensions keep"
     tree = Tree(plain(f"{name}: {exact} {verb} the function", style="bold"), guide_style="dim")
     width = max((len(str(line.dimension)) for line in found.report), default=0)
-    for kind in dict.fromkeys((*KINDS, *(line.kind for line in found.report))):
+    kinds = dict.fromkeys((*KINDS, *(line.kind for line in found.report if line.kind != NOT_CLAIMED), NOT_CLAIMED))
+    for kind in kinds:
         lines = [line for line in found.report if line.kind == kind]
         if lines:
             total = sum(line.dimension for line in lines)

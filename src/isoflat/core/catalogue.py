@@ -15,7 +15,7 @@ def entries(package: str, constant: str) -> dict[str, Any]:
     Adding an entry is adding a file; nothing else lists it.
 
     >>> sorted(entries("isoflat.geometry", "GEOMETRY"))
-    ['auto', 'euclidean', 'layerwise']
+    ['auto', 'elementwise', 'euclidean', 'layerwise']
     """
     found = importlib.import_module(package)
     modules = [importlib.import_module(f"{package}.{info.name}") for info in pkgutil.iter_modules(found.__path__)]

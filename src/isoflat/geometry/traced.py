@@ -82,13 +82,14 @@ class Traced(Geometry):
         place = state if unchanged else reached
         units, unseen = self.units(found, point, state)
         frame, back = _frame(point, state, place, units)
+        left_open = self.open(found, point, state)
         return Chart(
             state=place,
             frame=frame,
             unseen=unseen,
-            group=_described(found),
+            group=_described(found) + (", but for what the notes except" if left_open else ""),
             group_hash=found.hash,
-            notes=(*_notes(point, place, state), *self.open(found, point, state)),
+            notes=(*_notes(point, place, state), *left_open),
             identity=_identity(found, own, place, back),
         )
 

@@ -17,6 +17,7 @@ from typing import final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from scipy.sparse.linalg import lsmr
 from torch import Tensor, nn
 
@@ -87,10 +88,6 @@ class Epsilon(StrEnum):
     """They stay, and so does every factor: exact, and the weights alone tell it."""
 
 
-def _centred(found: Found, state: State) -> State:
-    return found.common.act(state, found.common.slice(state) * found.common.mask(found.kept(state)))
-
-
 class Gauge(StrEnum):
     """Which of the points of least norm: they differ by rotations of each pair of linear maps."""
 
@@ -114,9 +111,8 @@ def canonical(
     Raises:
         NoInvariantGeometry: there is none that could be computed.
     """
-    shifted, shears = settle(found, _centred(found, state.to(dtype=torch.float64)))
     forms: dict[Epsilon, tuple[Form, ...]] = {Epsilon.FREE: (), Epsilon.MOVED: found.exact, Epsilon.FIXED: found.fixed}
-    point = _scale(found, state, shifted, shears, forms[epsilon])
+    point = _scale(found, state, forms[epsilon])
     return _principal(found, point) if gauge is Gauge.PRINCIPAL else point
 
 
@@ -178,87 +174,108 @@ def install(model: nn.Module, state: State) -> nn.Module:
     return twin
 
 
-def _scale(
-    found: Found, given: State, moved: State, shears: tuple[Shear, ...], exact: tuple[Form, ...]
-) -> Representative:
-    """Fold, close and minimise; `moved` is the point with its constants in place."""
-    ledger = found.ledger
-    relations = ledger.scales
-    before = effective(ledger, relations.solve(exact)) if exact else found.solution
-    fixed, targets, folded = folds(ledger, before, moved)
-    rows = before.rows(torch.tensor(fixed, dtype=torch.int64))
-    particular = (
-        lsmr(rows, np.array(targets), atol=1e-16, btol=1e-16, conlim=0)[0] if fixed else np.zeros(before.dimension)
-    )
-    first = scaling(ledger, before)
-    state = first.act(moved, torch.from_numpy(particular))
-    logs = _add({}, first.tensors, particular)
-
-    still = (*exact, *({x: Fraction(1)} for x in fixed))
-    left = effective(ledger, relations.solve(still)) if fixed else before
-    pairs = tuple(family for family in found.basis.families if not family.orthogonal)
-    orbit = _closed(scaling(ledger, left), pairs, bent(ledger.bent, left), state)
-    change = _difference(state, orbit.state, moved, logs)
-    logs = _add(logs, orbit.group.tensors, orbit.z)
-    state = orbit.group.act(orbit.state, torch.from_numpy(orbit.z))
-    least = balance(ledger, pairs, state, still)
+def _scale(found: Found, given: State, exact: tuple[Form, ...]) -> Representative:
+    """Everything but the choice of a gauge."""
+    orbit = _least(found, given.to(dtype=torch.float64), exact)
+    least = balance(found.ledger, _pairs(found), orbit.state, orbit.still)
+    logs = orbit.logs
     for element, tensors in least.scales:
         logs = _add(logs, tensors, element)
-    zeroed = {name: int((delta != 0).sum()) for name, delta in change.items()}
-    loose = tuple(sorted({name for family in found.basis.families for name in family.names}))
     return Representative(
-        start=_changed(given, change, shears),
+        start=_changed(given, orbit.lost, orbit.shears),
         state=least.state,
         logs=logs,
-        shears=shears,
+        shears=orbit.shears,
         changes=least.changes,
-        folded=folded,
+        folded=orbit.folded,
         removed=orbit.removed,
-        zeroed=zeroed,
+        zeroed={name: int((delta != 0).sum()) for name, delta in orbit.lost.items()},
         starved=orbit.starved,
-        loose=loose,
+        loose=tuple(sorted({name for family in found.basis.families for name in family.names})),
     )
 
 
 @final
 @dataclass(frozen=True)
 class _Orbit:
-    """A closed orbit.
+    """A closed orbit, and the point on it that has least norm among all scalings; as in `Representative`.
 
     Attributes:
-        group: its scalings.
-        state: a point on it.
-        z: the element that leads from there to the least norm among all scalings.
-        removed: coordinates that only reach through a kink, by name.
-        starved: normalisations that nothing feeds.
+        lost: what the closure took from each tensor, in the scale of the weights as given.
+        still: forms in scales that vanish from here on.
     """
 
-    group: UnitScaling
     state: State
-    z: Vector
+    logs: Mapping[str, Logs]
+    shears: tuple[Shear, ...]
+    folded: Mapping[str, Tensor]
     removed: Mapping[str, Tensor]
     starved: tuple[str, ...]
+    lost: Mapping[str, Tensor]
+    still: tuple[Form, ...]
 
 
-def _closed(group: UnitScaling, pairs: Sequence[Family], kinked: NDArray[np.bool_], state: State) -> _Orbit:
-    """The closed orbit in the closure of a point's orbit: what a scaling or a change of basis sends to zero is zero."""
+def _least(found: Found, state: State, exact: tuple[Form, ...]) -> _Orbit:
+    """Put constants in their places, fold, close, and balance scales. States on the way are given back as it goes."""
+    ledger = found.ledger
+    common = found.common
+    moved, shears = settle(found, common.act(state, common.slice(state) * common.mask(found.kept(state))))
+    del state  # of a large network, every state that is no longer needed counts
+    before = effective(ledger, ledger.scales.solve(exact)) if exact else found.solution
+    fixed, targets, folded = folds(ledger, before, moved)
+    rows = before.rows(torch.tensor(fixed, dtype=torch.int64))
+    particular = (
+        lsmr(rows, np.array(targets), atol=1e-16, btol=1e-16, conlim=0)[0] if fixed else np.zeros(before.dimension)
+    )
+    first = scaling(ledger, before)
+    folded_state = first.act(moved, torch.from_numpy(particular))
+    logs = _add({}, first.tensors, particular)
+    still = (*exact, *({x: Fraction(1)} for x in fixed))
+    left = effective(ledger, ledger.scales.solve(still)) if fixed else before
+    group = scaling(ledger, left)
     factors, owners = distinct_factors(group.norms, group.size)
+    state, closed, kept = _closed(group, factors, _pairs(found), folded_state)
+    lost = _difference(folded_state, state, moved, logs)
+    del moved, folded_state
+    z = minimise([m for m in closed if bool(m.squares.any())], some(factors, np.flatnonzero(kept)), group.size)
+    unfed = dead(closed, group.size) & bent(ledger.bent, left)
+    removed = {}
+    for entry, mass in zip(group.tensors, closed, strict=True):
+        feeding = touched(mass, unfed, growing=True)
+        if bool(feeding.any()):
+            removed[entry.name] = feeding[..., None].expand(entry.view).reshape(state.tensors[entry.name].shape)
+    return _Orbit(
+        state=group.act(state, torch.from_numpy(z)),
+        logs=_add(logs, group.tensors, z),
+        shears=shears,
+        folded=folded,
+        removed=removed,
+        starved=tuple(where for where, stays in zip(owners, kept, strict=True) if not stays),
+        lost=lost,
+        still=still,
+    )
+
+
+def _pairs(found: Found) -> tuple[Family, ...]:
+    """Pairs of linear maps: changes of basis that are no rotations, and have something to balance."""
+    return tuple(family for family in found.basis.families if not family.orthogonal)
+
+
+def _closed(
+    group: UnitScaling, factors: sparse.csr_matrix, pairs: Sequence[Family], state: State
+) -> tuple[State, list[Mass], NDArray[np.bool_]]:
+    """The closed orbit in the closure of a point's orbit: what a scaling or a change of basis sends to zero is zero.
+
+    Returns:
+        A point on it, its masses, and which factors are fed.
+    """
     while True:
         seen = masses(group, state)
         closed, kept = close(seen, factors, group.size)
         emptied = _emptied(group, seen, closed, state)
         state = cut(pairs, emptied)
         if state is emptied:
-            break
-    z = minimise([m for m in closed if bool(m.squares.any())], some(factors, np.flatnonzero(kept)), group.size)
-    starved = tuple(where for where, stays in zip(owners, kept, strict=True) if not stays)
-    unfed = dead(closed, group.size) & kinked
-    removed = {}
-    for entry, mass in zip(group.tensors, closed, strict=True):
-        feeding = touched(mass, unfed, growing=True)
-        if bool(feeding.any()):
-            removed[entry.name] = feeding[..., None].expand(entry.view).reshape(state.tensors[entry.name].shape)
-    return _Orbit(group, state, z, removed, starved)
+            return state, closed, kept
 
 
 def _principal(found: Found, point: Representative) -> Representative:

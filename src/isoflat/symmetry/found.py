@@ -30,7 +30,7 @@ from isoflat.symmetry.report import Line, lines
 from isoflat.symmetry.translation import CommonVector, Translation
 from isoflat.symmetry.units import UnitScaling
 
-VERSION = 1
+VERSION = 2
 """Version of the rules; raised whenever another group may be found for some network."""
 
 TOLERANCE = 1e-9
@@ -105,7 +105,12 @@ class Found:
         for offset in self.translation.offsets:
             parts += [offset.entry.name, *_bytes(offset.own)]
         parts += [repr(self.common.means)]
-        parts += [repr(family) for family in self.basis.families]
+        for family in self.basis.families:
+            parts.append(repr((family.count, family.size, family.orthogonal, family.centred)))
+            for side in family.sides:
+                parts.append(repr((side.dual, side.gain)))
+                for piece in side.pieces:
+                    parts += [repr((piece.name, piece.axis, piece.window)), piece.places.numpy().tobytes()]
         return fingerprint(*parts)
 
     def state(self, model: nn.Module | None = None) -> State:
@@ -233,8 +238,9 @@ class Found:
             if not change <= TOLERANCE:
                 raise SymmetryViolated(
                     f"the symmetries found ({group}) change the network's output by {worst:.2e} of its size "
-                    f"(allowed: {TOLERANCE:g}). A rule for one of its operations is wrong, or its forward pass depends "
-                    "on the values of its weights; declare less, and please report it"
+                    f"(allowed: {TOLERANCE:g}). A rule for one of its operations is wrong, its forward pass depends "
+                    "on the values of its weights, or they lie so far out on their orbit that rounding decides; measure "
+                    "isoflat.canonicalize's copy of a network that was reparametrised, and report the others"
                 )
         return worst
 

@@ -23,7 +23,7 @@ from isoflat.symmetry.balance import Change, balanced
 from isoflat.symmetry.basis import Family, mixed, scales, stacked
 from isoflat.symmetry.groups import effective, scaling
 from isoflat.symmetry.ledger import Ledger
-from isoflat.symmetry.potential import Vector, close, distinct_factors, masses
+from isoflat.symmetry.potential import Vector, close, distinct_factors, masses, minimise
 from isoflat.symmetry.relations import Form, some
 from isoflat.symmetry.units import Exponents, UnitScaling
 
@@ -48,10 +48,10 @@ class Balanced:
 
 
 def balance(ledger: Ledger, families: Sequence[Family], state: State, still: Sequence[Form]) -> Balanced:
-    """Balance bases by their singular values, then bases and scales together until nothing moves any more.
+    """Balance bases by their singular values, then scales, then both together until nothing moves any more.
 
     The scales that are balanced again are those that every coordinate of a block shares, so that they commute with its
-    changes. In a transformer the first step is the last; linear maps in a row take Newton's method.
+    changes. In a transformer one round is enough; linear maps in a row take Newton's method.
 
     Args:
         ledger: relations among scales.
@@ -67,15 +67,18 @@ def balance(ledger: Ledger, families: Sequence[Family], state: State, still: Seq
     group = scaling(ledger, effective(ledger, ledger.scales.solve((*still, *_ties(ledger, families, state)))))
     factors, _ = distinct_factors(group.norms, group.size)
     _, kept = close(masses(group, state), factors, group.size)
-    linear = -2.0 * np.asarray(some(factors, np.flatnonzero(kept)).sum(axis=0)).reshape(-1)
+    fed = some(factors, np.flatnonzero(kept))
+    linear = -2.0 * np.asarray(fed.sum(axis=0)).reshape(-1)
     changes = [balanced(family, state) for family in families]
     for change in changes:
         state = change.act(state)
-    z, best = np.zeros(group.size), math.inf
+    z = minimise([mass for mass in masses(group, state) if bool(mass.squares.any())], fed, group.size)
+    state = group.act(state, torch.from_numpy(z))
+    best = math.inf
     for _ in range(STEPS):
         point = _Point(group, families, linear, state)
         error = point.error()
-        if error <= 1e-14 or (error <= 1e-11 and error > 0.5 * best):
+        if error <= 1e-13 or (error <= 1e-11 and error > 0.5 * best):
             return Balanced(state, ((z, group.tensors),), tuple(changes))
         best = min(best, error)
         step = point.step(min(0.1, math.sqrt(error)))

@@ -27,8 +27,8 @@ class Line:
     """One line of the report: how many dimensions act on which tensors, or what does not move and why.
 
     Attributes:
-        kind: "scale", "scale divided out", "shift", "common vector" ("read": by what reads, not writes), "n × basis of d",
-            "n × rotation of d", or "not claimed".
+        kind: "scale", "scale divided out", "shift", "common vector" ("read": by what reads, not writes), "basis",
+            "rotation", or "not claimed".
         dimension: how many.
         tensors: names, each with the axis that is meant.
         reasons: for what is not claimed: operations that fix it.
@@ -93,8 +93,7 @@ def _commons(group: CommonVector) -> Iterator[Line]:
 
 def _bases(group: BasisChange) -> Iterator[Line]:
     for family in group.families:
-        kind = f"{family.count} × {'rotation' if family.orthogonal else 'basis'} of {family.size}"
-        yield Line(kind, family.count * family.freedom, family.names)
+        yield Line("rotation" if family.orthogonal else "basis", family.count * family.freedom, family.names)
 
 
 def _unclaimed(found: Found) -> Iterator[Line]:

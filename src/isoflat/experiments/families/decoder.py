@@ -14,7 +14,7 @@ from isoflat.core.streams import stream
 
 @final
 class Block(nn.Module):
-    """Attention, then two layers with GELU; each behind a LayerNorm, and added to what came in.
+    """Attention, then two layers with ReLU; each behind a LayerNorm, and added to what came in.
 
     Args:
         width: of the stream.

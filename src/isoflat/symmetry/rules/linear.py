@@ -228,10 +228,16 @@ def embedding(
 
 def _weigh(ledger: Ledger, node: Node, weight: Stored, view: tuple[int, int, int, int], entering: Tensor) -> Tensor:
     """A weight that multiplies: `s(W) = s(y) − s(x)`; the new units, shape `(groups, rows)`."""
-    ledger.multiplies(weight, ledger.where(node))
+    if not _forgotten(ledger, node):
+        ledger.multiplies(weight, ledger.where(node))
     out = ledger.scales.fresh(view[0] * view[1]).view(view[:2])
     ledger.scale_by(weight.name, Field(weight.name, view, out, entering))
     return out
+
+
+def _forgotten(ledger: Ledger, node: Node) -> bool:
+    """Whether a vector added to all rows of a linear map does not matter: a head's, where the loss ignores it."""
+    return "linear" in str(node.target) and ledger.forgets(node, -1)
 
 
 def _shift(
