@@ -48,8 +48,10 @@ def main() -> None:
     found = row(
         "find",
         lambda: isoflat.symmetries(model, example, verify=False),
-        lambda f: f"{f.scaling.dimension} scalings, {f.basis.dimension} changes of basis, "
-        f"{f.translation.dimension + f.common.dimension} shifts",
+        lambda f: (
+            f"{f.scaling.dimension} scalings, {f.basis.dimension} changes of basis, "
+            f"{f.translation.dimension + f.common.dimension} shifts"
+        ),
     )
     row("prove", found.verify, lambda change: f"outputs change by {change:.0e}")
     row(

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cases.zoo import (
+    AGAIN,
     EPSILON,
     IMAGE,
     NORM_KINDS,
     TOKENS,
+    ZOO,
     Apply,
     Joined,
     Total,
@@ -28,6 +30,8 @@ from cases.zoo import (
 )  # fmt: skip
 
 F = nn.functional
+
+_OTHERS = frozenset(ZOO)
 
 SEQUENCE = (4, 3)
 """Positions and features of one row of input."""
@@ -432,14 +436,14 @@ def gpt2() -> nn.Module:
     )  # fmt: skip
 
 
-def llama() -> nn.Module:
+def llama(tokens: int = TOKENS) -> nn.Module:
     """Grouped queries, rotary, gated units."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=TOKENS, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=4, max_position_embeddings=6, rms_norm_eps=EPSILON, bos_token_id=1,
+            vocab_size=tokens, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=4, max_position_embeddings=6, rms_norm_eps=1e-2, bos_token_id=1,
             eos_token_id=2,
         )
     )  # fmt: skip
@@ -492,3 +496,15 @@ if find_spec("transformers"):
     def hugging_vit():
         """A model of images as Hugging Face writes it."""
         return Scores(vit()), IMAGE
+
+
+AGAIN |= {
+    "multihead-eager", "multihead-bare", "multihead-extra-eager", "multihead-widths", "attention-fused",
+    "attention-unbound", "attention-by-head", "grouped-queries-repeated", "grouped-queries-expanded",
+    "grouped-queries-broadcast", "rotary-neighbours", "query-norm-turned", "glu-packed", "glu-bilinear-packed",
+    "linear-chain-bare", "torch-encoder-pre-gelu", "torch-encoder-post-relu", "torch-encoder-positions-first",
+    "decoder-hand",
+}  # fmt: skip
+
+TRANSFORMERS = frozenset(ZOO) - _OTHERS
+"""Names of the entries above."""

@@ -3,12 +3,14 @@ under `@entry` that returns a module and the shape of one input row; its docstri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from itertools import pairwise
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -69,6 +71,15 @@ def variants(*, tokens: bool = False, **kinds):
         return function
 
     return register
+
+
+AGAIN: set[str] = set()
+"""Entries that differ from another one in spelling only, as far as what is done with their weights goes."""
+
+
+def thinned(names: Iterable[str]) -> list[Any]:
+    """Parameters for a test that costs seconds an entry: those of `AGAIN` are left to the slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in AGAIN else name for name in names]
 
 
 def randomised(net: nn.Module, generator: torch.Generator) -> nn.Module:

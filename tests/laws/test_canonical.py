@@ -2,15 +2,19 @@
 
 import copy
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import nn
 
 import isoflat
-from cases.zoo import ZOO
+from cases.transformers import TRANSFORMERS
+from cases.zoo import ZOO, thinned
+from isoflat.core.precision import unrounded
+from isoflat.geometry.base import Chart, Geometry
 from isoflat.geometry.canonical import GEOMETRY
+from isoflat.linalg.maps import Diagonal
 from isoflat.symmetry.basis import BasisChange
 from isoflat.symmetry.canonical import Epsilon, canonical
 from isoflat.symmetry.rules.elementwise import homogeneous
@@ -61,8 +65,8 @@ def _trained(net, data):
 
 
 def _scores(net, data):
-    """Outputs up to a common score of each example, which cross-entropy does not see."""
-    with torch.no_grad():
+    """Outputs up to a common score of each example, which cross-entropy does not see; float64 all the way."""
+    with torch.no_grad(), unrounded(torch.float64):
         return torch.log_softmax(net(data[0]), 1)
 
 
@@ -73,7 +77,7 @@ def _distance(a, b):
     return max(float((p - q).norm()) / (float(p.norm()) or size) for p, q in pairs)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in WRONG_PRODUCTS])
+@pytest.mark.parametrize("name", thinned(name for name in NAMES if name not in WRONG_PRODUCTS))
 def test_attack_does_not_move_it(name):
     """At random weights, and at weights that have been trained for a while."""
     net, data, found = _setting(name)
@@ -83,16 +87,17 @@ def test_attack_does_not_move_it(name):
         change = (_scores(twin, data) - _scores(start, data)).abs().max() / _scores(start, data).abs().max()
         assert float(change) <= 1e-10
         assert _measure(twin, data, found).value == pytest.approx(_measure(start, data, found).value, rel=1e-8)
-    # Negative controls: what is not taken at the representative moves.
+    # Negative controls: what is not taken at the representative moves; by a lot where whole matrices are at liberty.
     for geometry in ("layerwise", "euclidean"):
         plain, moved = (
             isoflat.measure(n, data, nn.CrossEntropyLoss(), geometry=geometry, rtol=1e-3) for n in (start, twin)
         )
         if name not in UNMOVED and found.scaling.dimension:
-            assert max(plain.lower, moved.lower) > 1.2 * min(plain.upper, moved.upper)
+            factor = 10 if name in TRANSFORMERS and found.basis.dimension else 1.2
+            assert max(plain.lower, moved.lower) > factor * min(plain.upper, moved.upper)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thinned(NAMES))
 def test_representative_is_one_point_of_the_orbit(name):
     """The same function; reached from anywhere on the orbit; left alone by a second pass.
 
@@ -107,12 +112,48 @@ def test_representative_is_one_point_of_the_orbit(name):
     assert float(change) <= 1e-10
     for seed in (1, 2):
         again = isoflat.canonicalize(isoflat.reparametrize(net, found, seed=seed, spread=3), found, gauge="principal")
-        assert _distance(canon, again) <= 1e-10
+        # Singular vectors turn by the rounding of an attack over the gap between singular values.
+        assert _distance(canon, again) <= (1e-9 if still else 1e-10)
     for gauge in ("principal", "nearest"):
         assert _distance(canon, isoflat.canonicalize(canon, found, gauge=gauge)) <= 1e-12
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in WRONG_PRODUCTS])
+@dataclass(frozen=True, eq=False)
+class Blocks(Geometry):
+    """`D H D` where a network stands, written down once more: entries in units of the norms of blocks of its tensors."""
+
+    units: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(net: nn.Module, blocks, without) -> "Blocks":
+        """Blocks are those of `Found.blocks`, else whole tensors; single entries may have none."""
+        squares: dict[object, float] = {}
+        owners = {}
+        for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+            axis, numbers = blocks.get(name, (0, [name] * (len(tensor) if tensor.ndim else 1)))
+            parts = tensor.detach().movedim(axis, 0).unbind() if tensor.ndim else [tensor.detach()]
+            owners[name] = axis, [int(n) if isinstance(n, torch.Tensor) else n for n in numbers]
+            for part, owner in zip(parts, owners[name][1], strict=True):
+                squares[owner] = squares.get(owner, 0.0) + float(part.double().square().sum())
+        units = {}
+        for name, tensor in net.named_parameters():
+            axis, numbers = owners[name]
+            sizes = torch.tensor([squares[owner] ** 0.5 for owner in numbers], dtype=torch.float64)
+            wide = sizes.view(-1, *[1] * (tensor.ndim - 1 - axis)) if tensor.ndim else sizes[0]
+            units[name] = wide.expand(tensor.shape).clone()
+            for mask in without.get(name, ()):
+                units[name][mask] = 0.0
+        return Blocks("blocks", "norms of blocks", "none", 1, units)
+
+    def chart(self, state):
+        frame = Diagonal(torch.cat([self.units[name].reshape(-1) for name in state.parameters]))
+        return Chart(state, frame, (), self.group, "")
+
+    def connection(self, state, gradient):
+        return None
+
+
+@pytest.mark.parametrize("name", thinned(name for name in NAMES if name not in WRONG_PRODUCTS))
 def test_frame_and_moved_model_agree(name):
     """`S⁻ᵀ H S⁻¹` at the user's weights is H at the representative: D H D there, with another Hessian altogether.
 
@@ -121,11 +162,10 @@ def test_frame_and_moved_model_agree(name):
     net, data, found = _setting(name)
     point = canonical(found, found.state(), Epsilon.MOVED)
     canon = isoflat.canonicalize(net, found)
-    whole = {name for name, mask in point.folded.items() if bool(mask.all())}
-    if point.removed or any(not bool(mask.all()) for mask in point.folded.values()):
-        pytest.skip("single coordinates without a block have no counterpart among whole tensors")
+    masks = [(name, mask) for part in (point.folded, point.removed) for name, mask in part.items()]
+    without = {name: [mask for owner, mask in masks if owner == name] for name, _ in masks}
     moved = isoflat.measure(
-        canon, data, nn.CrossEntropyLoss(), geometry="layerwise", params=lambda n, _: n not in whole, rtol=1e-9
+        canon, data, nn.CrossEntropyLoss(), geometry=Blocks.of(canon, found.blocks, without), rtol=1e-9
     )
     framed = _measure(net, data, found, place=replace(GEOMETRY, epsilon=Epsilon.MOVED))
     assert framed.value == pytest.approx(moved.value, rel=1e-8)

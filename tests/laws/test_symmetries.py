@@ -8,7 +8,8 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from cases.zoo import IMAGE, ZOO, Apply, batch_norm, head, layer_norm, randomised
+from cases.transformers import Scores
+from cases.zoo import IMAGE, TOKENS, ZOO, Apply, batch_norm, head, layer_norm, randomised
 from isoflat.core.errors import SymmetryViolated
 from isoflat.core.state import State
 from isoflat.core.streams import stream
@@ -146,20 +147,48 @@ def _epsilons(found: Found, state: State, element: Tensor) -> State:
     return replace(state, constants={path: value * factors.get(path, 1.0) for path, value in state.constants.items()})
 
 
+# Generators of different groups that are the same direction. A common vector whose entries are all equal is a constant too,
+# that of a table whose mean is lost: one for each table with common vectors. A pair of 6×5 and 4×6 leaves a coordinate
+# that is not fed free against two that are not read.
+SHARED = {
+    "embedded": 2, "tied": 1, "decoder-layer": 1, "positioned-untied": 1, "hugging-gpt2": 1, "hugging-bert": 2,
+    "linear-chain-wide": (6 - 5) * (6 - 4),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("dead")])
 def test_dimensions_are_honest(name):
-    """Generators are linearly independent as vectors on all tensors: the dimension is that of the group, not of a list."""
+    """Generators are linearly independent as vectors on all tensors: the dimension is that of the group, not of a list.
+
+    So are those of all groups together, but for what is listed.
+    """
     found = case(name).found
     state = _precise(found)
-    for group in _groups(found):
-        columns = []
-        for rates in torch.eye(group.dimension, dtype=torch.float64):
-            moving = group.velocity(state, rates)
-            columns.append(torch.cat([moving[key].reshape(-1) for key in sorted(moving)]))
-        if columns:
-            matrix = torch.stack(columns, 1)
-            values = torch.linalg.svdvals(matrix / matrix.norm(dim=0))
-            assert values[-1] > 1e-6 * values[0]
+    assert _rank(_generators(found.free, state)) == found.free.dimension
+    columns = [_generators(group, state) for group in found.symmetries]
+    for group, part in zip(found.symmetries, columns, strict=True):
+        assert _rank(part) == group.dimension
+    assert _rank(torch.cat(columns, 1)) == found.dimension - SHARED.get(name, 0)
+
+
+def _generators(group, state: State) -> Tensor:
+    """Velocities of all coordinates, as columns over all tensors."""
+    floating = {key: tensor for key, tensor in state.tensors.items() if tensor.is_floating_point()}
+    columns = torch.zeros(sum(t.numel() for t in floating.values()), group.dimension, dtype=torch.float64)
+    for i, rates in enumerate(torch.eye(group.dimension, dtype=torch.float64)):
+        moving = group.velocity(state, rates)
+        parts = [moving.get(key, torch.zeros_like(tensor)).reshape(-1) for key, tensor in floating.items()]
+        columns[:, i] = torch.cat(parts)
+    return columns
+
+
+def _rank(columns: Tensor) -> int:
+    """Of columns brought to one length; nothing may lie between what counts and rounding."""
+    if not columns.numel():
+        return 0
+    values = torch.linalg.svdvals(columns / columns.norm(dim=0))
+    assert not bool(((values > 1e-12 * values[0]) & (values < 1e-6 * values[0])).any())
+    return int((values > 1e-6 * values[0]).sum())
 
 
 # Scaling (exact), scaling without epsilon, translation, common vector. Units of each layer, counted by hand:
@@ -202,13 +231,13 @@ DIMENSIONS = {
     "densenet-batch": ((3 + 2 + 2) + 2 * (3 + 5 + 7),) * 2 + (3 + (3 + 5 + 7), 0),
     "zero-branch": (4 + 5,) * 2 + (4, 0),
     # Stream, two hidden layers, three gains; offsets into biases and the stream's mean for each of three writers; a
-    # vector for each writer's columns.
-    "pre-norm-layer": (1 + 2 * 5 + 3 * 4,) * 2 + (3 * 4 + 3, 3 + 5 + 5),
+    # vector for each writer's columns, and for the rows of what reads a normalisation.
+    "pre-norm-layer": (1 + 2 * 5 + 3 * 4,) * 2 + (3 * 4 + 3, (3 + 5 + 5) + (5 + 5 + 3)),
     "pre-norm-rms": (1 + 2 * 5 + 3 * 4,) * 2 + (0, 0),
     "pre-norm-hand": (1 + 2 * 5 + 3 * 4,) * 2 + (0, 0),
     # Two streams, two hidden layers, the last gain. Constants travel from a stream into the branch's output; the mean of
-    # each sum; the last offset into the head.
-    "post-norm-layer": (2 * (1 + 5) + 4,) * 2 + (2 * (4 + 1) + 4, 5 + 5),
+    # each sum; the last offset into the head, which alone reads a gain that nothing else does.
+    "post-norm-layer": (2 * (1 + 5) + 4,) * 2 + (2 * (4 + 1) + 4, 5 + 5 + 3),
     "post-norm-rms": (2 * (1 + 5) + 4,) * 2 + (4, 0),
     "post-norm-hand": (2 * (1 + 5) + 4,) * 2 + (4, 0),
     "two-offsets": (2 + 4,) * 2 + (4 + 2, 3 + 3),
@@ -219,9 +248,10 @@ DIMENSIONS = {
     "padded-and-shared": (2, 2, 0, 0),  # two more for the columns that read zeros first: held, on purpose
     "shared-affine": (3 * 3,) * 2 + (3, 0),
     "frozen": (5 + 6,) * 2 + (0, 0),
-    # Tables against each other and along the mean, two offsets, one bias; vectors for 7 + 3 rows and 5 columns.
-    "embedded": (1 + 5 + 2 * 4,) * 2 + (4 + 1 + 2 * 4 + 1, 7 + 3 + 5),
-    "tied": (1 + 5 + 4,) * 2 + (1 + 4 + 1, 3 + 5),
+    # Tables against each other and along the mean, two offsets, one bias; vectors for 7 + 3 rows and 5 columns, and for
+    # the rows of the hidden layer and the head, which read normalisations.
+    "embedded": (1 + 5 + 2 * 4,) * 2 + (4 + 1 + 2 * 4 + 1, 7 + 3 + 5 + (5 + TOKENS)),
+    "tied": (1 + 5 + 4,) * 2 + (1 + 4 + 1, 3 + 5 + 5),
     "dead-unit": (6 + 5,) * 2 + (0, 0),
     "dead-chain": (6 + 5 + 5,) * 2 + (0, 0),
     "bilinear": (2 * 5,) * 2 + (0, 0),
@@ -233,12 +263,164 @@ DIMENSIONS = {
     "reduced-tables": (5, 5, 0, 0),
 }
 
+# Transformers. Two heads of two: four scales between queries and keys, four between values and outputs; the scores ignore a
+# constant in the keys, and the outputs take one in the values. HIDDEN: layers with ReLU around the attention.
+QK = VO = KEYS = VALUES = 2 * 2
+HIDDEN = 4 + 4
+OUTER = HIDDEN + QK + VO
+DIMENSIONS |= {
+    **{f"multihead-{kind}": (OUTER,) * 2 + (KEYS + VALUES, 0) for kind in ("fused", "eager", "extra", "extra-eager")},
+    "multihead-bare": (OUTER,) * 2 + (0, 0),
+    "multihead-zero": (OUTER,) * 2 + (0, 0),  # a key and a value of zeros stay: no constants
+    "multihead-cross": (OUTER + 4 + 4,) * 2 + (KEYS + VALUES, 0),  # memories behind ReLU
+    "multihead-widths": (OUTER + 5 + 6,) * 2 + (KEYS + VALUES, 0),
+    **{
+        f"attention-{kind}": (OUTER,) * 2 + (KEYS + VALUES, 0)
+        for kind in ("separate", "fused", "chunked", "unbound", "by-head")
+    },
+    "attention-bare": (OUTER,) * 2 + (0, 0),
+    # Four heads of queries: the keys' two groups count.
+    **{
+        f"grouped-queries-{kind}": (OUTER,) * 2 + (KEYS + VALUES, 0)
+        for kind in ("repeated", "expanded", "flagged", "broadcast")
+    },
+    "grouped-queries-single": (HIDDEN + 2 + 2,) * 2 + (2 + 2, 0),
+    # Two groups of size four: a scale for each pair that turns, for each coordinate that does not; values. Constants in
+    # keys that turn are seen.
+    "rotary-halves": (HIDDEN + 2 * 2 + 2 * 4,) * 2 + (2 * 4, 0),
+    "rotary-neighbours": (HIDDEN + 2 * 2 + 2 * 4,) * 2 + (2 * 4, 0),
+    "rotary-partial": (HIDDEN + 2 * (1 + 2) + 2 * 4,) * 2 + (2 * 4 + 2 * 2, 0),
+    # Gains of queries against those of keys, by coordinate or by pair; each head's queries and keys are divided out, with
+    # one epsilon for both heads.
+    "query-norm-plain": (HIDDEN + 4 + 2 + 2 * 4, HIDDEN + 4 + 4 + 2 * 4, 2 * 4, 0),
+    "query-norm-turned": (HIDDEN + 2 + 2 + 2 * 4, HIDDEN + 2 + 4 + 2 * 4, 2 * 4, 0),
+    **{f"glu-{kind}": (HIDDEN + 5,) * 2 + (0, 0) for kind in ("swish", "packed")},
+    **{f"glu-{kind}": (HIDDEN + 2 * 5,) * 2 + (0, 0) for kind in ("bilinear", "bilinear-packed")},
+    "linear-chain-two": (5 + 3 + 4,) * 2 + (3, 0),
+    "linear-chain-wide": (5 + 6 + 4,) * 2 + (6, 0),
+    "linear-chain-three": (5 + 3 + 4 + 4,) * 2 + (3 + 4, 0),
+    "linear-chain-joined": (5 + 5 + 4,) * 2 + (5, 0),
+    "linear-chain-bare": (5 + 3 + 4,) * 2 + (0, 0),
+}
+
+# Normalised before: the stream, gains of both normalisations, heads, units behind ReLU. Constants: keys, values, two
+# offsets; the stream's mean from all writers but the last, of which everything can go to the head. Common vectors: rows of
+# what reads a normalisation.
+GAINS = OFFSETS = 4 + 4
+ATTENDING = QK + VO
+MOVED = KEYS + VALUES
+READ = 3 * 4 + 5
+DIMENSIONS |= {
+    "torch-encoder-pre-relu": (1 + GAINS + ATTENDING + 5,) * 2 + (MOVED + OFFSETS + (1 + 1 + 4), READ),
+    "torch-encoder-pre-gelu": (1 + GAINS + ATTENDING,) * 2 + (MOVED + OFFSETS + (1 + 1 + 4), READ),
+    # Two layers and a last normalisation: five writers to the stream, whose columns have common vectors.
+    "torch-encoder-stack": (1 + 2 * GAINS + 4 + 2 * ATTENDING + 2 * 5,) * 2
+    + (2 * (MOVED + OFFSETS) + 4 + 5, 2 * READ + 3 + (3 + 2 * (4 + 5))),
+    # Normalised after: two streams, the last gain. A constant of a stream goes into the branch's output; the mean of each
+    # sum; the last offset. Columns of what writes into the sums, rows of the head.
+    **{
+        f"torch-encoder-{kind}": (1 + 1 + 4 + ATTENDING + units,) * 2 + (MOVED + 2 * (4 + 1) + 4, 4 + 5 + 3)
+        for kind, units in (("post-relu", 5), ("post-gelu", 0), ("positions-first", 5))
+    },
+    # No biases: neither offsets nor anything that reads a normalisation has anywhere to put a constant.
+    "decoder-layer": (1 + 3 * 4 + 2 * 2 + 2 * 4 + 5,) * 2 + (1, TOKENS + 4 * 4 + 5),
+    "decoder-rms": (1 + 3 * 4 + 2 * 2 + 2 * 4 + 5,) * 2 + (0, 0),
+    "decoder-hand": (1 + 3 * 4 + 2 * 2 + 2 * 4 + 5,) * 2 + (0, 0),
+    # The mean of the table and of each of four positions, tables against each other (of which one is in there already),
+    # the mean of the output's bias. A head that is the table of tokens leaves it neither constants nor a last gain.
+    "positioned-untied": (1 + 2 * 4 + ATTENDING,) * 2 + (MOVED + 4 + (1 + 4 + 4 - 1) + 1, TOKENS + 4 + 3 * 4),
+    "positioned-tied": (1 + 4 + ATTENDING,) * 2 + (MOVED + 4 + 4 + 1, 4 + 3 * 4),
+    # Four units of a stream that is read linearly; five writers.
+    "normless": (4 + 2 * (ATTENDING + 5),) * 2 + (2 * MOVED + 5 * 4, 0),
+    # The mean of each of five positions, the first against the token, the others against the patches.
+    "vision": (1 + 3 * 4 + ATTENDING,) * 2 + (MOVED + 3 * 4 + (5 + 4 + 4) + 2, 2 * 3 * 3 + 4 + 5 + READ + 3),
+    # Two ranks of two. The offset before them would have to pass two weights; so would what reads it.
+    **{
+        f"adapters-{kind}": (1 + GAINS + ATTENDING + 2 + 2,) * 2 + (MOVED + 2 + 4, 3 + 4 + 3)
+        for kind in ("random", "zero", "frozen")
+    },
+    # Gates that open and close have one bias too many, the candidate has not; four gates of an LSTM all have.
+    "recurrent-gru": (0, 0, 2 * 2, 0),
+    "recurrent-lstm-projected": (0, 0, 4 * 4, 0),
+    # The head is the table of tokens; six positions with one mean (constants come as whole rows of a table).
+    "hugging-gpt2": (2 * (QK + VO) + 4 * 4 + 1,) * 2 + (2 * (MOVED + OFFSETS + 2) + 1, 6 + 2 * (4 + 5) + 2 * READ),
+    # Stream, five gains of eight; for each layer two groups of two pairs and of four values, five gated units.
+    "hugging-llama": (1 + 5 * 8 + 2 * (2 * 2 + 2 * 4 + 5),) * 2 + (0, 0),
+    # The sum of tables, four streams between normalisations, the last gain. Of three tables the first has a padding row:
+    # the others against each other, and their mean. Rows of both, columns of branches, rows of the pooler.
+    "hugging-bert": (1 + 4 + 4 + 2 * ATTENDING,) * 2 + ((4 + 1) + 2 * MOVED + 5 * 4 + 4, (6 + 2) + 2 * (4 + 5) + 4),
+    "hugging-vit": (1 + 5 * 4 + 2 * ATTENDING,) * 2
+    + (2 * (MOVED + OFFSETS + 2) + 4 + (5 + 4 + 4), 2 * 3 * 3 + 2 * (4 + 5) + 2 * READ + 3),
+    # Three normalisations, two attentions, a memory behind ReLU.
+    "torch-decoder-pre": (1 + 3 * 4 + 2 * ATTENDING + 4 + 5,) * 2 + (2 * MOVED + 2 * 4 + (3 + 4), READ),
+    "torch-decoder-post": (3 + 4 + 2 * ATTENDING + 4 + 5,) * 2 + (2 * MOVED + 2 * (4 + 1) + 1 + 4, 4 + 4 + 5 + 3),
+}
+
+# Changes of basis beside scalings. GL(d) leaves d² − d, rotations d (d − 1) / 2, with a fixed mean one dimension less.
+HEADS = 2 * 2 + 2 * 2  # two heads of two, queries against keys and values against outputs
+STREAM, CENTRED = 4 * 3 // 2, 3 * 2 // 2
+TURNED = 2 * 2 * 1 + 2 * (16 - 4)  # two groups: two planes each, values of four
+BASES = {
+    "linear-pair": 6, "pre-norm-rms": STREAM, "pre-norm-hand": STREAM,
+    **dict.fromkeys(["pre-norm-layer", "shared-block", "embedded"], CENTRED),
+    **{f"multihead-{kind}": HEADS for kind in ("fused", "bare", "eager", "extra")},
+    **{f"attention-{kind}": HEADS for kind in ("separate", "fused", "bare", "chunked", "unbound", "by-head")},
+    **{f"grouped-queries-{kind}": HEADS for kind in ("repeated", "expanded", "flagged", "broadcast")},
+    # Weights that are cut in two before they are used: attention to something else, in torch's module.
+    **{f"multihead-{kind}": HEADS for kind in ("cross", "widths")},
+    # Not found: rotations of a stream that is read by part of a weight; values beside a stored one, in attention written
+    # out; anything about a key of zeros.
+    "torch-decoder-pre": 2 * HEADS, "torch-decoder-post": 2 * HEADS, "multihead-extra-eager": 2 * 2,
+    "grouped-queries-single": 2 + 2,
+    "rotary-halves": TURNED, "rotary-neighbours": TURNED, "rotary-partial": 2 * (1 + 2) + 2 * (16 - 4),
+    # Gains of a head's coordinates stand between queries and keys.
+    "query-norm-plain": 2 * (16 - 4), "query-norm-turned": 2 * (16 - 4),
+    "linear-chain-two": 6, "linear-chain-wide": 30, "linear-chain-three": 6 + 12, "linear-chain-joined": 20,
+    "linear-chain-bare": 6,
+    "torch-encoder-pre-relu": CENTRED + HEADS, "torch-encoder-pre-gelu": CENTRED + HEADS,
+    "torch-encoder-stack": CENTRED + 2 * HEADS,
+    **{f"torch-encoder-{kind}": HEADS for kind in ("post-relu", "post-gelu", "positions-first")},
+    "decoder-layer": CENTRED + TURNED, "decoder-rms": STREAM + TURNED, "decoder-hand": STREAM + TURNED,
+    "positioned-untied": CENTRED + HEADS, "positioned-tied": HEADS, "vision": CENTRED + HEADS,
+    "normless": 12 + 2 * HEADS,
+    **{f"adapters-{kind}": CENTRED + HEADS + 2 + 2 for kind in ("random", "zero", "frozen")},
+    "hugging-gpt2": 2 * HEADS, "hugging-bert": 2 * HEADS, "hugging-vit": CENTRED + 2 * HEADS,
+    "hugging-llama": 8 * 7 // 2 + 2 * TURNED,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dimensions(name):
     found = case(name).found
-    counted = (found.scaling, found.free, found.translation, found.common)
-    assert tuple(group.dimension for group in counted) == DIMENSIONS[name]
+    counted = (found.scaling, found.free, found.translation, found.common, found.basis)
+    assert tuple(group.dimension for group in counted) == (*DIMENSIONS[name], BASES.get(name, 0))
+
+
+@pytest.mark.skipif("hugging-llama" not in ZOO, reason="needs transformers")
+def test_dimensions_of_a_llama():
+    """By kind, as the theory has it: stream, gains, rotary planes with their lengths, values, gated units."""
+    found = case("hugging-llama").found
+    assert found.scaling.dimension == 75
+    assert found.dimension == 29 + 5 * 8 + 16 + 4 * 4**2 + 2 * 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("hugging-gpt2" not in ZOO, reason="needs transformers")
+def test_dimensions_of_gpt2():
+    """GPT-2 small, from its own configuration: twelve layers of twelve heads."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Scores(GPT2LMHeadModel(GPT2Config())).eval()
+    found = symmetries(net, torch.arange(16).view(2, 8), verify=False)
+    width, layers = 768, 12
+    assert found.scaling.dimension == layers * (2 * width + 2 * width) + 1 == 36_865
+    # Keys, values and two offsets of each layer; the mean of both writers, and of the positions.
+    assert found.translation.dimension == layers * (4 * width + 2) + 1
+    keys = [offset for offset in found.translation.offsets if offset.entry.name.endswith("attn.c_attn.bias")]
+    moved = sum(int((offset.own[width : 2 * width].getnnz(axis=1) > 0).sum()) for offset in keys)
+    assert moved == layers * width == 9_216
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def geometries() -> dict[str, Geometry]:
     """Every geometry by name.
 
     >>> list(geometries())
-    ['auto', 'euclidean', 'layerwise']
+    ['auto', 'elementwise', 'euclidean', 'layerwise']
     """
     return entries("isoflat.geometry", "GEOMETRY")
 

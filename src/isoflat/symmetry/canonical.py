@@ -280,13 +280,19 @@ def _closed(
 
 def _principal(found: Found, point: Representative) -> Representative:
     """The same point with every pair of linear maps turned to its singular vectors."""
-    state, changes = point.state, []
-    loose = {name for family in found.basis.families if family.orthogonal for name in family.names}
-    for change in point.changes:
-        turn, apart = principal(change.family, state)
-        state = turn.act(state)
-        changes.append(turn.after(change))
-        loose |= set() if all(apart) else set(change.family.names)
+    state, changes = point.state, list(point.changes)
+    loose: set[str] = set()
+    # The signs of one pair may hang on those of another before it: they are set when none of them changes any more.
+    for _ in range(len(changes) + 1):
+        loose = {name for family in found.basis.families if family.orthogonal for name in family.names}
+        still = True
+        for place, change in enumerate(changes):
+            turn, apart = principal(change.family, state)
+            state, changes[place] = turn.act(state), turn.after(change)
+            still &= bool((turn.matrix.diagonal(dim1=1, dim2=2) > 0.5).all())
+            loose |= set() if all(apart) else set(change.family.names)
+        if still:
+            break
     return replace(point, state=state, changes=tuple(changes), loose=tuple(sorted(loose)))
 
 

@@ -140,7 +140,9 @@ class _Point:
         own = self._against(self.tensors)
         self.gradient = _Vector(2 * own.scales + linear, tuple(2 * part for part in own.bases)).traceless()
         squares = self._squares()
-        self.size = _Vector(2 * squares[0] + np.abs(linear), tuple(2 * part for part in squares[1]))
+        # A coordinate that nothing reaches is balanced as well as the block's largest: by rounding of that.
+        largest = tuple(2 * part.amax((1, 2), keepdim=True).expand(part.shape) for part in squares[1])
+        self.size = _Vector(2 * squares[0] + np.abs(linear), largest)
         self.curvature = _Vector(4 * squares[2], tuple(4 * part for part in squares[1]))
 
     def error(self) -> float:
@@ -217,6 +219,8 @@ class _Point:
         for family in self.families:
             norms = sum(stacked(side, self.tensors).cpu().square().sum(2) for side in family.sides)
             whole = torch.as_tensor(norms).expand(family.count, family.size)
+            # Where a pair is short of rank, what rounding has left of a coordinate must not be balanced.
+            whole = whole.clamp(min=torch.finfo(torch.float64).eps * whole.amax(1, keepdim=True))
             pairs.append((whole[:, :, None] + whole[:, None, :]) / 2)
         return scales, pairs, squared
 

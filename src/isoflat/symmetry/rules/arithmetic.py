@@ -81,7 +81,7 @@ def divided(ledger: Ledger, reason: str, scale: Tensor) -> None:
 
 def _sum(ledger: Ledger, node: Node, a: Value, b: Value, sign: Fraction) -> Activation:
     reason = ledger.where(node)
-    if (epsilon := _epsilon(node, a, b)) is not None:
+    if (epsilon := _epsilon(ledger, node, a, b)) is not None:
         x = ledger.activation(a if isinstance(b, Known | float | int) else b, reason)
         ledger.no_shift(reason, x)
         halves = ledger.scales.combine((Fraction(1, 2), x.scale))
@@ -93,8 +93,11 @@ def _sum(ledger: Ledger, node: Node, a: Value, b: Value, sign: Fraction) -> Acti
     return Activation(_either(x.scale, y.scale), ledger.shifts.combine((1, x.shift), (sign, y.shift)))
 
 
-def _epsilon(node: Node, a: Value, b: Value) -> float | None:
-    """The tiny number in `sqrt(v + ε)`, which a normalisation written by hand adds; None if this is another sum."""
+def _epsilon(ledger: Ledger, node: Node, a: Value, b: Value) -> float | None:
+    """The tiny number in `sqrt(v + ε)`, which a normalisation written by hand adds; None if this is another sum.
+
+    One that a module holds by a name like "eps" may be of any size: it has moved with its factor.
+    """
     constant = b if isinstance(b, Known | float | int) else a
     content = constant.value if isinstance(constant, Known) else constant
     if isinstance(content, Activation | Stored) or not isinstance(a if constant is b else b, Activation):
@@ -106,7 +109,7 @@ def _epsilon(node: Node, a: Value, b: Value) -> float | None:
     if not small or not read or not read <= roots or not set(powers) <= {0.5, -0.5}:
         return None
     value = float(content)
-    return value if 0 < value <= 1e-2 else None
+    return value if value > 0 and (value <= 1e-2 or ledger.epsilon_of(node, value) is not None) else None
 
 
 def _product(ledger: Ledger, node: Node, a: Value, b: Value, power: int) -> Activation:
