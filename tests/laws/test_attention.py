@@ -205,6 +205,8 @@ def test_an_adapter_that_adds_nothing_counts_as_none():
     est = isoflat.measure(net, data, LOSS, rtol=1e-10)
     assert est.value == pytest.approx(_number(bare, data), rel=1e-8)
     assert any("dead units" in note and "query.down.weight" in note for note in est.notes)
+    (note,) = (note for note in est.notes if "invisible" in note)
+    assert "2.query.down.weight, 2.value.down.weight (zero on the closed orbit)" in note
     found = _found(net, data)
     twin = isoflat.reparametrize(net, found, seed=1)
     assert _number(twin, data) == pytest.approx(est.value, rel=1e-8)

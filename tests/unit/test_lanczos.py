@@ -132,7 +132,7 @@ def test_recurrence_is_backward_stable(name, dtype):
     for _ in range(min(n, 40)):
         recurrence.extend(operator.matvec(recurrence.last[:, 0]))
     k, eps = recurrence.k, torch.finfo(dtype).eps
-    q = recurrence._basis[:k].double().T
+    q = torch.stack(recurrence._basis[:k]).double().T
     t = np.diag(recurrence.alphas) + np.diag(recurrence.betas[:-1], 1) + np.diag(recurrence.betas[:-1], -1)
     defect = matrix @ q - q @ torch.from_numpy(t) * recurrence.scale
     if not recurrence.exhausted:

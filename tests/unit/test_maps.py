@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from isoflat.core.streams import stream
-from isoflat.linalg.maps import Complement, Composition, Diagonal, Embedding, Identity, Shear, Term
+from isoflat.linalg.maps import Complement, Composition, Diagonal, Embedding, Identity, Mixing, Part, Shear, Term
 
 
 def _draw(*shape, label="maps"):
@@ -14,7 +14,23 @@ def _draw(*shape, label="maps"):
 SHEAR = Shear(
     20, (Term(slice(0, 12), slice(12, 16), (2, 2, 3, 1), _draw(2, 3)), Term(slice(12, 16), slice(16, 20), (4, 1, 1, 1), _draw(4, 1)))
 )  # fmt: skip
+TURNED = Shear(20, (Term(slice(0, 12), slice(12, 16), (2, 2, 3, 1), _draw(2, 3), turned=True),))
+MIXING = Mixing(
+    20,
+    (
+        (_draw(2, 2, 2), (Part(slice(0, 12), (4, 3), 0, torch.tensor([[0, 3], [2, 1]]), torch.arange(2)),)),
+        (
+            _draw(1, 3, 3),
+            (
+                Part(slice(0, 12), (4, 3), 1, torch.tensor([[2, 0]]), torch.tensor([1, 2]), (0, 1, 2)),
+                Part(slice(12, 20), (2, 4), 1, torch.tensor([[3]]), torch.tensor([0])),
+            ),
+        ),
+    ),
+)
 MAPS = {
+    "turned shear": TURNED,
+    "mixing": MIXING,
     "identity": Identity(20),
     "diagonal": Diagonal(_draw(20)),
     "shear": SHEAR,
@@ -37,3 +53,29 @@ def test_a_shear_without_its_weights_is_the_identity():
     u = _draw(20, 1)
     assert torch.equal(still.push(u), u)
     assert not torch.allclose(SHEAR.push(u), u)
+
+
+def test_a_turned_shear_contracts_the_transposed_factor():
+    view = (2, 2, 3, 1)
+    u = _draw(20, 1)
+    factor = u[:12, 0].view(2, 2, 3)
+    laid_out = u.clone()
+    laid_out[:12, 0] = factor.transpose(1, 2).reshape(-1)
+    plain = Shear(20, (Term(slice(0, 12), slice(12, 16), view, TURNED.terms[0].weights),))
+    assert torch.allclose(TURNED.push(laid_out)[12:], plain.push(u)[12:], rtol=1e-12)
+    assert not torch.allclose(TURNED.push(u)[12:], plain.push(u)[12:])
+
+
+def test_mixing_multiplies_the_slices_it_names_and_nothing_else():
+    """Against the same written out entry by entry."""
+    (rows, _), (columns, _) = MIXING.terms
+    u = _draw(20, 1)
+    first, second = u[:12, 0].clone().view(4, 3), u[12:, 0].clone().view(2, 4)
+    for matrix, places in zip(rows, ((0, 3), (2, 1)), strict=True):
+        first[list(places)] = matrix @ first[list(places)]
+    vector = torch.stack([second[:, 3], first[1:3, 2], first[1:3, 0]])
+    second[:, 3], first[1:3, 2], first[1:3, 0] = columns[0] @ vector
+    wanted = torch.cat([first.reshape(-1), second.reshape(-1)])
+    assert torch.allclose(MIXING.push(u)[:, 0], wanted, rtol=1e-12)
+    inverse = Mixing(20, tuple((torch.linalg.inv(matrix), parts) for matrix, parts in reversed(MIXING.terms)))
+    assert torch.allclose(inverse.push(MIXING.push(u)), u, rtol=1e-9)

@@ -67,28 +67,34 @@ class ParameterSpace:
         return per_block.repeat_interleave(torch.tensor(self.sizes, device=per_block.device))
 
 
-def inner(rows: Tensor, vector: Tensor) -> Tensor:
+def inner(rows: Sequence[Tensor], vector: Tensor) -> Tensor:
     """Inner products of each row with a vector, accumulated in float64.
 
     Args:
-        rows: shape `(k, n)`.
+        rows: k vectors of shape `(n,)`.
         vector: shape `(n,)`.
 
     Returns:
         Shape `(k,)`, float64, on the vectors' device.
     """
-    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=vector.device)
+    total = torch.zeros(len(rows), dtype=torch.float64, device=vector.device)
     for piece in _pieces(rows):
-        total += rows[:, piece].double() @ vector[piece].double()
+        total += _stacked(rows, piece) @ vector[piece].double()
     return total
 
 
-def combine(coefficients: Tensor, rows: Tensor) -> Tensor:
-    """Linear combination of rows, in float64: `Σ_j coefficients_j rows_j`, shape `(n,)`."""
-    out = torch.empty(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for piece in _pieces(rows):
-        out[piece] = coefficients.to(rows.device) @ rows[:, piece].double()
+def combine(coefficients: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Linear combination of k rows of shape `(n,)`, in float64: `Σ_j coefficients_j rows_j`, shape `(n,)`."""
+    out = torch.zeros(rows[0].shape[0], dtype=torch.float64, device=rows[0].device)
+    add(out, coefficients, rows)
     return out
+
+
+def add(vector: Tensor, coefficients: Tensor, rows: Sequence[Tensor]) -> None:
+    """`vector += Σ_j coefficients_j rows_j` in place, for a vector in float64."""
+    weights = coefficients.to(vector.device)
+    for piece in _pieces(rows):
+        vector[piece] += weights @ _stacked(rows, piece)
 
 
 def norm(vector: Tensor) -> float:
@@ -96,11 +102,11 @@ def norm(vector: Tensor) -> float:
     flat = vector.reshape(-1)
     if flat.numel() == 0:
         return 0.0
-    largest = float(flat.abs().max())
-    if largest == 0 or not math.isfinite(largest):
-        return largest
+    size = largest(flat)
+    if size == 0 or not math.isfinite(size):
+        return size
     # A power of two keeps every rounding the same at every scale, so that rescaled networks agree bit for bit.
-    scale = math.ldexp(1.0, min(-math.frexp(largest)[1], 1023))
+    scale = math.ldexp(1.0, min(-math.frexp(size)[1], 1023))
     total = 0.0
     for start in range(0, flat.shape[0], CHUNK):
         part = flat[start : start + CHUNK].double() * scale
@@ -108,7 +114,17 @@ def norm(vector: Tensor) -> float:
     return math.sqrt(total) / scale
 
 
-def _pieces(rows: Tensor) -> Iterator[slice]:
+def largest(vector: Tensor) -> float:
+    """Largest magnitude of an entry, without a copy; NaN if there is one."""
+    low, high = torch.aminmax(vector)
+    return max(-float(low), float(high))
+
+
+def _pieces(rows: Sequence[Tensor]) -> Iterator[slice]:
     """Column ranges of about `CHUNK` entries, not so narrow that their number costs more than they save."""
-    width = max(CHUNK // max(rows.shape[0], 1), 1 << 14)
-    return (slice(start, start + width) for start in range(0, rows.shape[1], width))
+    width = max(CHUNK // len(rows), 1 << 14)
+    return (slice(start, start + width) for start in range(0, rows[0].shape[0], width))
+
+
+def _stacked(rows: Sequence[Tensor], piece: slice) -> Tensor:
+    return torch.stack([row[piece] for row in rows]).double()

@@ -20,13 +20,13 @@ class Identity:
     """A generator X of the group, to check products with: `⟨∇L, Xθ⟩ = 0` and `H Xθ = −Xᵀ∇L` at any point.
 
     Attributes:
-        velocity: Xθ, shape `(n,)`, float64.
-        coordinates: u with `E u = Xθ`, shape `(m,)`: its size in the metric.
+        velocity: Xθ, shape `(n,)`.
+        length: of u with `E u = Xθ`: its size in the metric.
         rates: X as a diagonal, shape `(n,)`: the generator is a scaling.
     """
 
     velocity: Tensor
-    coordinates: Tensor
+    length: float
     rates: Tensor
 
 
@@ -38,7 +38,7 @@ class Chart:
     Attributes:
         state: the point, and the tensors that the frame reaches; the same function as the point asked for.
         frame: E, from the geometry's coordinates ℝᵐ to the trainable entries ℝⁿ of `state`.
-        unseen: trainable tensors whose curvature does not enter, with the reason.
+        unseen: trainable tensors whose curvature does not enter, and why.
         group: reparametrisations the spectrum is invariant to, in words.
         group_hash: hash of that group on these tensors; equal hashes make numbers comparable.
         notes: what a reader must know.
@@ -47,7 +47,7 @@ class Chart:
 
     state: State
     frame: LinearMap
-    unseen: tuple[str, ...]
+    unseen: tuple[tuple[str, str], ...]
     group: str
     group_hash: str
     notes: tuple[str, ...] = ()

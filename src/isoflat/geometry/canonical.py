@@ -38,7 +38,9 @@ class Canonical(Traced):
         """Any: norms of blocks do not see rotations inside of them."""
         return Gauge.NEAREST
 
-    def units(self, found: Found, point: Representative, state: State) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    def units(
+        self, found: Found, point: Representative, state: State
+    ) -> tuple[dict[str, Tensor], tuple[tuple[str, str], ...]]:
         """Norm of the block of each entry."""
         sizes = _sizes(found, point)
         units = {n: without_unit(point, n, sizes[n].expand(tensor.shape)) for n, tensor in state.parameters.items()}

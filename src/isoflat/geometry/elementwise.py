@@ -33,7 +33,9 @@ class Elementwise(Traced):
         """Singular vectors, descending."""
         return Gauge.PRINCIPAL
 
-    def units(self, found: Found, point: Representative, state: State) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    def units(
+        self, found: Found, point: Representative, state: State
+    ) -> tuple[dict[str, Tensor], tuple[tuple[str, str], ...]]:
         """Size of each entry."""
         return {n: without_unit(point, n, point.state.tensors[n].abs()) for n in state.parameters}, unseen(point, state)
 

@@ -36,7 +36,7 @@ class Layerwise(Geometry):
         """`D`; tensors whose entries are all zero are invisible."""
         norms = state.space.block_norms(state.vector)
         unseen = tuple(
-            f"{name} (all zero)" for name, size in zip(state.space.names, norms.tolist(), strict=True) if size == 0
+            (name, "all zero") for name, size in zip(state.space.names, norms.tolist(), strict=True) if size == 0
         )
         frame = Diagonal(state.space.spread(norms))
         return Chart(state, frame, unseen, self.group, tensors_hash(self.name, self.version, state))

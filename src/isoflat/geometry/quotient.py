@@ -56,7 +56,7 @@ class Quotient:
 
     def inner(self, a: Tensor, b: Tensor) -> float:
         """`⟨a, b⟩_W = Σ_i ⟨a_i, b_i⟩ / ‖W_i‖²`."""
-        return float(flat.inner(self._coordinates(a[:, None]).T, self._coordinates(b[:, None])[:, 0])[0])
+        return float(flat.inner([self._coordinates(a[:, None])[:, 0]], self._coordinates(b[:, None])[:, 0])[0])
 
     def vertical(self, vector: Tensor) -> Tensor:
         """The part along the orbit."""

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
+from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.geometry.base import Chart, Geometry, Identity
-from isoflat.linalg.maps import Composition, Diagonal, Embedding, LinearMap, Mixing, Part, Shear, Term
+from isoflat.linalg.maps import Composition, Diagonal, Embedding, LinearMap, Mixing, Part, Shear, Term, slices
 from isoflat.linalg.operator import Operator
 from isoflat.symmetry.canonical import Epsilon, Gauge, Representative, canonical
 from isoflat.symmetry.found import VERSION, Found
@@ -44,8 +45,10 @@ class Traced(Geometry):
         """Which of the points of least norm."""
 
     @abstractmethod
-    def units(self, found: Found, point: Representative, state: State) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """D: the unit of each trainable entry, zero where it has none; and the tensors without one, with the reason.
+    def units(
+        self, found: Found, point: Representative, state: State
+    ) -> tuple[dict[str, Tensor], tuple[tuple[str, str], ...]]:
+        """D: the unit of each trainable entry, zero where it has none; and the tensors without one, and why.
 
         Args:
             found: the network's symmetries.
@@ -81,7 +84,7 @@ class Traced(Geometry):
         unchanged = reached.parameters.keys() == state.parameters.keys() and not point.zeroed
         place = state if unchanged else reached
         units, unseen = self.units(found, point, state)
-        frame, back = _frame(point, state, place, units)
+        frame, length = _frame(point, state, place, units)
         left_open = self.open(found, point, state)
         return Chart(
             state=place,
@@ -90,7 +93,7 @@ class Traced(Geometry):
             group=_described(found) + (", but for what the notes except" if left_open else ""),
             group_hash=found.hash,
             notes=(*_notes(point, place, state), *left_open),
-            identity=_identity(found, own, place, back),
+            identity=_identity(found, own, place, length),
         )
 
     @final
@@ -120,16 +123,16 @@ def without_unit(point: Representative, name: str, unit: Tensor) -> Tensor:
     return unit
 
 
-def unseen(point: Representative, state: State) -> tuple[str, ...]:
-    """Trainable tensors whose curvature does not enter, with the reason."""
+def unseen(point: Representative, state: State) -> tuple[tuple[str, str], ...]:
+    """Trainable tensors whose curvature does not enter, and why."""
     absorbed = {shear.offset for shear in point.shears}
     missing = []
     for name, tensor in state.parameters.items():
         if name in point.folded and bool(point.folded[name].all()):
-            missing.append(f"{name} (folded into its readers)")
+            missing.append((name, "folded into its readers"))
         if not bool(point.state.tensors[name].any()):
-            moved = name in absorbed or bool((tensor != 0).any())
-            missing.append(f"{name} ({'emptied by a shift' if moved else 'all zero'})")
+            left = "zero on the closed orbit" if bool((tensor != 0).any()) else "all zero"
+            missing.append((name, "emptied by a shift" if name in absorbed else left))
     return tuple(missing)
 
 
@@ -165,70 +168,77 @@ def _reaching(start: State, point: Representative) -> State:
 
 def _frame(
     point: Representative, state: State, place: State, units: Mapping[str, Tensor]
-) -> tuple[LinearMap, Callable[[Tensor], Tensor]]:
-    """`E = S⁻¹ J D`: D, then J into what the frame reaches, then bases, scales and constants undone; and its inverse."""
-    slices, size = place.space.slices, place.space.size
+) -> tuple[LinearMap, Callable[[Tensor], float]]:
+    """`E = S⁻¹ J D`: D, then J into what the frame reaches, then bases, scales and constants undone.
+
+    Returns:
+        E, and how long a vector of its range is in its coordinates.
+    """
+    places, size = place.space.slices, place.space.size
     diagonal = torch.cat([units[name].reshape(-1) for name in state.parameters])
     log = torch.cat([point.log(name, tensor.shape).reshape(-1) for name, tensor in place.parameters.items()])
     shears = tuple(
         Term(
-            slices[shear.absorbed.factor],
-            slices[shear.offset],
+            places[shear.absorbed.factor],
+            places[shear.offset],
             shear.absorbed.view,
             shear.shift,
             shear.absorbed.turned,
         )
         for shear in point.shears
-        if shear.absorbed.factor in slices and shear.offset in slices
+        if shear.absorbed.factor in places and shear.offset in places
     )
     embedding = None
     if place.parameters.keys() != state.parameters.keys():
-        places = [torch.arange(slices[name].start, slices[name].stop) for name in state.parameters]
-        embedding = Embedding(size, torch.cat(places))
+        own = [torch.arange(places[name].start, places[name].stop) for name in state.parameters]
+        embedding = Embedding(size, torch.cat(own))
     undone, done = (Mixing(size, _mixing(point, place, inverse)) for inverse in (True, False))
-    if undone.terms:
-        maps: list[LinearMap] = [
-            Diagonal((-log).exp()),
-            undone,
-            *([embedding] if embedding else []),
-            Diagonal(diagonal),
-        ]
+    maps: list[LinearMap] = [embedding] if embedding else []
+    if undone.terms and not (embedding is None and _commute(undone, diagonal)):
+        maps = [Diagonal((-log).exp()), undone, *maps, Diagonal(diagonal)]
     else:  # one multiplication does for both
         within = log if embedding is None else embedding.pull(log[:, None])[:, 0]
-        maps = [*([embedding] if embedding else []), Diagonal((-within).exp() * diagonal)]
+        maps = [*maps, Diagonal((-within).exp() * diagonal), *([undone] if undone.terms else [])]
     if shears:
         maps.insert(0, Shear(size, shears))
 
-    def back(velocity: Tensor) -> Tensor:
+    def length(velocity: Tensor) -> float:
         vector = velocity[:, None]
         if shears:
             vector = Shear(size, tuple(replace(term, weights=-term.weights) for term in shears)).push(vector)
-        vector = done.push(log.exp().to(vector.device)[:, None] * vector)
+        vector = done.push(Diagonal(log.exp()).push(vector))
         if embedding is not None:
             vector = embedding.pull(vector)
         unit = diagonal.to(vector.device)
-        return torch.where(unit > 0, vector[:, 0] / unit, 0.0)
+        return norm(torch.where(unit > 0, vector[:, 0] / unit, 0.0))
 
-    return maps[0] if len(maps) == 1 else Composition(tuple(maps)), back
+    return maps[0] if len(maps) == 1 else Composition(tuple(maps)), length
+
+
+def _commute(mixing: Mixing, units: Tensor) -> bool:
+    """Whether what is mixed has one unit, so that the order of mixing and measuring does not matter."""
+    return all(
+        bool((seen == seen[:, :1]).all()) for _, parts in mixing.terms for seen in (slices(units[:, None], parts),)
+    )
 
 
 def _mixing(point: Representative, place: State, inverse: bool) -> tuple[tuple[Tensor, tuple[Part, ...]], ...]:
     """The changes of basis on the tensors that the frame reaches, or their inverses."""
-    slices = place.space.slices
+    places = place.space.slices
     terms = []
     for change in point.changes:
         forward, back = (change.inverse, change.matrix) if inverse else (change.matrix, change.inverse)
         for side in change.family.sides:
-            if all(piece.name in slices for piece in side.pieces):
+            if all(piece.name in places for piece in side.pieces):
                 parts = tuple(
-                    Part(slices[p.name], tuple(place.tensors[p.name].shape), p.axis, p.places, p.slots, p.window)
+                    Part(places[p.name], tuple(place.tensors[p.name].shape), p.axis, p.places, p.slots, p.window)
                     for p in side.pieces
                 )
                 terms.append((back.mT if side.dual else forward, parts))
     return tuple(terms)
 
 
-def _identity(found: Found, state: State, place: State, back: Callable[[Tensor], Tensor]) -> Identity | None:
+def _identity(found: Found, state: State, place: State, length: Callable[[Tensor], float]) -> Identity | None:
     """A random generator that moves trainable tensors only, as a check of the products."""
     group = found.scaling
     allowed = np.ones(group.size, dtype=bool)
@@ -241,12 +251,13 @@ def _identity(found: Found, state: State, place: State, back: Callable[[Tensor],
         return None
     random = torch.randn(group.size, generator=stream(0, "identity"), dtype=torch.float64)
     z = torch.where(torch.from_numpy(allowed), random, 0.0)
-    rates = {e.name: e.log(z).expand(e.view).reshape(-1) for e in group.tensors}
-    along = torch.cat(
-        [rates.get(name, torch.zeros(t.numel(), dtype=torch.float64)) for name, t in place.parameters.items()]
-    ).to(state.device)
-    velocity = along * place.vector.double()
-    return Identity(velocity, back(velocity), along)
+    moving = {entry.name: entry for entry in group.tensors}
+    velocity, rates = (torch.zeros(place.space.size, dtype=torch.float64, device=place.device) for _ in range(2))
+    for name, where in place.space.slices.items():
+        if name in moving:
+            rates[where] = moving[name].log(z).expand(moving[name].view).reshape(-1).to(place.device)
+            velocity[where] = rates[where] * place.parameters[name].detach().reshape(-1)
+    return Identity(velocity.to(place.dtype), length(velocity), rates.to(place.dtype))
 
 
 def _notes(point: Representative, place: State, state: State) -> tuple[str, ...]:

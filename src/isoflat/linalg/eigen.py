@@ -208,7 +208,7 @@ class Lanczos(Solver[Extremes]):
         vector = recurrence.combine(coefficients[:, chosen])
         reply = yield Request(vector[:, None], double=self.certify, status="Lanczos: fresh product")
         fresh = reply[:, 0] / scale
-        value = float(space.inner(vector[None], fresh)[0])
+        value = float(space.inner([vector], fresh)[0])
         residual = space.norm(fresh - value * vector)
         surprise = space.norm(fresh - recurrence.predicted(float(ritz[chosen]), coefficients[:, chosen], vector))
         noise = surprise + recurrence.rounding
@@ -281,7 +281,7 @@ class PowerMethod(Solver[Extremes]):
             reply = yield Request(u[:, None].to(domain.dtype), status=f"power {products}: change {change:.1e}")
             product = reply[:, 0]
             products += 1
-            value = float(space.inner(u[None], product)[0])
+            value = float(space.inner([u], product)[0])
             size = space.norm(product)
             if size == 0:
                 stopped = "every product vanished"

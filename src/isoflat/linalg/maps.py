@@ -32,20 +32,25 @@ class LinearMap(ABC):
         """`Eᵀ V` for V of shape `(n, k)`: shape `(m, k)`."""
 
 
+class Square(LinearMap):
+    """A linear map from ℝⁿ to itself."""
+
+    @final
+    @property
+    def columns(self) -> int:
+        """Dimension, as of the range."""
+        return self.rows
+
+
 @final
 @dataclass(frozen=True)
-class Identity(LinearMap):
+class Identity(Square):
     """The identity of ℝⁿ."""
 
     size: int
 
     @property
     def rows(self) -> int:
-        """Dimension."""
-        return self.size
-
-    @property
-    def columns(self) -> int:
         """Dimension."""
         return self.size
 
@@ -60,7 +65,7 @@ class Identity(LinearMap):
 
 @final
 @dataclass(frozen=True)
-class Diagonal(LinearMap):
+class Diagonal(Square):
     """Multiplication of each coordinate by a number of its own.
 
     >>> import torch
@@ -76,14 +81,9 @@ class Diagonal(LinearMap):
         """Dimension."""
         return self.entries.shape[0]
 
-    @property
-    def columns(self) -> int:
-        """Dimension."""
-        return self.entries.shape[0]
-
     def push(self, vectors: Tensor) -> Tensor:
         """Each row times its entry, rounded once to the vectors' precision."""
-        return (self.entries.to(vectors.device)[:, None] * vectors).to(vectors.dtype)
+        return torch.mul(self.entries.to(vectors.device)[:, None], vectors, out=torch.empty_like(vectors))
 
     def pull(self, vectors: Tensor) -> Tensor:
         """The map is its own transpose."""
@@ -92,7 +92,7 @@ class Diagonal(LinearMap):
 
 @final
 @dataclass(frozen=True)
-class Complement(LinearMap):
+class Complement(Square):
     """Orthogonal projection onto the complement of a few orthonormal directions.
 
     >>> import torch
@@ -106,11 +106,6 @@ class Complement(LinearMap):
 
     @property
     def rows(self) -> int:
-        """Dimension."""
-        return self.directions.shape[0]
-
-    @property
-    def columns(self) -> int:
         """Dimension."""
         return self.directions.shape[0]
 
@@ -146,7 +141,7 @@ class Term:
 
 @final
 @dataclass(frozen=True)
-class Shear(LinearMap):
+class Shear(Square):
     """`v ↦ v + Σ_terms`: some coordinates take up contractions of others, which stay as they are.
 
     >>> import torch
@@ -163,32 +158,27 @@ class Shear(LinearMap):
         """Dimension."""
         return self.size
 
-    @property
-    def columns(self) -> int:
-        """Dimension."""
-        return self.size
-
     def push(self, vectors: Tensor) -> Tensor:
-        """Add the contractions, in float64."""
-        result = vectors.double().clone()
+        """Add the contractions, each in float64."""
+        result = vectors.clone()
         for term in self.terms:
             g, i, j, k = term.view
             factor = vectors[term.source].double().view(*((g, j, i, k) if term.turned else term.view), -1)
             letters = "gjikc" if term.turned else "gijkc"
             taken = torch.einsum(f"{letters},gj->gic", factor, term.weights.to(vectors.device))
             result[term.target] += taken.reshape(-1, vectors.shape[1])
-        return result.to(vectors.dtype)
+        return result
 
     def pull(self, vectors: Tensor) -> Tensor:
         """The transpose: the targets are spread back over the factors."""
-        result = vectors.double().clone()
+        result = vectors.clone()
         for term in self.terms:
             g, i, _, k = term.view
             target = vectors[term.target].double().view(g, i, 1, 1, -1)
             spread = target * term.weights.to(vectors.device)[:, None, :, None, None]
             wide = spread.expand(-1, -1, -1, k, -1)
             result[term.source] += (wide.transpose(1, 2) if term.turned else wide).reshape(-1, vectors.shape[1])
-        return result.to(vectors.dtype)
+        return result
 
 
 @final
@@ -220,7 +210,7 @@ class Part:
 
 @final
 @dataclass(frozen=True)
-class Mixing(LinearMap):
+class Mixing(Square):
     """Slices of tensors multiplied by a matrix for each block; all other coordinates stay as they are.
 
     >>> import torch
@@ -242,36 +232,38 @@ class Mixing(LinearMap):
         """Dimension."""
         return self.size
 
-    @property
-    def columns(self) -> int:
-        """Dimension."""
-        return self.size
-
     def push(self, vectors: Tensor) -> Tensor:
-        """One term after the other, in float64."""
-        result = vectors.double().clone()
+        """One term after the other, each in float64."""
+        result = vectors.clone()
         for matrix, parts in self.terms:
             _mix(result, matrix, parts)
-        return result.to(vectors.dtype)
+        return result
 
     def pull(self, vectors: Tensor) -> Tensor:
         """The transposes, the other way round."""
-        result = vectors.double().clone()
+        result = vectors.clone()
         for matrix, parts in reversed(self.terms):
             _mix(result, matrix.mT, parts)
-        return result.to(vectors.dtype)
+        return result
+
+
+def slices(vectors: Tensor, parts: tuple[Part, ...]) -> Tensor:
+    """The slices that make up the d coordinates of each block, shape `(n, d, r)`; a copy."""
+    made = []
+    for part in parts:
+        taken = part.seen(vectors)[part.places.to(vectors.device)]
+        made.append(taken.reshape(*part.places.shape, -1))
+    order = torch.argsort(torch.cat([part.slots for part in parts]))
+    return torch.cat(made, 1)[:, order.to(vectors.device)]
 
 
 def _mix(vectors: Tensor, matrix: Tensor, parts: tuple[Part, ...]) -> None:
     """Multiply slices in place."""
-    views = [p.seen(vectors) for p in parts]
-    slices = [view[p.places.to(view.device)] for p, view in zip(parts, views, strict=True)]
-    count = matrix.shape[0]
-    before = torch.cat([part.reshape(count, part.shape[1], -1) for part in slices], 1)
-    slots = torch.cat([p.slots for p in parts]).to(before.device)
-    after = matrix.to(before.device) @ before[:, torch.argsort(slots)]
-    for p, view, old in zip(parts, views, slices, strict=True):
-        view[p.places.to(view.device)] = after[:, p.slots.to(after.device)].reshape(old.shape)
+    after = matrix.to(vectors.device) @ slices(vectors, parts).double()
+    for part in parts:
+        view = part.seen(vectors)
+        mixed = after[:, part.slots.to(after.device)].to(view.dtype)
+        view[part.places.to(view.device)] = mixed.reshape(*part.places.shape, *view.shape[1:])
 
 
 @final

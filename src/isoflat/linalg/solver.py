@@ -6,6 +6,7 @@ A solver never holds an operator. It *asks* for products (`Request`) and is sent
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import NonFinite
+from isoflat.core.space import largest
 from isoflat.linalg.operator import Operator, Pullback
 
 R = TypeVar("R")
@@ -200,7 +202,7 @@ def finite(products: Tensor) -> Tensor:
     Raises:
         NonFinite: a product is NaN or infinite.
     """
-    if not bool(torch.isfinite(products).all()):
+    if not math.isfinite(largest(products)):
         raise NonFinite(
             "a Hessian-vector product is NaN or infinite although loss and gradient are finite: second derivatives "
             "overflow in this precision; measure with dtype=float64, or look for sqrt, log or division at 0"

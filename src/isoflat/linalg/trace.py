@@ -73,7 +73,7 @@ class Hutchinson(Solver[TraceEstimate]):
             k = min(self.block, self.probes - len(samples))
             vectors = rademacher(domain.n, k, stream).to(device=domain.device, dtype=domain.dtype)
             products = yield Request(vectors, status=f"trace: probe {len(samples) + 1} of {self.probes}")
-            samples += [float(space.inner(vectors[:, j][None], products[:, j])[0]) for j in range(k)]
+            samples += [float(space.inner([vectors[:, j]], products[:, j])[0]) for j in range(k)]
         mean = math.fsum(samples) / len(samples)
         variance = math.fsum((sample - mean) ** 2 for sample in samples) / (len(samples) - 1)
         error = math.sqrt(variance / len(samples))

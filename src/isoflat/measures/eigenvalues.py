@@ -68,5 +68,5 @@ def _notes(result: Extremes, value: float) -> tuple[str, ...]:
     if result.which is Which.MAGNITUDE and result.wanted.value < 0:
         notes.append("the dominant eigenvalue is negative: not a minimum")
     if value == 0:
-        notes.append("every product vanished: the loss has no curvature here")
+        notes.append("every product vanished: there is no curvature in what the geometry sees")
     return tuple(notes)

@@ -52,15 +52,15 @@ def subject(
     risk = EmpiricalRisk(network, as_loss(loss), as_batches(data))
     notes = list(risk.loss.notes)
     if state.frozen:
-        notes.append(f"held fixed: {_some(state.frozen)}")
+        notes.append(f"held fixed: {some(state.frozen)}")
     if tied := network.tied():
-        notes.append(f"tied, counted once: {_some(tied)}")
+        notes.append(f"tied, counted once: {some(tied)}")
     found = {tensor.dtype for tensor in state.parameters.values()}
     precision = _precision(dtype)
     if precision is None:
         precision = torch.float64 if torch.float64 in found else torch.float32
         if low := found - _PRECISIONS:
-            notes.append(f"weights in {_some(map(str, low))} were measured in {precision}")
+            notes.append(f"weights in {some(map(str, low))} were measured in {precision}")
     place = torch.device(device) if device is not None else state.device
     return Subject(risk, state.to(dtype=precision, device=place), tuple(notes))
 
@@ -158,7 +158,7 @@ def warnings(point: Point, survey: Survey) -> tuple[str, ...]:
     """What the survey found that a reader must know."""
     notes = []
     if survey.unused:
-        notes.append(f"the loss does not depend on: {_some(survey.unused)} (zero curvature)")
+        notes.append(f"the loss does not depend on: {some(survey.unused)} (zero curvature)")
     if point.accuracy is not None and point.chance is not None:
         # Two standard errors of a binomial share: a network that has learned anything lies far above.
         error = (point.chance * (1 - point.chance) / max(point.targets, 1)) ** 0.5
@@ -177,7 +177,7 @@ def _precision(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return resolved
 
 
-def _some(names: Any) -> str:
+def some(names: Any) -> str:
     """A few names and how many more."""
     listed = sorted(names)
     return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")

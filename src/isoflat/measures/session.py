@@ -15,7 +15,7 @@ from isoflat.core.errors import SymmetryViolated
 from isoflat.core.estimate import Cost
 from isoflat.core.fingerprint import fingerprint
 from isoflat.core.record import Record
-from isoflat.core.space import norm
+from isoflat.core.space import inner, norm
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.core.table import Table
@@ -25,7 +25,7 @@ from isoflat.linalg.maps import Identity as Identical
 from isoflat.linalg.operator import Pullback
 from isoflat.linalg.solver import Job, Outcome, Probe, together
 from isoflat.measures.base import Effort, Findings, Measure, Question, Subject
-from isoflat.measures.prepare import point, warnings
+from isoflat.measures.prepare import point, some, warnings
 from isoflat.risk.empirical import Survey
 from isoflat.risk.linearise import available_memory, linearise, peak_memory
 from isoflat.symmetry.found import VERSION as RULES
@@ -165,14 +165,14 @@ class _Scribe:
             if g == geometry and isinstance(question.solver, Probe)
         )
         place = self.places[id(chart.state)]
-        moved = (identity.rates * place.survey.gradient)[:, None]
+        gradient = place.survey.gradient
+        moved = (identity.rates * gradient)[:, None]
         image, turned = (chart.frame.pull(part)[:, 0] for part in (answer.result, moved))
-        length = norm(identity.coordinates)
-        slope = norm(chart.frame.pull(place.survey.gradient[:, None])[:, 0])
-        scale = max(norm(image), norm(turned), (size or 0.0) * length)
+        slope = norm(chart.frame.pull(gradient[:, None])[:, 0])
+        scale = max(norm(image), norm(turned), (size or 0.0) * identity.length)
         defect = norm(image + turned) / scale if scale else 0.0
-        along = abs(float(place.survey.gradient @ identity.velocity))
-        first = along / (slope * length) if slope * length else 0.0
+        along = abs(float(inner([identity.velocity], gradient)[0]))
+        first = along / (slope * identity.length) if slope * identity.length else 0.0
         worst = max(defect, first)
         allowed = 30 * torch.finfo(chart.state.dtype).eps ** 0.5
         if worst > allowed:
@@ -190,7 +190,11 @@ class _Scribe:
             *warnings(point(state, restricted(place.survey, chart.state, state)), place.survey),
         ]
         if chart.unseen:
-            notes.append(f"invisible to the {geometry.name} metric: {', '.join(chart.unseen)}")
+            reasons: dict[str, list[str]] = {}
+            for name, why in chart.unseen:
+                reasons.setdefault(why, []).append(name)
+            listed = "; ".join(f"{some(names)} ({why})" for why, names in reasons.items())
+            notes.append(f"invisible to the {geometry.name} metric: {listed}")
         notes += chart.notes
         if ratio is not None and ratio > 0.01:
             kind = "a local curvature, no minimum's" if ratio > 1 else "not quite a minimum's"

@@ -92,7 +92,7 @@ class EmpiricalRisk:
             raise DataError("the data is empty: the loader gave no batch")
         if not count > 0:
             raise DataError(f"no target counts in any of the {index + 1} batches: are all of them ignored?")
-        return total / count if self.loss.averages else total
+        return total.div_(count) if self.loss.averages else total
 
     def value(self, state: State) -> float:
         """The empirical risk at a state."""

@@ -29,6 +29,18 @@ _SCALED = {"aten.mul.Tensor", "aten.div.Tensor", "aten.mul.Scalar", "aten.div.Sc
 _MASKED = {"aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.masked_fill.Scalar"}
 
 
+def origin(node: Node) -> Node:
+    """The node before casts and copies."""
+    while str(node.target) in COPIES | CASTS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def but(tensor: Tensor, axis: int) -> tuple[int, ...]:
+    """All axes of a tensor but one."""
+    return tuple(place for place in range(tensor.ndim) if place != axis % tensor.ndim)
+
+
 @final
 class Readers:
     """What everything that reads a node does to a constant along one of its axes."""

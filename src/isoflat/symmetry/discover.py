@@ -23,7 +23,7 @@ from isoflat.symmetry.basis import BasisChange, Family, families, scales
 from isoflat.symmetry.declared import UnitScale
 from isoflat.symmetry.folds import foldable
 from isoflat.symmetry.found import Found
-from isoflat.symmetry.graph import Graph, trace
+from isoflat.symmetry.graph import Graph, arguments, trace
 from isoflat.symmetry.groups import effective, translation
 from isoflat.symmetry.ledger import Ledger
 from isoflat.symmetry.logical import blocks
@@ -249,7 +249,7 @@ def ignores_common_score(
 
 def _step(ledger: Ledger, node: Node, known: Mapping[str, Rule], values: Mapping[Node, Value]) -> Value:
     """The value of one operation."""
-    args, kwargs = (_filled(part, values) for part in (node.args, node.kwargs))
+    args, kwargs = arguments(node, values.__getitem__)
     name = str(node.target)
     if node.target is operator.getitem:  # taking one of several results
         return args[0][args[1]] if not isinstance(args[0], Known) else Known(args[0].value[args[1]])
@@ -259,16 +259,6 @@ def _step(ledger: Ledger, node: Node, known: Mapping[str, Rule], values: Mapping
         return Known(node.target(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()}))
     rule = known.get(name, nonlinear)
     return rule(ledger, node, *args, **kwargs)
-
-
-def _filled(part: Any, values: Mapping[Node, Value]) -> Any:
-    if isinstance(part, Node):
-        return values[part]
-    if isinstance(part, list | tuple):
-        return [_filled(item, values) for item in part]
-    if isinstance(part, dict):
-        return {key: _filled(item, values) for key, item in part.items()}
-    return part
 
 
 def _any_unknown(part: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from isoflat.core.errors import UnsupportedModel
 from isoflat.symmetry.values import Known, Stored, Value, shifted_only
@@ -65,6 +66,14 @@ class Graph:
             return "", ""
         path, kind = stack[-1][0], stack[-1][1]
         return path, kind if isinstance(kind, str) else kind.__name__
+
+
+def arguments(node: Node, value: Callable[[Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of an operation, with the values of the nodes in them."""
+    args: Any
+    kwargs: Any
+    args, kwargs = map_arg((node.args, node.kwargs), value)
+    return args, kwargs
 
 
 def skeleton(module: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.state import State
-from isoflat.symmetry.balance import Change, balanced
+from isoflat.symmetry.balance import Change, balanced, cut
 from isoflat.symmetry.basis import Family, mixed, scales, stacked
 from isoflat.symmetry.groups import effective, scaling
 from isoflat.symmetry.ledger import Ledger
@@ -72,6 +72,8 @@ def balance(ledger: Ledger, families: Sequence[Family], state: State, still: Seq
     changes = [balanced(family, state) for family in families]
     for change in changes:
         state = change.act(state)
+    # What rounding has left in coordinates beyond a pair's rank is seen for what it is now that sizes are even.
+    state = cut(families, state)
     z = minimise([mass for mass in masses(group, state) if bool(mass.squares.any())], fed, group.size)
     state = group.act(state, torch.from_numpy(z))
     best = math.inf
@@ -81,7 +83,8 @@ def balance(ledger: Ledger, families: Sequence[Family], state: State, still: Seq
         if error <= 1e-13 or (error <= 1e-11 and error > 0.5 * best):
             return Balanced(state, ((z, group.tensors),), tuple(changes))
         best = min(best, error)
-        step = point.step(min(0.1, math.sqrt(error)))
+        # No closer than rounding: beyond it, conjugate gradients would follow directions that nothing feels.
+        step = point.step(min(0.1, max(math.sqrt(error), 16 * torch.finfo(torch.float64).eps / error)))
         z = z + step.scales
         state = group.act(state, torch.from_numpy(step.scales))
         for place, (family, velocity) in enumerate(zip(families, step.bases, strict=True)):

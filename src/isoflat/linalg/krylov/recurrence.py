@@ -14,9 +14,6 @@ from isoflat.core import space
 from isoflat.core.streams import stream
 from isoflat.linalg.probes import sphere
 
-GROWTH = 16
-"""Basis vectors allocated at a time."""
-
 
 class Recurrence:
     """An orthonormal Krylov basis that grows by one product at a time.
@@ -45,9 +42,8 @@ class Recurrence:
         self.log_couplings = 0.0
         self.exhausted = False
         self._largest = 0.0
-        self._basis = torch.empty((0, self.n), dtype=dtype, device=start.device)
-        self._count = 0
-        self._append(start)
+        self._dtype = dtype
+        self._basis = [start.to(dtype)]
 
     @property
     def k(self) -> int:
@@ -57,12 +53,12 @@ class Recurrence:
     @property
     def last(self) -> Tensor:
         """The basis vector whose product comes next, shape `(n, 1)`."""
-        return self._basis[self._count - 1][:, None]
+        return self._basis[-1][:, None]
 
     @property
     def rounding(self) -> float:
         """What rounding amounts to: T is that of `A + E` with `‖E‖ = O(k eps ‖A‖)`; in units of `scale`."""
-        return self.rounding_at(torch.finfo(self._basis.dtype).eps)
+        return self.rounding_at(torch.finfo(self._dtype).eps)
 
     def rounding_at(self, eps: float) -> float:
         """The same for products of another precision; sums over n entries are in float64 in any case."""
@@ -70,19 +66,18 @@ class Recurrence:
 
     def extend(self, product: Tensor) -> None:
         """Take in the product of `last`, shape `(n,)`, float64."""
+        size = space.norm(product)
         if not self.alphas:
-            size = space.norm(product)
             self.scale = math.ldexp(1.0, math.frexp(size)[1] - 1) if size else 1.0
-        product = product / self.scale
-        alpha, beta, residual = self._orthogonalise(product)
+        alpha, beta, residual = self._orthogonalise(product / self.scale)
         self.alphas.append(alpha)
         self.betas.append(beta)
-        self._largest = max(self._largest, space.norm(product), abs(alpha), beta)
-        if self._count == self.n or self._largest == 0:
+        self._largest = max(self._largest, size / self.scale, abs(alpha), beta)
+        if len(self._basis) == self.n or self._largest == 0:
             self.exhausted, self.log_couplings = True, -math.inf
             return
         self.log_couplings += math.log(max(beta, self.rounding))
-        self._append(residual / beta if beta else self._restart())
+        self._basis.append((residual.div_(beta) if beta else self._restart()).to(self._dtype))
 
     def ritz(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Ritz values, ascending, in units of `scale`, and the eigenvectors of T as columns."""
@@ -94,26 +89,25 @@ class Recurrence:
     def combine(self, coefficients: NDArray[np.float64]) -> Tensor:
         """A vector of the Krylov space from its coefficients, shape `(n,)`, float64, normalised."""
         vector = space.combine(torch.from_numpy(np.ascontiguousarray(coefficients)), self._basis[: self.k])
-        return vector / space.norm(vector)
+        return vector.div_(space.norm(vector))
 
     def predicted(self, value: float, coefficients: NDArray[np.float64], vector: Tensor) -> Tensor:
         """What the recurrence says `A x` is, for a Ritz pair: `θ x + β s_k q_{k+1}`."""
         product = value * vector
-        if self._count > self.k:
-            product = product + self.betas[-1] * float(coefficients[-1]) * self._basis[self.k].double()
+        if len(self._basis) > self.k:
+            product.add_(self._basis[self.k], alpha=self.betas[-1] * float(coefficients[-1]))
         return product
 
     def _orthogonalise(self, residual: Tensor) -> tuple[float, float, Tensor]:
         """Gram–Schmidt against the whole basis until the norm stands still; α, β and what is left.
 
         "Twice is enough" (Kahan and Parlett) unless the norm drops again, which happens when the space is nearly
-        closed. Where it never stands still, what is left is not orthogonal to anything: β is zero.
+        closed. Where it never stands still, what is left is not orthogonal to anything: β is zero. It happens in place.
         """
-        basis = self._basis[: self._count]
         alpha, beta = 0.0, space.norm(residual)
         for sweep in range(6):
-            coefficients = space.inner(basis, residual)
-            residual = residual - space.combine(coefficients, basis)
+            coefficients = space.inner(self._basis, residual)
+            space.add(residual, -coefficients, self._basis)
             alpha += float(coefficients[-1])
             before, beta = beta, space.norm(residual)
             if sweep >= 1 and beta > 0.5 * before:
@@ -123,16 +117,8 @@ class Recurrence:
     def _restart(self) -> Tensor:
         """A random unit vector orthogonal to the basis."""
         for attempt in range(10):
-            draw = sphere(self.n, stream(0, "restart", self._count, attempt)).to(self._basis.device)
+            draw = sphere(self.n, stream(0, "restart", len(self._basis), attempt)).to(self._basis[0].device)
             _, size, residual = self._orthogonalise(draw)
             if size:
-                return residual / size
+                return residual.div_(size)
         raise AssertionError("a random vector lies in a proper subspace")
-
-    def _append(self, vector: Tensor) -> None:
-        if self._count == self._basis.shape[0]:
-            grown = torch.empty((self._count + GROWTH, self.n), dtype=self._basis.dtype, device=self._basis.device)
-            grown[: self._count] = self._basis
-            self._basis = grown
-        self._basis[self._count] = vector
-        self._count += 1

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from isoflat.symmetry.axes import CASTS
 from isoflat.symmetry.bases.cells import Cells
+from isoflat.symmetry.graph import arguments
 from isoflat.symmetry.rules.views import COPIES, MOVES
 from isoflat.symmetry.values import Known
 
@@ -111,20 +112,16 @@ def _matrices(run: Run, values: Mapping[Node, Any]) -> Tensor | None:
 def _applied(run: Run, start: Tensor, values: Mapping[Node, Any]) -> Tensor:
     made: dict[Node, Any] = {run.start: start}
 
-    def filled(part: Any) -> Any:
-        if isinstance(part, Node):
-            if part in made:
-                return made[part]
-            content = values[part].value
-            return content.double() if isinstance(content, Tensor) and content.is_floating_point() else content
-        return [filled(item) for item in part] if isinstance(part, list | tuple) else part
+    def content(part: Node) -> Any:
+        if part in made:
+            return made[part]
+        known = values[part].value
+        return known.double() if isinstance(known, Tensor) and known.is_floating_point() else known
 
     for node in run.nodes:
         operation: Any = node.target
-        if str(node.target) in COPIES | CASTS:
-            made[node] = filled(node.args[0])
-        else:
-            made[node] = operation(*map(filled, node.args), **{key: filled(part) for key, part in node.kwargs.items()})
+        args, kwargs = arguments(node, content)
+        made[node] = args[0] if str(node.target) in COPIES | CASTS else operation(*args, **kwargs)
     return made[run.nodes[-1]]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.axes import CASTS
+from isoflat.symmetry.axes import CASTS, but, origin
 from isoflat.symmetry.bases.legs import Leg, Legs
 from isoflat.symmetry.rules.views import COPIES, MOVES, RESHAPES, lean
 from isoflat.symmetry.values import Known, Slice, Stored
@@ -100,7 +100,8 @@ def scaled(legs: Legs, node: Node, a: Value, b: Value) -> Tensor:
         return _none(a.shape)
     if "mul" in str(node.target):
         for gain, x, made in ((a, b, node.args[1]), (b, a, node.args[0])):
-            if isinstance(gain, Stored) and isinstance(x, Tensor) and _origin(made) in legs.normalised:
+            normal = isinstance(made, Node) and origin(made) in legs.normalised
+            if isinstance(gain, Stored) and isinstance(x, Tensor) and normal:
                 return _gained(legs, node, x, gain)
         if not isinstance(a, Tensor):
             a, b = b, a
@@ -108,6 +109,8 @@ def scaled(legs: Legs, node: Node, a: Value, b: Value) -> Tensor:
         return held(legs, node, a, b)
     if isinstance(b, Tensor):
         legs.cells.hold(b)
+    elif isinstance(b, Stored | Slice):
+        legs.use(b)
     return a.expand(node.meta["val"].shape)
 
 
@@ -125,8 +128,9 @@ def averaged(legs: Legs, node: Node, x: Value, dim: Any = None, *args: Any, **kw
         return held(legs, node, x)
     axes = sorted({axis % x.ndim for axis in ([dim] if isinstance(dim, int) else dim or range(x.ndim))})
     keepdim = bool(args and args[0]) or bool(kwargs.get("keepdim", False))
-    squared = legs.squares.pop(_origin(node.args[0]), None)
-    if squared is not None and len(node.args[0].users) == 1 and len(axes) == 1:  # pyrefly: ignore
+    source: Any = node.args[0]
+    squared = legs.squares.pop(origin(source), None)
+    if squared is not None and _only_read_as(source) and len(axes) == 1:
         legs.cells.turn(legs.cells.line(squared, axes[0]))
         return fixed(node)
     if squared is not None:
@@ -160,7 +164,7 @@ def attention(
         held(legs, node, mask)
     if enable_gqa:
         k, v = (part.repeat_interleave(q.shape[-3] // part.shape[-3], dim=-3) for part in (k, v))
-    queries, keys, values = (legs.cells.along(part, *_but(part, -2)) for part in (q, k, v))
+    queries, keys, values = (legs.cells.along(part, *but(part, -2)) for part in (q, k, v))
     for part in (queries, keys, values):
         legs.cells.apart(part, -1)
     legs.cells.tie(queries, keys, dual=True)
@@ -225,10 +229,10 @@ def _paired(legs: Legs, node: Node, a: Tensor, b: Tensor) -> Tensor:
         other, over = (b, -2) if bool(b.any()) else (a, -1)
         if not bool(other.any()) or lean(other).stride(over % other.ndim):
             return held(legs, node, a, b)
-        units = legs.cells.along(other, *_but(other, over))
+        units = legs.cells.along(other, *but(other, over))
         legs.cells.apart(units, -1)
         return units.unsqueeze(over).expand(node.meta["val"].shape)
-    queries, keys = legs.cells.along(a, *_but(a, -2)), legs.cells.along(b, *_but(b, -1))
+    queries, keys = legs.cells.along(a, *but(a, -2)), legs.cells.along(b, *but(b, -1))
     legs.cells.apart(queries, -1)
     legs.cells.apart(keys, -1)
     legs.cells.tie(queries, keys, dual=True)
@@ -303,10 +307,8 @@ def _units(value: Value) -> Tensor:
 
 def _uniform(factor: Value, x: Tensor) -> bool:
     """Whether a factor is the same along every axis along which units differ."""
-    if isinstance(factor, Stored):
+    if isinstance(factor, Stored | Slice | Tensor):
         shape: Sequence[int] = factor.shape
-    elif isinstance(factor, Tensor):
-        shape = factor.shape
     else:
         content = torch.as_tensor(factor.value if isinstance(factor, Known) else factor)
         shape = [
@@ -324,19 +326,18 @@ def _is_zero(value: Value) -> bool:
     return bool((torch.as_tensor(content) == 0).all())
 
 
-def _origin(node: Any) -> Any:
-    """The node before casts and copies."""
-    while isinstance(node, Node) and str(node.target) in COPIES | CASTS:
-        node = node.args[0]
-    return node
+def _only_read_as(node: Node) -> bool:
+    """Whether nothing reads a node but the one after it, nor what it was cast or copied from."""
+    first = origin(node)
+    while node is not first:
+        if len(node.users) != 1:
+            return False
+        node = node.args[0]  # pyrefly: ignore
+    return len(first.users) == 1
 
 
 def _none(shape: Sequence[int]) -> Tensor:
     return torch.zeros((), dtype=torch.int64).expand(tuple(shape))
-
-
-def _but(ids: Tensor, axis: int) -> tuple[int, ...]:
-    return tuple(place for place in range(ids.ndim) if place != axis % ids.ndim)
 
 
 RULES: dict[str, Callable[..., Value]] = {

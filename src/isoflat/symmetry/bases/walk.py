@@ -13,7 +13,7 @@ from torch.fx import Node
 from isoflat.symmetry.bases.legs import Legs
 from isoflat.symmetry.bases.rotary import commute, run_from
 from isoflat.symmetry.bases.rules import RULES, fixed, held
-from isoflat.symmetry.graph import Graph
+from isoflat.symmetry.graph import Graph, arguments
 from isoflat.symmetry.values import Activation, Known, Stored
 
 
@@ -57,12 +57,6 @@ def _constants(graph: Graph, known: Mapping[Node, Known]) -> dict[Node, Known]:
     """
     tensors = dict(graph.module.named_buffers())
     made = dict(known)
-
-    def filled(part: Any) -> Any:
-        if isinstance(part, Node):
-            return made[part].value
-        return [filled(item) for item in part] if isinstance(part, list | tuple) else part
-
     for node in graph.nodes:
         stored = graph.inputs.get(node)
         if isinstance(stored, Stored) and stored.name in tensors:
@@ -71,7 +65,7 @@ def _constants(graph: Graph, known: Mapping[Node, Known]) -> dict[Node, Known]:
         if node.op != "call_function" or node in made or not sources or not all(part in made for part in sources):
             continue
         operation: Any = node.target
-        args, kwargs = map(filled, node.args), {key: filled(part) for key, part in node.kwargs.items()}
+        args, kwargs = arguments(node, lambda part: made[part].value)
         made[node] = Known(operation(*args, **kwargs))
     return made
 
@@ -79,14 +73,7 @@ def _constants(graph: Graph, known: Mapping[Node, Known]) -> dict[Node, Known]:
 def _step(legs: Legs, node: Node, values: Mapping[Node, Any]) -> Any:
     if node.target is operator.getitem:
         return values[node.args[0]][node.args[1]]  # pyrefly: ignore
-    args = [_filled(part, values) for part in node.args]
-    kwargs = {key: _filled(part, values) for key, part in node.kwargs.items()}
+    args, kwargs = arguments(node, values.__getitem__)
     if not isinstance(node.target, torch._ops.OpOverload):
         return held(legs, node, *args, **kwargs)
     return RULES.get(str(node.target), held)(legs, node, *args, **kwargs)
-
-
-def _filled(part: Any, values: Mapping[Node, Any]) -> Any:
-    if isinstance(part, Node):
-        return values[part]
-    return [_filled(item, values) for item in part] if isinstance(part, list | tuple) else part

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.axes import CASTS
+from isoflat.symmetry.axes import origin
 from isoflat.symmetry.ledger import Ledger, Norm
 from isoflat.symmetry.relations import ANY, distinct
-from isoflat.symmetry.rules.views import COPIES
 from isoflat.symmetry.values import Activation, Known, Stored, Value, shifted_only
 
 
@@ -124,7 +123,7 @@ def _product(ledger: Ledger, node: Node, a: Value, b: Value, power: int) -> Acti
     if _normalises(node, power):
         ledger.normalised.add(node)
     for value, other in ((a, node.args[1]), (b, node.args[0])):
-        if isinstance(value, Stored) and power > 0 and isinstance(other, Node) and _origin(other) in ledger.normalised:
+        if isinstance(value, Stored) and power > 0 and isinstance(other, Node) and origin(other) in ledger.normalised:
             ledger.gains.add(value.name)
     x, y = (ledger.activation(value, reason) for value in (a, b))
     ledger.no_shift(reason, x, y)
@@ -138,19 +137,12 @@ def _normalises(node: Node, power: int) -> bool:
     """Whether something is divided by a root, as a normalisation written by hand does."""
     roots = (("aten.rsqrt.default",), -0.5) if power > 0 else (("aten.sqrt.default",), 0.5)
     for part in node.args if power > 0 else node.args[1:]:
-        made = _origin(part) if isinstance(part, Node) else None
+        made = origin(part) if isinstance(part, Node) else None
         if made is not None and (
             str(made.target) in roots[0] or (str(made.target) == "aten.pow.Tensor_Scalar" and made.args[1] == roots[1])
         ):
             return True
     return False
-
-
-def _origin(node: Node) -> Node:
-    """The node before casts and copies."""
-    while str(node.target) in COPIES | CASTS and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
 
 
 def _number(value: Value, power: int) -> Fraction | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.axes import sums_to_one
+from isoflat.symmetry.axes import but, sums_to_one
 from isoflat.symmetry.ledger import Absorbed, Additive, Field, Ledger
 from isoflat.symmetry.relations import ANY
 from isoflat.symmetry.values import Activation, Stored, Value, shifted_only
@@ -145,7 +145,7 @@ def contraction(ledger: Ledger, node: Node, a: Activation, b: Activation) -> Act
         ledger.pin([a, b], f"{reason}: more than {TERMS} products")
         return shifted_only(shape)
     terms = ledger.scales.combine((1, left[..., None]), (1, right[..., None, :, :]))
-    out = ledger.scales.along(terms, *(axis for axis in range(terms.ndim) if axis != terms.ndim - 2))
+    out = ledger.scales.along(terms, *but(terms, -2))
     return Activation(out.reshape(shape) if out.shape != shape else out, _through(ledger, node, a, b).expand(shape))
 
 
@@ -158,13 +158,10 @@ def _through(ledger: Ledger, node: Node, a: Activation, b: Activation) -> Tensor
     first = node.args[-2]
     if isinstance(first, Node) and sums_to_one(first) == len(a.shape) - 1:
         ledger.no_shift(reason, a)
-        return ledger.shifts.along(b.shift, *(axis for axis in range(b.shift.ndim) if axis != b.shift.ndim - 2))[
-            ..., None, :
-        ]
+        return ledger.shifts.along(b.shift, *but(b.shift, -2))[..., None, :]
     for value, axis in ((a, -2), (b, -1)):
         if ledger.forgets(node, axis):
-            last = value.shift.ndim + axis
-            ledger.shifts.along(value.shift, *(place for place in range(value.shift.ndim) if place != last))
+            ledger.shifts.along(value.shift, *but(value.shift, axis))
         else:
             ledger.no_shift(reason, value)
     return none
@@ -180,20 +177,16 @@ def attention(
     if enable_gqa:
         k, v = (_repeated(part, q.shape[-3] // part.shape[-3]) for part in (k, v))
     ledger.no_shift(reason, q)
-    queries, keys, values = (ledger.scales.along(part.scale, *_but(part.scale, -2)) for part in (q, k, v))
+    queries, keys, values = (ledger.scales.along(part.scale, *but(part.scale, -2)) for part in (q, k, v))
     ledger.scales.pin(ledger.scales.combine((1, queries), (1, keys)), reason)
-    ledger.shifts.along(k.shift, *_but(k.shift, -2))
+    ledger.shifts.along(k.shift, *but(k.shift, -2))
     if isinstance(mask, Activation | Stored):
         bias = ledger.activation(mask, reason)
         ledger.scales.pin(bias.scale, reason)
-        ledger.shifts.along(bias.shift, *_but(bias.shift, -1))
+        ledger.shifts.along(bias.shift, *but(bias.shift, -1))
     shape = node.meta["val"].shape
-    constants = ledger.shifts.along(v.shift, *_but(v.shift, -2))
+    constants = ledger.shifts.along(v.shift, *but(v.shift, -2))
     return Activation(values[..., None, :].expand(shape), constants[..., None, :].expand(shape))
-
-
-def _but(ids: Tensor, axis: int) -> tuple[int, ...]:
-    return tuple(place for place in range(ids.ndim) if place != axis % ids.ndim)
 
 
 def _repeated(value: Activation, times: int) -> Activation:
