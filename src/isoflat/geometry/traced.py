@@ -131,8 +131,11 @@ def unseen(point: Representative, state: State) -> tuple[tuple[str, str], ...]:
         if name in point.folded and bool(point.folded[name].all()):
             missing.append((name, "folded into its readers"))
         if not bool(point.state.tensors[name].any()):
-            left = "zero on the closed orbit" if bool((tensor != 0).any()) else "all zero"
-            missing.append((name, "emptied by a shift" if name in absorbed else left))
+            shifted = name in absorbed or bool((tensor != 0).any())
+            why = (
+                "zero on the closed orbit" if name in point.zeroed else "emptied by a shift" if shifted else "all zero"
+            )
+            missing.append((name, why))
     return tuple(missing)
 
 
