@@ -8,9 +8,10 @@ from cases.networks import cnn, mlp
 from isoflat.curvature.hessian import Hessian
 from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.linearise import Kept, Rebuilt, linearise
+from isoflat.risk.linearise import linearise
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network, exactly
+from isoflat.risk.routes.reverse import Kept, Rebuilt
 
 MEASURES = [
     "hessian_spectral_norm",

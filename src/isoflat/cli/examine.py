@@ -22,8 +22,8 @@ from isoflat.measures.base import Subject
 from isoflat.measures.prepare import subject
 from isoflat.risk.batches import Batches, digest
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.linearise import Rebuilt
 from isoflat.risk.network import Network, exactly
+from isoflat.risk.routes.reverse import Rebuilt
 
 T = TypeVar("T")
 

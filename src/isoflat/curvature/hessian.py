@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from isoflat.linalg.operator import Operator
-from isoflat.risk.linearise import Linearisation, Rebuilt
+from isoflat.risk.routes.base import Linearisation
+from isoflat.risk.routes.reverse import Rebuilt
 
 
 @final

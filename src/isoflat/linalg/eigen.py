@@ -206,11 +206,11 @@ class Lanczos(Solver[Extremes]):
         scale = recurrence.scale
         chosen = -1 if view.wanted is view.top else 0
         vector = recurrence.combine(coefficients[:, chosen])
-        reply = yield Request(vector[:, None], double=self.certify, status="Lanczos: fresh product")
-        fresh = reply[:, 0] / scale
+        fresh = (yield Request(vector[:, None], double=self.certify, status="Lanczos: fresh product"))[:, 0] / scale
         value = float(space.inner([vector], fresh)[0])
-        residual = space.norm(fresh - value * vector)
-        surprise = space.norm(fresh - recurrence.predicted(float(ritz[chosen]), coefficients[:, chosen], vector))
+        residual = space.norm(torch.sub(fresh, vector, alpha=value))
+        predicted = recurrence.predicted(float(ritz[chosen]), coefficients[:, chosen], vector)
+        surprise = space.norm(predicted.sub_(fresh))
         noise = surprise + recurrence.rounding
         working = torch.finfo(recurrence.last.dtype).eps
         final = torch.finfo(torch.float64).eps if self.certify else working

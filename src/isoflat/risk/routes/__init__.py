@@ -1,0 +1,1 @@
+"""Product routes: how the Hessian of the empirical risk is multiplied with vectors, one file each."""
