@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENV := $(VENV)/.installed
 
-.PHONY: demo test lint test-slow test-oracles bench bench-gpt2 clean
+.PHONY: demo test lint test-slow test-oracles bench bench-gpt2 bench-products clean
 
 demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
 	$(BIN)/isoflat demo
@@ -26,6 +26,9 @@ bench: $(ENV)  ## what finding, proving and canonicalising cost, as a table
 
 bench-gpt2: $(ENV)  ## the same for GPT-2 small (124 M weights), and one number measured on it
 	$(BIN)/python benchmarks/gpt2.py
+
+bench-products: $(ENV)  ## what a Hessian-vector product costs in gradient passes, on MNIST where ISOFLAT_DATA holds it
+	$(BIN)/python benchmarks/products.py
 
 # curvlinops asks for backpack, which asks for torchvision; neither is needed for what we compare with.
 test-oracles: $(ENV)  ## against curvlinops, installed in an environment of its own

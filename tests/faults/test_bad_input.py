@@ -98,7 +98,7 @@ def test_shuffling_loader(case):
         _measure(case.net, loader, case.criterion)
 
 
-@pytest.mark.parametrize("memory", [0, 1 << 30])
+@pytest.mark.parametrize("memory", [1 << 14, 1 << 30])
 def test_loader_with_a_random_sampler_of_its_own(case, memory):
     weights = torch.ones(12, dtype=torch.float64)
     sampler = torch.utils.data.WeightedRandomSampler(weights, 12)
@@ -114,7 +114,7 @@ def test_augmenting_loader(case):
 
 @pytest.mark.parametrize(("later", "message"), [(3, "batch 2"), (1, "number of batches")])
 def test_data_that_grow_or_shrink(case, later, message):
-    """The first two readings are the probe and the survey; afterwards the data must not change."""
+    """The choice of a route, the probe and the survey read it first; afterwards the data must not change."""
     lengths = itertools.chain([2, 2, 2], itertools.repeat(later))
 
     def source():

@@ -29,7 +29,7 @@ def test_batch_split_and_order_change_nothing(draws):
     assert _value(case.net, batches, case.criterion) == pytest.approx(whole, rel=1e-12)
     order = draws.draw(st.permutations(range(len(batches))))
     assert _value(case.net, [batches[j] for j in order], case.criterion) == pytest.approx(whole, rel=1e-12)
-    memory = isoflat.Budget(memory=draws.draw(st.sampled_from([0, 1 << 30])))
+    memory = isoflat.Budget(memory=draws.draw(st.sampled_from([1 << 14, 1 << 30])))
     assert _value(case.net, batches, case.criterion, budget=memory) == pytest.approx(whole, rel=1e-12)
 
 

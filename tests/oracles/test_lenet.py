@@ -23,6 +23,8 @@ from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.linearise import linearise
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network, exactly
+from isoflat.risk.plan import plan
+from isoflat.risk.routes.reverse import Rebuilt
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -48,7 +50,7 @@ def _power_method(net, inputs, targets):
     with exactly(state.device):
         survey = risk.survey(state)
         started = time.monotonic()
-        hessian = Hessian(linearise(risk, state, len(inputs), memory=4 << 30))
+        hessian = Hessian(linearise(risk, state, plan(risk, state, Rebuilt, len(inputs), memory=4 << 30)))
         frame = GEOMETRY.frame(state)
         power = PowerMethod(frame=frame)(Pullback(hessian, frame), stream(0, "power"))
         return power, (time.monotonic() - started) / survey.seconds

@@ -20,7 +20,7 @@ from isoflat.cli.terminal import console, plain
 from isoflat.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from isoflat.cli.examine import Check
+    from isoflat.cli.examine import Finding
 
 EXTRAS = {
     "pyarrow": "images",
@@ -60,7 +60,7 @@ def doctor(  # noqa: PLR0913
     """
     if (model is None) != (data is None):
         raise UsageError("to check a network, give both --model and --data (for instance --data digits)")
-    checks: tuple[Check, ...] = ()
+    checks: tuple[Finding, ...] = ()
     if model is not None and data is not None:
         from isoflat.cli.examine import examine
         from isoflat.cli.load.inputs import Inputs, device_of
@@ -132,7 +132,7 @@ def extra(name: str) -> str:
     return f"broken: {lines[-1][:160] if lines else f'exit code {tried.returncode}'}"
 
 
-def _show(screen: Console, found: dict[str, Any], checks: tuple[Check, ...]) -> None:
+def _show(screen: Console, found: dict[str, Any], checks: tuple[Finding, ...]) -> None:
     for name, version in found["versions"].items():
         screen.print(plain(f"{name:<14}{version}"))
     screen.print(plain(f"{'devices':<14}{', '.join(found['devices'])}; {found['threads']} threads"))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, final
 
 import torch
-from torch import Tensor
 
 from isoflat.cli.load.data import load_data
 from isoflat.cli.load.inputs import Inputs, fill, try_forward
@@ -15,31 +14,20 @@ from isoflat.cli.load.model import build, find_loss
 from isoflat.cli.load.named import reason
 from isoflat.core.errors import DataError, IsoflatError, NondeterministicRisk, UnsupportedModel
 from isoflat.core.space import norm
-from isoflat.core.state import State
-from isoflat.core.streams import stream
-from isoflat.curvature.hessian import Hessian
 from isoflat.measures.base import Subject
 from isoflat.measures.prepare import subject
 from isoflat.risk.batches import Batches, digest
-from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.check import AGREEMENT, SYMMETRY, Sample, asymmetry, disagreement
+from isoflat.risk.linearise import Check, choose
 from isoflat.risk.network import Network, exactly
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.base import Linearisation
 
 T = TypeVar("T")
-
-SYMMETRY = 1e-8
-"""Largest `|⟨u, Hv⟩ − ⟨v, Hu⟩|` in units of `‖u‖ ‖Hv‖ + ‖v‖ ‖Hu‖`, in float64."""
-
-AGREEMENT = 1e-4
-"""Largest relative difference between a product and a central difference of gradients, in float64."""
-
-STEPS = (1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
-"""Relative steps of the differences: the first that agrees is enough, since a network of ReLUs has kinks on the way."""
 
 
 @final
 @dataclass(frozen=True)
-class Check:
+class Finding:
     """One check.
 
     Attributes:
@@ -53,7 +41,7 @@ class Check:
     detail: str
 
 
-def examine(inputs: Inputs, dtype: str | None = None, device: torch.device | None = None) -> tuple[Check, ...]:
+def examine(inputs: Inputs, dtype: str | None = None, device: torch.device | None = None) -> tuple[Finding, ...]:
     """Every check, in an order in which each needs the earlier ones only.
 
     Args:
@@ -76,9 +64,9 @@ def examine(inputs: Inputs, dtype: str | None = None, device: torch.device | Non
     )
     exam.check("loss is deterministic", lambda: _deterministic(_sure(target)))
     exam.check("loss and gradient are finite", lambda: _finite(_sure(target)))
-    point = exam.check("double backward works", lambda: _products(_sure(target)))
-    exam.check("products are symmetric", lambda: _symmetric(_sure(point)))
-    exam.check("products agree with differences of gradients", lambda: _agrees(_sure(point)))
+    route = exam.check("products can be made", lambda: _products(_sure(target)))
+    exam.check("products are symmetric", lambda: _symmetric(_sure(target), _sure(route)))
+    exam.check("products agree with differences of gradients", lambda: _agrees(_sure(target), _sure(route)))
     return tuple(exam.checks)
 
 
@@ -86,36 +74,25 @@ class _Exam:
     """Checks done so far; after a failure the rest is skipped."""
 
     def __init__(self) -> None:
-        self.checks: list[Check] = []
+        self.checks: list[Finding] = []
 
     def check(self, name: str, run: Callable[[], tuple[T, str]]) -> T | None:
         """Run one check; its product, for later ones."""
         if any(check.outcome == "fail" for check in self.checks):
-            self.checks.append(Check(name, "skipped", "an earlier check failed"))
+            self.checks.append(Finding(name, "skipped", "an earlier check failed"))
             return None
         try:
             product, detail = run()
         except IsoflatError as error:
-            self.checks.append(Check(name, "fail", str(error)))
+            self.checks.append(Finding(name, "fail", str(error)))
             return None
         except Exception as error:  # noqa: BLE001 — whatever code of the user's raises; a check reports, it never ends the program
             self.checks.append(
-                Check(name, "fail", f"{reason(error)}. Correct the network, the loss or the data loader")
+                Finding(name, "fail", f"{reason(error)}. Correct the network, the loss or the data loader")
             )
             return None
-        self.checks.append(Check(name, "ok", detail))
+        self.checks.append(Finding(name, "ok", detail))
         return product
-
-
-@final
-@dataclass(frozen=True)
-class _Point:
-    """The Hessian of the first batch's risk in float64, and two random directions with their products."""
-
-    risk: EmpiricalRisk
-    state: State
-    directions: Tensor
-    products: Tensor
 
 
 def _sure(value: T | None) -> T:
@@ -175,30 +152,15 @@ def _finite(target: Subject) -> tuple[bool, str]:
     return True, f"loss {survey.loss:.6g}{accuracy}, gradient norm {norm(survey.gradient):.3g}"
 
 
-def _products(target: Subject) -> tuple[_Point, str]:
-    """Two products on the first batch, in float64: the checks that follow are about formulas, not about data."""
-    batch = next(iter(target.risk.batches))
-    risk = EmpiricalRisk(target.risk.network, target.risk.loss, Batches(lambda: iter([batch]), volatile=False))
-    state = target.state.to(dtype=torch.float64)
-    directions = torch.randn(state.space.size, 2, generator=stream(0, "doctor"), dtype=torch.float64).to(state.device)
-    try:
-        products = Hessian(Rebuilt(risk, state)).matmat(directions)
-    except (RuntimeError, NotImplementedError) as error:
-        raise UnsupportedModel(
-            f"the gradient cannot be differentiated again: {reason(error)}. Replace the operation named there by one with "
-            "a second derivative (for fused kernels, their plain form)"
-        ) from error
-    if not bool(torch.isfinite(products).all()):
-        raise UnsupportedModel("a Hessian-vector product is NaN or infinite: look for sqrt, log or division at 0")
-    flat = "; all products vanish: the loss has no curvature here" if not bool(products.any()) else ""
-    return _Point(risk, state, directions, products), f"on the first batch, in float64{flat}"
+def _products(target: Subject) -> tuple[type[Linearisation], str]:
+    choice = choose(target.risk, target.state, Check.SKIP)
+    return choice.route, "; ".join(choice.notes) or choice.route(target.risk, target.state).route
 
 
-def _symmetric(point: _Point) -> tuple[bool, str]:
-    (u, v), (hu, hv) = point.directions.T, point.products.T
-    scale = norm(u) * norm(hv) + norm(v) * norm(hu)
-    error = abs(float(u @ hv) - float(v @ hu)) / scale if scale else 0.0
-    if error > SYMMETRY:
+def _symmetric(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
+    error = asymmetry(Sample.of(target.risk, target.state), route)
+    allowed = SYMMETRY if route(target.risk, target.state).exact else AGREEMENT
+    if error > allowed:
         raise UnsupportedModel(
             f"⟨u, Hv⟩ and ⟨v, Hu⟩ differ by {error:.1e} of their scale: a custom backward is not the derivative of its "
             "forward. Correct it (torch.autograd.gradgradcheck finds it)"
@@ -206,35 +168,14 @@ def _symmetric(point: _Point) -> tuple[bool, str]:
     return True, f"relative difference {error:.1e}"
 
 
-def _agrees(point: _Point) -> tuple[bool, str]:
-    worst = max(_difference(point, k) for k in range(point.directions.shape[1]))
+def _agrees(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
+    sample = Sample.of(target.risk, target.state)
+    worst = disagreement(sample, route)
     if worst > AGREEMENT:
         raise UnsupportedModel(
             f"Hessian products differ by {worst:.1e} from central differences of gradients: part of the network is cut out "
             "of the second derivative (detach, no_grad, .item(), .data, or a custom backward). Make it differentiable twice"
         )
-    return True, f"relative difference at most {worst:.1e} along two random directions"
-
-
-def _difference(point: _Point, k: int) -> float:
-    """Smallest relative difference over the steps, beyond what rounding of the gradients explains."""
-    direction, product, center = point.directions[:, k], point.products[:, k], point.state.vector
-    scale = (norm(center) or 1.0) / norm(direction)
-    best = float("inf")
-    for step in STEPS:
-        reach = step * scale
-        ends = [_gradient(point, center + sign * reach * direction) for sign in (1, -1)]
-        quotient = (ends[0] - ends[1]) / (2 * reach)
-        rounding = 10 * torch.finfo(torch.float64).eps * max(map(norm, ends)) / reach
-        size = max(norm(product), norm(quotient))
-        excess = max(norm(product - quotient) - rounding, 0.0)
-        best = min(best, excess / size if size else 0.0)
-        if best <= AGREEMENT:
-            break
-    return best
-
-
-def _gradient(point: _Point, vector: Tensor) -> Tensor:
-    moved = point.state.replace(point.state.space.unflatten(vector))
-    with exactly(moved.device):
-        return point.risk.survey(moved).gradient
+    flat = all(not bool(sample.product(route, sample.direction(k)).any()) for k in range(2))
+    detail = f"relative difference at most {worst:.1e} along two random directions"
+    return True, detail + ("; all products vanish: the loss has no curvature here" if flat else "")

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from isoflat.cli.terminal import complain
-from isoflat.core.errors import IsoflatError
+from isoflat.core.errors import IsoflatError, RankLost
 
 REFUSED = 2
 """A wrong argument, or anything isoflat refuses."""
@@ -17,14 +17,20 @@ REFUSED = 2
 NOT_CONVERGED = 3
 """Measured, but not to the tolerance asked for within the budget."""
 
+LOST = 4
+"""One of the processes that share a measurement ended, or hangs."""
+
 
 def refusing(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb, whose refusals end it with one line on standard error and exit code 2."""
+    """The verb, whose refusals end it with one line on standard error and exit code 2; lost processes with 4."""
 
     @wraps(verb)
     def call(*arguments: Any, **options: Any) -> None:
         try:
             verb(*arguments, **options)
+        except RankLost as error:
+            complain(str(error))
+            raise typer.Exit(LOST) from None
         except IsoflatError as error:
             complain(str(error))
             raise typer.Exit(REFUSED) from None

@@ -8,6 +8,7 @@ Exit codes of every verb:
 | 1 | a defect of isoflat itself, with a traceback |
 | 2 | a wrong argument, or anything isoflat refuses: one line on standard error says why and what to do |
 | 3 | measured, but not to the tolerance asked for within the budget |
+| 4 | one of the processes that share a measurement ended, or hangs |
 | 130 | interrupted from the keyboard |
 
 With `--json`, standard output holds strict JSON and nothing else; it is empty where the exit code is 2 and the verb had

@@ -13,6 +13,7 @@ from rich.table import Table as Grid
 
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.processes import sharing
 from isoflat.cli.save import claim, save
 from isoflat.cli.terminal import console, plain
 
@@ -73,6 +74,7 @@ def measure(  # noqa: PLR0913
     ] = 0,
     seed: options.Seed = 0,
     dtype: options.Precision = None,
+    check: options.Check = "refuse",
     device: options.Device = None,
     out: Annotated[
         Path | None,
@@ -80,12 +82,15 @@ def measure(  # noqa: PLR0913
     ] = None,
     force: options.Force = False,
     as_json: options.AsJson = False,
+    reproducible_sum: options.ReproducibleSum = False,
+    timeout: options.Timeout = 600.0,
 ) -> None:
     """Measure how flat a minimum is: values with enclosures, loss, accuracy, cost and warnings.
 
-    Exit code 0: every value converged. 3: measured, but not to --rtol. 2: refused, with the reason.
+    Several processes share the batches: torchrun --nproc-per-node 4 -m isoflat measure ...
+
+    Exit code 0: every value converged. 3: measured, but not to --rtol. 2: refused, with the reason. 4: a process is lost.
     """
-    claim(out, force)
     from isoflat.cli.load.inputs import Inputs
     from isoflat.measures.base import Budget
 
@@ -102,22 +107,42 @@ def measure(  # noqa: PLR0913
         loss=loss,
         seed=seed,
     )
-    table, notes, over = evaluate(
-        inputs,
-        orbit,
-        measures=names or [HEADLINE],
-        geometry=geometry or [PLACE],
-        params=params or None,
-        rtol=rtol,
-        confidence=confidence,
-        certify=certify,
-        budget=Budget(max_products, seconds, options.bytes_of(memory)),
-        probes=probes,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        progress=sys.stderr.isatty() and not as_json,
-    )
+    with sharing(device, timeout) as ranks:
+        ranks.together(lambda: claim(out if ranks.first else None, force))
+        table, notes, over = evaluate(
+            inputs,
+            orbit,
+            measures=names or [HEADLINE],
+            geometry=geometry or [PLACE],
+            params=params or None,
+            rtol=rtol,
+            confidence=confidence,
+            certify=certify,
+            budget=Budget(max_products, seconds, options.bytes_of(memory)),
+            probes=probes,
+            seed=seed,
+            dtype=dtype,
+            check=check,
+            device=device,
+            progress=sys.stderr.isatty() and not as_json and ranks.first,
+            reproducible_sum=reproducible_sum,
+        )
+    if ranks.first:
+        _deliver(inputs, table, notes, over, out, force, as_json)
+    if not all(row.estimate.converged for row in table):
+        raise typer.Exit(NOT_CONVERGED)
+
+
+def _deliver(
+    inputs: Inputs,
+    table: Table,
+    notes: tuple[str, ...],
+    over: Orbit | None,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the result, and print it."""
     content = {"subject": inputs.described() | {"notes": list(notes)}, **table.to_dict()}
     text = json.dumps(content if over is None else content | {"orbit": over.to_dict()}, allow_nan=False)
     try:
@@ -128,8 +153,6 @@ def measure(  # noqa: PLR0913
             sys.stdout.write(f"{text}\n")
         else:
             show(console(), inputs, table, notes, over)
-    if not all(row.estimate.converged for row in table):
-        raise typer.Exit(NOT_CONVERGED)
 
 
 def evaluate(inputs: Inputs, orbit: int = 0, **settings: Any) -> tuple[Table, tuple[str, ...], Orbit | None]:
@@ -151,11 +174,14 @@ def evaluate(inputs: Inputs, orbit: int = 0, **settings: Any) -> tuple[Table, tu
     from isoflat.experiments.orbit import Plan
     from isoflat.measures.prepare import symmetries_of
     from isoflat.measures.run import measure_all
+    from isoflat.risk.ranks import Ranks
 
     effort = ("rtol", "confidence", "certify", "probes", "budget", "seed")
     check(settings["measures"], settings["geometry"], **{key: settings[key] for key in effort})
     settings["device"] = device_of(settings["device"])
-    loaded, target = prepare(inputs, settings["params"], settings["dtype"], settings["device"])
+    loaded, target = Ranks.here().together(
+        lambda: prepare(inputs, settings["params"], settings["dtype"], settings["device"])
+    )
     with within_memory():
         # Found first: a network without a traceable orbit is refused before the data is read.
         found = symmetries_of(target) if orbit else None
@@ -165,8 +191,11 @@ def evaluate(inputs: Inputs, orbit: int = 0, **settings: Any) -> tuple[Table, tu
         if not found.dimension:
             return table, (*loaded.notes, "no change of these weights that keeps the function: no orbit"), None
         shared = {
-            key: settings[key] for key in ("params", "rtol", "confidence", "certify", "budget", "probes", "device")
-        }
+            key: settings[key]
+            for key in (
+                "params", "rtol", "confidence", "certify", "budget", "probes", "device", "reproducible_sum",
+            )
+        }  # fmt: skip
         names, places = tuple(settings["measures"]), tuple(settings["geometry"])
         plan = Plan(names, places, points=orbit, search=0, seed=settings["seed"], settings=shared)
         return table, loaded.notes, watched(loaded, found, plan, hidden=not settings["progress"])

@@ -10,7 +10,7 @@ import typer
 
 from isoflat.core.errors import UsageError
 
-WHAT, HOW, OUT = "What is measured", "How hard", "Output"
+WHAT, HOW, SHARED, OUT = "What is measured", "How hard", "Several processes", "Output"
 """Panels of the help."""
 
 Model = Annotated[
@@ -109,15 +109,47 @@ MaxProducts = Annotated[int, typer.Option(help="Hessian-vector products per eige
 Seconds = Annotated[float | None, typer.Option(help="Time per eigenvalue.", rich_help_panel=HOW)]
 Memory = Annotated[
     str | None,
-    typer.Option(help="For kept graphs, such as 4GB. Default: half of what is free.", rich_help_panel=HOW),
+    typer.Option(help="For products, such as 4GB. Default: half of what is free.", rich_help_panel=HOW),
 ]
 Probes = Annotated[int, typer.Option(help="Random probes of traces.", rich_help_panel=HOW)]
 Seed = Annotated[int, typer.Option("--seed", help="Of all random numbers.", rich_help_panel=HOW)]
 Precision = Annotated[
     str | None,
-    typer.Option("--dtype", help="float32 or float64. Default: as the weights are.", rich_help_panel=HOW),
+    typer.Option(
+        "--dtype",
+        help="float32 or float64; bfloat16 with --no-certify. Default: as the weights are.",
+        rich_help_panel=HOW,
+    ),
+]
+Check = Annotated[
+    str,
+    typer.Option(
+        "--check",
+        metavar="refuse|warn|skip",
+        help="Where products disagree with differences of gradients, on a few rows.",
+        rich_help_panel=HOW,
+    ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda. Default: cpu.", rich_help_panel=HOW)]
+ReproducibleSum = Annotated[
+    bool,
+    typer.Option(
+        "--reproducible-sum",
+        help="Under torchrun: add the batches in the order of the data, so that any number of processes gives the same "
+        "bits (with the same number of threads each). Slower: one exchange per batch instead of one per product.",
+        rich_help_panel=SHARED,
+    ),
+]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout",
+        min=1.0,
+        metavar="SECONDS",
+        help="Under torchrun: how long a process waits for the others before all give up.",
+        rich_help_panel=SHARED,
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing --out file.", rich_help_panel=OUT)]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.", rich_help_panel=OUT)

@@ -8,6 +8,8 @@ IsoflatError
 │   └── CheckpointError               weights do not fit the model, or the file cannot be opened safely
 ├── UnsupportedModel                  the network is in a mode or has a part that has no exact Hessian here
 ├── NondeterministicRisk              two passes over the same data differ: shuffling, augmentation, dropout
+├── RanksDiffer                       processes that share a measurement were not given the same
+├── RankLost                          one of these processes ended, or hangs
 ├── NonFinite                         NaN or infinity in weights, loss, gradient or a product
 ├── NoInvariantGeometry               no metric of the requested kind is available for this network
 └── SymmetryViolated                  a claimed symmetry changes the network's output
@@ -60,6 +62,14 @@ class UnsupportedModel(IsoflatError):
 
 class NondeterministicRisk(IsoflatError):
     """The empirical risk is not a function of the weights: two passes over the data differ."""
+
+
+class RanksDiffer(IsoflatError):
+    """Processes that share a measurement have different weights, data or settings."""
+
+
+class RankLost(IsoflatError):
+    """A process that shares the measurement ended, or did not answer in time."""
 
 
 class NonFinite(IsoflatError):

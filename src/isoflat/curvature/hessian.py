@@ -10,7 +10,6 @@ from torch import Tensor
 
 from isoflat.linalg.operator import Operator
 from isoflat.risk.routes.base import Linearisation
-from isoflat.risk.routes.reverse import Rebuilt
 
 
 @final
@@ -45,7 +44,4 @@ class Hessian(Operator):
 
     def double(self) -> Hessian:
         """The same Hessian in float64, its graph rebuilt for each product; itself if it is in float64 already."""
-        if self.dtype == torch.float64:
-            return self
-        old = self.linearisation
-        return Hessian(Rebuilt(old.risk, old.state.to(dtype=torch.float64)))
+        return self if self.dtype == torch.float64 else Hessian(self.linearisation.double())

@@ -109,6 +109,7 @@ class Lanczos(Solver[Extremes]):
         rtol: relative width of the enclosure (certified) or relative true residual (uncertified) to reach.
         confidence: probability that the enclosure holds.
         certify: False stops on the residual, skips the float64 product and leaves the outer ends infinite.
+        precise: take the last product in float64 although nothing is certified.
         max_products: budget, the final product included.
         seconds: budget of wall-clock time; None for no limit.
 
@@ -123,6 +124,7 @@ class Lanczos(Solver[Extremes]):
     rtol: float = 1e-3
     confidence: float = 1 - 1e-6
     certify: bool = True
+    precise: bool = False
     max_products: int = 300
     seconds: float | None = None
 
@@ -206,14 +208,15 @@ class Lanczos(Solver[Extremes]):
         scale = recurrence.scale
         chosen = -1 if view.wanted is view.top else 0
         vector = recurrence.combine(coefficients[:, chosen])
-        fresh = (yield Request(vector[:, None], double=self.certify, status="Lanczos: fresh product"))[:, 0] / scale
+        double = self.certify or self.precise
+        fresh = (yield Request(vector[:, None], double=double, status="Lanczos: fresh product"))[:, 0] / scale
         value = float(space.inner([vector], fresh)[0])
         residual = space.norm(torch.sub(fresh, vector, alpha=value))
         predicted = recurrence.predicted(float(ritz[chosen]), coefficients[:, chosen], vector)
         surprise = space.norm(predicted.sub_(fresh))
         noise = surprise + recurrence.rounding
         working = torch.finfo(recurrence.last.dtype).eps
-        final = torch.finfo(torch.float64).eps if self.certify else working
+        final = torch.finfo(torch.float64).eps if double else working
         slack = surprise * final / working + recurrence.rounding_at(final)
 
         def end(j: int, bound: float) -> End:

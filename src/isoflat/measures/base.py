@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, final
 
+import torch
+
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.record import Point
 from isoflat.core.state import State
 from isoflat.linalg.solver import Outcome, Solver
 from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.linearise import Check
 
 
 class Direction(StrEnum):
@@ -30,7 +33,7 @@ class Budget:
     Attributes:
         products: Hessian-vector products per eigenvalue.
         seconds: wall-clock time per eigenvalue; None for no limit.
-        memory: bytes that kept gradient graphs may take; None for half of what is free.
+        memory: bytes that products may take, beyond weights and the solvers' vectors; None for half of what is free.
     """
 
     products: int = 300
@@ -57,6 +60,8 @@ class Effort:
         probes: random probes of stochastic estimates.
         budget: limits.
         seed: of all random streams.
+        check: what happens where products disagree with differences of gradients.
+        inside: precision that products may use inside, accumulated in float64; never in a certificate.
     """
 
     rtol: float = 1e-3
@@ -65,9 +70,16 @@ class Effort:
     probes: int = 64
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
+    check: Check = Check.REFUSE
+    inside: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning."""
+        if self.inside is not None and self.certify:
+            raise UsageError(
+                f"{str(self.inside).removeprefix('torch.')} may be used inside products, but never in a certificate: pass "
+                "certify=False, or dtype='float32'"
+            )
         if not 0 < self.rtol < 1:
             raise UsageError(f"rtol must lie between 0 and 1, got {self.rtol}")
         if self.confidence is not None and not 0 < self.confidence < 1:

@@ -22,6 +22,7 @@ def extremes(which: Which, covariant: bool = False) -> Callable[[Effort], tuple[
             rtol=effort.rtol,
             confidence=CONFIDENCE if effort.confidence is None else effort.confidence,
             certify=effort.certify,
+            precise=effort.inside is not None,
             max_products=effort.budget.products,
             seconds=effort.budget.seconds,
         )

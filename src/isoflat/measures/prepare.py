@@ -17,6 +17,8 @@ from isoflat.risk.batches import as_batches, move
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.losses import TargetLoss, as_loss, call, split
 from isoflat.risk.network import Network, Selector
+from isoflat.risk.ranks import check_whole
+from isoflat.risk.wrappers import compiled, unwrapped
 from isoflat.symmetry.base import Symmetry
 from isoflat.symmetry.declared import UnitScale
 from isoflat.symmetry.discover import discover, inputs_of
@@ -46,11 +48,14 @@ def subject(
     Raises:
         IsoflatError: the model, the data or the loss cannot be measured; the message says why.
     """
-    network = Network(model)
+    network, wrappers = _unwrapped(model)
     network.check_mode()
     state = network.state(params)
     risk = EmpiricalRisk(network, as_loss(loss), as_batches(data))
-    notes = list(risk.loss.notes)
+    notes = [f"measured without its wrapper: {', '.join(wrappers)}"] if wrappers else []
+    if compiled(network.module):
+        notes.append("compiled parts were run as they are written")
+    notes += risk.loss.notes
     if state.frozen:
         notes.append(f"held fixed: {some(state.frozen)}")
     if tied := network.tied():
@@ -63,6 +68,14 @@ def subject(
             notes.append(f"weights in {some(map(str, low))} were measured in {precision}")
     place = torch.device(device) if device is not None else state.device
     return Subject(risk, state.to(dtype=precision, device=place), tuple(notes))
+
+
+def _unwrapped(model: Any) -> tuple[Network, tuple[str, ...]]:
+    """The network inside the wrappers of other tools, and what these were."""
+    outer = Network(model)
+    inner, wrappers = unwrapped(outer.module)
+    check_whole(inner)
+    return Network(inner), wrappers
 
 
 def symmetries_of(subject: Subject, declared: Sequence[Symmetry] = ()) -> Found:
@@ -172,6 +185,8 @@ def warnings(point: Point, survey: Survey) -> tuple[str, ...]:
 
 def _precision(dtype: torch.dtype | str | None) -> torch.dtype | None:
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved is torch.bfloat16:  # inside products only
+        return torch.float32
     if dtype is not None and resolved not in _PRECISIONS:
         raise UsageError(f"dtype must be float32 or float64 (second derivatives need no less), got {dtype}")
     return resolved

@@ -19,11 +19,16 @@ from isoflat.measures.base import Budget, Effort, Measure, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.measures.prepare import subject, symmetries_of
 from isoflat.measures.session import Session
+from isoflat.measures.shared import agreed
 from isoflat.risk.batches import move
+from isoflat.risk.linearise import Check
 from isoflat.risk.losses import call, split
 from isoflat.risk.network import Selector, exactly
+from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.base import Symmetry, verify
 from isoflat.symmetry.found import Found
+
+Bound = tuple[tuple[Measure, Geometry], ...]
 
 
 def measure(  # noqa: PLR0913
@@ -44,6 +49,8 @@ def measure(  # noqa: PLR0913
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
+    check: Check | str = Check.REFUSE,
+    reproducible_sum: bool = False,
 ) -> Estimate:
     """How flat is this minimum? One number with its enclosure. The model is not changed.
 
@@ -66,9 +73,14 @@ def measure(  # noqa: PLR0913
         sample: reserved; all the data is used.
         budget: number of products, or a `Budget`.
         seed: of the random start vectors and probes.
-        dtype: "float32" or "float64"; default the weights' own.
+        dtype: "float32" or "float64"; default the weights' own. "bfloat16" for products by autocast, with the value from
+            a last product in float64, and without a certificate.
         device: where to compute; default where the weights are.
         progress: show a progress bar.
+        check: products are compared with differences of gradients on a few rows; "refuse" raises where they disagree,
+            "warn" notes it beside the number, "skip" does not compare.
+        reproducible_sum: in a process group of torch.distributed, which is used where there is one, add the batches'
+            parts in the order of the data, so that every number of processes gives the same bits; slower.
 
     Returns:
         The estimate; print it, or read `value`, `lower`, `upper`, `converged`, `cost`, `notes`.
@@ -101,6 +113,8 @@ def measure(  # noqa: PLR0913
         dtype=dtype,
         device=device,
         progress=progress,
+        check=check,
+        reproducible_sum=reproducible_sum,
     )
     return table.rows[0].estimate
 
@@ -124,6 +138,8 @@ def measure_all(  # noqa: PLR0913
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
+    check: Check | str = Check.REFUSE,
+    reproducible_sum: bool = False,
     label: str = "",
 ) -> Table:
     """Several measures in several geometries with shared passes over the data; arguments as for `measure`.
@@ -146,6 +162,8 @@ def measure_all(  # noqa: PLR0913
         dtype: as for `measure`.
         device: as for `measure`.
         progress: as for `measure`.
+        check: as for `measure`.
+        reproducible_sum: as for `measure`.
         label: what to call this network in tables.
 
     Returns:
@@ -158,20 +176,50 @@ def measure_all(  # noqa: PLR0913
     if sample is not None:
         raise UsageError("sample is reserved for a later version: this one measures on all the data it is given")
     limits = Budget(products=budget) if isinstance(budget, int) else (budget or Budget())
-    effort = Effort(rtol, confidence, certify, probes, limits, seed)
+    low = dtype in (torch.bfloat16, "bfloat16")
+    effort = Effort(rtol, confidence, certify, probes, limits, seed, _check(check), torch.bfloat16 if low else None)
     plan = _plan(measures, [geometry] if isinstance(geometry, str | Geometry) else geometry)
-    target = subject(model, data, loss, params, dtype, device)
-    with tqdm(disable=not progress, unit=" passes", desc=label or "measuring", leave=False) as bar:
+    ranks = Ranks.here(reproducible_sum)
+    target = agreed(ranks, lambda: subject(model, data, loss, params, dtype, device), effort, plan)
+    with tqdm(disable=not (progress and ranks.first), unit=" passes", desc=label or "measuring", leave=False) as bar:
 
         def report(status: str) -> None:
             bar.set_postfix_str(status, refresh=False)
             bar.update()
 
+        _reachable(effort, target.state.dtype)
         with exactly(target.state.device):
             found = symmetries if isinstance(symmetries, Found) else None
             declared = () if found is not None else tuple(symmetries or ())  # pyrefly: ignore
-            _verify(target, declared, seed)
-            return Session(target, effort, _bound(plan, target, declared, found), label, report).table()
+
+            def bound() -> Bound:
+                _verify(target, declared, seed)
+                return _bound(plan, target, declared, found)
+
+            table = Session(target, effort, ranks.together(bound, _groups), label, report).table()
+            return ranks.from_first(table)  # costs and all
+
+
+def _groups(plan: Bound) -> dict[str, str]:
+    """The group of each geometry that knows the network's symmetries."""
+    found = {place.name: place.found for _, place in plan if isinstance(place, Traced)}
+    return {f"group of {name}": group.hash for name, group in found.items() if group is not None}
+
+
+def _check(value: Check | str) -> Check:
+    if value not in set(Check):
+        raise UsageError(f"check must be one of {', '.join(Check)}, got {value!r}")
+    return Check(value)
+
+
+def _reachable(effort: Effort, dtype: torch.dtype) -> None:
+    """Refuse tolerances below what products can give."""
+    floor = torch.finfo(effort.inside or dtype).eps
+    if effort.rtol < floor:
+        raise UsageError(
+            f"rtol={effort.rtol:g} lies below the rounding of a product in {effort.inside or dtype} ({floor:.1e}): ask for "
+            "less, or pass a wider dtype"
+        )
 
 
 def _plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, final
@@ -26,8 +26,11 @@ from isoflat.linalg.operator import Pullback
 from isoflat.linalg.solver import Job, Outcome, Probe, together
 from isoflat.measures.base import Effort, Findings, Measure, Question, Subject
 from isoflat.measures.prepare import point, some, warnings
-from isoflat.risk.empirical import Survey
-from isoflat.risk.linearise import available_memory, linearise, peak_memory
+from isoflat.risk.empirical import EmpiricalRisk, Survey
+from isoflat.risk.linearise import choose, linearise, survey
+from isoflat.risk.plan import Plan, available_memory, peak_memory, plan
+from isoflat.risk.routes.base import Linearisation
+from isoflat.risk.routes.guarded import Guarded
 from isoflat.symmetry.found import VERSION as RULES
 
 Answers = dict[tuple[Geometry, Question], Outcome]
@@ -43,6 +46,7 @@ class Session:
         effort: how hard.
         plan: measures, each with the geometry it is measured in.
         label: what the user calls the network.
+        route: of products.
         report: called with a status line at each pass over the data.
     """
 
@@ -58,7 +62,35 @@ class Session:
         state = self.subject.state
         # Charts come first: a geometry that refuses must do so before the data is read.
         charts = {geometry: geometry.chart(state) for _, geometry in self.plan}
-        places = {id(chart.state): self._place(chart.state) for chart in charts.values()}
+        read = {id(chart.state): survey(self.subject.risk, chart.state) for chart in charts.values()}
+        risk, seen = next(iter(read.values()))
+        self.report(f"loss {seen.loss:.4g}")
+        choice = risk.ranks.together(
+            lambda: choose(risk.pinned(seen), state, self.effort.check), lambda choice: {"route": choice.route.__name__}
+        )
+        chosen = replace(
+            self,
+            subject=replace(self.subject, notes=(*self.subject.notes, *choice.notes)),
+            effort=self.effort if choice.exact else replace(self.effort, certify=False),
+        )
+        return chosen.answered(charts, read, choice.route, started)
+
+    def answered(
+        self,
+        charts: Mapping[Geometry, Chart],
+        read: Mapping[int, tuple[EmpiricalRisk, Survey]],
+        route: type[Linearisation],
+        started: float,
+    ) -> Table:
+        """Every number, by products of one kind.
+
+        Args:
+            charts: of every geometry in the plan.
+            read: the risk and what the data says, by the place of a chart.
+            route: how products are made.
+            started: when the measurement began.
+        """
+        places = {id(chart.state): self._place(chart.state, *read[id(chart.state)], route) for chart in charts.values()}
         setup = time.monotonic() - started
         answers: Answers = {}
         for key, place in places.items():
@@ -67,15 +99,21 @@ class Session:
         scribe = _Scribe(self, charts, places, answers, setup)
         return Table(tuple(scribe.record(measure, geometry) for measure, geometry in self.plan))
 
-    def _place(self, state: State) -> Place:
+    def _place(self, state: State, risk: EmpiricalRisk, seen: Survey, route: type[Linearisation]) -> Place:
         """Loss, gradient and Hessian at a state."""
-        survey = self.subject.risk.survey(state)
-        self.report(f"loss {survey.loss:.4g}")
         budget = self.effort.budget.memory
-        memory = available_memory(state.device) // 2 if budget is None else budget
-        return Place(survey, Hessian(linearise(self.subject.risk.pinned(survey), state, survey.rows, memory)))
+        memory = risk.ranks.share(available_memory(state.device), state.device) // 2 if budget is None else budget
+        pinned = risk.pinned(seen)
+        batches = len(seen.digests)
+        own = -(-seen.rows * risk.ranks.most(batches) // batches)
+        planned = risk.ranks.together(
+            lambda: plan(pinned, state, route, own, memory), lambda made: {"plan of products": str(made)}
+        )
+        self.report(str(planned))
+        network = replace(pinned.network, inside=self.effort.inside)
+        return Place(seen, planned, linearise(replace(pinned, network=network), state, planned))
 
-    def _jobs(self, charts: dict[Geometry, Chart], place: Place) -> dict[tuple[Geometry, Question], Job]:
+    def _jobs(self, charts: Mapping[Geometry, Chart], place: Place) -> dict[tuple[Geometry, Question], Job]:
         """Every question in every geometry once, and a check of the products against the group."""
         asked = [(g, question) for m, g in self.plan if g in charts for question in m.needs(self.effort)]
         asked += [(g, Question(Probe(c.identity.velocity))) for g, c in charts.items() if c.identity is not None]
@@ -95,7 +133,13 @@ class Place:
     """A point with what the data says about it."""
 
     survey: Survey
-    hessian: Hessian
+    plan: Plan
+    products: Guarded
+
+    @property
+    def hessian(self) -> Hessian:
+        """As an operator."""
+        return Hessian(self.products)
 
 
 @final
@@ -104,7 +148,7 @@ class _Scribe:
     """Evaluates measures and writes down where each number comes from."""
 
     session: Session
-    charts: dict[Geometry, Chart]
+    charts: Mapping[Geometry, Chart]
     places: dict[int, Place]
     answers: Answers
     setup: float
@@ -196,6 +240,8 @@ class _Scribe:
             listed = "; ".join(f"{some(names)} ({why})" for why, names in reasons.items())
             notes.append(f"invisible to the {geometry.name} metric: {listed}")
         notes += chart.notes
+        if place.products.grain.halvings:
+            notes.append(f"memory ran out: {place.products.grain.rows} rows at a time")
         if ratio is not None and ratio > 0.01:
             kind = "a local curvature, no minimum's" if ratio > 1 else "not quite a minimum's"
             notes.append(f"b/value = {ratio:.2g}: {kind} (b bounds the difference to the covariant Hessian)")
@@ -211,8 +257,14 @@ class _Scribe:
             "max_products": effort.budget.products,
             "dtype": str(state.dtype).removeprefix("torch."),
             "device": str(state.device),
-            "route": place.hessian.linearisation.route,
+            "route": place.products.route,
+            "rows_at_a_time": place.products.grain.rows,
+            "memory_forecast": place.plan.forecast,
+            "autocast": str(effort.inside).removeprefix("torch.") if effort.inside else "off",
+            "tf32": "off",
             "threads": torch.get_num_threads(),
+            "processes": self.session.subject.risk.ranks.world,
+            "reproducible_sum": self.session.subject.risk.ranks.ordered,
         }
 
 

@@ -32,11 +32,13 @@ class Batches:
         source: returns a fresh iterator over the batches.
         volatile: whether the source could give other data at the next pass (a loader), so that passes are compared.
         digests: what each batch hashed to at the first pass; None before it.
+        evenly: the same rows in batches that so many processes share evenly; None where the user made the batches.
     """
 
     source: Callable[[], Iterator[Any]]
     volatile: bool
     digests: tuple[str, ...] | None = None
+    evenly: Callable[[int], Batches] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         """The batches in order; compared with the first pass where the source is volatile."""
@@ -54,6 +56,16 @@ class Batches:
     def pinned(self, digests: Sequence[str]) -> Batches:
         """The same batches, to be compared with these digests from now on."""
         return replace(self, digests=tuple(digests))
+
+    def among(self, world: int) -> Batches:
+        """The same data for so many processes: cut evenly where the library cuts it, else as it is."""
+        return self if world == 1 or self.evenly is None else self.evenly(world)
+
+    def cut(self, rows: int) -> Batches:
+        """The same data in pieces of at most so many rows."""
+        return Batches(
+            lambda: (piece for batch in self for piece in pieces(batch, rows)), self.volatile and not self.digests
+        )
 
     @staticmethod
     def _differs(what: str) -> NondeterministicRisk:
@@ -93,7 +105,7 @@ def as_batches(data: Any, rows: int = ROWS) -> Batches:
             f"the data is a one-shot iterator ({type(data).__name__}), but each product reads it anew: give {_ACCEPTED}"
         )
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return Batches(lambda: iter(DataLoader(data, batch_size=rows)), volatile=True)
+        return _from_dataset(data, rows)
     if isinstance(data, Iterable) and not isinstance(data, Mapping | Tensor | np.ndarray | str):
         return Batches(lambda: iter(data), volatile=True)
     if callable(data):
@@ -117,7 +129,23 @@ def _from_pair(inputs: Tensor, targets: Tensor, rows: int) -> Batches:
     if len(inputs) == 0:
         raise DataError("the data is empty: 0 rows")
     pairs = list(zip(inputs.split(rows), targets.split(rows), strict=True))
-    return Batches(lambda: iter(pairs), volatile=False)
+    evenly = lambda world: _from_pair(inputs, targets, even(len(inputs), rows, world))  # noqa: E731
+    return Batches(lambda: iter(pairs), volatile=False, evenly=evenly)
+
+
+def _from_dataset(data: Dataset[Any], rows: int) -> Batches:
+    evenly = lambda world: _from_dataset(data, even(len(data), rows, world))  # noqa: E731  # pyrefly: ignore
+    return Batches(lambda: iter(DataLoader(data, batch_size=rows)), volatile=True, evenly=evenly)
+
+
+def even(total: int, rows: int, world: int) -> int:
+    """Rows per batch, no more than given, that give each of so many processes as many batches.
+
+    >>> even(1100, 500, 2), even(1000, 500, 4), even(3, 500, 4)
+    (275, 250, 1)
+    """
+    rounds = -(-total // (rows * world))
+    return -(-total // (rounds * world))
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:
@@ -159,6 +187,30 @@ def move(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return type(batch)(*(move(value, device, dtype) for value in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(move(value, device, dtype) for value in batch)
+    return batch
+
+
+def pieces(batch: Any, rows: int) -> Iterator[Any]:
+    """A batch cut into pieces of at most so many rows: every tensor with as many rows as the first is cut.
+
+    >>> [len(part["x"]) for part in pieces({"x": torch.zeros(5), "scale": torch.ones(1)}, 2)]
+    [2, 2, 1]
+    """
+    count = rows_of(batch)
+    for start in range(0, count, rows):
+        yield _slice(batch, slice(start, start + rows), count)
+
+
+def _slice(batch: Any, rows: slice, count: int) -> Any:
+    if isinstance(batch, Tensor | np.ndarray):
+        return batch[rows] if batch.ndim and len(batch) == count else batch
+    if isinstance(batch, Mapping):
+        cut = {key: _slice(value, rows, count) for key, value in batch.items()}
+        return cut if type(batch) is dict else _rebuild(batch, cut)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_slice(value, rows, count) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_slice(value, rows, count) for value in batch)
     return batch
 
 

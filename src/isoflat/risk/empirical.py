@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -15,15 +15,9 @@ from isoflat.core.state import State
 from isoflat.risk.batches import Batches, digest, move
 from isoflat.risk.losses import Loss, TargetLoss, Term, call, check_mean, split
 from isoflat.risk.network import Network
+from isoflat.risk.ranks import Part, Ranks
 
-
-@final
-@dataclass(frozen=True)
-class Part:
-    """One batch's share of a sum over data."""
-
-    total: Tensor
-    count: float
+T = TypeVar("T")
 
 
 @final
@@ -60,39 +54,51 @@ class EmpiricalRisk:
     """`L(θ) = Σ_b total_b(θ) / Σ_b count_b`, with parameters entering only through the state.
 
     Every batch is weighted by its counted targets, so that the batch size, a ragged last batch or ignored targets
-    change nothing.
+    change nothing; nor does the number of processes that share the batches.
     """
 
     network: Network
     loss: Loss
     batches: Batches
+    ranks: Ranks = field(default_factory=Ranks)
 
     def term(self, state: State, batch: Any) -> Term:
         """One batch's summed loss, as a function of the state's tensors."""
         moved = move(batch, state.device, state.dtype)
         return self.network(state, lambda model: self.loss(model, moved))
 
-    def accumulate(self, per_batch: Callable[[int, Any], Part], over: Iterable[Any] | None = None) -> Tensor:
+    def accumulate(
+        self, per_batch: Callable[[int, Any], Part], like: Tensor, over: Iterable[Any] | None = None
+    ) -> Tensor:
         """`Σ total / Σ count` over the batches, added in float64: the only loop over data there is.
+
+        Of several processes each reads all batches and computes its own; all return the same bits.
 
         Args:
             per_batch: one batch's part, from its index and content.
-            over: what to run over instead of the batches themselves: one item for each, such as a kept graph.
+            like: a tensor of the shape and on the device of a total: the vectors that are multiplied, so that every
+                process is seen to multiply the same, or integers.
+            over: what to run over instead of the batches themselves: one item for each, such as a kept graph; items of
+                batches that other processes own are not looked at.
 
         Raises:
             DataError: there is no data, or no target counts.
+            RanksDiffer: the processes do not compute the same.
+            RankLost: a process is gone.
         """
-        total: Tensor | None = None
-        count, index = 0.0, -1
-        for index, batch in enumerate(self.batches if over is None else over):
-            part = per_batch(index, batch)
-            total = part.total.double() if total is None else total.add_(part.total)
-            count += part.count
-        if total is None:
+        items = enumerate(self.batches if over is None else over)
+        parts = (per_batch(index, item) if self.ranks.owns(index) else None for index, item in items)
+        found = self.ranks.add(parts, like)
+        if found.total is None:
             raise DataError("the data is empty: the loader gave no batch")
-        if not count > 0:
-            raise DataError(f"no target counts in any of the {index + 1} batches: are all of them ignored?")
-        return total.div_(count) if self.loss.averages else total
+        if not found.count > 0:
+            raise DataError(f"no target counts in any of the {found.batches} batches: are all of them ignored?")
+        return found.total.div_(found.count) if self.loss.averages else found.total
+
+    def own(self, make: Callable[[int, Any], T]) -> Iterator[T | None]:
+        """Something for each batch of this process, from its index and content; None for those of other processes."""
+        for index, batch in enumerate(self.batches):
+            yield make(index, batch) if self.ranks.owns(index) else None
 
     def value(self, state: State) -> float:
         """The empirical risk at a state."""
@@ -102,7 +108,7 @@ class EmpiricalRisk:
                 term = self.term(state, batch)
             return Part(term.total.detach().reshape(1).double(), term.count)
 
-        return float(self.accumulate(per_batch))
+        return float(self.accumulate(per_batch, _shape(1, state)))
 
     def pinned(self, survey: Survey) -> EmpiricalRisk:
         """The same risk, whose data must from now on come out as at the survey."""
@@ -117,23 +123,28 @@ class EmpiricalRisk:
             NondeterministicRisk: the loss of one batch is random.
             UnsupportedModel: the forward pass writes into parameters or buffers.
         """
-        self._probe(state)
+        self.ranks.together(lambda: self._probe(state), lambda loss: {"loss of the first batch": f"{loss:.4g}"})
         tally = _Tally(state)
         started = time.monotonic()
 
+        def read() -> Iterator[Any]:
+            for batch in self.batches:
+                tally.digests.append(digest(batch))
+                yield batch
+
         def per_batch(index: int, batch: Any) -> Part:
-            tally.digests.append(digest(batch))
             leaves = leaf_state(state)
             term = self.term(leaves, batch)
             gradients = differentiate(term.total, list(leaves.parameters.values()))
             return tally.add(index, term, gradients)
 
-        mean = self.accumulate(per_batch)
+        mean = self.accumulate(per_batch, _shape(1 + state.space.size, state), over=read())
+        tally.join(self.ranks.gather(tally.counts))
         seconds = time.monotonic() - started
         return tally.survey(mean, seconds)
 
-    def _probe(self, state: State) -> None:
-        """The first batch twice, under different random streams, with an eye on what the forward pass writes."""
+    def _probe(self, state: State) -> float:
+        """The first batch twice, under different random streams, with an eye on what the forward pass writes; its loss."""
         batch = next(iter(self.batches), None)
         if batch is None:
             raise DataError("the data is empty: the loader gave no batch")
@@ -160,6 +171,7 @@ class EmpiricalRisk:
             inputs, target = split(moved)
             with torch.no_grad():
                 check_mean(self.loss.claimed_mean, self.network(state, lambda model: call(model, inputs)), target)
+        return losses[0]
 
 
 class _Tally:
@@ -200,6 +212,20 @@ class _Tally:
             self.classes = found
         return Part(torch.cat([total, *tensors]), term.count)
 
+    @property
+    def counts(self) -> Mapping[str, Any]:
+        """What was counted in the batches that this process owns."""
+        return {name: getattr(self, name) for name in ("rows", "count", "correct", "counted", "classes", "used")}
+
+    def join(self, counts: list[Mapping[str, Any]]) -> None:
+        """Put what all processes counted in the place of one's own."""
+        for name in ("rows", "count", "correct", "counted"):
+            setattr(self, name, sum(own[name] for own in counts))
+        self.classes = torch.zeros(max(len(own["classes"]) for own in counts), dtype=torch.int64)
+        for own in counts:
+            self.classes[: len(own["classes"])] += own["classes"]
+        self.used = [any(used) for used in zip(*(own["used"] for own in counts), strict=True)]
+
     def survey(self, mean: Tensor, seconds: float) -> Survey:
         """The survey from the accumulated mean."""
         counted = self.counted
@@ -214,6 +240,11 @@ class _Tally:
             unused=tuple(name for name, used in zip(self.state.parameters, self.used, strict=True) if not used),
             seconds=seconds,
         )
+
+
+def _shape(size: int, state: State) -> Tensor:
+    """The shape and place of a total of so many entries, where no vectors have it."""
+    return torch.zeros(size, dtype=torch.int8, device=state.device)
 
 
 def leaf_state(state: State) -> State:

@@ -1,73 +1,162 @@
-"""Choosing a product route: the cheapest that works and fits into memory."""
+"""Choosing a product route: the cheapest that works, checked against differences of gradients."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import final
 
-import psutil
 import torch
-from torch import Tensor
 
+from isoflat.core.errors import UnsupportedModel
+from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.risk.batches import rows_of
-from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.check import AGREEMENT, ROWS, Sample, disagreement
+from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.network import exactly
+from isoflat.risk.plan import Plan
 from isoflat.risk.routes.base import Linearisation
+from isoflat.risk.routes.differences import STEP, Differences
+from isoflat.risk.routes.forward import Forward
+from isoflat.risk.routes.guarded import Grain, Guarded, halving, is_out_of_memory
 from isoflat.risk.routes.reverse import GradientGraph, Kept, Rebuilt
 
+_REMEDY = "Make it differentiable; check='warn' measures nevertheless"
 
-def linearise(risk: EmpiricalRisk, state: State, rows: int, memory: int) -> Linearisation:
-    """The cheapest route that fits the memory budget.
+ROUTES: tuple[type[Linearisation], ...] = (Rebuilt, Forward, Differences)
+"""In the order in which they are tried; the first also stands for graphs that are kept."""
 
-    Args:
-        risk: the empirical risk.
-        state: the point.
-        rows: examples in the data.
-        memory: bytes that kept graphs may take.
+
+class Check(StrEnum):
+    """What happens where products disagree with differences of gradients."""
+
+    REFUSE = "refuse"
+    """An error."""
+    WARN = "warn"
+    """A note beside the number."""
+    SKIP = "skip"
+    """Nothing: they are not compared."""
+
+
+@final
+@dataclass(frozen=True)
+class Choice:
+    """A route, and what a reader must know about it."""
+
+    route: type[Linearisation]
+    notes: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether its products are exact up to rounding."""
+        return self.route is not Differences
+
+
+def choose(risk: EmpiricalRisk, state: State, check: Check = Check.REFUSE) -> Choice:
+    """The first route that works on a few rows, in float64.
+
+    Raises:
+        UnsupportedModel: none does; or products disagree with differences of gradients, these with those of the loss, and
+            `check` refuses that.
     """
-    with exactly(state.device):
-        first = next(iter(risk.batches))
-        forecast = graph_bytes(risk, state, first) * rows / max(rows_of(first), 1)
-        if forecast > memory:
-            return Rebuilt(risk, state)
-        graphs = [GradientGraph.build(risk, state, batch) for batch in risk.batches]
-    return Kept(risk, state, tuple(graphs))
+    return halving(Grain(ROWS), lambda rows: _chosen(Sample.of(risk, state, rows), check))
 
 
-def graph_bytes(risk: EmpiricalRisk, state: State, batch: Any) -> int:
-    """Memory that one batch's gradient graph holds on to, measured by building it once."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in state.tensors.values()}
-    held: dict[int, int] = {}
+def _chosen(sample: Sample, check: Check) -> Choice:
+    risk, state = sample.risk, sample.state
+    failures: list[str] = []
+    wrong: list[str] = []
+    for route in ROUTES:
+        name = route(risk, state).route.partition(",")[0]
+        if route is Differences and wrong and sample.slope(sample.direction(0)) > AGREEMENT:
+            raise UnsupportedModel(f"{wrong[0]}, and out of the first. {_REMEDY}")
+        try:
+            worst = _tried(sample, route, check)
+        except (RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            failures.append(f"{name}: {_first_line(error)}")
+            continue
+        cut = (
+            f"Hessian products differ by {worst:.1e} from central differences of gradients: part of the network is cut out "
+            "of the second derivative (detach, no_grad, .item(), .data, rounding, or a custom backward)"
+        )
+        if route is not Differences and worst > AGREEMENT and check is Check.REFUSE:
+            wrong.append(cut)
+            failures.append(f"{name}: products differ by {worst:.1e} from differences of gradients")
+            continue
+        notes = [f"products by {route(risk, state).route}, because others fail ({'; '.join(failures)})"] * bool(
+            failures
+        )
+        if route is Differences:
+            notes.append(
+                f"uncertified: differences of gradients are off by about {worst:.0e} of a product, and know no kinks"
+            )
+        elif worst > AGREEMENT:
+            notes.append(cut)
+        return Choice(route, tuple(notes))
+    raise UnsupportedModel(
+        f"the network cannot be differentiated twice by any route ({'; '.join(failures)}). Replace the operation named "
+        "there by one with a second derivative (for fused kernels, their plain form)"
+    )
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = GradientGraph.build(risk, state, batch)
-    gradients = sum(g.numel() * g.element_size() for g in graph.gradients if g is not None)
-    return sum(held.values()) + gradients
+def survey(risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, Survey]:
+    """The plain gradient pass; where memory runs out, over the data in smaller pieces.
+
+    Returns:
+        The risk as it was read, and the survey.
+    """
+    try:
+        return risk, risk.survey(state)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        grain = Grain(rows_of(next(iter(risk.batches))))
+        grain.halve(error)
+
+    def work(rows: int) -> tuple[EmpiricalRisk, Survey]:
+        made = replace(risk, batches=risk.batches.cut(rows))
+        return made, made.survey(state)
+
+    return halving(grain, work)
 
 
-def available_memory(device: torch.device) -> int:
-    """Free memory of the device in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+def linearise(risk: EmpiricalRisk, state: State, plan: Plan) -> Guarded:
+    """Products as planned; where memory runs out nevertheless, in smaller pieces."""
+    grain = Grain(plan.rows)
+    if plan.route is Differences:
+        state = state.to(dtype=torch.float64)
+
+    def cut(rows: int) -> EmpiricalRisk:
+        uncut = plan.whole and not grain.halvings
+        return risk if uncut else replace(risk, batches=risk.batches.cut(rows))
+
+    def keep(rows: int) -> Linearisation:
+        made = cut(rows)
+        if plan.kept and not grain.halvings:
+            with exactly(state.device):
+                return Kept(made, state, tuple(made.own(lambda _, batch: GradientGraph.build(made, state, batch))))
+        return plan.route(made, state)
+
+    # One process without room makes all of them cut finer, so that they go on cutting alike.
+    return Guarded(risk, state, [halving(grain, lambda rows: risk.ranks.together(lambda: keep(rows)))], grain)
 
 
-def peak_memory(device: torch.device) -> int:
-    """High-water mark of this process, or of the accelerator's allocations, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    info = psutil.Process().memory_info()
-    # Linux and macOS keep the mark in the kernel; Windows reports it here.
-    if hasattr(info, "peak_wset"):
-        return int(info.peak_wset)
-    import resource
-    import sys
+def _tried(sample: Sample, route: type[Linearisation], check: Check) -> float:
+    """Whether a route works at all; how far it is from differences of gradients, or these from those of other steps."""
+    if route is Differences:
+        direction = sample.direction(0)
+        near, far = (
+            Differences(sample.risk, sample.state, step).products(direction[:, None]) for step in (STEP, 4 * STEP)
+        )
+        return norm(near - far) / (norm(near) or 1.0)
+    if check is Check.SKIP:
+        sample.product(route, sample.direction(0))
+        return 0.0
+    return disagreement(sample, route)
 
-    mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return mark if sys.platform == "darwin" else mark * 1024
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

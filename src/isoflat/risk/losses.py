@@ -31,6 +31,7 @@ class Term:
         rows: rows of data.
         output: predictions, where accuracy is defined.
         target: class indices that count, aligned with `output`'s rows.
+        z: the model's output with its graph, where the loss is a function of it; None where that is not known.
     """
 
     total: Tensor
@@ -38,6 +39,7 @@ class Term:
     rows: int
     output: Tensor | None = None
     target: Tensor | None = None
+    z: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,9 @@ class ModelLoss(Loss):
                 "criterion, a function of output and target, or an isoflat.BatchLoss"
             )
         rows = rows_of(batch)
-        return Term(scalar(loss, "model's loss") * rows, rows, rows)
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        z = logits if isinstance(logits, Tensor) else None
+        return Term(scalar(loss, "model's loss") * rows, rows, rows, z=z)
 
 
 @final
@@ -111,12 +115,14 @@ class TargetLoss(Loss):
         count: `f(output, target)`: what the mean divides by.
         classes: the class indices whose predictions count towards accuracy, as a mask; None if undefined.
         claimed_mean: a function of the user's that must prove to be a mean over rows (`check_mean`).
+        criterion: the torch criterion it was made from; None for a function of the user's.
     """
 
     summed: Callable[[Tensor, Tensor], Tensor]
     count: Callable[[Tensor, Tensor], float]
     classes: Callable[[Tensor, Tensor], Tensor] | None = None
     claimed_mean: Callable[[Tensor, Tensor], Tensor] | None = None
+    criterion: nn.Module | None = None
 
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
         """Apply the model to the inputs and the loss to its output."""
@@ -126,11 +132,12 @@ class TargetLoss(Loss):
         count = self.count(output, target)
         rows = rows_of(target) if isinstance(target, Tensor) and target.ndim else rows_of(inputs)
         if self.classes is None or not _are_classes(output, target):
-            return Term(total, count, rows)
+            return Term(total, count, rows, z=output)
         # Class scores lie along dimension 1 (dimension 0 for a single example), as in torch.nn.CrossEntropyLoss.
         scores = output.detach().movedim(1, -1) if output.ndim > 1 else output.detach()[None]
         counted = self.classes(output, target).reshape(-1)
-        return Term(total, count, rows, scores.reshape(-1, scores.shape[-1])[counted], target.reshape(-1)[counted])
+        scored = scores.reshape(-1, scores.shape[-1])[counted]
+        return Term(total, count, rows, scored, target.reshape(-1)[counted], z=output)
 
 
 def as_loss(loss: Any) -> Loss:
@@ -217,7 +224,8 @@ def _from_criterion(criterion: Any) -> TargetLoss:
     classes = (lambda output, target: target != criterion.ignore_index) if by_class else None
     if criterion.reduction == "sum":
         rows = lambda output, target: float(len(target))  # noqa: E731
-        return TargetLoss(summed, rows, classes, averages=False, notes=("the loss is a sum over the data, no mean",))
+        note = "the loss is a sum over the data, no mean"
+        return TargetLoss(summed, rows, classes, criterion=criterion, averages=False, notes=(note,))
 
     def total(output: Tensor, target: Tensor) -> Tensor:
         weight = getattr(summed, "weight", None)
@@ -225,7 +233,7 @@ def _from_criterion(criterion: Any) -> TargetLoss:
             return copy.copy(summed).to(dtype=output.dtype, device=output.device)(output, target)
         return summed(output, target)
 
-    return TargetLoss(total, lambda output, target: count(criterion, output, target), classes)
+    return TargetLoss(total, lambda output, target: count(criterion, output, target), classes, criterion=criterion)
 
 
 def _from_function(function: Callable[[Tensor, Tensor], Tensor]) -> TargetLoss:

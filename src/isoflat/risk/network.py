@@ -19,6 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
 from isoflat.core.precision import unrounded
 from isoflat.core.state import State, everywhere
+from isoflat.risk.checkpoints import without_checkpoints
+from isoflat.risk.wrappers import compiled
 
 Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | None
 
@@ -28,6 +30,10 @@ Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | N
 class Network:
     """A module, read only.
 
+    Attributes:
+        module: the user's.
+        inside: precision that torch's autocast may use inside a float32 pass; None for float32 throughout.
+
     >>> network = Network(nn.Linear(2, 1, bias=False))
     >>> state = network.state().replace({"weight": torch.tensor([[1.0, 2.0]])})
     >>> network(state, lambda model: model(torch.tensor([3.0, 4.0])).item())
@@ -35,6 +41,7 @@ class Network:
     """
 
     module: nn.Module
+    inside: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         """Refuse anything but a module."""
@@ -54,7 +61,15 @@ class Network:
                 if own == "running_mean" and isinstance(module := self.module.get_submodule(path), _BatchNorm):
                     tensors[f"model.{name}"] = state.parameters[name].detach()
                     stack.callback(module.register_forward_pre_hook(_moved_by(state.parameters[name])).remove)
+            if compiled(self.module):  # what torch.compile makes has no second derivative
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(unrounded(state.dtype))
+            stack.enter_context(without_checkpoints())
+            if self.inside is not None and state.dtype == torch.float32:
+                # Casts of leaves must not outlive a pass: every pass has leaves of its own.
+                stack.enter_context(torch.autocast(state.device.type, self.inside, cache_enabled=False))
+            if state.device.type == "cuda" and any(isinstance(part, nn.RNNBase) for part in self.module.modules()):
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # no second derivative there
             return torch.func.functional_call(_Use(self.module, use), tensors, (), tie_weights=False)
 
     def state(self, params: Selector = None) -> State:

@@ -21,6 +21,7 @@ from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.measures.prepare import subject
 from isoflat.risk.batches import Batches, tensors
 from isoflat.risk.network import exactly
+from isoflat.risk.ranks import own_device
 
 
 @final
@@ -163,7 +164,7 @@ def fill(model: torch.nn.Module, inputs: Inputs) -> tuple[str, ...]:
 
 
 def device_of(name: str | None) -> torch.device | None:
-    """A device that is there.
+    """A device that is there; of several processes on a machine each takes the accelerator of its own number.
 
     Raises:
         UsageError: no such kind of device, or this machine has none.
@@ -171,7 +172,7 @@ def device_of(name: str | None) -> torch.device | None:
     if name is None:
         return None
     try:
-        device = torch.device(name)
+        device = own_device(torch.device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         line = str(error).strip().splitlines()[0]

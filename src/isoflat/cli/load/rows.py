@@ -13,7 +13,7 @@ from torch import Tensor
 
 from isoflat.cli.load.named import reason
 from isoflat.core.errors import DataError
-from isoflat.risk.batches import Batches
+from isoflat.risk.batches import Batches, even
 
 CHANNELS = (1, 3, 4)
 """Numbers of colour channels that tell where in an array of images they lie."""
@@ -48,7 +48,11 @@ class Rows:
                 yield transformed(transform, raw), self.targets[start : start + size]
 
         # Code of the user's may be random: the library then compares each pass with the first.
-        return Batches(once, volatile=transform is not None)
+        return Batches(
+            once,
+            volatile=transform is not None,
+            evenly=lambda world: self.batches(even(len(self.targets), size, world), transform),
+        )
 
 
 def transformed(transform: Callable[[Tensor], Any] | None, raw: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,19 +19,30 @@ class Linearisation(ABC):
     """The Hessian of the empirical risk at a state, as products.
 
     Attributes:
-        route: how the products are computed, for the record.
         risk: the empirical risk.
         state: the point.
     """
 
-    route: ClassVar[str]
-
     risk: EmpiricalRisk
     state: State
+
+    @property
+    @abstractmethod
+    def route(self) -> str:
+        """How the products are computed, for the record."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are exact up to rounding."""
+        return True
 
     @abstractmethod
     def products(self, vectors: Tensor) -> Tensor:
         """`H V` for V of shape `(n, k)`: shape `(n, k)`, float64."""
+
+    @abstractmethod
+    def double(self) -> Linearisation:
+        """The same in float64, with the memory of one batch."""
 
 
 def columns(space: ParameterSpace, vectors: Tensor) -> list[list[Tensor]]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from isoflat.core.state import State
 from isoflat.risk.empirical import EmpiricalRisk, Part, differentiate, leaf_state
@@ -26,30 +27,34 @@ class GradientGraph:
     """One batch's gradient with its graph."""
 
     leaves: tuple[Tensor, ...]
-    gradients: tuple[Tensor | None, ...]
+    gradients: tuple[GradientEdge | None, ...]
     count: float
 
     @staticmethod
     def build(risk: EmpiricalRisk, state: State, batch: Any) -> GradientGraph:
-        """Forward and backward with the graph kept."""
+        """Forward and backward with the graph kept; of the gradients themselves only where they hang on the graph."""
         leaves = leaf_state(state)
         with second_order():
             term = risk.term(leaves, batch)
         parameters = list(leaves.parameters.values())
-        return GradientGraph(tuple(parameters), tuple(differentiate(term.total, parameters, keep=True)), term.count)
+        edges = tuple(
+            get_gradient_edge(gradient) if gradient is not None and gradient.requires_grad else None
+            for gradient in differentiate(term.total, parameters, keep=True)
+        )
+        return GradientGraph(tuple(parameters), edges, term.count)
 
     def products(self, vectors: Sequence[Sequence[Tensor]], last: bool) -> Tensor:
         """Summed products with vectors given tensor by tensor; `last` lets the graph go.
 
         Gradients without a graph of their own (the loss is linear in that tensor) contribute nothing.
         """
-        curved = [j for j, gradient in enumerate(self.gradients) if gradient is not None and gradient.requires_grad]
+        curved = [j for j, edge in enumerate(self.gradients) if edge is not None]
         made = []
         for k, vector in enumerate(vectors):
             found: Sequence[Tensor | None] = [None] * len(self.leaves)
             if curved:
                 found = torch.autograd.grad(
-                    [g for g in self.gradients if g is not None and g.requires_grad],
+                    [edge for edge in self.gradients if edge is not None],
                     self.leaves,
                     [vector[j] for j in curved],
                     retain_graph=not last or k + 1 < len(vectors),
@@ -62,11 +67,18 @@ class GradientGraph:
 @final
 @dataclass(frozen=True)
 class Kept(Linearisation):
-    """Graphs of all batches stay in memory: a product costs one backward pass through them."""
+    """Graphs of all batches stay in memory: a product costs one backward pass through them.
 
-    route: ClassVar[str] = "reverse over reverse, graph kept"
+    Attributes:
+        graphs: of each batch; None for batches of other processes.
+    """
 
-    graphs: tuple[GradientGraph, ...] = field(repr=False)
+    graphs: tuple[GradientGraph | None, ...] = field(repr=False)
+
+    @property
+    def route(self) -> str:
+        """For the record."""
+        return "reverse over reverse, graph kept"
 
     def products(self, vectors: Tensor) -> Tensor:
         """One backward pass through the kept graphs for each column."""
@@ -76,7 +88,11 @@ class Kept(Linearisation):
             return Part(graph.products(wide, last=False), graph.count)
 
         with exactly(self.state.device):
-            return self.risk.accumulate(per_batch, over=self.graphs)
+            return self.risk.accumulate(per_batch, vectors, over=self.graphs)
+
+    def double(self) -> Rebuilt:
+        """In float64; no graph is kept."""
+        return Rebuilt(self.risk, self.state.to(dtype=torch.float64))
 
 
 @final
@@ -84,7 +100,10 @@ class Kept(Linearisation):
 class Rebuilt(Linearisation):
     """Each product runs forward and backward anew, batch by batch: memory of one batch."""
 
-    route: ClassVar[str] = "reverse over reverse, graph rebuilt"
+    @property
+    def route(self) -> str:
+        """For the record."""
+        return "reverse over reverse, graph rebuilt"
 
     def products(self, vectors: Tensor) -> Tensor:
         """Forward, backward, and one more backward for each column."""
@@ -95,4 +114,8 @@ class Rebuilt(Linearisation):
             return Part(graph.products(wide, last=True), graph.count)
 
         with exactly(self.state.device):
-            return self.risk.accumulate(per_batch)
+            return self.risk.accumulate(per_batch, vectors)
+
+    def double(self) -> Rebuilt:
+        """In float64."""
+        return Rebuilt(self.risk, self.state.to(dtype=torch.float64))

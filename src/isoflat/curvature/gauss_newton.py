@@ -1,0 +1,46 @@
+"""The Gauss-Newton matrix of the empirical risk as an operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from isoflat.core.state import State
+from isoflat.curvature.through_output import Middle, ThroughOutput
+from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.routes.output import OutputGraph, check_output
+
+
+@final
+@dataclass(frozen=True)
+class GaussNewton(ThroughOutput):
+    """`G = Σ_i J_iᵀ H_i J_i / Σ_i count_i`, with J the Jacobian of the output and H the loss's Hessian in the output.
+
+    Schraudolph 2002. The Hessian without the second derivatives of the network; positive semi-definite where the loss
+    is convex in the output. A product with kept graphs costs about 1.3 gradient passes. Build it with `gauss_newton`.
+    """
+
+    def middle(self, graph: OutputGraph, index: int) -> Middle:
+        """The loss's Hessian in the output."""
+        return graph.curve
+
+
+def gauss_newton(risk: EmpiricalRisk, state: State) -> GaussNewton:
+    """The Gauss-Newton matrix at a state; `.keep()` holds its graphs in memory.
+
+    Raises:
+        DataError: there is no data.
+        UsageError: weights enter the loss other than through the model's output, or the output is not known.
+
+    >>> import torch
+    >>> from isoflat.risk.batches import as_batches
+    >>> from isoflat.risk.losses import as_loss
+    >>> from isoflat.risk.network import Network
+    >>> network = Network(torch.nn.Linear(2, 1, bias=False))
+    >>> data = as_batches((torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])))
+    >>> risk = EmpiricalRisk(network, as_loss(torch.nn.MSELoss()), data)
+    >>> gauss_newton(risk, network.state()).matvec(torch.tensor([1.0, 0.0])).tolist()
+    [2.0, 4.0]
+    """
+    check_output(risk, state)
+    return GaussNewton(risk, state)

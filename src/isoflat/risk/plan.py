@@ -1,0 +1,187 @@
+"""What products will take in memory, before any is made."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, final
+
+import psutil
+import torch
+from torch import Tensor
+
+from isoflat.core.errors import UsageError
+from isoflat.core.state import State
+from isoflat.risk.batches import pieces, rows_of, tensors
+from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.network import exactly
+from isoflat.risk.routes.base import Linearisation
+from isoflat.risk.routes.reverse import GradientGraph, Rebuilt
+
+SAMPLE = 8
+"""Rows whose graph is weighed, and twice as many: what grows with the rows is told from what does not."""
+
+
+IN_FLIGHT = 0.5
+"""What a product through a graph that is let go holds at its peak beside the graph, as a part of it: 0.25 to 0.45 was
+measured on multilayer perceptrons, convolutional networks and transformers (`tests/laws/test_memory.py`)."""
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """How products are made, and what they take.
+
+    Attributes:
+        route: kind of products.
+        kept: whether gradient graphs stay between products.
+        rows: of a piece that is differentiated at a time.
+        whole: whether batches are taken as they come.
+        forecast: bytes that products take at their peak, beyond weights and the vectors of solvers.
+    """
+
+    route: type[Linearisation]
+    kept: bool
+    rows: int
+    whole: bool
+    forecast: int
+
+    def __str__(self) -> str:
+        """For people."""
+        what = "graphs kept" if self.kept else "nothing kept"
+        cut = "batches as they come" if self.whole else f"{self.rows} rows at a time"
+        return f"{what}, {cut}, {self.forecast / 2**30:.2g} GiB"
+
+
+@final
+@dataclass(frozen=True)
+class _Weight:
+    """Bytes of a gradient graph as a function of its rows."""
+
+    fixed: float
+    row: float
+
+    def of(self, rows: float, graphs: int = 1) -> float:
+        """Bytes of so many graphs with so many rows in all."""
+        return graphs * self.fixed + rows * self.row
+
+
+def plan(risk: EmpiricalRisk, state: State, route: type[Linearisation], rows: int, memory: int) -> Plan:
+    """Keep the graphs if they fit; else rebuild them, in pieces that fit.
+
+    Args:
+        risk: the empirical risk.
+        state: the point.
+        route: kind of products.
+        rows: examples in the data.
+        memory: bytes that products may take.
+
+    Raises:
+        UsageError: not even a single row fits.
+    """
+    with exactly(state.device):
+        batch = next(iter(risk.batches))
+        count = rows_of(batch)
+        weight = _weigh(risk, state, batch) if separable(risk, state, batch) else None
+        vectors = _vectors(state)
+        if weight is None:
+            graph = graph_bytes(risk, state, batch)
+            kept = route is Rebuilt and graph * rows / count + graph + vectors <= memory
+            forecast = graph * rows / count + graph if kept else (1 + IN_FLIGHT) * graph
+            return Plan(route, kept, count, True, int(forecast + vectors))
+    graphs = -(-rows // count)
+    if route is Rebuilt and weight.of(rows, graphs) + weight.of(count) + vectors <= memory:
+        return Plan(route, True, count, True, int(weight.of(rows, graphs) + weight.of(count) + vectors))
+    piece = count
+    while piece > 1 and (1 + IN_FLIGHT) * weight.of(piece) + vectors > memory:
+        piece = (piece + 1) // 2
+    forecast = int((1 + IN_FLIGHT) * weight.of(piece) + vectors)
+    if forecast > memory:
+        raise UsageError(
+            f"the memory budget of {memory} bytes is too small: products on a single row take about {forecast}. Raise "
+            "the budget, or measure fewer tensors with params="
+        )
+    return Plan(route, False, piece, piece == count, forecast)
+
+
+def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
+    """Whether the loss of a few rows is the sum over two halves of them, with their counts: only then may data be cut.
+
+    Where network or loss cannot be called on a part of a batch at all, it may not.
+    """
+    rows = min(2 * SAMPLE, rows_of(batch))
+    if rows < 2:
+        return False
+    few = next(pieces(batch, rows))
+    try:
+        with torch.no_grad():
+            whole = risk.term(state, few)
+            halves = [risk.term(state, part) for part in pieces(few, (rows + 1) // 2)]
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+        return False
+    size = sum(abs(float(part.total)) for part in halves)
+    tolerance = 100 * torch.finfo(state.dtype).eps
+    return abs(float(whole.total) - sum(float(part.total) for part in halves)) <= tolerance * size and abs(
+        whole.count - sum(part.count for part in halves)
+    ) <= tolerance * abs(whole.count)
+
+
+def graph_bytes(risk: EmpiricalRisk, state: State, batch: Any) -> int:
+    """Memory that one batch's gradient graph holds on to, measured by building it once."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*state.tensors.values(), *tensors(batch))}
+    saved: list[weakref.ref[_Saved]] = []
+
+    def pack(tensor: Tensor) -> _Saved:
+        held = _Saved(tensor)
+        saved.append(weakref.ref(held))
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        graph = GradientGraph.build(risk, state, batch)
+    # Parts of the forward graph that no gradient hangs on are gone by now.
+    alive = [held.tensor.untyped_storage() for held in (reference() for reference in saved) if held is not None]
+    del graph
+    return sum({storage.data_ptr(): storage.nbytes() for storage in alive if storage.data_ptr() not in own}.values())
+
+
+@final
+class _Saved:
+    """What stands for a tensor in a graph, as long as the graph needs it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _weigh(risk: EmpiricalRisk, state: State, batch: Any) -> _Weight:
+    """From a few rows and twice as many."""
+    rows = min(SAMPLE, rows_of(batch) // 2)
+    few, more = (graph_bytes(risk, state, next(pieces(batch, count))) for count in (rows, 2 * rows))
+    row = max(more - few, 0) / rows
+    return _Weight(max(few - row * rows, 0.0), row)
+
+
+def _vectors(state: State) -> int:
+    """One column on its way: going in, coming out by tensor and as one, and summed twice in float64."""
+    return state.space.size * (3 * state.dtype.itemsize + 2 * 8)
+
+
+def available_memory(device: torch.device) -> int:
+    """Free memory of the device in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def peak_memory(device: torch.device) -> int:
+    """High-water mark of this process, or of the accelerator's allocations, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    info = psutil.Process().memory_info()
+    # Linux and macOS keep the mark in the kernel; Windows reports it here.
+    if hasattr(info, "peak_wset"):
+        return int(info.peak_wset)
+    import resource
+    import sys
+
+    mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return mark if sys.platform == "darwin" else mark * 1024

@@ -1,0 +1,73 @@
+"""Central differences of gradients: the last resort."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from isoflat.core.space import norm
+from isoflat.core.state import State
+from isoflat.risk.empirical import Part, differentiate, leaf_state
+from isoflat.risk.network import exactly
+from isoflat.risk.routes.base import Linearisation, joined
+
+STEP = torch.finfo(torch.float64).eps ** (1 / 3)
+"""Relative step: rounding (ε / h) and the third derivative (h²) are then of one size."""
+
+
+@final
+@dataclass(frozen=True)
+class Differences(Linearisation):
+    """`(∇L(θ + h v) − ∇L(θ − h v)) / 2h` in float64: for networks that can be differentiated once only.
+
+    No certificate is given for such products: the difference is not linear in v, and a kink between the two points is
+    taken for curvature.
+
+    Attributes:
+        step: h in units of ‖θ‖ / ‖v‖.
+    """
+
+    step: float = STEP
+
+    @property
+    def route(self) -> str:
+        """For the record."""
+        return "central differences of gradients, float64"
+
+    @property
+    def exact(self) -> bool:
+        """They are not."""
+        return False
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """Two gradients for each column."""
+        state, center = self.state, self.state.vector.double()
+        reaches = [self.step * (norm(center) or 1.0) / (norm(vector) or 1.0) for vector in vectors.T]
+
+        def per_batch(index: int, batch: Any) -> Part:
+            made, count = [], 0.0
+            for vector, reach in zip(vectors.T, reaches, strict=True):
+                ends = []
+                for sign in (1.0, -1.0):
+                    moved = state.replace(state.space.unflatten(center + sign * reach * vector))
+                    end = self._gradient(moved, batch)
+                    ends.append(end.total)
+                    count = end.count
+                made.append((ends[0] - ends[1]) / (2 * reach))
+            return Part(torch.stack(made, dim=1), count)
+
+        with exactly(state.device):
+            return self.risk.accumulate(per_batch, vectors)
+
+    def double(self) -> Differences:
+        """In float64."""
+        return replace(self, state=self.state.to(dtype=torch.float64))
+
+    def _gradient(self, state: State, batch: Any) -> Part:
+        leaves = leaf_state(state)
+        term = self.risk.term(leaves, batch)
+        parameters = list(leaves.parameters.values())
+        return Part(joined(parameters, differentiate(term.total, parameters)), term.count)

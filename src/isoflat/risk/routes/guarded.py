@@ -1,0 +1,101 @@
+"""Out of memory: the work is cut finer, and goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar, final
+
+import torch
+from torch import Tensor
+
+from isoflat.risk.routes.base import Linearisation
+from isoflat.risk.routes.reverse import Kept, Rebuilt
+
+T = TypeVar("T")
+
+
+@final
+@dataclass
+class Grain:
+    """How fine the data is cut at the moment.
+
+    Attributes:
+        rows: of a piece.
+        halvings: how often it has been halved.
+    """
+
+    rows: int
+    halvings: int = 0
+
+    def halve(self, error: BaseException) -> None:
+        """Half the rows.
+
+        Raises:
+            BaseException: the error that was given, if a piece is one row already.
+        """
+        if self.rows <= 1:
+            raise error
+        self.rows = (self.rows + 1) // 2
+        self.halvings += 1
+
+
+@final
+@dataclass(frozen=True)
+class Guarded(Linearisation):
+    """A route that halves its pieces where memory runs out; the weights of examples do not change.
+
+    Graphs that were kept are let go, and rebuilt for each product from then on.
+
+    Attributes:
+        inner: the route; a list, so that graphs can be let go.
+        grain: how fine it cuts.
+    """
+
+    inner: list[Linearisation] = field(repr=False)
+    grain: Grain
+
+    @property
+    def route(self) -> str:
+        """Of what is inside."""
+        return self.inner[0].route
+
+    @property
+    def exact(self) -> bool:
+        """As what is inside."""
+        return self.inner[0].exact
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """Products, cut finer until they fit."""
+        while True:
+            try:
+                return self.inner[0].products(vectors)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.grain.halve(error)
+            old = self.inner.pop()
+            kind = Rebuilt if isinstance(old, Kept) else type(old)
+            risk = replace(self.risk, batches=self.risk.batches.cut(self.grain.rows))
+            self.inner.append(kind(risk, old.state))
+            del old
+
+    def double(self) -> Guarded:
+        """In float64, as finely cut as this one is by then."""
+        return Guarded(self.risk, self.state.to(dtype=torch.float64), [self.inner[0].double()], self.grain)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch has a type for accelerators, and words for the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def halving(grain: Grain, work: Callable[[int], T]) -> T:
+    """Work on pieces of so many rows, halved until it fits into memory."""
+    while True:
+        try:
+            return work(grain.rows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            grain.halve(error)

@@ -1,0 +1,80 @@
+"""Max-pooling: linear once it is known which entries win."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.modules.utils import _pair
+
+from isoflat.risk.second_order.relu import rectified
+from isoflat.risk.second_order.rule import Rule, Trace, eligible
+
+
+@final
+class _Picked(Function):
+    """Entries of each plane, by their places in it: shape `(…, h, w)` from `(…, H, W)`."""
+
+    @staticmethod
+    def forward(ctx: Any, planes: Tensor, places: Tensor, disjoint: bool) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size, ctx.disjoint = planes.shape[-2:], disjoint
+        return planes.flatten(-2).gather(-1, places.flatten(-2)).view_as(places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore
+        (places,) = ctx.saved_tensors
+        return _Spread.apply(gradient, places, ctx.size, ctx.disjoint), None, None
+
+
+@final
+class _Spread(Function):
+    """The transpose: entries go back to their places, and add up where windows overlap."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, places: Tensor, size: torch.Size, disjoint: bool) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.disjoint = disjoint
+        planes = values.new_zeros(*values.shape[:-2], size.numel())
+        put = planes.scatter_ if disjoint else planes.scatter_add_
+        return put(-1, places.flatten(-2), values.flatten(-2)).unflatten(-1, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyrefly: ignore
+        (places,) = ctx.saved_tensors
+        return _Picked.apply(gradient, places, ctx.disjoint), None, None, None
+
+
+def _apply(  # noqa: PLR0913
+    trace: Trace,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """Places are found once. A ReLU before the pooling is taken after it, where fewer entries are left: both grow."""
+    if return_indices or not eligible(input) or not input.is_contiguous() or input.ndim not in (3, 4):
+        return NotImplemented
+    source = trace.source(input)
+    planes = input if source is None else source
+    kernel, steps = _pair(kernel_size), _pair(stride or kernel_size)
+    places = _places(planes.detach(), kernel, steps, padding, dilation, ceil_mode)
+    disjoint = _pair(dilation) == (1, 1) and all(step >= size for step, size in zip(steps, kernel, strict=True))
+    picked = _Picked.apply(planes, places, disjoint)
+    return picked if source is None else rectified(picked)
+
+
+def _places(planes: Tensor, *window: Any) -> Tensor:
+    """Where in its plane each window's first maximum is; channels side by side, which vectorises on a processor."""
+    if planes.ndim == 4 and planes.device.type == "cpu":
+        planes = planes.contiguous(memory_format=torch.channels_last)
+    return F.max_pool2d_with_indices(planes, *window)[1].contiguous()
+
+
+RULE = Rule("pooling", {F.max_pool2d: _apply, torch.max_pool2d: _apply})
