@@ -223,7 +223,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     name, pixels, classes = images(10_000)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; {name}\n")
-    print("| product | ms | gradient passes | target | relative error | rules | graphs |\n|---|---|---|---|---|---|---|")
+    print(
+        "| product | ms | gradient passes | target | relative error | rules | graphs |\n|---|---|---|---|---|---|---|"
+    )
     reports = {
         "mlp": lambda: report_mlp(pixels, classes),
         "lenet": lambda: report_lenet(pixels[:5000], classes[:5000]),

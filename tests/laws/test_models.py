@@ -435,6 +435,29 @@ def test_adapters_on_a_quantised_or_half_precision_frozen_base():
     assert any("held fixed" in note for note in estimate.notes)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_frozen_tensor_may_be_of_a_quantised_type():
+    torch.manual_seed(0)
+    low = torch.quantize_per_tensor(torch.randn(5, 4), 0.02, 0, torch.qint8)
+
+    class Low(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(low, requires_grad=False)
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(nn.functional.linear(x.mean(1), self.weight.dequantize().to(x.dtype)).tanh())
+
+    x, y = _data()
+    plain = Low().eval()
+    estimate = isoflat.measure(plain, (x.float(), y), LOSS, rtol=1e-4, **OPTIONS)
+    hidden = nn.functional.linear(x.float().mean(1), low.dequantize()).tanh()
+    assert estimate.value == pytest.approx(
+        isoflat.measure(plain.head, (hidden, y), LOSS, rtol=1e-4, **OPTIONS).value, rel=1e-4
+    )
+
+
 def test_routes_are_tried_in_float64_whatever_the_weights_are():
     risk, state = _risk(_hidden(torch.tanh).to(torch.bfloat16), _data())
     assert choose(risk, state, Check.REFUSE).route is Rebuilt

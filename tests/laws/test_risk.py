@@ -9,6 +9,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import isoflat
 from cases.networks import mlp
+from isoflat.risk.batches import as_batches
+from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.losses import as_loss
+from isoflat.risk.network import Network
+from isoflat.risk.routes.reverse import Rebuilt
+
+LOSS = nn.CrossEntropyLoss()
 
 
 def _value(net, data, loss, **options) -> float:
@@ -165,3 +172,50 @@ def test_a_restricted_set_of_tensors_never_curves_more():
     dense = case.frame()[:, None] * case.hessian() * case.frame()
     assert parts[0].value == pytest.approx(float(torch.linalg.eigvalsh(dense[:25, :25])[-1]), rel=1e-6)
     assert any("held fixed: 2.bias, 2.weight" in note for note in parts[0].notes)
+
+
+def _products(case, loss, vectors):
+    network = Network(case.net)
+    return Rebuilt(EmpiricalRisk(network, as_loss(loss), as_batches(case.data)), network.state()).products(vectors)
+
+
+@pytest.mark.parametrize(("factor", "error"), [(2.0**40, 0.0), (2.0**-40, 0.0), (1e30, 1e-10), (1e-30, 1e-10)])
+def test_a_multiple_of_the_loss_multiplies_everything(factor, error):
+    case = mlp((4, 5, 3), bias=True, seed=4)
+    cross = nn.functional.cross_entropy
+    vectors = torch.randn(sum(case.sizes), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    once, many = (_products(case, lambda z, y, c=c: c * cross(z, y), vectors) for c in (1.0, factor))
+    assert float((many / factor - once).abs().max()) <= error * float(once.abs().max())
+    a, b = (
+        isoflat.measure(case.net, case.data, lambda z, y, c=c: c * cross(z, y), geometry="layerwise", rtol=1e-6)
+        for c in (1.0, factor)
+    )
+    for name in ("value", "lower", "upper", "residual"):
+        assert getattr(b, name) / factor == pytest.approx(getattr(a, name), rel=max(error, 1e-14), abs=1e-9 * a.value)
+
+
+def test_a_constant_in_the_loss_changes_no_bit_of_a_product():
+    case = mlp((4, 5, 3), bias=True, seed=4)
+    vectors = torch.eye(sum(case.sizes), dtype=torch.float64)
+    plain, shifted = (_products(case, lambda z, y, c=c: LOSS(z, y) + c, vectors) for c in (0.0, 7.0))
+    assert torch.equal(plain, shifted)
+
+
+def test_a_penalty_on_weights_shifts_the_spectrum():
+    """`(μ/2) ‖w‖²` adds μ to every eigenvalue of H, and μ D² to D H D."""
+    case, mu = mlp((4, 5, 3), bias=True, seed=4), 0.3
+
+    def penalised(model, batch):
+        return LOSS(model(batch[0]), batch[1]) + mu / 2 * sum(p.square().sum() for p in model.parameters())
+
+    loss = isoflat.BatchLoss(penalised)
+    options = {"measure": "quotient_largest_eigenvalue", "rtol": 1e-9}
+    shifted = isoflat.measure(case.net, [case.data], loss, geometry="euclidean", **options)
+    plain = isoflat.measure(case.net, case.data, LOSS, geometry="euclidean", **options)
+    assert shifted.value == pytest.approx(plain.value + mu, rel=1e-10)
+    frame = case.frame()
+    dense = frame[:, None] * (case.hessian() + mu * torch.eye(len(frame), dtype=torch.float64)) * frame
+    seen = isoflat.measure(
+        case.net, [case.data], loss, geometry="layerwise", measure="quotient_spectral_norm", rtol=1e-9
+    )
+    assert seen.value == pytest.approx(float(torch.linalg.matrix_norm(dense, 2)), rel=1e-10)

@@ -88,7 +88,8 @@ class State:
         parts: list[str | bytes] = []
         for name, tensor in sorted(self.tensors.items()):
             parts.append(repr((name, str(tensor.dtype), tuple(tensor.shape))))
-            parts.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            plain = tensor.dequantize() if tensor.is_quantized else tensor.detach()
+            parts.append(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return fingerprint(*parts)
 
 

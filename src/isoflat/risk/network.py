@@ -89,7 +89,8 @@ class Network:
         frozen: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
             wanted = parameter.requires_grad and _selected(params, name, parameter)
-            _check_parameter(name, parameter)
+            if wanted or not parameter.is_quantized:
+                _check_parameter(name, parameter)
             (chosen if wanted else frozen)[name] = parameter.detach()
         if not chosen:
             names = ", ".join(list(frozen)[:8]) or "none"

@@ -17,17 +17,17 @@ from isoflat.risk.second_order.rule import Rule, Trace, eligible
 @final
 @dataclass(frozen=True)
 class _Window:
-    """How the kernel moves, and how tensors lie in memory meanwhile."""
+    """How the kernel moves, and whether channels lie side by side in memory meanwhile."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
-    layout: torch.memory_format
+    across: bool
 
     def laid(self, tensor: Tensor) -> Tensor:
-        """The tensor in the layout; differentiable."""
-        return tensor.contiguous(memory_format=self.layout)
+        """The tensor as it is to lie; differentiable."""
+        return tensor.contiguous(memory_format=torch.channels_last) if self.across else tensor
 
     def convolve(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution."""
@@ -112,12 +112,15 @@ def _apply(  # noqa: PLR0913
     if not eligible(input, weight, bias) or input.ndim != 4 or padding == "same":
         return NotImplemented
     padding = 0 if padding == "valid" else padding
-    # Vectors of channels save a processor's library its own rearranging; with one channel there are none.
+    # Channels side by side save a processor's library its own rearranging; with a single one there is nothing to gain.
     across = input.device.type == "cpu" and input.dtype == torch.float32 and groups == 1 and input.shape[1] > 1
-    layout = torch.channels_last if across else torch.contiguous_format
-    window = _Window(_pair(stride), _pair(padding), _pair(dilation), groups, layout)
+    window = _Window(_pair(stride), _pair(padding), _pair(dilation), groups, across)
     output = _Convolution.apply(window, window.laid(input), window.laid(weight), bias)
-    return output.contiguous() if input.is_contiguous() and weight.is_contiguous() else output
+    as_found = any(
+        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+        for tensor in (input, weight)
+    )
+    return output.contiguous() if across and not as_found else output
 
 
 RULE = Rule("convolution", {F.conv2d: _apply})
