@@ -14,6 +14,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.state import State
 from isoflat.risk.batches import pieces, rows_of, tensors
 from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.reverse import GradientGraph, Rebuilt
@@ -118,6 +119,8 @@ def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
             whole = risk.term(state, few)
             halves = [risk.term(state, part) for part in pieces(few, (rows + 1) // 2)]
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+        if isinstance(risk.loss, TargetLoss):  # inputs and targets have rows, so this is no question of cutting
+            raise
         return False
     size = sum(abs(float(part.total)) for part in halves)
     tolerance = 100 * torch.finfo(state.dtype).eps
