@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 
 from isoflat.core.state import State
 from isoflat.core.streams import stream
+from isoflat.curvature.block_trace import block_traces
+from isoflat.curvature.fisher import empirical_fisher, sampled_fisher
 from isoflat.curvature.gauss_newton import gauss_newton
 from isoflat.experiments.data import characters, digits
 from isoflat.experiments.families import decoder, lenet, mlp
@@ -34,9 +37,9 @@ from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk, Part, differentiate, leaf_state
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network, exactly
-from isoflat.risk.plan import graph_bytes
-from isoflat.risk.routes.base import joined
-from isoflat.risk.routes.reverse import GradientGraph, Kept, Rebuilt
+from isoflat.risk.plan import weigh
+from isoflat.risk.routes.base import Linearisation, joined
+from isoflat.risk.routes.reverse import Rebuilt
 from isoflat.risk.second_order import second_order
 from isoflat.risk.second_order.rule import Trace
 
@@ -76,9 +79,7 @@ class Case:
 
     def kept(self) -> Product:
         """Products through graphs that stay."""
-        with exactly(self.state.device):
-            graphs = tuple(GradientGraph.build(self.risk, self.state, batch) for batch in self.risk.batches)
-        made = Kept(self.risk, self.state, graphs)
+        made = Rebuilt(self.risk, self.state).keep()
         return lambda vector: made.products(vector[:, None])[:, 0]
 
     def rebuilt(self) -> Product:
@@ -91,6 +92,16 @@ class Case:
         with mock.patch("isoflat.risk.routes.reverse.second_order", _no_rules):
             return self.kept()
 
+    def other(self, name: str, make: Callable[[EmpiricalRisk, State], Rebuilt], target: str = "") -> Row:
+        """Another matrix, through graphs that stay."""
+        kept, certain = make(self.risk, self.state).keep(), make(self.risk, self.state).double()
+
+        def product(route: Linearisation) -> Product:
+            return lambda vector: route.products(vector[:, None])[:, 0]
+
+        rules = frozenset().union(*(graph.rules for graph in kept.graphs if graph is not None))
+        return Row(f"{self.name}, {name}, kept", product(kept), product(certain), target, ", ".join(sorted(rules)), "")
+
     def rules(self) -> str:
         """The rules that apply."""
         with second_order() as trace, exactly(self.state.device):
@@ -100,7 +111,7 @@ class Case:
     def mebibytes(self) -> str:
         """What all graphs hold on to."""
         with exactly(self.state.device):
-            return f"{sum(graph_bytes(self.risk, self.state, batch) for batch in self.risk.batches) / 2**20:.0f} MiB"
+            return f"{sum(weigh(self.risk, self.state, batch).bytes for batch in self.risk.batches) / 2**20:.0f} MiB"
 
 
 @contextmanager
@@ -174,16 +185,19 @@ def report_mlp(pixels: Tensor, classes: Tensor) -> None:
     data = (pixels.flatten(1), classes)
     case = Case.trained("MLP 784-512×5-10", mlp.build((784, *[512] * 5, 10)), data, 1000, Recipe(100, max_epochs=2))
     exact, rules = in_double(case), case.rules()
-    newton = gauss_newton(case.risk, case.state).keep()
-    certain = gauss_newton(case.risk, case.state.to(dtype=torch.float64))
     report(
         case,
         [
             Row(f"{case.name}, kept", case.kept(), exact, "1.8", rules, case.mebibytes()),
             Row(f"{case.name}, rebuilt", case.rebuilt(), exact, "2.8", rules, ""),
-            Row(f"{case.name}, Gauss-Newton, kept", newton.matvec, lambda v: certain.matvec(v), "1.5", "", ""),
+            case.other("Gauss-Newton", gauss_newton, "1.5"),
+            case.other("sampled Fisher", partial(sampled_fisher, seed=0)),
+            case.other("empirical Fisher", empirical_fisher),
         ],
     )
+    unit = min(seconds(case.gradient) for _ in range(ROUNDS))
+    spent = seconds(lambda: block_traces(case.risk, case.state))
+    print(f"| {case.name}, all block traces, exact | {1e3 * spent:.0f} | {spent / unit:.2f} | | | | |", flush=True)
 
 
 def report_lenet(pixels: Tensor, classes: Tensor) -> None:
@@ -194,10 +208,12 @@ def report_lenet(pixels: Tensor, classes: Tensor) -> None:
         case,
         [
             Row(f"{case.name}, kept", case.kept(), exact, "1.1", case.rules(), case.mebibytes()),
-            Row(f"{case.name}, kept, torch alone", case.stock(), exact, "", "", ""),
             Row(f"{case.name}, rebuilt", case.rebuilt(), exact, "", case.rules(), ""),
+            case.other("Gauss-Newton", gauss_newton),
         ],
     )
+    # On its own: torch's graphs are large.
+    report(case, [Row(f"{case.name}, kept, torch alone", case.stock(), exact, "", "", "")])
 
 
 def report_decoder() -> None:
@@ -211,6 +227,7 @@ def report_decoder() -> None:
         [
             Row(f"{case.name}, kept", case.kept(), exact, "2.2", case.rules(), case.mebibytes()),
             Row(f"{case.name}, kept, torch alone", case.stock(), exact, "", "", ""),
+            case.other("Gauss-Newton", gauss_newton),
         ],
     )
 

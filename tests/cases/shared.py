@@ -16,7 +16,7 @@ from cases.networks import Case, mlp
 from isoflat.core.space import norm
 from isoflat.measures.prepare import subject
 from isoflat.risk.ranks import Ranks
-from isoflat.risk.routes.reverse import GradientGraph, Kept, Rebuilt
+from isoflat.risk.routes.reverse import Rebuilt
 
 
 def ragged(case: Case, sizes) -> list:
@@ -59,11 +59,7 @@ def numbers(ordered: bool, dtype: str = "float64") -> dict[str, list[float]]:
         risk = replace(target.risk, ranks=ranks, batches=batches)
         state, survey = target.state, risk.survey(target.state)
         vectors = torch.randn(state.space.size, 3, generator=torch.Generator().manual_seed(0), dtype=state.dtype)
-        kept = Kept(
-            risk,
-            state,
-            tuple(risk.own(lambda _, batch, risk=risk, state=state: GradientGraph.build(risk, state, batch))),
-        )
+        kept = Rebuilt(risk, state).keep()
         assert sum(graph is not None for graph in kept.graphs) <= -(-len(kept.graphs) // ranks.world)
         found[name] = [
             risk.value(state),

@@ -327,7 +327,7 @@ def _scarce(monkeypatch, rows):
             raise torch.OutOfMemoryError("planted")
         return build(risk, state, batch)
 
-    monkeypatch.setattr(GradientGraph, "build", staticmethod(limited))
+    monkeypatch.setattr(GradientGraph, "build", limited)
     return sizes
 
 

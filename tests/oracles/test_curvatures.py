@@ -1,6 +1,7 @@
 """Gauss-Newton, Fisher and exact block traces against dense Jacobians and Hessians of torch.func, in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +13,18 @@ from cases.networks import cnn, mlp
 from isoflat.core.space import ParameterSpace
 from isoflat.curvature.block_trace import block_traces
 from isoflat.curvature.fisher import empirical_fisher, sampled_fisher
-from isoflat.curvature.gauss_newton import gauss_newton
-from isoflat.curvature.hessian import Hessian
-from isoflat.risk.batches import as_batches
+from isoflat.curvature.gauss_newton import GaussNewton, gauss_newton
+from isoflat.curvature.matrix import Curvature
+from isoflat.risk.batches import Beside, as_batches
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.likelihood import Bernoulli, Categorical, likelihood
+from isoflat.risk.linearise import linearise
 from isoflat.risk.losses import TargetLoss, as_loss
 from isoflat.risk.network import Network
+from isoflat.risk.plan import plan
+from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.output import OutputGraph
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Kept, Rebuilt
 
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 
@@ -139,8 +143,8 @@ def _problem(kind: str) -> Problem:
 KINDS = ["classes", "soft targets", "binary", "squared error", "convolution", "tokens", "tokens, smoothed"]
 
 
-def _matrix(operator) -> Tensor:
-    return operator.matmat(torch.eye(operator.n, dtype=torch.float64))
+def _matrix(route: Linearisation) -> Tensor:
+    return Curvature(route).matmat(torch.eye(route.state.space.size, dtype=torch.float64))
 
 
 def _close(found: Tensor, truth: Tensor, rtol: float = 1e-12) -> None:
@@ -164,7 +168,7 @@ def test_gauss_newton_is_the_hessian_of_models_linear_in_their_weights(kind):
     linear = Problem(nn.Linear(4, 3, dtype=torch.float64), problem.batches, problem.criterion)
     truth = linear.hessian()
     _close(_matrix(gauss_newton(linear.risk, linear.state)), truth)
-    _close(_matrix(Hessian(Rebuilt(linear.risk, linear.state))), truth)
+    _close(_matrix(Rebuilt(linear.risk, linear.state)), truth)
 
 
 def test_gauss_newton_of_sums_and_of_functions():
@@ -181,12 +185,13 @@ def test_single_precision_is_that_of_double_and_doubles():
     problem = _problem("classes")
     single = problem.state.to(dtype=torch.float32)
     ggn = gauss_newton(problem.risk, single).keep()
-    assert ggn.dtype == torch.float32
-    assert ggn.double().kept is None
+    assert Curvature(ggn).dtype == torch.float32
     exact = gauss_newton(problem.risk, single.to(dtype=torch.float64))
     _close(_matrix(ggn), _matrix(exact), rtol=1e-5)
     _close(_matrix(ggn.double()), _matrix(exact), rtol=1e-14)
-    assert exact.double() is exact
+    assert not isinstance(ggn.double(), Kept)
+    made = Curvature(exact)
+    assert made.double() is made
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -230,7 +235,7 @@ def test_a_sampled_fisher_is_the_sum_over_targets(kind):
         mass = (WEIGHTS * (WEIGHTS.flip(0) * target + 1 - target)).reshape(-1)
     truth = torch.zeros(())
     for draw in range(2):
-        labels = torch.cat([batch[draw].reshape(-1) for batch in fisher.labels])
+        labels = torch.cat([batch.column[..., draw].reshape(-1) for batch in fisher.risk.batches])
         if kind in ("classes", "tokens"):
             residual = scores.softmax(1) - nn.functional.one_hot(labels, 3)
         elif kind == "binary":
@@ -250,22 +255,23 @@ def test_the_mean_of_sampled_fishers_approaches_gauss_newton(kind):
     risk, state = problem.risk, problem.state
     generator = torch.Generator().manual_seed(5)
     directions = torch.randn(state.space.size, 3, generator=generator, dtype=torch.float64)
-    truth = (directions * gauss_newton(risk, state).matmat(directions)).sum(0)
-    kept = gauss_newton(risk, state).keep().kept
+    truth = (directions * gauss_newton(risk, state).products(directions)).sum(0)
+    kept = [graph.output for graph in gauss_newton(risk, state).keep().graphs]
     fishers = sampled_fisher(risk, state, seed=2, draws=400)
+    labels = [batch.column for batch in fishers.risk.batches]
     squares = torch.zeros(400, 3, dtype=torch.float64)
-    for index, (graph, _) in enumerate(kept):
+    for index, graph in enumerate(kept):
         model = likelihood(risk.loss, graph.z, graph.target)
         tangents = [graph.push(list(state.space.unflatten(v).values())) for v in directions.T]
         for draw in range(400):
-            residual = model.residual(graph.z, fishers.labels[index][draw])
+            residual = model.residual(graph.z, labels[index][..., draw])
             for k, tangent in enumerate(tangents):
                 squares[draw, k] += (tangent * model.outer(residual, tangent)).sum().detach()
-    squares /= sum(graph.count for graph, _ in kept)
+    squares /= sum(graph.count for graph in kept)
     error = squares.std(0) / 400**0.5
     assert bool(((squares.mean(0) - truth).abs() <= 4 * error).all())
     assert float(error.max()) > 0
-    _close((directions * fishers.matmat(directions)).sum(0), squares.mean(0))
+    _close((directions * fishers.products(directions)).sum(0), squares.mean(0))
 
 
 @pytest.mark.parametrize("kind", ["classes", "tokens", "binary", "squared error"])
@@ -275,11 +281,51 @@ def test_labels_depend_on_the_seed_and_not_on_the_batches(kind):
     first = sampled_fisher(problem.risk, problem.state, seed=1, draws=2)
     other = Problem(problem.net, _cut(inputs, targets, 3), problem.criterion)
     again = sampled_fisher(other.risk, other.state, seed=1, draws=2)
-    assert torch.equal(torch.cat(first.labels, 1), torch.cat(again.labels, 1))
-    assert not torch.equal(first.labels[0][0], first.labels[0][1])
+    labels = _labels(first)
+    assert torch.equal(labels, _labels(again))
+    assert not torch.equal(labels[..., 0], labels[..., 1])
     _close(_matrix(again), _matrix(first))
     changed = sampled_fisher(problem.risk, problem.state, seed=2, draws=2)
-    assert not torch.equal(torch.cat(first.labels, 1), torch.cat(changed.labels, 1))
+    assert not torch.equal(labels, _labels(changed))
+
+
+def _labels(fisher: Linearisation) -> Tensor:
+    return torch.cat([batch.column for batch in fisher.risk.batches])
+
+
+@pytest.mark.parametrize("make", [gauss_newton, empirical_fisher, partial(sampled_fisher, seed=1, draws=2)])
+@pytest.mark.parametrize("kind", ["classes", "tokens", "convolution"])
+def test_rows_may_be_cut_and_memory_may_run_out(make, kind, monkeypatch):
+    """Labels and counts go with their rows."""
+    problem = _problem(kind)
+    route = make(problem.risk, problem.state)
+    truth, identity = _matrix(route), torch.eye(problem.state.space.size, dtype=torch.float64)
+    _close(_matrix(replace(route, risk=replace(route.risk, batches=route.risk.batches.cut(1)))), truth)
+    planned = plan(route.risk, problem.state, Rebuilt, len(problem.whole[0]), 1 << 30, route.kind)
+    assert planned.kept
+    build = route.kind.build
+
+    def limited(risk, state, batch):
+        if len(batch.column if isinstance(batch, Beside) else batch[0]) > 1:
+            raise torch.OutOfMemoryError("planted")
+        return build(risk, state, batch)
+
+    monkeypatch.setattr(route.kind, "build", limited)
+    made = linearise(route.risk, problem.state, planned)
+    assert made.grain.halvings > 0
+    _close(made.products(identity), truth)
+
+
+def test_other_matrices_are_planned_like_the_hessian():
+    problem = _problem("convolution")
+    rows, kind = len(problem.whole[0]), gauss_newton(problem.risk, problem.state).kind
+    roomy = plan(problem.risk, problem.state, Rebuilt, rows, 1 << 30, kind)
+    assert roomy.kept
+    assert roomy.graph is GaussNewton
+    assert roomy.rules == ("convolution", "linear", "pooling", "relu")
+    tight = plan(problem.risk, problem.state, Rebuilt, rows, roomy.forecast - 1, kind)
+    assert not tight.kept
+    assert tight.forecast < roomy.forecast
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -467,8 +513,8 @@ def test_curvatures_against_curvlinops():
     pairs = [
         (curvlinops.GGNLinearOperator, gauss_newton(problem.risk, problem.state)),
         (curvlinops.EFLinearOperator, empirical_fisher(problem.risk, problem.state)),
-        (curvlinops.HessianLinearOperator, Hessian(Rebuilt(problem.risk, problem.state))),
+        (curvlinops.HessianLinearOperator, Rebuilt(problem.risk, problem.state)),
     ]
     for theirs, ours in pairs:
         operator = theirs(problem.net, problem.criterion, parameters, problem.batches)
-        _close(ours.matmat(vectors), torch.as_tensor(operator @ vectors).double(), rtol=1e-10)
+        _close(ours.products(vectors), torch.as_tensor(operator @ vectors).double(), rtol=1e-10)

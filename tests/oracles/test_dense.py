@@ -7,7 +7,7 @@ import torch
 
 import isoflat
 from cases.networks import cnn, mlp
-from isoflat.curvature.hessian import Hessian
+from isoflat.curvature.matrix import Curvature
 from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.linearise import linearise
@@ -87,7 +87,7 @@ def test_products_are_those_of_the_dense_hessian(route, error):
         state = Network(case.net).state()
         risk = EmpiricalRisk(Network(case.net), as_loss(case.criterion), as_batches(case.data, rows=5))
         identity = torch.eye(state.space.size, dtype=torch.float64)
-        product = Hessian(route(risk, state)).matmat(identity)
+        product = Curvature(route(risk, state)).matmat(identity)
         truth = case.hessian()
         assert float((product - truth).abs().max()) <= error * float(truth.abs().max())
         with exactly(state.device):

@@ -13,7 +13,7 @@ from torch import nn
 
 import isoflat
 from isoflat.core.streams import stream
-from isoflat.curvature.hessian import Hessian
+from isoflat.curvature.matrix import Curvature
 from isoflat.experiments.families import lenet
 from isoflat.geometry.layerwise import GEOMETRY
 from isoflat.linalg.eigen import PowerMethod
@@ -50,7 +50,7 @@ def _power_method(net, inputs, targets):
     with exactly(state.device):
         survey = risk.survey(state)
         started = time.monotonic()
-        hessian = Hessian(linearise(risk, state, plan(risk, state, Rebuilt, len(inputs), memory=4 << 30)))
+        hessian = Curvature(linearise(risk, state, plan(risk, state, Rebuilt, len(inputs), memory=4 << 30)))
         frame = GEOMETRY.frame(state)
         power = PowerMethod(frame=frame)(Pullback(hessian, frame), stream(0, "power"))
         return power, (time.monotonic() - started) / survey.seconds

@@ -10,12 +10,13 @@ from torch.autograd import forward_ad, gradgradcheck
 from torch.autograd.gradcheck import GradcheckError
 
 import isoflat.risk.routes.reverse as reverse
+import isoflat.risk.second_order.convolution as convolution_rule
 import isoflat.risk.second_order.relu as relu_rule
 from cases.networks import cnn, mlp
 from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import BatchLoss, as_loss
-from isoflat.risk.network import Network, exactly
+from isoflat.risk.network import Network
 from isoflat.risk.second_order import second_order
 from isoflat.risk.second_order.rule import Trace
 
@@ -74,9 +75,7 @@ def products(net, data, monkeypatch, rules, params=None, loss=None):
             patch.setattr(reverse, "second_order", stock)
         risk = EmpiricalRisk(Network(net), as_loss(loss or nn.CrossEntropyLoss()), as_batches(data, 4))
         state = risk.network.state(params)
-        with exactly(state.device):
-            graphs = tuple(reverse.GradientGraph.build(risk, state, batch) for batch in risk.batches)
-        kept = reverse.Kept(risk, state, graphs)
+        kept = reverse.Rebuilt(risk, state).keep()
     generator = torch.Generator().manual_seed(1)
     vectors = torch.randn(state.space.size, 2, generator=generator, dtype=torch.float64).to(state.dtype)
     first, again = kept.products(vectors), kept.products(vectors)
@@ -151,6 +150,26 @@ def test_products_agree_with_torch(chosen, monkeypatch):
     net, data = various()
     ours, plain = (products(net, data, monkeypatch, rules, chosen) for rules in (True, False))
     assert apart(ours, plain) < 1e-12
+
+
+def test_a_few_rows_at_a_time(monkeypatch):
+    net, data = various()
+    plain = products(net, data, monkeypatch, False)
+    monkeypatch.setattr(convolution_rule, "BITE", 100)
+    assert apart(products(net, data, monkeypatch, True), plain) < 1e-12
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2])
+def test_convolution_and_pooling_in_one(frozen):
+    torch.manual_seed(0)
+    factors = [leaf(3, 2, 6, 6), leaf(2, 2, 3, 3), leaf(2)]
+    if frozen is not None:
+        factors[frozen].requires_grad_(False)
+
+    def work(x, w, b):
+        return ruled(lambda: F.max_pool2d(F.relu(F.conv2d(x, w, b)), 2))[0]
+
+    assert gradgradcheck(work, factors)
 
 
 @pytest.mark.parametrize("case", [cnn(3, True, 0), cnn(2, False, 1), mlp((5, 7, 6, 3), True, 2)])

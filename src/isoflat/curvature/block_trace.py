@@ -136,7 +136,7 @@ class _Sweeps:
                 f"the output's shape {tuple(z.shape)} does not begin with the batch's {term.rows} rows: return outputs "
                 "with the rows along dimension 0 and the classes along dimension 1"
             )
-        mass = likelihood(risk.loss, z, split(move(batch, state.device, state.dtype))[1]).mass
+        mass = likelihood(risk.loss, z, risk.target(state, batch)).mass
         seen = []
         for path, made in calls.items():
             prefix = f"{path}." if path else ""

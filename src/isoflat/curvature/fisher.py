@@ -1,8 +1,9 @@
-"""Second moments of gradients as operators: with labels that the model draws, and with those of the data."""
+"""Second moments of gradients: with labels that the model draws, and with those of the data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, final
 
 import torch
@@ -12,12 +13,13 @@ from isoflat.core.errors import UsageError
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.curvature.through_output import Middle, ThroughOutput
-from isoflat.risk.batches import move
+from isoflat.risk.batches import rows_of
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.likelihood import likelihood
-from isoflat.risk.losses import TargetLoss, split
+from isoflat.risk.losses import TargetLoss, Term
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.output import OutputGraph, check_output, output_of
+from isoflat.risk.routes.reverse import Rebuilt
 
 _CELLS = 1 << 52
 """Uniform numbers are the middles of so many cells: exact in float64, and neither 0 nor 1."""
@@ -30,18 +32,14 @@ class SampledFisher(ThroughOutput):
 
     Martens 2020, section 9.2. Its expectation over the labels is the Gauss-Newton matrix (`risk.likelihood`). Each
     target draws its own label, so every position of a sequence, or entry of an output under squared error, adds a term
-    of rank one. Build it with `sampled_fisher`.
-
-    Attributes:
-        labels: what each batch's targets drew, one row for each draw; the same at every product and in every precision.
+    of rank one. The labels come beside each batch, those of one draw after those of another along the last dimension.
     """
 
-    labels: tuple[Tensor, ...] = field(repr=False)
-
-    def middle(self, graph: OutputGraph, index: int) -> Middle:
+    @classmethod
+    def between(cls, risk: EmpiricalRisk, output: OutputGraph, batch: Any) -> Middle:
         """Mean over the draws of `r̃ ⟨r̃, u⟩`, target by target."""
-        model = likelihood(self.risk.loss, graph.z, graph.target)
-        residuals = [model.residual(graph.z, labels.to(self.device)) for labels in self.labels[index]]
+        model = likelihood(risk.loss, output.z, output.target)
+        residuals = [model.residual(output.z, labels.to(output.z.device)) for labels in batch.column.unbind(-1)]
 
         def mean(tangent: Tensor) -> Tensor:
             total = torch.zeros_like(tangent)
@@ -60,19 +58,15 @@ class EmpiricalFisher(ThroughOutput):
     `ℓ_i = total_i / c_i` is the row's own loss, the mean over its c_i counted targets (all positions of a sequence, all
     entries of an output), so that `L = Σ_i (c_i / Σc) ℓ_i`. With one target to a row this is `(1/N) Σ g_i g_iᵀ`; a class
     weight counts as so many copies of a row. Where the loss is a sum over the data it is `Σ_i g_i g_iᵀ`. Rows whose
-    model computes its own loss count as one each. It is no Fisher matrix (Kunstner, Balles and Hennig 2019). Build it
-    with `empirical_fisher`.
-
-    Attributes:
-        counts: c, for each batch of this process.
+    model computes its own loss count as one each. It is no Fisher matrix (Kunstner, Balles and Hennig 2019). The counts
+    come beside each batch.
     """
 
-    counts: tuple[Tensor | None, ...] = field(repr=False)
-
-    def middle(self, graph: OutputGraph, index: int) -> Middle:
+    @classmethod
+    def between(cls, risk: EmpiricalRisk, output: OutputGraph, batch: Any) -> Middle:
         """`r_i ⟨r_i, u_i⟩ / c_i`, row by row."""
-        counts: Any = self.counts[index]
-        residual = graph.residual.detach().flatten(1)
+        counts = batch.column
+        residual = output.residual.detach().flatten(1)
         # A row without counted targets has no gradient either.
         share = torch.where(counts > 0, 1 / counts, 0).to(residual)[:, None]
 
@@ -83,11 +77,11 @@ class EmpiricalFisher(ThroughOutput):
         return outer
 
 
-def sampled_fisher(risk: EmpiricalRisk, state: State, seed: int, draws: int = 1) -> SampledFisher:
-    """The Fisher matrix with labels drawn once, in one forward pass; `.keep()` holds its graphs in memory.
+def sampled_fisher(risk: EmpiricalRisk, state: State, seed: int, draws: int = 1) -> Rebuilt:
+    """Products with the Fisher matrix, labels drawn once, in one forward pass; `.keep()` holds its graphs in memory.
 
-    Every draw has one stream of uniform numbers, named by seed and draw, that runs on through the targets in the order
-    of the data: where batches are cut changes no label. Ignored targets pass their number over and add nothing.
+    Every row of the data has a stream of uniform numbers of its own for each draw: neither where batches are cut nor
+    which process owns them changes a label. Ignored targets pass their number over and add nothing.
 
     Args:
         risk: the empirical risk, with softmax cross-entropy, binary cross-entropy with logits, or squared error.
@@ -97,7 +91,8 @@ def sampled_fisher(risk: EmpiricalRisk, state: State, seed: int, draws: int = 1)
 
     Raises:
         DataError: there is no data.
-        UsageError: labels cannot be drawn from the loss, or weights enter it other than through the model's output.
+        UsageError: labels cannot be drawn from the loss, weights enter it other than through the model's output, or that
+            does not have the rows of the data along its first dimension.
 
     >>> from isoflat.risk.batches import as_batches
     >>> from isoflat.risk.losses import as_loss
@@ -106,20 +101,20 @@ def sampled_fisher(risk: EmpiricalRisk, state: State, seed: int, draws: int = 1)
     >>> data = as_batches((torch.ones(1, 1), torch.tensor([0])))
     >>> risk = EmpiricalRisk(network, as_loss(torch.nn.CrossEntropyLoss()), data)
     >>> state = network.state().replace({"weight": torch.zeros(2, 1)})
-    >>> sampled_fisher(risk, state, seed=0).matvec(torch.tensor([1.0, 0.0])).tolist()
-    [0.25, -0.25]
+    >>> sampled_fisher(risk, state, seed=0).products(torch.tensor([[1.0], [0.0]])).tolist()
+    [[0.25], [-0.25]]
     """
     if draws < 1:
         raise UsageError(f"draws must be at least 1, got {draws}")
     check_output(risk, state)
-    streams = [stream(seed, "labels", draw) for draw in range(draws)]
+    first = tuple(accumulate((rows_of(batch) for batch in risk.batches), initial=0))
     with exactly(state.device), torch.no_grad():
-        labels = tuple(_draw(risk, state, batch, streams) for batch in risk.batches)
-    return SampledFisher(risk, state, labels)
+        labels = tuple(risk.own(lambda index, batch: _draw(risk, state, batch, seed, draws, first[index])))
+    return Rebuilt(replace(risk, batches=risk.batches.beside(labels)), state, SampledFisher)
 
 
-def empirical_fisher(risk: EmpiricalRisk, state: State) -> EmpiricalFisher:
-    """The second moment of the rows' gradients at a state; `.keep()` holds its graphs in memory.
+def empirical_fisher(risk: EmpiricalRisk, state: State) -> Rebuilt:
+    """Products with the second moment of the rows' gradients at a state; `.keep()` holds its graphs in memory.
 
     One forward pass counts each row's targets.
 
@@ -135,42 +130,55 @@ def empirical_fisher(risk: EmpiricalRisk, state: State) -> EmpiricalFisher:
     >>> data = as_batches((torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0], [2.0]])))
     >>> risk = EmpiricalRisk(network, as_loss(torch.nn.MSELoss()), data)
     >>> state = network.state().replace({"weight": torch.zeros(1, 1)})
-    >>> empirical_fisher(risk, state).matvec(torch.tensor([1.0])).tolist()
-    [10.0]
+    >>> empirical_fisher(risk, state).products(torch.tensor([[1.0]])).tolist()
+    [[10.0]]
     """
     check_output(risk, state)
     with exactly(state.device), torch.no_grad():
-        counts = tuple(risk.own(lambda index, batch: _row_counts(risk, state, batch)))
-    return EmpiricalFisher(risk, state, counts)
+        counts = tuple(risk.own(lambda _, batch: _row_counts(risk, state, batch)))
+    return Rebuilt(replace(risk, batches=risk.batches.beside(counts)), state, EmpiricalFisher)
 
 
 def _row_counts(risk: EmpiricalRisk, state: State, batch: Any) -> Tensor:
     """Counted targets of each row of a batch, or their weights, float64; ones where the loss is a sum."""
-    loss, term = risk.loss, risk.term(state, batch)
+    loss, z = risk.loss, _rows_first(risk.term(state, batch))
+    if not isinstance(loss, TargetLoss) or not loss.averages:
+        return torch.ones(len(z), dtype=torch.float64)
+    target = risk.target(state, batch)
+    return torch.tensor([loss.count(z[i : i + 1], target[i : i + 1]) for i in range(len(z))], dtype=torch.float64)
+
+
+def _draw(risk: EmpiricalRisk, state: State, batch: Any, seed: int, draws: int, first: int) -> Tensor:
+    """Labels of one batch, the draws along the last dimension, on the CPU.
+
+    Args:
+        risk: the empirical risk.
+        state: the point.
+        batch: whose rows draw.
+        seed: of all streams.
+        draws: labels for each target.
+        first: place of the batch's first row in the data.
+    """
+    z = _rows_first(risk.term(state, batch))
+    model = likelihood(risk.loss, z, risk.target(state, batch))
+    drawn = []
+    for draw in range(draws):
+        streams = [stream(seed, "labels", draw, first + i) for i in range(len(z))]
+        cells = torch.stack([torch.randint(_CELLS, model.mass.shape[1:], generator=own) for own in streams])
+        drawn.append(model.draw(z, ((cells.double() + 0.5) / _CELLS).to(z.device)).cpu())
+    return torch.stack(drawn, dim=-1)
+
+
+def _rows_first(term: Term) -> Tensor:
+    """The output, which has a row for each of the data's.
+
+    Raises:
+        UsageError: it has not.
+    """
     z = output_of(term)
-    rows = len(z) if z.ndim else 0
-    if rows != term.rows:
+    if not z.ndim or len(z) != term.rows:
         raise UsageError(
             f"the output's shape {tuple(z.shape)} does not begin with the batch's {term.rows} rows, so there is no "
             "gradient of each row: return outputs with the rows along dimension 0"
         )
-    if not isinstance(loss, TargetLoss) or not loss.averages:
-        return torch.ones(rows, dtype=torch.float64)
-    target = _target(risk, state, batch)
-    return torch.tensor([loss.count(z[i : i + 1], target[i : i + 1]) for i in range(rows)], dtype=torch.float64)
-
-
-def _draw(risk: EmpiricalRisk, state: State, batch: Any, streams: list[torch.Generator]) -> Tensor:
-    """Labels of one batch, one row for each stream, on the CPU."""
-    z = output_of(risk.term(state, batch))
-    model = likelihood(risk.loss, z, _target(risk, state, batch))
-    drawn = []
-    for generator in streams:
-        cells = torch.randint(_CELLS, model.mass.shape, generator=generator)
-        drawn.append(model.draw(z, ((cells.double() + 0.5) / _CELLS).to(z.device)).cpu())
-    return torch.stack(drawn)
-
-
-def _target(risk: EmpiricalRisk, state: State, batch: Any) -> Any:
-    """What the loss compares the output of a batch with; None where the model computes its own loss."""
-    return split(move(batch, state.device, state.dtype))[1] if isinstance(risk.loss, TargetLoss) else None
+    return z

@@ -1,14 +1,15 @@
-"""The Gauss-Newton matrix of the empirical risk as an operator."""
+"""The Gauss-Newton matrix of the empirical risk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 from isoflat.core.state import State
 from isoflat.curvature.through_output import Middle, ThroughOutput
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.routes.output import OutputGraph, check_output
+from isoflat.risk.routes.reverse import Rebuilt
 
 
 @final
@@ -17,16 +18,17 @@ class GaussNewton(ThroughOutput):
     """`G = Σ_i J_iᵀ H_i J_i / Σ_i count_i`, with J the Jacobian of the output and H the loss's Hessian in the output.
 
     Schraudolph 2002. The Hessian without the second derivatives of the network; positive semi-definite where the loss
-    is convex in the output. A product with kept graphs costs about 1.3 gradient passes. Build it with `gauss_newton`.
+    is convex in the output. A product with kept graphs costs about 1.3 gradient passes.
     """
 
-    def middle(self, graph: OutputGraph, index: int) -> Middle:
+    @classmethod
+    def between(cls, risk: EmpiricalRisk, output: OutputGraph, batch: Any) -> Middle:
         """The loss's Hessian in the output."""
-        return graph.curve
+        return output.curve
 
 
-def gauss_newton(risk: EmpiricalRisk, state: State) -> GaussNewton:
-    """The Gauss-Newton matrix at a state; `.keep()` holds its graphs in memory.
+def gauss_newton(risk: EmpiricalRisk, state: State) -> Rebuilt:
+    """Products with the Gauss-Newton matrix at a state; `.keep()` holds its graphs in memory.
 
     Raises:
         DataError: there is no data.
@@ -39,8 +41,8 @@ def gauss_newton(risk: EmpiricalRisk, state: State) -> GaussNewton:
     >>> network = Network(torch.nn.Linear(2, 1, bias=False))
     >>> data = as_batches((torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])))
     >>> risk = EmpiricalRisk(network, as_loss(torch.nn.MSELoss()), data)
-    >>> gauss_newton(risk, network.state()).matvec(torch.tensor([1.0, 0.0])).tolist()
-    [2.0, 4.0]
+    >>> gauss_newton(risk, network.state()).products(torch.tensor([[1.0], [0.0]])).tolist()
+    [[2.0], [4.0]]
     """
     check_output(risk, state)
-    return GaussNewton(risk, state)
+    return Rebuilt(risk, state, GaussNewton)

@@ -19,7 +19,7 @@ from isoflat.core.space import inner, norm
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.core.table import Table
-from isoflat.curvature.hessian import Hessian
+from isoflat.curvature.matrix import Curvature
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.linalg.maps import Identity as Identical
 from isoflat.linalg.operator import Pullback
@@ -137,9 +137,9 @@ class Place:
     products: Guarded
 
     @property
-    def hessian(self) -> Hessian:
+    def hessian(self) -> Curvature:
         """As an operator."""
-        return Hessian(self.products)
+        return Curvature(self.products)
 
 
 @final
@@ -258,6 +258,7 @@ class _Scribe:
             "dtype": str(state.dtype).removeprefix("torch."),
             "device": str(state.device),
             "route": place.products.route,
+            "second_order_rules": place.plan.rules,
             "rows_at_a_time": place.products.grain.rows,
             "memory_forecast": place.plan.forecast,
             "autocast": str(effort.inside).removeprefix("torch.") if effort.inside else "off",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -67,12 +67,31 @@ class Batches:
             lambda: (piece for batch in self for piece in pieces(batch, rows)), self.volatile and not self.digests
         )
 
+    def beside(self, columns: Sequence[Any]) -> Batches:
+        """The same data, each batch `Beside` what was found out about it: tensors with as many rows."""
+        return Batches(
+            lambda: (Beside(*pair) for pair in zip(self, columns, strict=True)), self.volatile and not self.digests
+        )
+
     @staticmethod
     def _differs(what: str) -> NondeterministicRisk:
         return NondeterministicRisk(
             f"two passes over the data differ in {what}: expected the same batches in the same order. Give a loader "
             "with shuffle=False and without random augmentation, or a list of batches"
         )
+
+
+@final
+class Beside(NamedTuple):
+    """A batch with what was found out about its rows, so that both are cut alike. The network sees the batch alone."""
+
+    batch: Any
+    column: Any
+
+
+def alone(batch: Any) -> Any:
+    """The batch without what is beside it."""
+    return batch.batch if isinstance(batch, Beside) else batch
 
 
 def as_batches(data: Any, rows: int = ROWS) -> Batches:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isoflat.core.errors import DataError, NondeterministicRisk, NonFinite, UnsupportedModel
 from isoflat.core.state import State
-from isoflat.risk.batches import Batches, digest, move
+from isoflat.risk.batches import Batches, alone, digest, move
 from isoflat.risk.losses import Loss, TargetLoss, Term, call, check_mean, split
 from isoflat.risk.network import Network
 from isoflat.risk.ranks import Part, Ranks
@@ -64,8 +64,12 @@ class EmpiricalRisk:
 
     def term(self, state: State, batch: Any) -> Term:
         """One batch's summed loss, as a function of the state's tensors."""
-        moved = move(batch, state.device, state.dtype)
+        moved = move(alone(batch), state.device, state.dtype)
         return self.network(state, lambda model: self.loss(model, moved))
+
+    def target(self, state: State, batch: Any) -> Any:
+        """What the loss compares the output of a batch with; None where the model computes its own loss."""
+        return split(move(alone(batch), state.device, state.dtype))[1] if isinstance(self.loss, TargetLoss) else None
 
     def accumulate(
         self, per_batch: Callable[[int, Any], Part], like: Tensor, over: Iterable[Any] | None = None

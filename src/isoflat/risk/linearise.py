@@ -14,13 +14,12 @@ from isoflat.core.state import State
 from isoflat.risk.batches import rows_of
 from isoflat.risk.check import AGREEMENT, ROWS, Sample, disagreement
 from isoflat.risk.empirical import EmpiricalRisk, Survey
-from isoflat.risk.network import exactly
 from isoflat.risk.plan import Plan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.differences import STEP, Differences
 from isoflat.risk.routes.forward import Forward
 from isoflat.risk.routes.guarded import Grain, Guarded, halving, is_out_of_memory
-from isoflat.risk.routes.reverse import GradientGraph, Kept, Rebuilt
+from isoflat.risk.routes.reverse import Rebuilt
 
 _REMEDY = "Make it differentiable; check='warn' measures nevertheless"
 
@@ -135,10 +134,10 @@ def linearise(risk: EmpiricalRisk, state: State, plan: Plan) -> Guarded:
 
     def keep(rows: int) -> Linearisation:
         made = cut(rows)
-        if plan.kept and not grain.halvings:
-            with exactly(state.device):
-                return Kept(made, state, tuple(made.own(lambda _, batch: GradientGraph.build(made, state, batch))))
-        return plan.route(made, state)
+        if plan.route is not Rebuilt:
+            return plan.route(made, state)
+        route = Rebuilt(made, state, plan.graph)
+        return route.keep() if plan.kept and not grain.halvings else route
 
     # One process without room makes all of them cut finer, so that they go on cutting alike.
     return Guarded(risk, state, [halving(grain, lambda rows: risk.ranks.together(lambda: keep(rows)))], grain)

@@ -16,7 +16,7 @@ from isoflat.risk.batches import pieces, rows_of, tensors
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
-from isoflat.risk.routes.base import Linearisation
+from isoflat.risk.routes.base import Graph, Linearisation
 from isoflat.risk.routes.reverse import GradientGraph, Rebuilt
 
 SAMPLE = 8
@@ -35,6 +35,8 @@ class Plan:
 
     Attributes:
         route: kind of products.
+        graph: what they go through, on the reverse route.
+        rules: names of the second-order rules that apply there.
         kept: whether gradient graphs stay between products.
         rows: of a piece that is differentiated at a time.
         whole: whether batches are taken as they come.
@@ -42,6 +44,8 @@ class Plan:
     """
 
     route: type[Linearisation]
+    graph: type[Graph]
+    rules: tuple[str, ...]
     kept: bool
     rows: int
     whole: bool
@@ -56,18 +60,40 @@ class Plan:
 
 @final
 @dataclass(frozen=True)
+class Weighed:
+    """A graph, measured.
+
+    Attributes:
+        bytes: memory that it holds on to.
+        rules: names of the second-order rules in it.
+    """
+
+    bytes: int
+    rules: frozenset[str]
+
+
+@final
+@dataclass(frozen=True)
 class _Weight:
-    """Bytes of a gradient graph as a function of its rows."""
+    """Bytes of a graph as a function of its rows."""
 
     fixed: float
     row: float
+    rules: frozenset[str]
 
     def of(self, rows: float, graphs: int = 1) -> float:
         """Bytes of so many graphs with so many rows in all."""
         return graphs * self.fixed + rows * self.row
 
 
-def plan(risk: EmpiricalRisk, state: State, route: type[Linearisation], rows: int, memory: int) -> Plan:
+def plan(
+    risk: EmpiricalRisk,
+    state: State,
+    route: type[Linearisation],
+    rows: int,
+    memory: int,
+    graph: type[Graph] = GradientGraph,
+) -> Plan:
     """Keep the graphs if they fit; else rebuild them, in pieces that fit.
 
     Args:
@@ -76,6 +102,7 @@ def plan(risk: EmpiricalRisk, state: State, route: type[Linearisation], rows: in
         route: kind of products.
         rows: examples in the data.
         memory: bytes that products may take.
+        graph: what products go through, on the reverse route.
 
     Raises:
         UsageError: not even a single row fits.
@@ -83,26 +110,24 @@ def plan(risk: EmpiricalRisk, state: State, route: type[Linearisation], rows: in
     with exactly(state.device):
         batch = next(iter(risk.batches))
         count = rows_of(batch)
-        weight = _weigh(risk, state, batch) if separable(risk, state, batch) else None
-        vectors = _vectors(state)
-        if weight is None:
-            graph = graph_bytes(risk, state, batch)
-            kept = route is Rebuilt and graph * rows / count + graph + vectors <= memory
-            forecast = graph * rows / count + graph if kept else (1 + IN_FLIGHT) * graph
-            return Plan(route, kept, count, True, int(forecast + vectors))
-    graphs = -(-rows // count)
-    if route is Rebuilt and weight.of(rows, graphs) + weight.of(count) + vectors <= memory:
-        return Plan(route, True, count, True, int(weight.of(rows, graphs) + weight.of(count) + vectors))
+        whole = not separable(risk, state, batch)
+        weight = _weight(risk, state, batch, graph, whole)
+    rules = tuple(sorted(weight.rules)) if route is Rebuilt else ()
+    vectors = _vectors(state)
+    kept = weight.of(rows, -(-rows // count)) + weight.of(count) + vectors
+    if route is Rebuilt and kept <= memory:
+        return Plan(route, graph, rules, True, count, True, int(kept))
     piece = count
-    while piece > 1 and (1 + IN_FLIGHT) * weight.of(piece) + vectors > memory:
+    while piece > 1 and not whole and (1 + IN_FLIGHT) * weight.of(piece) + vectors > memory:
         piece = (piece + 1) // 2
     forecast = int((1 + IN_FLIGHT) * weight.of(piece) + vectors)
     if forecast > memory:
+        what = "a batch, whose loss is no sum over its rows," if whole else "a single row"
         raise UsageError(
-            f"the memory budget of {memory} bytes is too small: products on a single row take about {forecast}. Raise "
-            "the budget, or measure fewer tensors with params="
+            f"the memory budget of {memory} bytes is too small: products on {what} take about {forecast}. Raise the "
+            f"budget, {'give smaller batches, ' if whole else ''}or measure fewer tensors with params="
         )
-    return Plan(route, False, piece, piece == count, forecast)
+    return Plan(route, graph, rules, False, piece, piece == count, forecast)
 
 
 def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
@@ -129,8 +154,8 @@ def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
     ) <= tolerance * abs(whole.count)
 
 
-def graph_bytes(risk: EmpiricalRisk, state: State, batch: Any) -> int:
-    """Memory that one batch's gradient graph holds on to, measured by building it once."""
+def weigh(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph] = GradientGraph) -> Weighed:
+    """What one batch's graph takes, found by building it once."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*state.tensors.values(), *tensors(batch))}
     saved: list[weakref.ref[_Saved]] = []
 
@@ -140,11 +165,11 @@ def graph_bytes(risk: EmpiricalRisk, state: State, batch: Any) -> int:
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        graph = GradientGraph.build(risk, state, batch)
+        graph = kind.build(risk, state, batch)
     # Parts of the forward graph that no gradient hangs on are gone by now.
     alive = [held.tensor.untyped_storage() for held in (reference() for reference in saved) if held is not None]
-    del graph
-    return sum({storage.data_ptr(): storage.nbytes() for storage in alive if storage.data_ptr() not in own}.values())
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in alive if storage.data_ptr() not in own}
+    return Weighed(sum(sizes.values()), graph.rules)
 
 
 @final
@@ -155,12 +180,15 @@ class _Saved:
         self.tensor = tensor
 
 
-def _weigh(risk: EmpiricalRisk, state: State, batch: Any) -> _Weight:
-    """From a few rows and twice as many."""
+def _weight(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph], whole: bool) -> _Weight:
+    """From a few rows and twice as many; from the whole batch where it cannot be cut."""
+    if whole:
+        made = weigh(risk, state, batch, kind)
+        return _Weight(0.0, made.bytes / rows_of(batch), made.rules)
     rows = min(SAMPLE, rows_of(batch) // 2)
-    few, more = (graph_bytes(risk, state, next(pieces(batch, count))) for count in (rows, 2 * rows))
-    row = max(more - few, 0) / rows
-    return _Weight(max(few - row * rows, 0.0), row)
+    few, more = (weigh(risk, state, next(pieces(batch, count)), kind) for count in (rows, 2 * rows))
+    row = max(more.bytes - few.bytes, 0) / rows
+    return _Weight(max(few.bytes - row * rows, 0.0), row, few.rules)
 
 
 def _vectors(state: State) -> int:

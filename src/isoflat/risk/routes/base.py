@@ -1,10 +1,11 @@
-"""What a product route is."""
+"""What a product route is, and what it goes through."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,8 +16,32 @@ from isoflat.risk.empirical import EmpiricalRisk
 
 
 @dataclass(frozen=True)
+class Graph(ABC):
+    """One batch's share of a matrix of the weights, ready to be multiplied.
+
+    The matrix is `Σ_b shares / Σ_b count_b`; which one it is, each kind of graph says.
+
+    Attributes:
+        count: counted targets or their weights.
+        rules: names of the second-order rules that were applied (`risk.second_order`).
+    """
+
+    count: float
+    rules: frozenset[str]
+
+    @classmethod
+    @abstractmethod
+    def build(cls, risk: EmpiricalRisk, state: State, batch: Any) -> Self:
+        """What does not depend on the vectors: forward, and backward as far as its graph is needed."""
+
+    @abstractmethod
+    def products(self, vectors: Sequence[Sequence[Tensor]], last: bool) -> Tensor:
+        """Products with vectors given tensor by tensor, shape `(n, k)`; `last` lets the graph go."""
+
+
+@dataclass(frozen=True)
 class Linearisation(ABC):
-    """The Hessian of the empirical risk at a state, as products.
+    """The Hessian of the empirical risk at a state, or another matrix of the weights, as products.
 
     Attributes:
         risk: the empirical risk.
@@ -39,6 +64,10 @@ class Linearisation(ABC):
     @abstractmethod
     def products(self, vectors: Tensor) -> Tensor:
         """`H V` for V of shape `(n, k)`: shape `(n, k)`, float64."""
+
+    def on(self, risk: EmpiricalRisk) -> Linearisation:
+        """The same route over other pieces of the data, with nothing kept."""
+        return replace(self, risk=risk)
 
     @abstractmethod
     def double(self) -> Linearisation:

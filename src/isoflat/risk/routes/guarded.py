@@ -9,8 +9,8 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
+from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.routes.base import Linearisation
-from isoflat.risk.routes.reverse import Kept, Rebuilt
 
 T = TypeVar("T")
 
@@ -75,10 +75,12 @@ class Guarded(Linearisation):
                     raise
                 self.grain.halve(error)
             old = self.inner.pop()
-            kind = Rebuilt if isinstance(old, Kept) else type(old)
-            risk = replace(self.risk, batches=self.risk.batches.cut(self.grain.rows))
-            self.inner.append(kind(risk, old.state))
+            self.inner.append(old.on(replace(self.risk, batches=self.risk.batches.cut(self.grain.rows))))
             del old
+
+    def on(self, risk: EmpiricalRisk) -> Guarded:
+        """Guarded still."""
+        return Guarded(risk, self.state, [self.inner[0].on(risk)], self.grain)
 
     def double(self) -> Guarded:
         """In float64, as finely cut as this one is by then."""

@@ -16,11 +16,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from isoflat.core.errors import DataError, UsageError
 from isoflat.core.state import State
-from isoflat.risk.batches import move
 from isoflat.risk.empirical import EmpiricalRisk, differentiate, leaf_state
-from isoflat.risk.losses import TargetLoss, Term, split
+from isoflat.risk.losses import Term
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.base import joined
+from isoflat.risk.second_order import second_order
 
 
 @final
@@ -35,6 +35,7 @@ class OutputGraph:
         seed: the u of `g(u) = Jᵀ u`.
         pulled: where `g(u)` hangs on its graph; None for tensors that z does not depend on.
         count: counted targets or their weights.
+        rules: names of the second-order rules that were applied.
         target: what the loss compares z with; None where the model computes its own loss.
     """
 
@@ -44,6 +45,7 @@ class OutputGraph:
     seed: Tensor
     pulled: tuple[GradientEdge | None, ...]
     count: float
+    rules: frozenset[str]
     target: Tensor | None
 
     @staticmethod
@@ -54,21 +56,24 @@ class OutputGraph:
             UsageError: the loss does not say what the model's output is.
         """
         leaves = leaf_state(state)
-        term = risk.term(leaves, batch)
+        with second_order() as trace:
+            term = risk.term(leaves, batch)
         z = output_of(term)
         parameters = list(leaves.parameters.values())
         residual = differentiate(term.total, [z], keep=True)[0] if z.requires_grad else None
         seed = torch.zeros_like(z, requires_grad=True)
         gradients: Sequence[Tensor | None] = [None] * len(parameters)
         if z.requires_grad:
-            gradients = torch.autograd.grad(z, parameters, seed, create_graph=True, allow_unused=True)
+            with trace.jacobian():
+                gradients = torch.autograd.grad(z, parameters, seed, create_graph=True, allow_unused=True)
         pulled = tuple(
             get_gradient_edge(gradient) if gradient is not None and gradient.requires_grad else None
             for gradient in gradients
         )
-        target = split(move(batch, state.device, state.dtype))[1] if isinstance(risk.loss, TargetLoss) else None
+        target = risk.target(state, batch)
         residual = torch.zeros_like(z) if residual is None else residual
-        return OutputGraph(tuple(parameters), z, residual, seed, pulled, term.count, target)
+        rules = frozenset(trace.used)
+        return OutputGraph(tuple(parameters), z, residual, seed, pulled, term.count, rules, target)
 
     def push(self, vector: Sequence[Tensor]) -> Tensor:
         """`J v` for v given tensor by tensor: the shape of z."""

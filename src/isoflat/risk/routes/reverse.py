@@ -1,7 +1,7 @@
 """Reverse over reverse: the gradient of `⟨∇L, v⟩`.
 
 The graph of the gradient does not depend on v, so it is kept between products where it fits the memory plan (`Kept`),
-and rebuilt for each batch where it does not (`Rebuilt`).
+and rebuilt for each batch where it does not (`Rebuilt`). So are the graphs of other matrices of the weights (`curvature`).
 """
 
 from __future__ import annotations
@@ -17,37 +17,38 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from isoflat.core.state import State
 from isoflat.risk.empirical import EmpiricalRisk, Part, differentiate, leaf_state
 from isoflat.risk.network import exactly
-from isoflat.risk.routes.base import Linearisation, columns, joined
+from isoflat.risk.routes.base import Graph, Linearisation, columns, joined
 from isoflat.risk.second_order import second_order
 
 
 @final
 @dataclass(frozen=True)
-class GradientGraph:
-    """One batch's gradient with its graph."""
+class GradientGraph(Graph):
+    """One batch's gradient with its graph: its share of the Hessian.
+
+    Attributes:
+        leaves: the trainable tensors.
+        gradients: where each gradient hangs on the graph; None where the loss is linear in the tensor, or does without.
+    """
 
     leaves: tuple[Tensor, ...]
     gradients: tuple[GradientEdge | None, ...]
-    count: float
 
-    @staticmethod
-    def build(risk: EmpiricalRisk, state: State, batch: Any) -> GradientGraph:
+    @classmethod
+    def build(cls, risk: EmpiricalRisk, state: State, batch: Any) -> GradientGraph:
         """Forward and backward with the graph kept; of the gradients themselves only where they hang on the graph."""
         leaves = leaf_state(state)
-        with second_order():
+        with second_order() as trace:
             term = risk.term(leaves, batch)
         parameters = list(leaves.parameters.values())
         edges = tuple(
             get_gradient_edge(gradient) if gradient is not None and gradient.requires_grad else None
             for gradient in differentiate(term.total, parameters, keep=True)
         )
-        return GradientGraph(tuple(parameters), edges, term.count)
+        return cls(term.count, frozenset(trace.used), tuple(parameters), edges)
 
     def products(self, vectors: Sequence[Sequence[Tensor]], last: bool) -> Tensor:
-        """Summed products with vectors given tensor by tensor; `last` lets the graph go.
-
-        Gradients without a graph of their own (the loss is linear in that tensor) contribute nothing.
-        """
+        """One backward pass through the graph for each vector."""
         curved = [j for j, edge in enumerate(self.gradients) if edge is not None]
         made = []
         for k, vector in enumerate(vectors):
@@ -70,10 +71,12 @@ class Kept(Linearisation):
     """Graphs of all batches stay in memory: a product costs one backward pass through them.
 
     Attributes:
+        kind: what the graphs are.
         graphs: of each batch; None for batches of other processes.
     """
 
-    graphs: tuple[GradientGraph | None, ...] = field(repr=False)
+    kind: type[Graph]
+    graphs: tuple[Graph | None, ...] = field(repr=False)
 
     @property
     def route(self) -> str:
@@ -84,21 +87,31 @@ class Kept(Linearisation):
         """One backward pass through the kept graphs for each column."""
         wide = columns(self.state.space, vectors)
 
-        def per_batch(index: int, graph: GradientGraph) -> Part:
+        def per_batch(index: int, graph: Graph) -> Part:
             return Part(graph.products(wide, last=False), graph.count)
 
         with exactly(self.state.device):
             return self.risk.accumulate(per_batch, vectors, over=self.graphs)
 
+    def on(self, risk: EmpiricalRisk) -> Rebuilt:
+        """Without graphs."""
+        return Rebuilt(risk, self.state, self.kind)
+
     def double(self) -> Rebuilt:
         """In float64; no graph is kept."""
-        return Rebuilt(self.risk, self.state.to(dtype=torch.float64))
+        return self.on(self.risk).double()
 
 
 @final
 @dataclass(frozen=True)
 class Rebuilt(Linearisation):
-    """Each product runs forward and backward anew, batch by batch: memory of one batch."""
+    """Each product runs forward and backward anew, batch by batch: memory of one batch.
+
+    Attributes:
+        kind: what is built of each batch.
+    """
+
+    kind: type[Graph] = GradientGraph
 
     @property
     def route(self) -> str:
@@ -110,12 +123,18 @@ class Rebuilt(Linearisation):
         wide = columns(self.state.space, vectors)
 
         def per_batch(index: int, batch: Any) -> Part:
-            graph = GradientGraph.build(self.risk, self.state, batch)
+            graph = self.kind.build(self.risk, self.state, batch)
             return Part(graph.products(wide, last=True), graph.count)
 
         with exactly(self.state.device):
             return self.risk.accumulate(per_batch, vectors)
 
+    def keep(self) -> Kept:
+        """With the graphs of all batches in memory."""
+        with exactly(self.state.device):
+            graphs = tuple(self.risk.own(lambda _, batch: self.kind.build(self.risk, self.state, batch)))
+        return Kept(self.risk, self.state, self.kind, graphs)
+
     def double(self) -> Rebuilt:
         """In float64."""
-        return Rebuilt(self.risk, self.state.to(dtype=torch.float64))
+        return Rebuilt(self.risk, self.state.to(dtype=torch.float64), self.kind)

@@ -17,13 +17,14 @@ class _Linear(Function):
     """`inputs @ weightᵀ + bias` for inputs of shape `(rows, n)`."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, trace: Trace, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.trace = trace
         ctx.save_for_backward(inputs, weight)
         return F.linear(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
-        return _Gradients.apply(ctx.needs_input_grad, outputs, *ctx.saved_tensors)
+        return None, *_Gradients.apply(ctx.needs_input_grad[1:], outputs, *ctx.trace.factors(*ctx.saved_tensors))
 
 
 @final
@@ -66,7 +67,7 @@ def _apply(trace: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = No
     if not eligible(input, weight, bias) or weight.ndim != 2 or input.ndim < 2:
         return NotImplemented
     rows = input.reshape(-1, input.shape[-1])
-    return _Linear.apply(rows, weight, bias).view(*input.shape[:-1], len(weight))
+    return _Linear.apply(trace, rows, weight, bias).view(*input.shape[:-1], len(weight))
 
 
 RULE = Rule("linear", {F.linear: _apply})

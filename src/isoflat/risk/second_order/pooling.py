@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.modules.utils import _pair
 
+from isoflat.risk.second_order.places import pick, spread
 from isoflat.risk.second_order.relu import rectified
 from isoflat.risk.second_order.rule import Rule, Trace, eligible
 
@@ -21,8 +22,8 @@ class _Picked(Function):
     @staticmethod
     def forward(ctx: Any, planes: Tensor, places: Tensor, disjoint: bool) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.size, ctx.disjoint = planes.shape[-2:], disjoint
-        return planes.flatten(-2).gather(-1, places.flatten(-2)).view_as(places)
+        ctx.size, ctx.disjoint = (planes.shape[-2], planes.shape[-1]), disjoint
+        return pick(planes, places)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore
@@ -35,12 +36,10 @@ class _Spread(Function):
     """The transpose: entries go back to their places, and add up where windows overlap."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, places: Tensor, size: torch.Size, disjoint: bool) -> Tensor:
+    def forward(ctx: Any, values: Tensor, places: Tensor, size: tuple[int, int], disjoint: bool) -> Tensor:
         ctx.save_for_backward(places)
         ctx.disjoint = disjoint
-        planes = values.new_zeros(*values.shape[:-2], size.numel())
-        put = planes.scatter_ if disjoint else planes.scatter_add_
-        return put(-1, places.flatten(-2), values.flatten(-2)).unflatten(-1, size)
+        return spread(values, places, size, disjoint)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyrefly: ignore
@@ -58,15 +57,23 @@ def _apply(  # noqa: PLR0913
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """Places are found once. A ReLU before the pooling is taken after it, where fewer entries are left: both grow."""
+    """Places are found once. A ReLU before the pooling is taken after it, where fewer entries are left: both grow.
+
+    A convolution before that is made one with the pooling.
+    """
     if return_indices or not eligible(input) or not input.is_contiguous() or input.ndim not in (3, 4):
         return NotImplemented
-    source = trace.source(input)
+    source = trace.recall("relu", input)
     planes = input if source is None else source
     kernel, steps = _pair(kernel_size), _pair(stride or kernel_size)
     places = _places(planes.detach(), kernel, steps, padding, dilation, ceil_mode)
     disjoint = _pair(dilation) == (1, 1) and all(step >= size for step, size in zip(steps, kernel, strict=True))
-    picked = _Picked.apply(planes, places, disjoint)
+    convolved = trace.recall("convolution", planes)
+    picked = (
+        _Picked.apply(planes, places, disjoint)
+        if convolved is None
+        else convolved.pooled(planes.detach(), places, disjoint)
+    )
     return picked if source is None else rectified(picked)
 
 

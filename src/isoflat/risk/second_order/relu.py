@@ -55,7 +55,7 @@ def _apply(trace: Trace, input: Tensor, inplace: bool = False) -> Any:
         return NotImplemented
     output = rectified(input, inplace)
     if not inplace:
-        trace.rectified(output, input)
+        trace.remember("relu", output, input, [input])
     return output
 
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+
+@final
+@dataclass(frozen=True)
+class _Made:
+    output: weakref.ref[Tensor]
+    of: Any
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
 
 
 @final
@@ -22,23 +36,39 @@ class Trace:
     """
 
     used: set[str] = field(default_factory=set)
-    _rectified: tuple[weakref.ref[Tensor], int, Tensor, int] | None = None
+    _constant: bool = False
+    _last: dict[str, _Made] = field(default_factory=dict)
 
-    def rectified(self, output: Tensor, source: Tensor) -> None:
-        """Remember that `output` is the ReLU of `source`; only the last such pair is remembered."""
-        self._rectified = (weakref.ref(output), output._version, source, source._version)
+    def remember(self, rule: str, output: Tensor, made_of: Any, sources: Sequence[Tensor]) -> None:
+        """Note what a rule made an output of; only its last output is remembered, and not kept alive."""
+        self._last[rule] = _Made(weakref.ref(output), made_of, tuple(sources), _versions(output, *sources))
 
-    def source(self, output: Tensor) -> Tensor | None:
-        """What `output` is the ReLU of, if it came last and neither has been written to since."""
-        if self._rectified is None:
+    def recall(self, rule: str, output: Tensor) -> Any:
+        """What a rule made this output of; None if it did not, or not last, or if anything was written to since."""
+        made = self._last.get(rule)
+        if made is None or made.output() is not output or made.versions != _versions(output, *made.sources):
             return None
-        known, version, source, old = self._rectified
-        same = known() is output and output._version == version and source._version == old
-        return source if same else None
+        return made.of
+
+    @contextmanager
+    def jacobian(self) -> Iterator[None]:
+        """While a backward graph is built of which only the derivative in what comes from above will be asked for.
+
+        Torch's own operations are told at each backward pass what is asked for; a function of ours is not.
+        """
+        self._constant = True
+        try:
+            yield
+        finally:
+            self._constant = False
+
+    def factors(self, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What an operation saved, as a backward graph is to depend on it."""
+        return tuple(None if t is None else t.detach() for t in saved) if self._constant else saved
 
     def forget(self) -> None:
         """Let go of what is remembered."""
-        self._rectified = None
+        self._last.clear()
 
 
 @final
@@ -64,7 +94,6 @@ def eligible(*tensors: Tensor | None) -> bool:
         and any(tensor.requires_grad for tensor in present)
         and all(map(_plain, present))
         and not torch._C._are_functorch_transforms_active()
-        and not torch.is_autocast_enabled(present[0].device.type)
         and not torch.is_autocast_enabled(present[0].device.type)
         and not any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in present)
     )
