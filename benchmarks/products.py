@@ -49,6 +49,11 @@ Pair = tuple[Tensor, Tensor]
 Product = Callable[[Tensor], Tensor]
 
 
+def through(route: Linearisation) -> Product:
+    """One vector at a time."""
+    return lambda vector: route.products(vector[:, None])[:, 0]
+
+
 @dataclass(frozen=True)
 class Case:
     """A trained network on its data."""
@@ -79,13 +84,11 @@ class Case:
 
     def kept(self) -> Product:
         """Products through graphs that stay."""
-        made = Rebuilt(self.risk, self.state).keep()
-        return lambda vector: made.products(vector[:, None])[:, 0]
+        return through(Rebuilt(self.risk, self.state).keep())
 
     def rebuilt(self) -> Product:
         """Products through graphs that go."""
-        made = Rebuilt(self.risk, self.state)
-        return lambda vector: made.products(vector[:, None])[:, 0]
+        return through(Rebuilt(self.risk, self.state))
 
     def stock(self) -> Product:
         """Kept graphs as torch makes them."""
@@ -94,13 +97,10 @@ class Case:
 
     def other(self, name: str, make: Callable[[EmpiricalRisk, State], Rebuilt], target: str = "") -> Row:
         """Another matrix, through graphs that stay."""
-        kept, certain = make(self.risk, self.state).keep(), make(self.risk, self.state).double()
-
-        def product(route: Linearisation) -> Product:
-            return lambda vector: route.products(vector[:, None])[:, 0]
-
+        rebuilt = make(self.risk, self.state)
+        kept, exact = rebuilt.keep(), rebuilt.double()
         rules = frozenset().union(*(graph.rules for graph in kept.graphs if graph is not None))
-        return Row(f"{self.name}, {name}, kept", product(kept), product(certain), target, ", ".join(sorted(rules)), "")
+        return Row(f"{self.name}, {name}, kept", through(kept), through(exact), target, ", ".join(sorted(rules)), "")
 
     def rules(self) -> str:
         """The rules that apply."""
@@ -111,7 +111,7 @@ class Case:
     def mebibytes(self) -> str:
         """What all graphs hold on to."""
         with exactly(self.state.device):
-            return f"{sum(weigh(self.risk, self.state, batch).bytes for batch in self.risk.batches) / 2**20:.0f} MiB"
+            return f"{sum(weigh(self.risk, self.state, batch).held for batch in self.risk.batches) / 2**20:.0f} MiB"
 
 
 @contextmanager

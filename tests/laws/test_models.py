@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import isoflat
-from cases.networks import mlp
+from cases.networks import cnn, mlp
 from isoflat.risk import plan as planning
 from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
@@ -380,6 +380,8 @@ def test_a_batch_that_must_stay_whole_is_not_cut():
     risk = EmpiricalRisk(Network(net), loss, as_batches([data]))
     assert not planning.separable(risk, Network(net).state(), data)
     assert plan(risk, Network(net).state(), Rebuilt, 8, 1 << 30).whole
+    with pytest.raises(isoflat.UsageError, match=r"whose loss is no sum over its rows.*give smaller batches"):
+        plan(risk, Network(net).state(), Rebuilt, 8, 100)
 
 
 # Precision ------------------------------------------------------------------------------------------------------------
@@ -395,6 +397,21 @@ def test_bfloat16_may_be_inside_but_never_in_a_certificate():
     low = isoflat.measure(net, data, LOSS, dtype="bfloat16", certify=False, rtol=0.05, **OPTIONS)
     assert low.value == pytest.approx(exact, rel=1e-2)
     assert low.value != isoflat.measure(net, data, LOSS, certify=False, rtol=0.05, **OPTIONS).value
+
+
+@pytest.mark.parametrize(
+    ("options", "rules"),
+    [({}, ["convolution", "linear", "pooling", "relu"]), ({"dtype": "bfloat16", "certify": False, "rtol": 0.05}, [])],
+)
+def test_the_record_names_the_rules_that_applied(options, rules):
+    """Autocast inside a product leaves the operations to torch."""
+    case = cnn(3, True, 0)
+    table = isoflat.measure_all(
+        case.net.float(), (case.inputs.float(), case.targets), LOSS,
+        measures=[OPTIONS["measure"]], geometry=OPTIONS["geometry"], **options,
+    )  # fmt: skip
+    assert table[0].settings["second_order_rules"] == rules
+    assert isoflat.Table.from_json(table.to_json())[0].settings == table[0].settings
 
 
 def test_a_tolerance_below_rounding_is_refused():

@@ -177,6 +177,12 @@ def test_gauss_newton_of_sums_and_of_functions():
     _close(_matrix(gauss_newton(total.risk, total.state)), total.dense())
     function = Problem(problem.net, problem.batches, lambda z, y: (z - y).pow(4).mean())  # type: ignore
     _close(_matrix(gauss_newton(function.risk, function.state)), function.dense())
+    compared = Problem(  # a layer of the loss whose both factors are outputs
+        problem.net,
+        [problem.whole],
+        lambda z, y: nn.functional.linear(z, z).logsumexp(1).mean(),  # type: ignore
+    )
+    _close(_matrix(gauss_newton(compared.risk, compared.state)), compared.dense())
     absolute = Problem(problem.net, problem.batches, nn.L1Loss())
     assert float(_matrix(gauss_newton(absolute.risk, absolute.state)).abs().max()) == 0
 

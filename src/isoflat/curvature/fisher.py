@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, final
 
 import torch
@@ -13,7 +12,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.curvature.through_output import Middle, ThroughOutput
-from isoflat.risk.batches import rows_of
+from isoflat.risk.batches import Beside
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.likelihood import likelihood
 from isoflat.risk.losses import TargetLoss, Term
@@ -32,7 +31,7 @@ class SampledFisher(ThroughOutput):
 
     Martens 2020, section 9.2. Its expectation over the labels is the Gauss-Newton matrix (`risk.likelihood`). Each
     target draws its own label, so every position of a sequence, or entry of an output under squared error, adds a term
-    of rank one. The labels come beside each batch, those of one draw after those of another along the last dimension.
+    of rank one. The labels come beside each batch, the draws along the last dimension.
     """
 
     @classmethod
@@ -107,9 +106,9 @@ def sampled_fisher(risk: EmpiricalRisk, state: State, seed: int, draws: int = 1)
     if draws < 1:
         raise UsageError(f"draws must be at least 1, got {draws}")
     check_output(risk, state)
-    first = tuple(accumulate((rows_of(batch) for batch in risk.batches), initial=0))
+    numbered = replace(risk, batches=risk.batches.numbered())
     with exactly(state.device), torch.no_grad():
-        labels = tuple(risk.own(lambda index, batch: _draw(risk, state, batch, seed, draws, first[index])))
+        labels = tuple(numbered.own(lambda _, batch: _draw(risk, state, batch, seed, draws)))
     return Rebuilt(replace(risk, batches=risk.batches.beside(labels)), state, SampledFisher)
 
 
@@ -148,22 +147,13 @@ def _row_counts(risk: EmpiricalRisk, state: State, batch: Any) -> Tensor:
     return torch.tensor([loss.count(z[i : i + 1], target[i : i + 1]) for i in range(len(z))], dtype=torch.float64)
 
 
-def _draw(risk: EmpiricalRisk, state: State, batch: Any, seed: int, draws: int, first: int) -> Tensor:
-    """Labels of one batch, the draws along the last dimension, on the CPU.
-
-    Args:
-        risk: the empirical risk.
-        state: the point.
-        batch: whose rows draw.
-        seed: of all streams.
-        draws: labels for each target.
-        first: place of the batch's first row in the data.
-    """
+def _draw(risk: EmpiricalRisk, state: State, batch: Beside, seed: int, draws: int) -> Tensor:
+    """Labels of one batch beside the places of its rows, the draws along the last dimension, on the CPU."""
     z = _rows_first(risk.term(state, batch))
     model = likelihood(risk.loss, z, risk.target(state, batch))
     drawn = []
     for draw in range(draws):
-        streams = [stream(seed, "labels", draw, first + i) for i in range(len(z))]
+        streams = [stream(seed, "labels", draw, place) for place in batch.column.tolist()]
         cells = torch.stack([torch.randint(_CELLS, model.mass.shape[1:], generator=own) for own in streams])
         drawn.append(model.draw(z, ((cells.double() + 0.5) / _CELLS).to(z.device)).cpu())
     return torch.stack(drawn, dim=-1)

@@ -18,30 +18,30 @@ class Curvature(Operator):
     """A matrix on the trainable tensors, flat and symmetric: the Hessian `∇²L`, unless its products are of another.
 
     Attributes:
-        products: how they are computed (`risk.linearise`).
+        linearisation: how products are computed (`risk.linearise`).
     """
 
-    products: Linearisation
+    linearisation: Linearisation
 
     @property
     def n(self) -> int:
         """Number of trainable entries."""
-        return self.products.state.space.size
+        return self.linearisation.state.space.size
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the products."""
-        return self.products.state.dtype
+        return self.linearisation.state.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.products.state.device
+        return self.linearisation.state.device
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """One pass over the data for all columns."""
-        return self.products.products(vectors.to(self.dtype))
+        return self.linearisation.products(vectors.to(self.dtype))
 
     def double(self) -> Curvature:
         """The same matrix in float64, its graphs rebuilt for each product; itself if it is in float64 already."""
-        return self if self.dtype == torch.float64 else Curvature(self.products.double())
+        return self if self.dtype == torch.float64 else Curvature(self.linearisation.double())

@@ -103,15 +103,14 @@ class Session:
         """Loss, gradient and Hessian at a state."""
         budget = self.effort.budget.memory
         memory = risk.ranks.share(available_memory(state.device), state.device) // 2 if budget is None else budget
-        pinned = risk.pinned(seen)
+        pinned = replace(risk.pinned(seen), network=replace(risk.network, inside=self.effort.inside))
         batches = len(seen.digests)
         own = -(-seen.rows * risk.ranks.most(batches) // batches)
         planned = risk.ranks.together(
             lambda: plan(pinned, state, route, own, memory), lambda made: {"plan of products": str(made)}
         )
         self.report(str(planned))
-        network = replace(pinned.network, inside=self.effort.inside)
-        return Place(seen, planned, linearise(replace(pinned, network=network), state, planned))
+        return Place(seen, planned, linearise(pinned, state, planned))
 
     def _jobs(self, charts: Mapping[Geometry, Chart], place: Place) -> dict[tuple[Geometry, Question], Job]:
         """Every question in every geometry once, and a check of the products against the group."""
@@ -258,7 +257,7 @@ class _Scribe:
             "dtype": str(state.dtype).removeprefix("torch."),
             "device": str(state.device),
             "route": place.products.route,
-            "second_order_rules": place.plan.rules,
+            "second_order_rules": list(place.plan.rules),
             "rows_at_a_time": place.products.grain.rows,
             "memory_forecast": place.plan.forecast,
             "autocast": str(effort.inside).removeprefix("torch.") if effort.inside else "off",

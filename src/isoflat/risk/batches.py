@@ -67,6 +67,18 @@ class Batches:
             lambda: (piece for batch in self for piece in pieces(batch, rows)), self.volatile and not self.digests
         )
 
+    def numbered(self) -> Batches:
+        """The same data, each batch `Beside` the places of its rows in the data."""
+
+        def source() -> Iterator[Beside]:
+            first = 0
+            for batch in self:
+                rows = rows_of(batch)
+                yield Beside(batch, torch.arange(first, first + rows))
+                first += rows
+
+        return Batches(source, self.volatile and not self.digests)
+
     def beside(self, columns: Sequence[Any]) -> Batches:
         """The same data, each batch `Beside` what was found out about it: tensors with as many rows."""
         return Batches(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from isoflat.core.errors import UsageError
 from isoflat.core.state import State
@@ -22,8 +22,7 @@ from isoflat.risk.routes.reverse import GradientGraph, Rebuilt
 SAMPLE = 8
 """Rows whose graph is weighed, and twice as many: what grows with the rows is told from what does not."""
 
-
-IN_FLIGHT = 0.5
+IN_FLIGHT = 0.45
 """What a product through a graph that is let go holds at its peak beside the graph, as a part of it: 0.25 to 0.45 was
 measured on multilayer perceptrons, convolutional networks and transformers (`tests/laws/test_memory.py`)."""
 
@@ -64,22 +63,29 @@ class Weighed:
     """A graph, measured.
 
     Attributes:
-        bytes: memory that it holds on to.
+        held: bytes that it holds on to.
+        saved: bytes that were saved on the way to it, parts of the forward graph that it does without among them.
         rules: names of the second-order rules in it.
     """
 
-    bytes: int
+    held: int
+    saved: int
     rules: frozenset[str]
 
 
 @final
 @dataclass(frozen=True)
-class _Weight:
-    """Bytes of a graph as a function of its rows."""
+class _Growth:
+    """Bytes as a function of rows."""
 
     fixed: float
     row: float
-    rules: frozenset[str]
+
+    @staticmethod
+    def through(few: int, more: int, rows: int) -> _Growth:
+        """From so many rows and twice as many."""
+        row = max(more - few, 0) / rows
+        return _Growth(max(few - row * rows, 0.0), row)
 
     def of(self, rows: float, graphs: int = 1) -> float:
         """Bytes of so many graphs with so many rows in all."""
@@ -105,27 +111,27 @@ def plan(
         graph: what products go through, on the reverse route.
 
     Raises:
-        UsageError: not even a single row fits.
+        UsageError: not even a single row fits, or not a batch whose loss is no sum over its rows.
     """
     with exactly(state.device):
         batch = next(iter(risk.batches))
         count = rows_of(batch)
         whole = not separable(risk, state, batch)
-        weight = _weight(risk, state, batch, graph, whole)
-    rules = tuple(sorted(weight.rules)) if route is Rebuilt else ()
+        held, saved, rules = _weights(risk, state, batch, graph, whole)
+    rules = tuple(sorted(rules)) if route is Rebuilt else ()
     vectors = _vectors(state)
-    kept = weight.of(rows, -(-rows // count)) + weight.of(count) + vectors
+    kept = held.of(rows, -(-rows // count)) + saved.of(count) + vectors
     if route is Rebuilt and kept <= memory:
         return Plan(route, graph, rules, True, count, True, int(kept))
     piece = count
-    while piece > 1 and not whole and (1 + IN_FLIGHT) * weight.of(piece) + vectors > memory:
+    while piece > 1 and not whole and _passing(saved, piece) + vectors > memory:
         piece = (piece + 1) // 2
-    forecast = int((1 + IN_FLIGHT) * weight.of(piece) + vectors)
+    forecast = int(_passing(saved, piece) + vectors)
     if forecast > memory:
-        what = "a batch, whose loss is no sum over its rows," if whole else "a single row"
+        what = "a batch, whose loss is no sum over its rows," if piece > 1 else "a single row"
         raise UsageError(
             f"the memory budget of {memory} bytes is too small: products on {what} take about {forecast}. Raise the "
-            f"budget, {'give smaller batches, ' if whole else ''}or measure fewer tensors with params="
+            f"budget, {'give smaller batches, ' if piece > 1 else ''}or measure fewer tensors with params="
         )
     return Plan(route, graph, rules, False, piece, piece == count, forecast)
 
@@ -138,6 +144,7 @@ def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
     rows = min(2 * SAMPLE, rows_of(batch))
     if rows < 2:
         return False
+    risk = replace(risk, network=replace(risk.network, inside=None))  # a coarser precision would blur the question
     few = next(pieces(batch, rows))
     try:
         with torch.no_grad():
@@ -157,19 +164,20 @@ def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
 def weigh(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph] = GradientGraph) -> Weighed:
     """What one batch's graph takes, found by building it once."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*state.tensors.values(), *tensors(batch))}
-    saved: list[weakref.ref[_Saved]] = []
+    saved: list[tuple[weakref.ref[_Saved], UntypedStorage]] = []
 
     def pack(tensor: Tensor) -> _Saved:
-        held = _Saved(tensor)
-        saved.append(weakref.ref(held))
+        # Detached: an operation that saved its own output together with its graph would keep itself alive.
+        held = _Saved(tensor.detach())
+        saved.append((weakref.ref(held), held.tensor.untyped_storage()))
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
         graph = kind.build(risk, state, batch)
-    # Parts of the forward graph that no gradient hangs on are gone by now.
-    alive = [held.tensor.untyped_storage() for held in (reference() for reference in saved) if held is not None]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in alive if storage.data_ptr() not in own}
-    return Weighed(sum(sizes.values()), graph.rules)
+    sizes = {storage.data_ptr(): storage.nbytes() for _, storage in saved if storage.data_ptr() not in own}
+    alive = {storage.data_ptr() for reference, storage in saved if reference() is not None}
+    held = sum(size for place, size in sizes.items() if place in alive)
+    return Weighed(held, sum(sizes.values()), graph.rules)
 
 
 @final
@@ -180,15 +188,22 @@ class _Saved:
         self.tensor = tensor
 
 
-def _weight(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph], whole: bool) -> _Weight:
-    """From a few rows and twice as many; from the whole batch where it cannot be cut."""
+def _weights(
+    risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph], whole: bool
+) -> tuple[_Growth, _Growth, frozenset[str]]:
+    """What a graph holds, what is saved on the way, and its rules; by the whole batch where that cannot be cut."""
     if whole:
-        made = weigh(risk, state, batch, kind)
-        return _Weight(0.0, made.bytes / rows_of(batch), made.rules)
+        made, rows = weigh(risk, state, batch, kind), rows_of(batch)
+        return _Growth(0.0, made.held / rows), _Growth(0.0, made.saved / rows), made.rules
     rows = min(SAMPLE, rows_of(batch) // 2)
     few, more = (weigh(risk, state, next(pieces(batch, count)), kind) for count in (rows, 2 * rows))
-    row = max(more.bytes - few.bytes, 0) / rows
-    return _Weight(max(few.bytes - row * rows, 0.0), row, few.rules)
+    held, saved = _Growth.through(few.held, more.held, rows), _Growth.through(few.saved, more.saved, rows)
+    return held, saved, few.rules
+
+
+def _passing(saved: _Growth, rows: int) -> float:
+    """Of a graph that is let go after a product."""
+    return (1 + IN_FLIGHT) * saved.of(rows)
 
 
 def _vectors(state: State) -> int:
