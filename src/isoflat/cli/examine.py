@@ -177,5 +177,6 @@ def _agrees(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
             "of the second derivative (detach, no_grad, .item(), .data, or a custom backward). Make it differentiable twice"
         )
     flat = all(not bool(sample.product(route, sample.direction(k)).any()) for k in range(2))
-    detail = f"relative difference at most {worst:.1e} along two random directions"
+    found = f"relative difference at most {worst:.1e}" if worst else "no difference beyond rounding"
+    detail = f"{found} along two random directions"
     return True, detail + ("; all products vanish: the loss has no curvature here" if flat else "")
