@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -34,11 +33,11 @@ from isoflat.experiments.data import characters, digits
 from isoflat.experiments.families import decoder, lenet, mlp
 from isoflat.experiments.loop import Recipe, train
 from isoflat.risk.batches import as_batches
-from isoflat.risk.empirical import EmpiricalRisk, Part, differentiate, leaf_state
+from isoflat.risk.empirical import EmpiricalRisk, leaf_state
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network, exactly
 from isoflat.risk.plan import weigh
-from isoflat.risk.routes.base import Linearisation, joined
+from isoflat.risk.routes.base import Linearisation, gradient
 from isoflat.risk.routes.reverse import Rebuilt
 from isoflat.risk.second_order import second_order
 from isoflat.risk.second_order.rule import Trace
@@ -72,15 +71,8 @@ class Case:
 
     def gradient(self) -> Tensor:
         """One plain gradient pass over the data."""
-
-        def per_batch(index: int, batch: Any) -> Part:
-            leaves = leaf_state(self.state)
-            term = self.risk.term(leaves, batch)
-            parameters = list(leaves.parameters.values())
-            return Part(joined(parameters, differentiate(term.total, parameters)), term.count)
-
         with exactly(self.state.device):
-            return self.risk.accumulate(per_batch, self.state.vector)
+            return self.risk.accumulate(lambda _, batch: gradient(self.risk, self.state, batch), self.state.vector)
 
     def kept(self) -> Product:
         """Products through graphs that stay."""

@@ -15,11 +15,11 @@ from isoflat.core.space import inner, largest, norm
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.risk.batches import Batches, pieces
-from isoflat.risk.empirical import EmpiricalRisk, Part, differentiate, leaf_state
+from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Ranks
-from isoflat.risk.routes.base import Linearisation, joined
+from isoflat.risk.routes.base import Linearisation, gradient
 
 Route = Callable[[EmpiricalRisk, State], Linearisation]
 """A product route, as what builds it."""
@@ -134,15 +134,8 @@ class Sample:
     def gradient(self, vector: Tensor) -> Tensor:
         """Of the rows' risk, where the trainable tensors have these values."""
         moved = self.state.replace(self.state.space.unflatten(vector))
-
-        def per_batch(index: int, batch: Any) -> Part:
-            leaves = leaf_state(moved)
-            term = self.risk.term(leaves, batch)
-            parameters = list(leaves.parameters.values())
-            return Part(joined(parameters, differentiate(term.total, parameters)), term.count)
-
         with exactly(moved.device):
-            return self.risk.accumulate(per_batch, vector)
+            return self.risk.accumulate(lambda _, batch: gradient(self.risk, moved, batch), vector)
 
 
 def _drawn(size: int, label: str | int, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isoflat.core.space import ParameterSpace
 from isoflat.core.state import State
-from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.empirical import EmpiricalRisk, Part, differentiate, leaf_state
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,14 @@ class Linearisation(ABC):
 def columns(space: ParameterSpace, vectors: Tensor) -> list[list[Tensor]]:
     """Each column of `(n, k)` as tensors of the parameters' shapes."""
     return [list(space.unflatten(column).values()) for column in vectors.T.contiguous()]
+
+
+def gradient(risk: EmpiricalRisk, state: State, batch: Any) -> Part:
+    """One batch's summed gradient, shape `(n,)`."""
+    leaves = leaf_state(state)
+    term = risk.term(leaves, batch)
+    parameters = list(leaves.parameters.values())
+    return Part(joined(parameters, differentiate(term.total, parameters)), term.count)
 
 
 def joined(leaves: Sequence[Tensor], parts: Sequence[Tensor | None]) -> Tensor:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from isoflat.core.space import norm
-from isoflat.core.state import State
-from isoflat.risk.empirical import Part, differentiate, leaf_state
+from isoflat.risk.empirical import Part
 from isoflat.risk.network import exactly
-from isoflat.risk.routes.base import Linearisation, joined
+from isoflat.risk.routes.base import Linearisation, gradient
 
 STEP = torch.finfo(torch.float64).eps ** (1 / 3)
 """Relative step: rounding (ε / h) and the third derivative (h²) are then of one size."""
@@ -53,7 +52,7 @@ class Differences(Linearisation):
                 ends = []
                 for sign in (1.0, -1.0):
                     moved = state.replace(state.space.unflatten(center + sign * reach * vector))
-                    end = self._gradient(moved, batch)
+                    end = gradient(self.risk, moved, batch)
                     ends.append(end.total)
                     count = end.count
                 made.append((ends[0] - ends[1]) / (2 * reach))
@@ -65,9 +64,3 @@ class Differences(Linearisation):
     def double(self) -> Differences:
         """In float64."""
         return replace(self, state=self.state.to(dtype=torch.float64))
-
-    def _gradient(self, state: State, batch: Any) -> Part:
-        leaves = leaf_state(state)
-        term = self.risk.term(leaves, batch)
-        parameters = list(leaves.parameters.values())
-        return Part(joined(parameters, differentiate(term.total, parameters)), term.count)
