@@ -27,11 +27,27 @@ def estimates(draw, numbers=FINITE):
     return estimate(*sorted(draw(st.tuples(numbers, numbers, numbers))))
 
 
-@given(estimates(), st.none() | FINITE, st.none() | FINITE, st.lists(st.text(max_size=8), max_size=2))
-def test_json_round_trip_is_exact(plain, residual, error, notes):
+@given(
+    estimates(),
+    st.none() | FINITE,
+    st.none() | FINITE,
+    st.lists(st.text(max_size=8), max_size=2),
+    st.lists(FINITE, max_size=3),
+)
+def test_json_round_trip_is_exact(plain, residual, error, notes, samples):
     cost = Cost(products=3, gradient_passes=9.25, seconds=0.1, peak_memory=1 << 40)
     given = Estimate(
-        plain.value, plain.lower, plain.upper, 1 - 1e-6, Kind.ENCLOSURE, False, cost, residual, error, tuple(notes)
+        plain.value,
+        plain.lower,
+        plain.upper,
+        1 - 1e-6,
+        Kind.ENCLOSURE,
+        False,
+        cost,
+        residual,
+        error,
+        tuple(notes),
+        tuple(samples),
     )
     text = json.dumps(given.to_dict(), allow_nan=False)
     back = Estimate.from_dict(json.loads(text))
@@ -72,6 +88,24 @@ def test_scaling_scales_everything_or_refuses(given, factor):
 def test_scaling_reaches_residual_and_standard_error():
     scaled = estimate(1.0, 2.0, 3.0, residual=0.5, standard_error=0.25).scaled(4.0)
     assert (scaled.residual, scaled.standard_error) == (2.0, 1.0)
+
+
+def test_scaling_reaches_the_samples_whose_mean_the_value_is():
+    scaled = estimate(1.0, 2.0, 3.0, samples=(1.5, 2.5)).scaled(4.0)
+    assert scaled.samples == (6.0, 10.0)
+    assert sum(scaled.samples) / 2 == scaled.value
+
+
+def test_records_from_before_there_were_samples_can_be_read():
+    data = estimate(1.0, 2.0, 3.0).to_dict()
+    del data["samples"]
+    assert Estimate.from_dict(data) == estimate(1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_samples_are_finite(bad):
+    with pytest.raises(NonFinite):
+        estimate(1.0, 2.0, 3.0, samples=(2.0, bad))
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.nan])

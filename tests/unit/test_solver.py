@@ -15,7 +15,8 @@ from isoflat.linalg.eigen import Extremes, Lanczos, PowerMethod, Which
 from isoflat.linalg.maps import Complement, Diagonal, Identity
 from isoflat.linalg.operator import Operator, Pullback
 from isoflat.linalg.solver import Domain, Job, Request, Solver, Steps, together
-from isoflat.linalg.trace import Hutchinson, TraceEstimate
+from isoflat.linalg.trace.base import TraceEstimate
+from isoflat.linalg.trace.hutchinson import Hutchinson
 
 N = 60
 

@@ -59,6 +59,8 @@ class Estimate:
         residual: for eigenvalues `‖A x − ρ x‖`, from a product of its own, never from the recurrence.
         standard_error: for stochastic estimates, the standard error of the mean.
         notes: what a reader must know, in words.
+        samples: one value per random probe, in order, of which `value` is the mean; empty for everything else. Two
+            networks measured with the same probes are compared probe by probe.
 
     >>> print(Estimate(0.8731, 0.8695, 0.8770, confidence=0.999999, kind=Kind.ENCLOSURE, converged=True))
     0.873(4)
@@ -74,11 +76,14 @@ class Estimate:
     residual: float | None = None
     standard_error: float | None = None
     notes: tuple[str, ...] = ()
+    samples: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse NaN and intervals that do not contain their value."""
         if math.isnan(self.value) or math.isnan(self.lower) or math.isnan(self.upper):
             raise NonFinite(f"an estimate must be a number, got value {self.value} in [{self.lower}, {self.upper}]")
+        if not all(map(math.isfinite, self.samples)):
+            raise NonFinite("the values of an estimate's probes must be finite")
         if not self.lower <= self.value <= self.upper:
             raise UsageError(f"value {self.value!r} lies outside its interval [{self.lower!r}, {self.upper!r}]")
 
@@ -99,6 +104,7 @@ class Estimate:
             upper=self.upper * factor,
             residual=None if self.residual is None else self.residual * factor,
             standard_error=None if self.standard_error is None else self.standard_error * factor,
+            samples=tuple(sample * factor for sample in self.samples),
         )
 
     def with_notes(self, *notes: str) -> Estimate:
@@ -130,6 +136,7 @@ class Estimate:
                 "peak_memory": self.cost.peak_memory,
             },
             "notes": list(self.notes),
+            "samples": list(self.samples),
         }
 
     @staticmethod
@@ -146,6 +153,7 @@ class Estimate:
             residual=data["residual"],
             standard_error=data["standard_error"],
             notes=tuple(data["notes"]),
+            samples=tuple(data.get("samples", ())),  # records of the same schema from before there were any
         )
 
 

@@ -1,7 +1,8 @@
 """Trace of the Hessian in the metric."""
 
 from isoflat.core.estimate import Cost, Estimate, Kind
-from isoflat.linalg.trace import Hutchinson, TraceEstimate
+from isoflat.linalg.trace.base import TraceEstimate
+from isoflat.linalg.trace.hutchinson import Hutchinson
 from isoflat.measures.base import Direction, Effort, Findings, Measure, Question
 
 
@@ -24,6 +25,7 @@ def _evaluate(findings: Findings) -> Estimate:
         cost=Cost(products=outcome.products, seconds=outcome.seconds),
         standard_error=result.standard_error,
         notes=() if converged else (f"{result.products} probes do not reach the tolerance; raise probes",),
+        samples=result.samples,
     )
 
 
