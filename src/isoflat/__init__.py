@@ -1,5 +1,6 @@
 """How flat is this minimum, when nobody can cheat?"""
 
+from isoflat.core.comparison import Comparison
 from isoflat.core.errors import (
     CheckpointError,
     DataError,
@@ -16,10 +17,13 @@ from isoflat.core.errors import (
 )
 from isoflat.core.estimate import Cost, Estimate, Kind
 from isoflat.core.record import Point, Record
+from isoflat.core.spectrum import Spectrum
 from isoflat.core.table import Table
 from isoflat.geometry.quotient import Quotient
 from isoflat.measures.base import Budget, Measure
+from isoflat.measures.compare import compare
 from isoflat.measures.run import measure, measure_all
+from isoflat.measures.spectrum import spectrum
 from isoflat.risk.losses import BatchLoss
 from isoflat.symmetry.canonical import canonicalize, reparametrize
 from isoflat.symmetry.declared import UnitScale
@@ -31,6 +35,7 @@ __all__ = [
     "BatchLoss",
     "Budget",
     "CheckpointError",
+    "Comparison",
     "Cost",
     "DataError",
     "Estimate",
@@ -47,6 +52,7 @@ __all__ = [
     "RankLost",
     "RanksDiffer",
     "Record",
+    "Spectrum",
     "SymmetryViolated",
     "Table",
     "UnitScale",
@@ -54,8 +60,10 @@ __all__ = [
     "UnsupportedModel",
     "UsageError",
     "canonicalize",
+    "compare",
     "measure",
     "measure_all",
     "reparametrize",
+    "spectrum",
     "symmetries",
 ]

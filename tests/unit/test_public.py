@@ -27,11 +27,11 @@ def _imports(tree):
 def test_public_names():
     """A change here is a decision."""
     assert sorted(isoflat.__all__) == [
-        "BatchLoss", "Budget", "CheckpointError", "Cost", "DataError", "Estimate", "Found", "IsoflatError", "Kind",
+        "BatchLoss", "Budget", "CheckpointError", "Comparison", "Cost", "DataError", "Estimate", "Found", "IsoflatError", "Kind",
         "LayerScale", "Measure", "NoInvariantGeometry", "NonFinite", "NondeterministicRisk", "Point", "Quotient",
-        "RankLost", "RanksDiffer", "Record", "SymmetryViolated", "Table", "UnitScale", "UnknownName",
-        "UnsupportedModel", "UsageError", "canonicalize",
-        "measure", "measure_all", "reparametrize", "symmetries",
+        "RankLost", "RanksDiffer", "Record", "Spectrum", "SymmetryViolated", "Table", "UnitScale", "UnknownName",
+        "UnsupportedModel", "UsageError", "canonicalize", "compare",
+        "measure", "measure_all", "reparametrize", "spectrum", "symmetries",
     ]  # fmt: skip
     assert sorted(measures()) == [
         "hessian_spectral_norm", "quotient_largest_eigenvalue", "quotient_sharpness",

@@ -24,11 +24,13 @@ import typer
 
 from isoflat.cli.attack import attack
 from isoflat.cli.canonicalize import canonicalize
+from isoflat.cli.compare import compare
 from isoflat.cli.demo import demo
 from isoflat.cli.doctor import doctor
 from isoflat.cli.exits import refusing
 from isoflat.cli.measure import measure
 from isoflat.cli.measures import measures
+from isoflat.cli.spectrum import spectrum
 from isoflat.cli.symmetries import symmetries
 
 app = typer.Typer(name="isoflat", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -44,7 +46,7 @@ def isoflat(
         raise typer.Exit
 
 
-for verb in (demo, measure, attack, symmetries, canonicalize, measures, doctor):
+for verb in (demo, measure, compare, spectrum, attack, symmetries, canonicalize, measures, doctor):
     app.command(verb.__name__)(refusing(verb))
 
 

@@ -23,32 +23,14 @@ if TYPE_CHECKING:
     from isoflat.core.table import Table
     from isoflat.experiments.orbit import Orbit
 
-HEADLINE = "quotient_spectral_norm"
-"""Measured where no --measure is given."""
-
-PLACE = "auto"
-"""Where it is measured, if no --geometry is given."""
-
 
 def measure(  # noqa: PLR0913
     model: options.Model,
     data: options.Data,
     weights: options.Weights = None,
     loss: options.Loss = "cross_entropy",
-    names: Annotated[
-        list[str] | None,
-        typer.Option("--measure", metavar="NAME", help=f"See isoflat measures; can be repeated. Default: {HEADLINE}."),
-    ] = None,
-    geometry: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--geometry",
-            metavar="NAME",
-            help="auto (proof against every symmetry found), elementwise (entry by entry; names what rotations mix), "
-            "layerwise (the paper's) or euclidean; can be repeated. "
-            f"Default: {PLACE}.",
-        ),
-    ] = None,
+    names: options.Numbers = None,
+    geometry: options.Geometry = None,
     params: options.Params = None,
     weights_key: options.WeightsKey = None,
     strip_prefix: options.StripPrefix = None,
@@ -76,10 +58,7 @@ def measure(  # noqa: PLR0913
     dtype: options.Precision = None,
     check: options.Check = "refuse",
     device: options.Device = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also write the result there, as JSON.", rich_help_panel=options.OUT),
-    ] = None,
+    out: options.Out = None,
     force: options.Force = False,
     as_json: options.AsJson = False,
     reproducible_sum: options.ReproducibleSum = False,
@@ -112,8 +91,8 @@ def measure(  # noqa: PLR0913
         table, notes, over = evaluate(
             inputs,
             orbit,
-            measures=names or [HEADLINE],
-            geometry=geometry or [PLACE],
+            measures=names or [options.HEADLINE],
+            geometry=geometry or [options.PLACE],
             params=params or None,
             rtol=rtol,
             confidence=confidence,

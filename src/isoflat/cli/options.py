@@ -13,6 +13,12 @@ from isoflat.core.errors import UsageError
 WHAT, HOW, SHARED, OUT = "What is measured", "How hard", "Several processes", "Output"
 """Panels of the help."""
 
+HEADLINE = "quotient_spectral_norm"
+"""Measured where no --measure is given."""
+
+PLACE = "auto"
+"""Where it is measured, if no --geometry is given."""
+
 Model = Annotated[
     str,
     typer.Option(
@@ -46,6 +52,19 @@ Loss = Annotated[
         metavar="NAME",
         help="cross_entropy, mse, model (its output carries its loss), or module:fn with fn(output, target).",
         rich_help_panel=WHAT,
+    ),
+]
+Numbers = Annotated[
+    list[str] | None,
+    typer.Option("--measure", metavar="NAME", help=f"See isoflat measures; can be repeated. Default: {HEADLINE}."),
+]
+Geometry = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--geometry",
+        metavar="NAME",
+        help="auto (proof against every symmetry found), elementwise (entry by entry; names what rotations mix), "
+        f"layerwise (the paper's) or euclidean; can be repeated. Default: {PLACE}.",
     ),
 ]
 WeightsKey = Annotated[
@@ -149,6 +168,10 @@ Timeout = Annotated[
         help="Under torchrun: how long a process waits for the others before all give up.",
         rich_help_panel=SHARED,
     ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="Also write the result there, as JSON.", rich_help_panel=OUT),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing --out file.", rich_help_panel=OUT)]
 AsJson = Annotated[

@@ -1,0 +1,281 @@
+"""`isoflat compare`: which of several checkpoints is flatter?"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, final
+
+import typer
+from rich.console import Console
+
+from isoflat.cli import options
+from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.processes import sharing
+from isoflat.cli.save import claim, save
+from isoflat.cli.terminal import console, plain, visible
+
+if TYPE_CHECKING:
+    import torch
+
+    from isoflat.cli.load.inputs import Inputs
+    from isoflat.core.comparison import Comparison
+    from isoflat.risk.batches import Batches
+
+_ENDINGS = (".index.json", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+"""Taken off the names of files to make labels, in this order."""
+
+
+def compare(  # noqa: PLR0913
+    model: options.Model,
+    data: options.Data,
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE",
+            help="Weights, two files or more, of the kinds that --weights of isoflat measure takes.",
+            show_default=False,
+        ),
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="FILE",
+            help="The checkpoint that the others are set against. Default: the first.",
+        ),
+    ] = None,
+    loss: options.Loss = "cross_entropy",
+    names: options.Numbers = None,
+    geometry: options.Geometry = None,
+    params: options.Params = None,
+    weights_key: options.WeightsKey = None,
+    strip_prefix: options.StripPrefix = None,
+    transform: options.Transform = None,
+    split: options.Split = None,
+    examples: options.Examples = None,
+    batch_size: options.BatchSize = 500,
+    rtol: options.Rtol = 1e-3,
+    confidence: options.Confidence = None,
+    certify: options.Certify = True,
+    max_products: options.MaxProducts = 300,
+    seconds: options.Seconds = None,
+    memory: options.Memory = None,
+    probes: options.Probes = 64,
+    seed: options.Seed = 0,
+    dtype: options.Precision = None,
+    check: options.Check = "refuse",
+    device: options.Device = None,
+    out: options.Out = None,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
+    reproducible_sum: options.ReproducibleSum = False,
+    timeout: options.Timeout = 600.0,
+) -> None:
+    """Say which of several checkpoints is flatter: same samples, same probes, same random starts.
+
+    One is called flatter only where the interval of the difference leaves 0 out; else it is a tie, with what would
+    decide it.
+
+    Exit code 0: every value converged, ties or not. 3: measured, but not to --rtol. 2: refused, with the reason, before
+    anything is measured where a file is bad. 4: a process is lost.
+    """
+    from isoflat.cli.load.inputs import Inputs, device_of, within_memory
+    from isoflat.cli.load.inputs import check as known
+    from isoflat.core.errors import UsageError
+    from isoflat.measures.base import Budget
+    from isoflat.measures.compare import compare as compared
+
+    inputs = Inputs(
+        model=model,
+        data=data,
+        weights_key=weights_key,
+        strip_prefix=tuple(strip_prefix or ()),
+        split=split,
+        transform=transform,
+        examples=examples,
+        batch_size=batch_size,
+        loss=loss,
+        seed=seed,
+    )
+    effort: dict[str, Any] = {
+        "rtol": rtol,
+        "confidence": confidence,
+        "certify": certify,
+        "probes": probes,
+        "budget": Budget(max_products, seconds, options.bytes_of(memory)),
+        "seed": seed,
+    }
+    numbers, places = names or [options.HEADLINE], geometry or [options.PLACE]
+    known(numbers, places, **effort)
+    if len(checkpoints) < 2:
+        raise UsageError(f"only {checkpoints[0]} was named: a comparison needs two checkpoints or more")
+    files = dict(zip(labels(checkpoints), checkpoints, strict=True))
+    base = _chosen(reference, files)
+    with sharing(device, timeout) as ranks:
+        ranks.together(lambda: claim(out if ranks.first else None, force))
+        where = device_of(device)
+        loaded = ranks.together(
+            lambda: load(inputs, files, {"params": params or None, "dtype": dtype, "device": where})
+        )
+        with within_memory():
+            found = compared(
+                loaded.models,
+                loaded.batches,
+                loaded.loss,
+                reference=base,
+                measures=numbers,
+                geometry=places,
+                params=params or None,
+                dtype=dtype,
+                check=check,
+                device=where,
+                progress=sys.stderr.isatty() and not as_json and ranks.first,
+                reproducible_sum=reproducible_sum,
+                **effort,
+            )
+    if ranks.first:
+        subject = inputs.described() | {"weights": {label: str(path) for label, path in files.items()}}
+        content = {"subject": subject | {"notes": list(loaded.notes)}, **found.to_dict()}
+        text = json.dumps(content, allow_nan=False)
+        try:
+            if out is not None:
+                save(out, f"{text}\n", force)
+        finally:  # where the disk refuses, the numbers still reach the user
+            if as_json:
+                sys.stdout.write(f"{text}\n")
+            else:
+                show(console(), inputs, found, loaded.notes)
+    if not found.converged and ranks.first:  # by the others, torchrun would end the first one before it has spoken
+        raise typer.Exit(NOT_CONVERGED)
+
+
+@final
+@dataclass(frozen=True)
+class Loaded:
+    """What can be compared.
+
+    Attributes:
+        models: by label, in evaluation mode, each with its weights.
+        batches: the data, for all.
+        loss: what `isoflat.compare` takes as loss.
+        notes: what was chosen while loading.
+    """
+
+    models: Mapping[str, torch.nn.Module]
+    batches: Batches
+    loss: Any
+    notes: tuple[str, ...]
+
+
+def load(inputs: Inputs, files: Mapping[str, Path], settings: Mapping[str, Any]) -> Loaded:
+    """Build and fill every network, read the data once, and see that all run on it.
+
+    Args:
+        inputs: what the user named, but for the weights.
+        files: weights by label.
+        settings: `params`, `dtype` and `device`, as for `isoflat.measure`.
+
+    Raises:
+        IsoflatError: something cannot be found, opened or fitted; nothing has been measured then.
+    """
+    from isoflat.cli.load.data import load_data
+    from isoflat.cli.load.inputs import fill, try_forward
+    from isoflat.cli.load.model import build, find_loss
+    from isoflat.measures.prepare import subject
+
+    loss = find_loss(inputs.loss)
+    models, notes = {}, []
+    for label, path in files.items():
+        models[label] = build(inputs.model, inputs.seed)
+        notes += [f"{label}: {note}" for note in fill(models[label], replace(inputs, weights=path))]
+    _check_apart(models, inputs.model)
+    data = load_data(inputs.data, inputs.split, inputs.transform, inputs.examples, inputs.batch_size)
+    for model in models.values():
+        try_forward(subject(model, data.batches, loss, **settings))
+    return Loaded(models, data.batches, loss, (*notes, *data.notes))
+
+
+def _check_apart(models: Mapping[str, torch.nn.Module], factory: str) -> None:
+    """Refuse networks that share tensors: the weights loaded last would be in all of them."""
+    from isoflat.core.errors import UsageError
+
+    owner: dict[int, str] = {}
+    for label, model in models.items():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            place = tensor.untyped_storage().data_ptr() if hasattr(tensor, "untyped_storage") else 0
+            if place and owner.setdefault(place, label) != label:
+                raise UsageError(
+                    f"--model {factory}: the networks it builds share the tensor '{name}', so that weights loaded into one "
+                    "change the others: build everything anew at each call"
+                )
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """Short names for files, each once: the file's, or with its ending or folders where these tell files apart.
+
+    >>> labels([Path("runs/small.safetensors"), Path("runs/large.safetensors")])
+    ['small', 'large']
+    >>> labels([Path("a/best.pt"), Path("b/best.pt"), Path("last.pt"), Path("last.ckpt"), Path("c.pt"), Path("c.pt")])
+    ['a/best', 'b/best', 'last.pt', 'last.ckpt', 'c', 'c (2)']
+    """
+    short = [_stem(path.name) for path in paths]
+    found = list(short)
+    for stem in set(short):
+        same = [index for index, name in enumerate(short) if name == stem]
+        whole = [Path(os.path.abspath(paths[index])) for index in same]  # noqa: PTH100 (links keep their names)
+        if len(same) == 1 or len(set(whole)) == 1:
+            continue
+        if len({path.name for path in whole}) == len(same):
+            apart = [path.name for path in whole]
+        else:
+            common = os.path.commonpath([path.parent for path in whole])
+            inside = [path.relative_to(common) for path in whole]
+            stems = [(path.parent / _stem(path.name)).as_posix() for path in inside]
+            apart = stems if len(set(stems)) == len(set(whole)) else [path.as_posix() for path in inside]
+        for index, name in zip(same, apart, strict=True):
+            found[index] = name
+    unique: list[str] = []
+    for name in map(visible, found):
+        numbered = (name if count == 1 else f"{name} ({count})" for count in itertools.count(1))
+        unique.append(next(label for label in numbered if label not in unique))
+    return unique
+
+
+def _stem(name: str) -> str:
+    """A file's name without the endings of weights files.
+
+    >>> _stem("model.safetensors.index.json"), _stem("epoch.3.ckpt"), _stem(".pt")
+    ('model', 'epoch.3', '.pt')
+    """
+    for ending in _ENDINGS:
+        name = name.removesuffix(ending) or name
+    return name
+
+
+def _chosen(reference: str | None, files: Mapping[str, Path]) -> str | None:
+    """The label of the reference, which may be named by its file."""
+    from isoflat.core.errors import UsageError
+
+    if reference is None or reference in files:
+        return reference
+    found = [label for label, path in files.items() if Path(reference) == path]
+    if not found:
+        raise UsageError(f"--reference {reference} is none of the checkpoints: {', '.join(map(str, files.values()))}")
+    return found[0]
+
+
+def show(screen: Console, inputs: Inputs, comparison: Comparison, notes: Sequence[str]) -> None:
+    """Print what was compared, then who is flatter, then how it was loaded."""
+    point = comparison.rows[0].point
+    screen.print(plain(f"network  {inputs.model}, {point.parameters} trainable entries"))
+    screen.print(plain(f"data     {inputs.data}, {point.examples} examples; loss {inputs.loss}"))
+    screen.print()
+    screen.print(comparison)
+    for note in dict.fromkeys(notes):
+        screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
