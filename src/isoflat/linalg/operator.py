@@ -12,6 +12,9 @@ from torch import Tensor
 from isoflat.core.errors import UsageError
 from isoflat.linalg.maps import LinearMap
 
+Parts = tuple[int, ...] | None
+"""Which parts of a sum, by their places; None for all."""
+
 
 class Operator(ABC):
     """A symmetric linear map on ℝⁿ with the Euclidean inner product.
@@ -42,6 +45,15 @@ class Operator(ABC):
     @abstractmethod
     def double(self) -> Operator:
         """The same map computed in float64; itself if it is already, so that passes can be shared."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What each part of a sum takes of the cost of a product, parts that weigh most first; one unless it is a sum."""
+        return (1.0,)
+
+    def some(self, parts: Parts) -> Operator:
+        """The sum of some of the parts; the whole for None."""
+        return self
 
     @final
     def matvec(self, vector: Tensor) -> Tensor:
@@ -86,6 +98,67 @@ class Dense(Operator):
 
 @final
 @dataclass(frozen=True)
+class Sum(Operator):
+    """`A = Σ_p A_p` where products with parts can be had by themselves, at a part of the cost.
+
+    Attributes:
+        terms: the A_p, those that weigh most first.
+        costs: of a product with each, in any unit.
+
+    >>> heavy, light = Dense(torch.diag(torch.tensor([3.0, 0.0]))), Dense(torch.diag(torch.tensor([0.0, 1.0])))
+    >>> both = Sum((heavy, light), costs=(1.0, 3.0))
+    >>> both.matvec(torch.ones(2)).tolist(), both.some((0,)).matvec(torch.ones(2)).tolist(), both.shares
+    ([3.0, 1.0], [3.0, 0.0], (0.25, 0.75))
+    """
+
+    terms: tuple[Operator, ...]
+    costs: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit together."""
+        if not self.terms or len(self.terms) != len(self.costs) or len({term.n for term in self.terms}) != 1:
+            raise UsageError(f"{len(self.terms)} terms with {len(self.costs)} costs do not make a sum")
+
+    @property
+    def n(self) -> int:
+        """Dimension of every part."""
+        return self.terms[0].n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the parts."""
+        return self.terms[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parts."""
+        return self.terms[0].device
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Costs as parts of a whole."""
+        return tuple(cost / sum(self.costs) for cost in self.costs)
+
+    def some(self, parts: Parts) -> Operator:
+        """Of these places only."""
+        if parts is None:
+            return self
+        return Sum(tuple(self.terms[p] for p in parts), tuple(self.costs[p] for p in parts))
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """The sum of all parts' products."""
+        total = self.terms[0].matmat(vectors)
+        for term in self.terms[1:]:
+            total = total + term.matmat(vectors)
+        return total
+
+    def double(self) -> Sum:
+        """Of the parts in float64; itself if they are already."""
+        return self if self.dtype == torch.float64 else Sum(tuple(term.double() for term in self.terms), self.costs)
+
+
+@final
+@dataclass(frozen=True)
 class Pullback(Operator):
     """`Eᵀ A E + K`: an operator A seen through a frame E, plus a part K that costs no pass over the data.
 
@@ -121,6 +194,15 @@ class Pullback(Operator):
     def device(self) -> torch.device:
         """Device of the base."""
         return self.base.device
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the base."""
+        return self.base.shares
+
+    def some(self, parts: Parts) -> Pullback:
+        """Of the base's parts; K goes with the first."""
+        return Pullback(self.base.some(parts), self.frame, self.plus if parts is None or 0 in parts else None)
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Push, multiply, pull, add K."""

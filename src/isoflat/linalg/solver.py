@@ -18,7 +18,7 @@ from torch import Tensor
 
 from isoflat.core.errors import NonFinite
 from isoflat.core.space import largest
-from isoflat.linalg.operator import Operator, Pullback
+from isoflat.linalg.operator import Operator, Parts, Pullback
 
 R = TypeVar("R")
 
@@ -31,12 +31,14 @@ class Request:
     Attributes:
         vectors: columns, shape `(m, k)`.
         double: whether the products must be computed in float64.
+        parts: which parts of a sum they are asked of; None for all.
         status: what the solver knows so far, for a progress bar.
     """
 
     vectors: Tensor
     double: bool = False
     status: str = ""
+    parts: Parts = None
 
 
 Steps = Generator[Request, Tensor, R]
@@ -44,11 +46,32 @@ Steps = Generator[Request, Tensor, R]
 
 @dataclass(frozen=True)
 class Domain:
-    """Where a solver's vectors live."""
+    """Where a solver's vectors live.
+
+    Attributes:
+        n: dimension.
+        dtype: precision of the products.
+        device: of the vectors.
+        shares: what each part of the operator takes of the cost of a product; more than one where it is a sum.
+    """
 
     n: int
     dtype: torch.dtype
     device: torch.device
+    shares: tuple[float, ...] = (1.0,)
+
+    @staticmethod
+    def of(operator: Operator) -> Domain:
+        """Of an operator."""
+        return Domain(operator.n, operator.dtype, operator.device, operator.shares)
+
+    def share(self, parts: Parts) -> float:
+        """The cost of a product with some parts, in products with all.
+
+        >>> Domain(1, torch.float64, torch.device("cpu"), (0.25, 0.75)).share((1,))
+        0.75
+        """
+        return 1.0 if parts is None else math.fsum(self.shares[p] for p in parts)
 
 
 @dataclass(frozen=True)
@@ -62,7 +85,7 @@ class Solver(ABC, Generic[R]):
     @final
     def __call__(self, operator: Operator, stream: torch.Generator) -> R:
         """Run alone on one operator."""
-        steps = self.steps(Domain(operator.n, operator.dtype, operator.device), stream)
+        steps = self.steps(Domain.of(operator), stream)
         reply: Tensor | None = None
         while True:
             try:
@@ -70,7 +93,7 @@ class Solver(ABC, Generic[R]):
             except StopIteration as done:
                 return done.value
             source = operator.double() if request.double else operator
-            reply = finite(source.matmat(request.vectors))
+            reply = finite(source.some(request.parts).matmat(request.vectors))
 
 
 @final
@@ -108,7 +131,13 @@ class Job:
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """What a job returned, and its share of the bill."""
+    """What a job returned, and its share of the bill.
+
+    Attributes:
+        result: of the solver.
+        products: with all of the operator; those with parts of a sum count by their share of the cost, rounded up.
+        seconds: shared passes divided by the columns.
+    """
 
     result: Any
     products: int
@@ -119,7 +148,8 @@ def together(base: Operator, jobs: Sequence[Job], report: Callable[[str], None] 
     """Run jobs in step: each round asks the base for all their vectors in one pass over the data.
 
     Products that must be in float64 wait until no others are asked for, so that they share a pass too; where the base
-    is in float64 itself, they join the others.
+    is in float64 itself, they join the others. Of products with parts of the base the cheapest come first, so that
+    those who fall behind catch up with the others before these ask for more.
 
     Args:
         base: the operator that every job's `operator.base` is.
@@ -144,14 +174,16 @@ def together(base: Operator, jobs: Sequence[Job], report: Callable[[str], None] 
     for run in runs:
         run.advance(None)
     while waiting := [run for run in runs if run.request is not None]:
-        wide = [run for run in waiting if run.request and run.request.double]
-        if wide and precise is None:
+        if precise is None and any(run.request and run.request.double for run in waiting):
             precise = base.double()
-        narrow = [run for run in waiting if run not in wide]
-        group = waiting if wide and precise is base else narrow or wide
+        wants = {run: (run.wide and precise is not base, run.share, run.parts) for run in waiting}
+        first = min(wants.values(), key=lambda want: want[:2])
+        group = [run for run, want in wants.items() if want == first]
         report("; ".join(dict.fromkeys(run.request.status for run in group if run.request and run.request.status)))
-        _serve(group, precise if group is wide and precise is not None else base)
-    return [Outcome(run.result, run.products, run.seconds) for run in runs]
+        source = precise if first[0] and precise is not None else base
+        _serve(group, source.some(first[2]))
+    # Shares of a sum add up to one but for rounding.
+    return [Outcome(run.result, math.ceil(round(run.products, 9)), run.seconds) for run in runs]
 
 
 class _Run:
@@ -159,11 +191,27 @@ class _Run:
 
     def __init__(self, job: Job) -> None:
         self.operator = job.operator
-        self.steps = job.solver.steps(Domain(job.operator.n, job.operator.dtype, job.operator.device), job.stream)
+        self.domain = Domain.of(job.operator)
+        self.steps = job.solver.steps(self.domain, job.stream)
         self.request: Request | None = None
         self.result: Any = None
-        self.products = 0
+        self.products = 0.0
         self.seconds = 0.0
+
+    @property
+    def wide(self) -> bool:
+        """Whether it waits for products in float64."""
+        return self.request is not None and self.request.double
+
+    @property
+    def parts(self) -> Parts:
+        """Of what it waits for products."""
+        return None if self.request is None else self.request.parts
+
+    @property
+    def share(self) -> float:
+        """What one of the products it waits for costs."""
+        return self.domain.share(self.parts)
 
     def advance(self, reply: Tensor | None) -> None:
         """Send products in; take the next request, or the result."""
@@ -176,7 +224,7 @@ class _Run:
 
     def pull(self, products: Tensor, request: Request) -> Tensor:
         """Finish the products of a request, in float64 where it asks for that."""
-        operator = self.operator
+        operator = self.operator.some(request.parts)
         if request.double and operator.plus is not None:
             operator = Pullback(operator.base, operator.frame, operator.plus.double())
         return finite(operator.pull(products, request.vectors))
@@ -191,7 +239,7 @@ def _serve(group: Sequence[_Run], base: Operator) -> None:
     products = finite(base.matmat(torch.cat(pushed, dim=1)))
     share = (time.monotonic() - start) / sum(widths)
     for run, request, columns in zip(group, requests, products.split(widths, dim=1), strict=True):
-        run.products += request.vectors.shape[1]
+        run.products += request.vectors.shape[1] * run.share
         run.seconds += share * request.vectors.shape[1]
         run.advance(run.pull(columns, request))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from isoflat.core.estimate import Cost, Estimate, Kind
 from isoflat.linalg.eigen import REACHED, Extremes, Lanczos, Which
+from isoflat.linalg.hard_first import HardFirst
 from isoflat.linalg.solver import Outcome
 from isoflat.measures.base import Effort, Findings, Question
 
@@ -26,7 +27,7 @@ def extremes(which: Which, covariant: bool = False) -> Callable[[Effort], tuple[
             max_products=effort.budget.products,
             seconds=effort.budget.seconds,
         )
-        return (Question(solver, covariant),)
+        return (Question(HardFirst(solver), covariant),)
 
     return needs
 

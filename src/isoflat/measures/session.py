@@ -22,12 +22,14 @@ from isoflat.core.table import Table
 from isoflat.curvature.matrix import Curvature
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.linalg.maps import Identity as Identical
-from isoflat.linalg.operator import Pullback
+from isoflat.linalg.operator import Operator, Pullback, Sum
 from isoflat.linalg.solver import Job, Outcome, Probe, together
 from isoflat.measures.base import Effort, Findings, Measure, Question, Subject
 from isoflat.measures.prepare import point, some, warnings
+from isoflat.risk.batches import even
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.linearise import choose, linearise, survey
+from isoflat.risk.parts import by_hardness
 from isoflat.risk.plan import Plan, available_memory, peak_memory, plan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.guarded import Guarded
@@ -110,7 +112,7 @@ class Session:
             lambda: plan(pinned, state, route, own, memory), lambda made: {"plan of products": str(made)}
         )
         self.report(str(planned))
-        return Place(seen, planned, linearise(pinned, state, planned))
+        return Place(seen, planned, tuple(linearise(part, state, planned) for part in _parts(pinned, seen, planned)))
 
     def _jobs(self, charts: Mapping[Geometry, Chart], place: Place) -> dict[tuple[Geometry, Question], Job]:
         """Every question in every geometry once, and a check of the products against the group."""
@@ -133,12 +135,36 @@ class Place:
 
     survey: Survey
     plan: Plan
-    products: Guarded
+    products: tuple[Guarded, ...]
 
     @property
-    def hessian(self) -> Curvature:
-        """As an operator."""
-        return Curvature(self.products)
+    def hessian(self) -> Operator:
+        """As an operator: a sum where the data is in parts."""
+        terms = tuple(Curvature(part) for part in self.products)
+        if len(terms) == 1:
+            return terms[0]
+        return Sum(terms, tuple(float(len(places)) for places in by_hardness(self.survey.hardness)))
+
+    @property
+    def halvings(self) -> int:
+        """How often memory ran out."""
+        return sum(part.grain.halvings for part in self.products)
+
+    @property
+    def rows(self) -> int:
+        """How many are differentiated at a time."""
+        return min(part.grain.rows for part in self.products)
+
+
+def _parts(risk: EmpiricalRisk, seen: Survey, planned: Plan) -> list[EmpiricalRisk]:
+    """The risk as a sum of parts, those with the hardest examples first; the whole where that does not pay."""
+    places = by_hardness(seen.hardness) if planned.divisible else ()
+    if not places:
+        return [risk]
+    return [
+        replace(risk, batches=risk.batches.only(part, even(len(part), planned.rows, risk.ranks.world)), of=seen.count)
+        for part in places
+    ]
 
 
 @final
@@ -239,8 +265,8 @@ class _Scribe:
             listed = "; ".join(f"{some(names)} ({why})" for why, names in reasons.items())
             notes.append(f"invisible to the {geometry.name} metric: {listed}")
         notes += chart.notes
-        if place.products.grain.halvings:
-            notes.append(f"memory ran out: {place.products.grain.rows} rows at a time")
+        if place.halvings:
+            notes.append(f"memory ran out: {place.rows} rows at a time")
         if ratio is not None and ratio > 0.01:
             kind = "a local curvature, no minimum's" if ratio > 1 else "not quite a minimum's"
             notes.append(f"b/value = {ratio:.2g}: {kind} (b bounds the difference to the covariant Hessian)")
@@ -256,9 +282,10 @@ class _Scribe:
             "max_products": effort.budget.products,
             "dtype": str(state.dtype).removeprefix("torch."),
             "device": str(state.device),
-            "route": place.products.route,
+            "route": place.products[0].route,
             "second_order_rules": list(place.plan.rules),
-            "rows_at_a_time": place.products.grain.rows,
+            "rows_at_a_time": place.rows,
+            "parts": [round(share, 6) for share in place.hessian.shares],
             "memory_forecast": place.plan.forecast,
             "autocast": str(effort.inside).removeprefix("torch.") if effort.inside else "off",
             "tf32": "off",

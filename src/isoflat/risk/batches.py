@@ -67,6 +67,34 @@ class Batches:
             lambda: (piece for batch in self for piece in pieces(batch, rows)), self.volatile and not self.digests
         )
 
+    def only(self, places: Tensor, rows: int) -> Batches:
+        """Some of the rows, in batches of so many.
+
+        Args:
+            places: of the rows in the data, ascending, shape `(k,)`.
+            rows: of a batch.
+        """
+
+        def source() -> Iterator[Any]:
+            held: list[Any] = []
+            first, waiting = 0, 0
+            for batch in self:
+                count = rows_of(batch)
+                low, high = torch.searchsorted(places, torch.tensor([first, first + count])).tolist()
+                first += count
+                taken = low
+                while taken < high:
+                    more = min(high - taken, rows - waiting)
+                    held.append(_slice(batch, places[taken : taken + more] - (first - count), count))
+                    taken, waiting = taken + more, waiting + more
+                    if waiting == rows:
+                        yield _merged(held)
+                        held, waiting = [], 0
+            if held:
+                yield _merged(held)
+
+        return Batches(source, self.volatile and not self.digests)
+
     def numbered(self) -> Batches:
         """The same data, each batch `Beside` the places of its rows in the data."""
 
@@ -232,9 +260,13 @@ def pieces(batch: Any, rows: int) -> Iterator[Any]:
         yield _slice(batch, slice(start, start + rows), count)
 
 
-def _slice(batch: Any, rows: slice, count: int) -> Any:
-    if isinstance(batch, Tensor | np.ndarray):
-        return batch[rows] if batch.ndim and len(batch) == count else batch
+def _slice(batch: Any, rows: slice | Tensor, count: int) -> Any:
+    if isinstance(batch, Tensor):
+        places = rows.to(batch.device) if isinstance(rows, Tensor) else rows
+        return batch[places] if batch.ndim and len(batch) == count else batch
+    if isinstance(batch, np.ndarray):
+        places = rows.numpy() if isinstance(rows, Tensor) else rows
+        return batch[places] if batch.ndim and len(batch) == count else batch
     if isinstance(batch, Mapping):
         cut = {key: _slice(value, rows, count) for key, value in batch.items()}
         return cut if type(batch) is dict else _rebuild(batch, cut)
@@ -243,6 +275,27 @@ def _slice(batch: Any, rows: slice, count: int) -> Any:
     if isinstance(batch, list | tuple):
         return type(batch)(_slice(value, rows, count) for value in batch)
     return batch
+
+
+def _merged(pieces: Sequence[Any]) -> Any:
+    """Pieces of batches as one: tensors with rows are joined; what has none is that of the first piece."""
+    return pieces[0] if len(pieces) == 1 else _joined(pieces, [rows_of(piece) for piece in pieces])
+
+
+def _joined(pieces: Sequence[Any], counts: Sequence[int]) -> Any:
+    first = pieces[0]
+    if isinstance(first, Tensor | np.ndarray):
+        whole = all(piece.ndim and len(piece) == count for piece, count in zip(pieces, counts, strict=True))
+        if not whole:
+            return first
+        return torch.cat(list(pieces)) if isinstance(first, Tensor) else np.concatenate(list(pieces))
+    if isinstance(first, Mapping):
+        made = {key: _joined([piece[key] for piece in pieces], counts) for key in first}
+        return made if type(first) is dict else _rebuild(first, made)
+    if isinstance(first, list | tuple):
+        parts = [_joined(column, counts) for column in zip(*pieces, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
 
 
 def _rebuild(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:

@@ -34,6 +34,8 @@ class Survey:
         count: counted targets or their weights.
         digests: hash of each batch.
         unused: trainable tensors that the loss does not depend on.
+        hardness: `‖∂ total/∂z‖` of each row of the data, z the model's output, shape `(rows,)` (`risk.parts`); None
+            where the output does not have the rows.
         seconds: duration of the pass: the unit of cost.
     """
 
@@ -45,6 +47,7 @@ class Survey:
     count: float
     digests: tuple[str, ...]
     unused: tuple[str, ...]
+    hardness: Tensor | None
     seconds: float
 
 
@@ -55,12 +58,20 @@ class EmpiricalRisk:
 
     Every batch is weighted by its counted targets, so that the batch size, a ragged last batch or ignored targets
     change nothing; nor does the number of processes that share the batches.
+
+    Attributes:
+        network: the model.
+        loss: of a batch.
+        batches: the data.
+        ranks: the processes that share it.
+        of: what a mean divides by where the data is a part of more data; None for the data's own count.
     """
 
     network: Network
     loss: Loss
     batches: Batches
     ranks: Ranks = field(default_factory=Ranks)
+    of: float | None = None
 
     def term(self, state: State, batch: Any) -> Term:
         """One batch's summed loss, as a function of the state's tensors."""
@@ -95,9 +106,10 @@ class EmpiricalRisk:
         found = self.ranks.add(parts, like)
         if found.total is None:
             raise DataError("the data is empty: the loader gave no batch")
-        if not found.count > 0:
+        count = found.count if self.of is None else self.of
+        if not count > 0:
             raise DataError(f"no target counts in any of the {found.batches} batches: are all of them ignored?")
-        return found.total.div_(found.count) if self.loss.averages else found.total
+        return found.total.div_(count) if self.loss.averages else found.total
 
     def own(self, make: Callable[[int, Any], T]) -> Iterator[T | None]:
         """Something for each batch of this process, from its index and content; None for those of other processes."""
@@ -139,7 +151,10 @@ class EmpiricalRisk:
         def per_batch(index: int, batch: Any) -> Part:
             leaves = leaf_state(state)
             term = self.term(leaves, batch)
-            gradients = differentiate(term.total, list(leaves.parameters.values()))
+            parameters = list(leaves.parameters.values())
+            hard = term.z is not None and term.z.requires_grad and term.z.ndim > 0 and len(term.z) == term.rows
+            gradients = differentiate(term.total, [*parameters, term.z] if hard and term.z is not None else parameters)
+            tally.note(index, gradients.pop() if hard else None)
             return tally.add(index, term, gradients)
 
         mean = self.accumulate(per_batch, _shape(1 + state.space.size, state), over=read())
@@ -178,6 +193,9 @@ class EmpiricalRisk:
         return losses[0]
 
 
+_COUNTED = ("rows", "count", "correct", "counted", "classes", "used", "hardness")
+
+
 class _Tally:
     """What the survey gathers beside the gradient."""
 
@@ -190,6 +208,18 @@ class _Tally:
         self.counted = 0
         self.classes = torch.zeros(0, dtype=torch.int64)
         self.used = [False] * len(state.parameters)
+        self.hardness: dict[int, Tensor | None] = {}
+
+    def note(self, index: int, residual: Tensor | None) -> None:
+        """Take the loss's derivative in a batch's output."""
+        rows = (
+            None
+            if residual is None
+            else torch.linalg.vector_norm(residual.flatten(1), dim=1)
+            if residual.ndim > 1
+            else residual.abs()
+        )
+        self.hardness[index] = None if rows is None else rows.detach().cpu()
 
     def add(self, index: int, term: Term, gradients: list[Tensor | None]) -> Part:
         """Take one batch in; its loss and gradient as one vector."""
@@ -219,7 +249,7 @@ class _Tally:
     @property
     def counts(self) -> Mapping[str, Any]:
         """What was counted in the batches that this process owns."""
-        return {name: getattr(self, name) for name in ("rows", "count", "correct", "counted", "classes", "used")}
+        return {name: getattr(self, name) for name in _COUNTED}
 
     def join(self, counts: list[Mapping[str, Any]]) -> None:
         """Put what all processes counted in the place of one's own."""
@@ -229,6 +259,7 @@ class _Tally:
         for own in counts:
             self.classes[: len(own["classes"])] += own["classes"]
         self.used = [any(used) for used in zip(*(own["used"] for own in counts), strict=True)]
+        self.hardness = {index: rows for own in counts for index, rows in own["hardness"].items()}
 
     def survey(self, mean: Tensor, seconds: float) -> Survey:
         """The survey from the accumulated mean."""
@@ -241,9 +272,15 @@ class _Tally:
             rows=self.rows,
             count=self.count,
             digests=tuple(self.digests),
+            hardness=self._hardness(),
             unused=tuple(name for name, used in zip(self.state.parameters, self.used, strict=True) if not used),
             seconds=seconds,
         )
+
+    def _hardness(self) -> Tensor | None:
+        """Of all rows in the order of the data."""
+        found = [rows for _, rows in sorted(self.hardness.items()) if rows is not None]
+        return torch.cat(found) if found and len(found) == len(self.hardness) else None
 
 
 def _shape(size: int, state: State) -> Tensor:

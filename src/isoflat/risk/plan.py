@@ -39,6 +39,7 @@ class Plan:
         kept: whether gradient graphs stay between products.
         rows: of a piece that is differentiated at a time.
         whole: whether batches are taken as they come.
+        divisible: whether they could be cut: whether the loss of a batch is a sum over its rows.
         forecast: bytes that products take at their peak, beyond weights and the vectors of solvers.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     kept: bool
     rows: int
     whole: bool
+    divisible: bool
     forecast: int
 
     def __str__(self) -> str:
@@ -122,7 +124,7 @@ def plan(
     vectors = _vectors(state)
     kept = held.of(rows, -(-rows // count)) + saved.of(count) + vectors
     if route is Rebuilt and kept <= memory:
-        return Plan(route, graph, rules, True, count, True, int(kept))
+        return Plan(route, graph, rules, True, count, True, not whole, int(kept))
     piece = count
     while piece > 1 and not whole and _passing(saved, piece) + vectors > memory:
         piece = (piece + 1) // 2
@@ -133,7 +135,7 @@ def plan(
             f"the memory budget of {memory} bytes is too small: products on {what} take about {forecast}. Raise the "
             f"budget, {'give smaller batches, ' if piece > 1 else ''}or measure fewer tensors with params="
         )
-    return Plan(route, graph, rules, False, piece, piece == count, forecast)
+    return Plan(route, graph, rules, False, piece, piece == count, not whole, forecast)
 
 
 def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:

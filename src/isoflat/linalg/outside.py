@@ -1,0 +1,232 @@
+"""What a few trial vectors leave of a spectrum: enclosures from any start, certified by a fresh random one.
+
+Let X be orthonormal trial vectors, however they were found, and B the operator on their complement. In the basis of X
+and its complement
+
+    A = [ Xᵀ A X   Rᵀ ]  with R = (I − X Xᵀ) A X, and A ≤ [ Xᵀ A X   Rᵀ  ]  where B ≤ U I,
+        [   R      B  ]                                  [   R      U I ]
+
+so that the j-th largest eigenvalue of A is at most that of the right matrix, which only has dimension 2d to look at. Where
+U lies below the Ritz values the price of a residual is quadratic, `‖R‖² / (θ − U)`, and U need not be sharp at all: a
+Lanczos run from a fresh random start in the complement, which by itself would need many steps for a tight bound, stops
+as soon as U is clear of θ. Where A is a sum of parts, `U = Σ_p U_p` with a run in each part by itself: parts that weigh
+little need a few steps only, however dear their products are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from isoflat.core import space
+from isoflat.linalg.certificate import outer_bounds
+from isoflat.linalg.krylov.recurrence import Recurrence
+from isoflat.linalg.operator import Parts
+from isoflat.linalg.probes import sphere
+from isoflat.linalg.solver import Domain, Request, Steps
+
+
+@final
+@dataclass(frozen=True)
+class Outside:
+    """Bounds on the spectrum of `B = (I − X Xᵀ) A (I − X Xᵀ)`.
+
+    Attributes:
+        lower: of its smallest eigenvalue.
+        upper: of its largest eigenvalue.
+        weight: the largest magnitude of a Ritz value, summed over the groups after the first: what these weigh, about.
+        products: spent, in products with all of A.
+        reached: whether the bounds were as tight as was asked for.
+    """
+
+    lower: float
+    upper: float
+    weight: float
+    products: float
+    reached: bool
+
+
+@final
+@dataclass(frozen=True)
+class Trial:
+    """Trial vectors and their products, rotated so that `Xᵀ A X` is diagonal.
+
+    Attributes:
+        vectors: X, rows of shape `(n,)`, float64, orthonormal.
+        images: `A X` alike.
+        values: Ritz values, ascending, shape `(d,)`.
+        residuals: `R = A X − X diag(values)` alike.
+    """
+
+    vectors: tuple[Tensor, ...]
+    images: tuple[Tensor, ...]
+    values: NDArray[np.float64]
+    residuals: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(vectors: Sequence[Tensor], images: Sequence[Tensor]) -> Trial:
+        """Rayleigh and Ritz on orthonormal vectors."""
+        values, turn = np.linalg.eigh(gram(vectors, images))
+        columns = [torch.from_numpy(np.ascontiguousarray(turn[:, j])) for j in range(len(values))]
+        turned, moved = ([space.combine(column, rows) for column in columns] for rows in (vectors, images))
+        residuals = []
+        for vector, image, value in zip(turned, moved, values, strict=True):
+            residual = torch.sub(image, vector, alpha=float(value))
+            space.add(residual, -space.inner(turned, residual), turned)
+            residuals.append(residual)
+        return Trial(tuple(turned), tuple(moved), values, tuple(residuals))
+
+    def defect(self, j: int) -> float:
+        """`‖A x_j − θ_j x_j‖`."""
+        return space.norm(torch.sub(self.images[j], self.vectors[j], alpha=float(self.values[j])))
+
+    def bounds(self, lower: float, upper: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Bounds on the d largest eigenvalues from above, and on the d smallest from below; both ascending.
+
+        >>> start = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        >>> trial = Trial.of([start], [torch.tensor([2.0, 0.5], dtype=torch.float64)])
+        >>> [round(float(bound[0]), 3) for bound in trial.bounds(0.0, 1.0)]
+        [2.207, -0.118]
+        """
+        d = len(self.values)
+        coupling = gram(self.residuals, self.residuals)
+        scale = max(float(np.abs(self.values).max()), math.sqrt(float(coupling.diagonal().max()))) or 1.0
+        # R = Q C with orthonormal Q; the root of a Gram matrix is such a C.
+        squares, turn = np.linalg.eigh(coupling / scale**2)
+        root = np.sqrt(squares.clip(min=0))[:, None] * turn.T
+        found = []
+        for bound in (upper, lower):
+            if not math.isfinite(bound):
+                found.append(np.full(d, bound))
+                continue
+            both = np.block([[np.diag(self.values / scale), root.T], [root, np.eye(d) * (bound / scale)]])
+            ends = np.linalg.eigvalsh(both) * scale
+            found.append(ends[d:] if bound is upper else ends[:d])
+        return found[0], found[1]
+
+
+def gram(left: Sequence[Tensor], right: Sequence[Tensor]) -> NDArray[np.float64]:
+    """The symmetric matrix of inner products, halves averaged: shape `(d, d)`."""
+    made = np.stack([space.inner(left, row).cpu().numpy() for row in right], axis=1)
+    return (made + made.T) / 2
+
+
+@final
+@dataclass(frozen=True)
+class Aim:
+    """What bounds are wanted for, and at what price.
+
+    Attributes:
+        failure: probability that a bound is wrong, both ends and all groups together.
+        enough: whether bounds are tight enough.
+        affordable: whether so many products can be spent in all.
+        status: for a progress bar.
+    """
+
+    failure: float
+    enough: Callable[[Outside], bool]
+    affordable: Callable[[float], bool]
+    status: str = ""
+
+
+def outside(trial: Trial, domain: Domain, stream: torch.Generator, groups: Sequence[Parts], aim: Aim) -> Steps[Outside]:
+    """Bound the spectrum on the complement of trial vectors, one Lanczos run in each group of parts.
+
+    The step that promises the most for its cost comes first. It ends where the bounds are tight enough, where they
+    cannot become so (the Ritz values themselves add up to too much), or with the budget.
+
+    Args:
+        trial: the trial vectors.
+        domain: of A.
+        stream: of the fresh starts.
+        groups: parts that share a run; together they are all of A.
+        aim: when to stop.
+    """
+    levels = [_Level.fresh(trial, domain, stream, parts) for parts in groups]
+    spent = 0.0
+    while True:
+        lower, upper = (math.fsum(getattr(level, end) for level in levels) for end in ("lower", "upper"))
+        bottom, top = (math.fsum(getattr(level, end) for level in levels) for end in ("bottom", "top"))
+        weight = math.fsum(max(-level.bottom, level.top, 0.0) for level in levels[1:])
+        done = all(level.recurrence.k for level in levels)
+        reached = done and aim.enough(Outside(lower, upper, weight, spent, True))
+        hopeless = done and not aim.enough(Outside(bottom, top, weight, spent, True))
+        level = max(levels, key=lambda level: level.promise)
+        if reached or hopeless or level.promise <= 0 or (done and not aim.affordable(spent + level.share)):
+            return Outside(lower, upper, weight, spent, reached)
+        where = f" in part {levels.index(level) + 1} of {len(levels)}" if len(levels) > 1 else ""
+        vectors = level.recurrence.last
+        product = (yield Request(vectors, status=f"{aim.status}{where}: bound {upper:.3g}", parts=level.parts))[:, 0]
+        spent += level.share
+        level.extend(removed(trial.vectors, product), aim.failure / len(levels))
+
+
+@dataclass
+class _Level:
+    """A Lanczos run on the complement in some of the parts.
+
+    Attributes:
+        parts: which.
+        share: cost of its products.
+        recurrence: the run.
+        lower: bound on the smallest eigenvalue.
+        upper: bound on the largest eigenvalue.
+        bottom: smallest Ritz value.
+        top: largest Ritz value.
+        gains: factors by which the wider bound shrank in the last steps.
+    """
+
+    parts: Parts
+    share: float
+    recurrence: Recurrence
+    lower: float = -math.inf
+    upper: float = math.inf
+    bottom: float = -math.inf
+    top: float = math.inf
+    gains: list[float] = field(default_factory=list)
+
+    @staticmethod
+    def fresh(trial: Trial, domain: Domain, stream: torch.Generator, parts: Parts) -> _Level:
+        """From a uniform point of the complement's sphere."""
+        start = removed(trial.vectors, sphere(domain.n, stream).to(domain.device))
+        size = space.norm(start)
+        # Where the trial vectors are a basis nothing is left, and any start does for the zero operator.
+        start = start / size if size else sphere(domain.n, stream).to(domain.device)
+        return _Level(parts, domain.share(parts), Recurrence(start, domain.dtype))
+
+    @property
+    def promise(self) -> float:
+        """By how much the next step will tighten the bounds, in units of its cost, if it does as the last one did."""
+        if self.recurrence.exhausted:
+            return 0.0
+        if not self.gains:
+            return math.inf
+        return (self.upper - self.lower) * (1 - self.gains[-1]) / self.share
+
+    def extend(self, product: Tensor, failure: float) -> None:
+        """Take in a product with the complement's operator."""
+        run = self.recurrence
+        run.extend(product)
+        ritz = run.ritz()[0]
+        lower, upper = outer_bounds(ritz, run.log_couplings, run.n, failure)
+        # Earlier bounds hold as well, on the same event.
+        lower, upper = max(self.lower, lower * run.scale), min(self.upper, upper * run.scale)
+        width = self.upper - self.lower
+        self.gains.append((upper - lower) / width if math.isfinite(width) and width > 0 else 0.0)
+        self.lower, self.upper = lower, upper
+        self.bottom, self.top = float(ritz[0]) * run.scale, float(ritz[-1]) * run.scale
+
+
+def removed(rows: Sequence[Tensor], vector: Tensor) -> Tensor:
+    """A vector without its components along orthonormal rows; twice, as rounding wants it."""
+    left = vector.double().clone()
+    for _ in range(2 if rows else 0):
+        space.add(left, -space.inner(rows, left), rows)
+    return left
