@@ -1,0 +1,236 @@
+"""`spectrum`: every eigenvalue at once, as a density with a band, outliers apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+
+from isoflat.core.density import Density
+from isoflat.core.errors import UsageError
+from isoflat.core.estimate import Cost, Estimate
+from isoflat.core.spectrum import Spectrum
+from isoflat.geometry.base import Geometry
+from isoflat.linalg.density.lanczos import StochasticLanczosQuadrature
+from isoflat.linalg.density.outliers import Outliers
+from isoflat.linalg.solver import Domain, Solver, Steps
+from isoflat.measures.base import Budget, Direction, Findings, Measure, Question
+from isoflat.measures.run import measure_all
+from isoflat.risk.linearise import Check
+from isoflat.risk.network import Selector
+from isoflat.symmetry.base import Symmetry
+from isoflat.symmetry.found import Found
+
+VERTICAL = (
+    "directions that keep the function count among the eigenvalues: they lie at zero where the gradient is zero, and near "
+    "it elsewhere"
+)
+"""What a reader of a spectrum must know about its zeros."""
+
+
+def spectrum(  # noqa: PLR0913
+    model: torch.nn.Module,
+    data: Any,
+    loss: Any = None,
+    *,
+    geometry: str | Geometry = "auto",
+    outliers: int = 24,
+    probes: int = 4,
+    steps: int = 64,
+    confidence: float = 0.95,
+    params: Selector = None,
+    symmetries: Found | Sequence[Symmetry] | None = None,
+    budget: Budget | int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    check: Check | str = Check.REFUSE,
+    reproducible_sum: bool = False,
+    label: str = "",
+) -> Spectrum:
+    """All curvatures of a minimum: a density with a band that holds everywhere, and outliers apart.
+
+    Stochastic Lanczos quadrature on `Eᵀ H E`, E the geometry's frame, after eigenvectors that a first run has separated
+    from the rest are taken out (`linalg.density`). Where a network has no more parameters than there would be products, all
+    eigenvalues are computed.
+
+    Args:
+        model: as for `isoflat.measure`; it is not changed.
+        data: as for `isoflat.measure`.
+        loss: as for `isoflat.measure`.
+        geometry: as for `isoflat.measure`.
+        outliers: at most so many eigenvalues are taken out, as many as are separated; 0 for none.
+        probes: random probes. Counts of few eigenvalues and their sums are known to about `1/√probes`.
+        steps: products per probe, and of the run that looks for outliers: what the band can resolve is about `1/steps` of
+            the range without outliers.
+        confidence: probability that the band holds everywhere.
+        params: as for `isoflat.measure`.
+        symmetries: as for `isoflat.measure`.
+        budget: number of products in all, or a `Budget`; fewer steps are taken where it is too small for all.
+        seed: of the random probes.
+        dtype: "float32" or "float64"; default the weights' own. Rounding in float32 hides eigenvalues below about 1e-5 of
+            the largest that is not taken out.
+        device: as for `isoflat.measure`.
+        progress: as for `isoflat.measure`.
+        check: as for `isoflat.measure`.
+        reproducible_sum: as for `isoflat.measure`.
+        label: what to call this network.
+
+    Returns:
+        The spectrum; print it, or ask `density` for quantiles, counts, ranks, each with an enclosure.
+
+    Raises:
+        IsoflatError: as for `isoflat.measure`.
+        UsageError: a setting has no meaning.
+
+    >>> x, y = torch.tensor([[1.0], [2.0]], dtype=torch.float64), torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    >>> net = torch.nn.Linear(1, 1, dtype=torch.float64)
+    >>> found = spectrum(net, (x, y), torch.nn.MSELoss(), geometry="euclidean")
+    >>> [round(value, 6) for value in found.density.low.points]  # H = 2 E [x; 1] [x; 1]ᵀ
+    [0.145898, 6.854102]
+    """
+    if dtype in (torch.bfloat16, "bfloat16"):
+        raise UsageError("a spectrum is measured in float32 or float64: rounding in bfloat16 hides all but its ends")
+    limits = budget if isinstance(budget, Budget) else Budget(Deflated.price(outliers, probes, steps, budget))
+    solver = Deflated(outliers, probes, steps, confidence, limits.products, limits.seconds)
+    kept: list[Density] = []
+
+    def evaluate(findings: Findings) -> Estimate:
+        """The effective rank; what it is of is kept, because a table has no place for it."""
+        outcome = findings.answers[0]
+        kept.append(outcome.result)
+        cost = Cost(products=outcome.products, seconds=outcome.seconds)
+        return replace(outcome.result.participation(), cost=cost).with_notes(*_notes(outcome.result, outliers))
+
+    entry = replace(
+        _ENTRY,
+        needs=lambda _: (Question(solver),),
+        evaluate=evaluate,
+        curvature=lambda findings: findings.answers[0].result.largest,
+        options={"outliers": outliers, "probes": probes, "steps": steps},
+    )
+    table = measure_all(
+        model,
+        data,
+        loss,
+        measures=[entry],
+        geometry=geometry,
+        params=params,
+        symmetries=symmetries,
+        confidence=confidence,
+        budget=limits,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        check=check,
+        reproducible_sum=reproducible_sum,
+        label=label,
+    )
+    record = table[0]
+    own = {key: value for key, value in record.settings.items() if key != "rtol"}
+    settings = {**own, "probes": probes, "steps": steps, "outliers": outliers, "confidence": confidence}
+    return Spectrum(replace(record, settings=settings), kept[-1])
+
+
+def _unmeasured(_: Findings) -> Estimate:
+    raise AssertionError("a spectrum is evaluated where it is asked for")
+
+
+_ENTRY = Measure(
+    name="spectrum",
+    formula=r"(\mathrm{tr}\, A)^2 / \|A\|_F^2,\ A = E^\top \nabla^2 L\, E",
+    definition="Effective rank of the curvature, from its whole spectrum.",
+    reference="chen2021, arXiv:2105.06595; lin2016, arXiv:1308.5467",
+    units="eigenvalues",
+    direction=Direction.LOWER_IS_FLATTER,
+    loss_degree=0,
+    needs=lambda _: (),
+    evaluate=_unmeasured,
+)
+
+
+@final
+@dataclass(frozen=True)
+class Deflated(Solver[Density]):
+    """Outliers first, then the density of the rest.
+
+    Attributes:
+        outliers: at most so many are taken out.
+        probes: random probes.
+        depth: products per probe, and of the run that looks for outliers.
+        confidence: probability that the band holds everywhere.
+        max_products: budget in all.
+        seconds: budget of wall-clock time, a third of it for the outliers; None for no limit.
+
+    Raises:
+        UsageError: a setting has no meaning, or the budget allows for nothing.
+
+    >>> from isoflat.core.streams import stream
+    >>> from isoflat.linalg.operator import Dense
+    >>> bulk = torch.linspace(0, 1, 400, dtype=torch.float64)
+    >>> operator = Dense(torch.diag(torch.cat([torch.tensor([1e6], dtype=torch.float64), bulk])))
+    >>> density = Deflated(probes=4, depth=32)(operator, stream(0))
+    >>> [round(outlier.value, 6) for outlier in density.outliers], density.wasserstein < 0.15
+    ([1000000.0], True)
+    """
+
+    outliers: int = 24
+    probes: int = 4
+    depth: int = 64
+    confidence: float = 0.95
+    max_products: int = 1000
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings without meaning."""
+        least = 2 * (self.probes + 1)
+        if self.outliers < 0 or self.probes < 1 or self.depth < 2:
+            raise UsageError(
+                f"expected outliers from 0, probes from 1 and steps from 2 on, got {self.outliers}, {self.probes} and "
+                f"{self.depth}"
+            )
+        if self.max_products < least:
+            raise UsageError(
+                f"a spectrum with {self.probes} probes takes {least} products or more, got a budget of "
+                f"{self.max_products}: raise it, or take fewer probes"
+            )
+
+    @staticmethod
+    def price(outliers: int, probes: int, depth: int, budget: int | None) -> int:
+        """The budget, or what everything takes if there is none."""
+        return probes * depth + (depth + outliers if outliers > 0 else 0) if budget is None else budget
+
+    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Density]:
+        """Probes are drawn from the same stream after the start of the first run, and so independent of it."""
+        density = StochasticLanczosQuadrature(
+            self.probes, self.depth, self.confidence, max_products=self.max_products, seconds=self.seconds
+        )
+        if not self.outliers or density.takes_all(domain.n):
+            return (yield from density.steps(domain, stream))
+        share = min(self.depth, self.max_products // (self.probes + 1))
+        third = None if self.seconds is None else self.seconds / 3
+        found = yield from Outliers(self.outliers, share, third).steps(domain, stream)
+        rest = replace(
+            density,
+            max_products=self.max_products - found.products,
+            seconds=None if third is None else 2 * third,
+            directions=found.directions,
+        )
+        result = yield from rest.steps(domain, stream)
+        return replace(result, products=result.products + found.products)
+
+
+def _notes(density: Density, outliers: int) -> tuple[str, ...]:
+    """What a reader must know."""
+    notes = [VERTICAL]
+    if density.exact:
+        notes.append(density.stopped)
+    elif not density.reached:
+        notes.append(f"{density.stopped}: the band is wider than it would be")
+    if 0 < outliers == len(density.outliers):
+        notes.append(f"{outliers} outliers were taken out, as many as were allowed: there may be more")
+    return tuple(notes)
