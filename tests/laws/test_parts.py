@@ -1,5 +1,6 @@
 """Data in parts by hardness: the parts add up to the whole, and the numbers are those of the whole."""
 
+import itertools
 from dataclasses import replace
 from unittest import mock
 
@@ -24,7 +25,7 @@ def _batches():
     """Ragged, of every form a batch may have."""
     x, y = torch.randn(50, 3, generator=stream(0)), torch.arange(50)
     cuts = (0, 7, 8, 30, 50)
-    pairs = [(x[a:b], y[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    pairs = [(x[a:b], y[a:b]) for a, b in itertools.pairwise(cuts)]
     return {
         "pairs": pairs,
         "mappings": [{"x": a, "scale": torch.ones(1), "label": [b]} for a, b in pairs],

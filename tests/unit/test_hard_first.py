@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -63,7 +64,9 @@ def test_violations_are_rare_enough():
     for seed in range(seeds):
         matrices = parts(40, seed % 5)
         top = float(torch.linalg.eigvalsh(sum(matrices))[-1])
-        result = HardFirst(Lanczos(which=Which.LARGEST, rtol=0.2, confidence=1 - failure))(whole(matrices), stream(seed))
+        result = HardFirst(Lanczos(which=Which.LARGEST, rtol=0.2, confidence=1 - failure))(
+            whole(matrices), stream(seed)
+        )
         wrong += result.top.bound < top * (1 - 1e-12)
     assert wrong <= binom.ppf(0.999, seeds, failure)
 
@@ -188,7 +191,7 @@ def test_parts_are_a_partition_by_hardness(rows: int, share: float, seed: int):
     assert torch.equal(torch.cat(found).sort().values, torch.arange(rows))
     assert all(torch.equal(places, places.sort().values) for places in found)
     assert all(len(places) >= FEWEST for places in found)
-    for harder, easier in zip(found, found[1:], strict=False):
+    for harder, easier in itertools.pairwise(found):
         assert hardness[harder].min() >= hardness[easier].max()
     again = by_hardness(hardness * 2.0**-30)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
