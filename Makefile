@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENV := $(VENV)/.installed
+PEERS := .venv-oracles
+PEERS_ENV := $(PEERS)/.installed
+THREADS ?= 2
+MINUTES ?= 15
 
-.PHONY: demo test lint test-slow test-oracles bench bench-gpt2 bench-products clean
+.PHONY: demo test lint test-slow test-oracles bench bench-symmetries bench-gpt2 bench-products clean
 
 demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
 	$(BIN)/isoflat demo
@@ -21,7 +25,10 @@ lint: $(ENV)
 test-slow: $(ENV)  ## with real MNIST and CIFAR-10 in the folder ISOFLAT_DATA (skipped, and said so, where absent)
 	$(BIN)/python -m pytest -m slow -rs -s
 
-bench: $(ENV)  ## what finding, proving and canonicalising cost, as a table
+bench: $(PEERS_ENV)  ## beside PyHessian, curvlinops and hessian-eigenthings, on MNIST where ISOFLAT_DATA holds it
+	$(PEERS)/bin/python benchmarks/peers.py --threads $(THREADS) --minutes $(MINUTES)
+
+bench-symmetries: $(ENV)  ## what finding, proving and canonicalising cost, as a table
 	$(BIN)/python benchmarks/symmetries.py
 
 bench-gpt2: $(ENV)  ## the same for GPT-2 small (124 M weights), and one number measured on it
@@ -30,18 +37,20 @@ bench-gpt2: $(ENV)  ## the same for GPT-2 small (124 M weights), and one number 
 bench-products: $(ENV)  ## what a Hessian-vector product costs in gradient passes, on MNIST where ISOFLAT_DATA holds it
 	$(BIN)/python benchmarks/products.py
 
-# curvlinops asks for backpack, which asks for torchvision; neither is needed for what we compare with.
-test-oracles: $(ENV)  ## against curvlinops, installed in an environment of its own
-	test -d .venv-oracles || $(PYTHON) -m venv .venv-oracles
-	.venv-oracles/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
-	.venv-oracles/bin/python -m pip install -q einops einconv opt-einsum jaxtyping mpmath unfoldNd
-	.venv-oracles/bin/python -m pip install -q --no-deps curvlinops-for-pytorch backpack-for-pytorch linear_operator
-	.venv-oracles/bin/python -m pytest tests/oracles -m slow -rs -s
+test-oracles: $(PEERS_ENV)  ## against curvlinops, installed in an environment of its own
+	$(PEERS)/bin/python -m pytest tests/oracles -m slow -rs -s
 
 $(ENV): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# curvlinops asks for backpack, which asks for torchvision; neither is needed for what we compare with.
+$(PEERS_ENV): pyproject.toml constraints.txt benchmarks/requirements.txt
+	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oracles
+	rm -rf $(VENV) $(PEERS)

@@ -1,7 +1,7 @@
 """What finding, proving and canonicalising cost, in seconds and in gradient passes over one batch of 128 rows.
 
-Run with `make bench`; prints a Markdown table. Networks have random weights: nothing here depends on their values but
-the number of Newton steps.
+Run with `make bench-symmetries`; prints a Markdown table. Networks have random weights: nothing here depends on their
+values but the number of Newton steps.
 """
 
 from __future__ import annotations
