@@ -129,14 +129,15 @@ LOOSE = ("all negative", "power law")
 """Where the bound on a complement of one sign stops short: rounding leads it back to the known vectors."""
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(
+    ("name", "solver"), [(name, Eigenpairs) for name in KNOWN] + [(name, Lobpcg) for name in list(KNOWN)[::2]]
+)
 def test_known_spectra(name, solver):
-    """Values to 1e-6 of the spectral norm, and the truth inside, at both ends, with their multiplicities."""
+    """Values to 1e-4 of the spectral norm, and the truth inside, at both ends, with their multiplicities."""
     operator = rotated(KNOWN[name])
     exact = exact_of(operator)
     size = np.abs(exact).max()
-    run = solver(3, 2, rtol=1e-4, max_products=400)(operator, stream(1, name))
+    run = solver(3, 2, rtol=1e-4, max_products=200)(operator, stream(1, name))
     check(run, operator, 1e-4)
     assert width(run) <= (0.2 if name in LOOSE else 2e-4) * size
     assert len(run.largest) == min(3, operator.n)
@@ -194,6 +195,43 @@ def test_float64_products_are_few():
     assert run.products == sum(v.shape[1] for v in narrow.seen)
 
 
+@dataclass(frozen=True)
+class Coarse(Operator):
+    """Products that are too small by a hundred-thousandth, unless they are in float64."""
+
+    exact: Spectrum
+
+    @property
+    def n(self) -> int:
+        return self.exact.n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.exact.device
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        return self.exact.matmat(vectors) * (1 - 1e-5)
+
+    def double(self) -> Operator:
+        return self.exact
+
+
+def test_noise_of_products_widens_the_bound_on_the_complement():
+    """What coarse products say of the complement would place its largest eigenvalue below one that is smaller."""
+    exact = spectrum(np.concatenate([[5 + 2e-5, 5], np.linspace(0, 1, 60)]))
+    start = torch.zeros(62, 1)
+    start[1] = 1
+    run = Eigenpairs(1, start=start, block=1)(Coarse(exact), stream(0))
+    assert run.noise == pytest.approx(5e-5, rel=0.1)
+    assert run.largest[0].value < 5 + 1e-5, "the case is not exercised: the pair was found"
+    check(run, exact, 1e-3)
+    assert run.reached
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     ("dtype", "factor", "tolerance"),
@@ -214,10 +252,10 @@ def test_scale_equivariance(solver, dtype, factor, tolerance):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("power", [-400, -7, 400])
+@pytest.mark.parametrize("power", [-401, 400])
 def test_powers_of_two_change_no_bit(solver, power):
     operator = rotated(KNOWN["power law"])
-    runs = [solver(3, 1, rtol=1e-2, max_products=90)(Dense(operator.matrix * c), stream(3)) for c in (1, 2.0**power)]
+    runs = [solver(3, 1, rtol=1e-2, max_products=40)(Dense(operator.matrix * c), stream(3)) for c in (1, 2.0**power)]
     numbers = [
         [x / c for p in run.largest + run.smallest for x in (p.lower, p.value, p.upper, p.residual)]
         for run, c in zip(runs, (1, 2.0**power), strict=True)
@@ -226,7 +264,7 @@ def test_powers_of_two_change_no_bit(solver, power):
     assert runs[0].products == runs[1].products
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.floats(-1e3, 1e3, allow_subnormal=False), min_size=1, max_size=20),
     st.integers(0, 4),
@@ -249,7 +287,7 @@ def test_enclosures_hold_for_any_spectrum_and_budget(values, k, s, extra, seed, 
 # Agreement with others, and with itself
 
 
-@pytest.mark.parametrize("name", ["outliers 1e0 to 1e6", "cluster of gap 0.01", "tie", "dominant negative"])
+@pytest.mark.parametrize("name", ["tie", "tie of multiple ends", "dominant negative"])
 def test_enclosures_of_all_solvers_intersect(name):
     """The largest, the smallest, and the norm: Lanczos, block Lanczos, LOBPCG, the power method, and ARPACK."""
     operator = rotated(KNOWN[name])
@@ -265,7 +303,7 @@ def test_enclosures_of_all_solvers_intersect(name):
             enclosures += [(values[place] - error, values[place] + error)]
             enclosures += [single.interval()] if j == 0 else []
             assert max(low for low, _ in enclosures) <= min(high for _, high in enclosures)
-    if name in ("outliers 1e0 to 1e6", "dominant negative"):
+    if name == "dominant negative":
         power = PowerMethod()(operator, stream(0))
         pairs = [max(run.largest[0], run.smallest[0], key=lambda pair: abs(pair.value)) for run in runs]
         low, high = abs(power.wanted.value) - power.wanted.slack, abs(power.wanted.value) + power.wanted.slack
@@ -275,7 +313,7 @@ def test_enclosures_of_all_solvers_intersect(name):
 def test_independent_seeds_intersect():
     for name in ("power law", "multiplicity 5"):
         operator = rotated(KNOWN[name])
-        runs = [Eigenpairs(2, rtol=1e-2)(operator, stream(seed, name)) for seed in range(8)]
+        runs = [Eigenpairs(2, rtol=1e-2)(operator, stream(seed, name)) for seed in range(5)]
         for j in range(2):
             assert max(run.largest[j].lower for run in runs) <= min(run.largest[j].upper for run in runs)
 
@@ -290,7 +328,7 @@ def test_nested_as_the_budget_grows(solver):
             assert b.lower >= a.lower - 1e-13
             assert b.upper <= a.upper + 1e-13
     assert all(run.products <= budget for run, budget in zip(runs, (12, 20, 32, 48, 70), strict=True))
-    assert width(runs[-1]) < 1e-3 * width(runs[0])
+    assert [width(run) < limit for run, limit in zip(runs, (1e9, 20, 2, 0.1, 1e-2), strict=True)] == [True] * 5
 
 
 def test_tolerance_is_met_and_is_not_free():
@@ -340,7 +378,7 @@ def failures(family, level: float, runs: int) -> int:
 
 
 @pytest.mark.parametrize("family", [hidden, mixed])
-@pytest.mark.parametrize(("level", "runs"), [(0.3, 60), (0.1, 40), (0.01, 30)])
+@pytest.mark.parametrize(("level", "runs"), [(0.3, 40), (0.1, 25), (0.01, 15)])
 def test_enclosures_fail_no_more_often_than_stated(family, level, runs):
     assert failures(family, level, runs) <= binom.ppf(0.999, runs, level)
 
@@ -486,7 +524,7 @@ def test_vectors_of_clusters_are_not_certified(solver):
 
 def test_angles_hold():
     rng = np.random.default_rng(0)
-    for seed in range(8):
+    for seed in range(6):
         values = np.concatenate([rng.uniform(-1, 1, 40), rng.uniform(1, 4, 5)])
         run = Eigenpairs(4, 0, rtol=0.05)(spectrum(values), stream(seed))
         order = values.argsort()
@@ -575,7 +613,7 @@ def test_nan_never_reaches_a_result(solver):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_runs_are_repeatable(solver):
     operator = rotated(KNOWN["power law"])
-    one, other = (solver(3, 1, rtol=1e-2, max_products=60)(operator, stream(7)) for _ in range(2))
+    one, other = (solver(3, 1, rtol=1e-2, max_products=40)(operator, stream(7)) for _ in range(2))
     for a, b in zip(one.largest + one.smallest, other.largest + other.smallest, strict=True):
         assert (a.lower, a.value, a.upper) == (b.lower, b.value, b.upper)
         assert torch.equal(a.vector, b.vector)

@@ -108,7 +108,7 @@ def test_both_ends_at_once_as_block_lanczos(dtype):
 def test_memory_is_three_blocks_however_long_it_runs(dtype):
     operator = spectrum(np.linspace(0, 1, 300), dtype)
     task = Lobpcg(3, 2, guard=1)
-    for steps in (2, 40):
+    for steps in (2, 25):
         search = advanced(operator, task, steps)
         held = [*search._vectors, *search._conjugate, *search._images, *search._moved]
         assert len(search._vectors) == 7
@@ -123,10 +123,10 @@ def test_basis_stays_orthonormal_and_images_true(name, dtype):
     values = {
         "outliers": OUTLIERS,
         "cluster": np.concatenate([np.linspace(-1, 1, 100), 5 + 1e-9 * np.arange(5)]),
-        "bulk": np.linspace(0, 1, 200),
+        "bulk": np.linspace(0, 1, 120),
     }[name]
     operator, eps = spectrum(values, dtype), torch.finfo(dtype).eps
-    search = advanced(operator, Lobpcg(4), 60)
+    search = advanced(operator, Lobpcg(4), 40)
     rows = torch.stack([*search._vectors, *search._conjugate]).double()
     identity = torch.eye(len(rows), dtype=torch.float64)
     assert float(torch.linalg.matrix_norm(rows @ rows.T - identity, 2)) < 30 * eps
@@ -152,7 +152,7 @@ def test_each_step_is_no_worse_than_the_last():
     """Rayleigh and Ritz on a space that holds the old vectors: values at the top only rise, at the bottom only fall."""
     operator = spectrum(np.linspace(-1, 1, 150) ** 3)
     before = None
-    for steps in range(1, 15):
+    for steps in range(1, 10):
         values = advanced(operator, Lobpcg(2, 2, guard=0), steps).ritz()[0]
         if before is not None:
             assert np.all(values[2:] >= before[2:] - 1e-14)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,8 +12,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from isoflat.core import space
-from isoflat.core.streams import stream
-from isoflat.linalg.probes import sphere
+from isoflat.linalg.krylov.orthogonal import orthogonalise, restart
 
 
 class Recurrence:
@@ -30,11 +30,16 @@ class Recurrence:
         scale: power of two near `‖A q₁‖`, so that nothing depends on the unit of the loss.
         log_couplings: `Σ ln β` over all couplings, in units of `scale`, each taken as no less than `rounding`, because
             below that it is not known; −inf once the space is exhausted.
-        exhausted: whether there is no next basis vector: the Krylov space is ℝⁿ, or the operator is zero.
+        exhausted: whether there is no next basis vector: the Krylov space is ℝⁿ, or the complement of the rows beside
+            it, or the operator is zero.
     """
 
-    def __init__(self, start: Tensor, dtype: torch.dtype) -> None:
-        """Begin with a unit vector of shape `(n,)`; the basis is stored in `dtype`."""
+    def __init__(self, start: Tensor, dtype: torch.dtype, beside: Sequence[Tensor] = ()) -> None:
+        """Begin with a unit vector of shape `(n,)`; the basis is stored in `dtype`.
+
+        Where the operator is one on the complement of orthonormal rows, these stand `beside` the basis, which is kept
+        orthogonal to them: what rounding leaves along them would come back, magnified, as an eigenvector for zero.
+        """
         self.n = start.shape[0]
         self.alphas: list[float] = []
         self.betas: list[float] = []
@@ -43,6 +48,7 @@ class Recurrence:
         self.exhausted = False
         self._largest = 0.0
         self._dtype = dtype
+        self._beside = tuple(beside)
         self._basis = [start.to(dtype)]
 
     @property
@@ -69,15 +75,17 @@ class Recurrence:
         size = space.norm(product)
         if not self.alphas:
             self.scale = math.ldexp(1.0, math.frexp(size)[1] - 1) if size else 1.0
-        alpha, beta, residual = self._orthogonalise(product / self.scale)
+        residual, rows = product / self.scale, [*self._beside, *self._basis]
+        removed, beta = orthogonalise(rows, residual)
+        alpha = float(removed[-1])
         self.alphas.append(alpha)
         self.betas.append(beta)
         self._largest = max(self._largest, size / self.scale, abs(alpha), beta)
-        if len(self._basis) == self.n or self._largest == 0:
+        if len(rows) == self.n or self._largest == 0:
             self.exhausted, self.log_couplings = True, -math.inf
             return
         self.log_couplings += math.log(max(beta, self.rounding))
-        self._basis.append((residual.div_(beta) if beta else self._restart()).to(self._dtype))
+        self._basis.append((residual.div_(beta) if beta else restart(rows, residual)).to(self._dtype))
 
     def ritz(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Ritz values, ascending, in units of `scale`, and the eigenvectors of T as columns."""
@@ -97,28 +105,3 @@ class Recurrence:
         if len(self._basis) > self.k:
             product.add_(self._basis[self.k], alpha=self.betas[-1] * float(coefficients[-1]))
         return product
-
-    def _orthogonalise(self, residual: Tensor) -> tuple[float, float, Tensor]:
-        """Gram–Schmidt against the whole basis until the norm stands still; α, β and what is left.
-
-        "Twice is enough" (Kahan and Parlett) unless the norm drops again, which happens when the space is nearly
-        closed. Where it never stands still, what is left is not orthogonal to anything: β is zero. It happens in place.
-        """
-        alpha, beta = 0.0, space.norm(residual)
-        for sweep in range(6):
-            coefficients = space.inner(self._basis, residual)
-            space.add(residual, -coefficients, self._basis)
-            alpha += float(coefficients[-1])
-            before, beta = beta, space.norm(residual)
-            if sweep >= 1 and beta > 0.5 * before:
-                return alpha, beta, residual
-        return alpha, 0.0, residual
-
-    def _restart(self) -> Tensor:
-        """A random unit vector orthogonal to the basis."""
-        for attempt in range(10):
-            draw = sphere(self.n, stream(0, "restart", len(self._basis), attempt)).to(self._basis[0].device)
-            _, size, residual = self._orthogonalise(draw)
-            if size:
-                return residual.div_(size)
-        raise AssertionError("a random vector lies in a proper subspace")
