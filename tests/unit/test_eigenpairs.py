@@ -225,11 +225,11 @@ def test_noise_of_products_widens_the_bound_on_the_complement():
     exact = spectrum(np.concatenate([[5 + 2e-5, 5], np.linspace(0, 1, 60)]))
     start = torch.zeros(62, 1)
     start[1] = 1
-    run = Eigenpairs(1, start=start, block=1)(Coarse(exact), stream(0))
+    run = Eigenpairs(1, start=start, block=1, rtol=2e-6, max_products=40)(Coarse(exact), stream(0))
     assert run.noise == pytest.approx(5e-5, rel=0.1)
     assert run.largest[0].value < 5 + 1e-5, "the case is not exercised: the pair was found"
-    check(run, exact, 1e-3)
-    assert run.reached
+    check(run, exact, 2e-6)
+    assert width(run) < 1e-3
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -328,7 +328,7 @@ def test_nested_as_the_budget_grows(solver):
             assert b.lower >= a.lower - 1e-13
             assert b.upper <= a.upper + 1e-13
     assert all(run.products <= budget for run, budget in zip(runs, (12, 20, 32, 48, 70), strict=True))
-    assert [width(run) < limit for run, limit in zip(runs, (1e9, 20, 2, 0.1, 1e-2), strict=True)] == [True] * 5
+    assert [width(run) < limit for run, limit in zip(runs, (1e3, 20, 2, 0.5, 1e-9), strict=True)] == [True] * 5
 
 
 def test_tolerance_is_met_and_is_not_free():
@@ -652,6 +652,15 @@ def test_fewer_passes_with_a_wider_block():
         assert Eigenpairs(8, block=block)(operator, stream(0)).reached
         passes.append(len(operator.seen))
     assert passes == sorted(set(passes), reverse=True)
+
+
+def test_a_large_eigenvalue_does_not_stand_in_the_way_of_the_other_end():
+    """Its residual, small enough for itself, would move the end of the rest by more than the other end can bear."""
+    values = np.concatenate([np.random.default_rng(0).standard_normal(300) * 0.05, np.geomspace(1, 1000, 10)])
+    run = Eigenpairs(5, 3, block=10)(spectrum(values), stream(0))
+    check(run, spectrum(values), 1e-3)
+    assert run.reached
+    assert run.products < 170
 
 
 def test_about_as_many_products_as_arpack():
