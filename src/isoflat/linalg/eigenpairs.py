@@ -347,23 +347,27 @@ class _Verified:
 
     Attributes:
         trial: the vectors, in units of `scale`.
-        small: a trial with the same bounds, in as many dimensions as there are vectors.
+        root: C, with `Cᵀ C = Rᵀ R` for the residuals R, shape `(d, d)`, in the same units.
         scale: a power of two.
         top: how many of the largest are wanted.
         bottom: how many of the smallest.
-        noise: rounding error of a product, as far as it is known.
-        slack: rounding error of the values.
-        rounding: what each further product may add to the noise.
+        surprise: distance of the products from what the search predicted.
+        rounding: what rounding amounts to in the search.
+        size: the largest magnitude that it met.
+        working: precision of the search's products, and of those of a certificate.
+        final: of the fresh ones.
     """
 
     trial: Trial
-    small: Trial
+    root: Reals
     scale: float
     top: int
     bottom: int
-    noise: float
-    slack: float
+    surprise: float
     rounding: float
+    size: float
+    working: float
+    final: float
 
     @property
     def values(self) -> Reals:
@@ -381,29 +385,53 @@ class _Verified:
         found = [self.trial.defect(j) * self.scale for j in range(len(self.values))]
         return np.array(found)[_slots(len(found), self.top, self.bottom)]
 
-    def bounds(self, lower: float, upper: float, steps: int) -> tuple[Reals, Reals]:
-        """Where the spectrum on the complement lies between two ends, found by so many products.
+    def noise(self, reach: float, steps: int = 0) -> float:
+        """Rounding error of products, after so many steps on the complement, where magnitudes reach so far."""
+        return self.surprise + self.rounding + (self.working * steps + self._sums) * max(self.size, reach)
+
+    def slack(self, reach: float) -> float:
+        """Rounding error of the values."""
+        own = 4 * self.final * (len(self.values) + 1)
+        return self.surprise * self.final / self.working + (own + self._sums) * max(self.size, reach)
+
+    @property
+    def _sums(self) -> float:
+        """Relative error of a sum over n entries, which is in float64 in any case."""
+        return torch.finfo(torch.float64).eps * math.sqrt(self.trial.vectors[0].shape[0])
+
+    def bounds(self, lower: float, upper: float, heard: _Heard) -> tuple[Reals, Reals]:
+        """Where the spectrum on the complement lies between two ends, according to a run there.
 
         Returns:
             Bounds from above on the largest eigenvalues, descending, and on the next one after them; and from below on the
             smallest, ascending, and on the next one.
         """
-        noise = self.noise + self.rounding * steps
+        noise, slack = self.noise(heard.reach, heard.steps), self.slack(heard.reach)
         lower, upper = lower - noise, upper + noise
-        high, low = self.small.bounds(lower / self.scale, upper / self.scale)
-        high, low = high[::-1] * self.scale + self.slack, low * self.scale - self.slack
+        high, low = self._compared(upper)[::-1] + slack, self._compared(lower)[: len(self.values)] - slack
+        high = high[: len(self.values)]
         return np.append(high, upper)[: self.top + 1], np.append(low, lower)[: self.bottom + 1]
+
+    def _compared(self, end: float) -> Reals:
+        """Eigenvalues of the comparison matrix: what `Trial.bounds` says, without a look at the vectors each time."""
+        d = len(self.values)
+        if not math.isfinite(end):
+            return np.full(2 * d, end)
+        both = np.zeros((2 * d, 2 * d))
+        both[:d, :d], both[d:, :d] = np.diag(self.trial.values), self.root
+        both[d:, d:] = np.eye(d) * (end / self.scale)
+        return np.linalg.eigvalsh(both).astype(np.float64) * self.scale
 
     def exact(self) -> tuple[Reals, Reals]:
         """The same where there is no complement."""
         high, low = np.append(self.values[::-1], -math.inf), np.append(self.values, math.inf)
-        return high[: self.top + 1] + self.slack, low[: self.bottom + 1] - self.slack
+        return high[: self.top + 1] + self.slack(0.0), low[: self.bottom + 1] - self.slack(0.0)
 
-    def widths(self, highs: Reals, lows: Reals) -> Reals:
+    def widths(self, highs: Reals, lows: Reals, reach: float) -> Reals:
         """Of the enclosures that such bounds make."""
         outer, inner = np.concatenate([highs[: self.top], -lows[: self.bottom]]), self.wanted.copy()
         inner[self.top :] *= -1
-        return outer - inner + self.slack
+        return outer - inner + self.slack(reach)
 
 
 class _Run:
@@ -422,6 +450,7 @@ class _Run:
         blamed: whose residuals are to blame for it.
         highs: the best of all bounds from above, as `_Verified.bounds` orders them.
         lows: from below.
+        reach: the largest magnitude met on complements.
     """
 
     def __init__(self, task: Many, domain: Domain, stream: torch.Generator) -> None:
@@ -430,7 +459,7 @@ class _Run:
         self.top, self.bottom = min(task.largest, domain.n), min(task.smallest, domain.n)
         self.wanted = min(self.top + self.bottom, domain.n)
         self.spent = self.attempts = self.length = 0
-        self.final = False
+        self.final, self.reach = False, 0.0
         self.tight = np.full(self.top + self.bottom, 0.25 if task.certify else 1.0)
         self.poor = self.blamed = np.zeros(self.top + self.bottom, dtype=bool)
         self.highs, self.lows = np.full(self.top + 1, math.inf), np.full(self.bottom + 1, -math.inf)
@@ -479,7 +508,7 @@ class _Run:
 
     def _good(self, verified: _Verified) -> bool:
         """Whether every pair is as good as was asked for."""
-        reached = verified.widths(self.highs, self.lows) if self.task.certify else verified.defects
+        reached = verified.widths(self.highs, self.lows, self.reach) if self.task.certify else verified.defects
         return bool((reached <= self._targets(verified)).all())
 
     def _goals(self) -> dict[int, float]:
@@ -551,21 +580,19 @@ class _Run:
         self.spent += len(vectors)
         surprise = max(space.norm(image.sub_(product)) for image, product in zip(images, fresh, strict=True))
         trial = Trial.of(vectors, [product / search.scale for product in fresh])
-        # Bounds depend on the inner products of residuals only, whatever the dimension.
         squares, turn = np.linalg.eigh(gram(trial.residuals, trial.residuals))
-        root = torch.from_numpy(np.sqrt(squares.clip(min=0))[:, None] * turn.T)
-        size = max(search.size, float(np.abs(trial.values).max()) * search.scale)
-        wide, working = torch.finfo(torch.float64).eps, torch.finfo(self.domain.dtype).eps
-        final, sums = wide if double else working, wide * math.sqrt(self.domain.n)
+        working = torch.finfo(self.domain.dtype).eps
         verified = _Verified(
             trial=trial,
-            small=Trial((), (), trial.values, root.unbind(1)),
+            root=np.sqrt(squares.clip(min=0))[:, None] * turn.T,
             scale=search.scale,
             top=self.top,
             bottom=self.bottom,
-            noise=surprise + search.rounding + sums * size,
-            slack=surprise * final / working + (4 * final * (len(vectors) + 1) + sums) * size,
-            rounding=working * size,
+            surprise=surprise,
+            rounding=search.rounding,
+            size=max(search.size, float(np.abs(trial.values).max()) * search.scale),
+            working=working,
+            final=torch.finfo(torch.float64).eps if double else working,
         )
         self.poor = self.blamed = verified.defects > self._targets(verified)
         return verified
@@ -577,18 +604,22 @@ class _Run:
             return []
         self.attempts += 1
         before, targets, settled = self.spent, self._targets(verified), self._settled()
-        heard, rounding = _Heard(verified.trial.vectors), 4 * (verified.noise + verified.slack)
+        heard = _Heard(verified.trial.vectors)
 
         def least() -> Reals:
             """The widths that are left if the Ritz values on the complement are its ends."""
-            return verified.widths(*verified.bounds(*heard.ends(), heard.steps))
+            return verified.widths(*verified.bounds(*heard.ends, heard), heard.reach)
+
+        def rounding() -> float:
+            """Widths that products in this precision cannot tell from zero."""
+            return 4 * (verified.noise(heard.reach) + verified.slack(heard.reach))
 
         def enough(left: Outside) -> bool:
             """As tight as was asked for; of pairs with which the search is done, about as tight as they can become."""
             possible = least()
-            done = settled | (possible <= rounding)
-            limits = np.where((possible > 0.75 * targets) & done, 2 * possible, targets)
-            return bool((verified.widths(*verified.bounds(left.lower, left.upper, heard.steps)) <= limits).all())
+            limits = np.where((possible > 0.75 * targets) & (settled | (possible <= rounding())), 2 * possible, targets)
+            widths = verified.widths(*verified.bounds(left.lower, left.upper, heard), heard.reach)
+            return bool((widths <= limits).all())
 
         aim = Aim(
             failure=(1 - self.task.confidence) / (self.attempts * (self.attempts + 1)),
@@ -598,23 +629,23 @@ class _Run:
         )
         left = yield from heard.through(outside(verified.trial, self.domain, self.stream, (None,), aim))
         self.spent, self.length = before + heard.steps, heard.steps if left.reached else 0
-        self.poor = least() > np.maximum(0.75 * targets, rounding)
+        self.poor = least() > np.maximum(0.75 * targets, rounding())
         self.blamed = self._blame(verified, heard)
         # All attempts' bounds hold together.
-        highs, lows = verified.bounds(left.lower, left.upper, heard.steps)
+        highs, lows = verified.bounds(left.lower, left.upper, heard)
+        self.reach = max(self.reach, heard.reach)
         self.highs, self.lows = np.minimum(self.highs, highs), np.maximum(self.lows, lows)
         above, below = math.inf, -math.inf
         if self.top:
-            above = verified.wanted[self.top - 1] + max(verified.noise, targets[self.top - 1] / 4)
+            above = verified.wanted[self.top - 1] + max(verified.noise(heard.reach), targets[self.top - 1] / 4)
         if self.bottom:
-            below = verified.wanted[-1] - max(verified.noise, targets[-1] / 4)
+            below = verified.wanted[-1] - max(verified.noise(heard.reach), targets[-1] / 4)
         return heard.beyond(below, above)
 
     def _blame(self, verified: _Verified, heard: _Heard) -> NDArray[np.bool_]:
         """Whose residuals widen the poor pairs' enclosures: those that move the end of the rest by much."""
         blamed, targets = np.zeros(len(self.poor), dtype=bool), self._targets(verified)
-        ends = heard.ends()
-        for end, mine in ((ends[1], slice(0, self.top)), (ends[0], slice(self.top, None))):
+        for end, mine in ((heard.ends[1], slice(0, self.top)), (heard.ends[0], slice(self.top, None))):
             if self.poor[mine].any():
                 half = np.abs(verified.wanted - end) / 2
                 moved = np.hypot(half, verified.defects) - half
@@ -628,19 +659,19 @@ class _Run:
             smallest=tuple(found[self.top :]),
             reached=stopped == REACHED,
             confidence=self.task.confidence if self.task.certify else 0.0,
-            noise=verified.noise,
+            noise=verified.noise(self.reach),
             products=self.spent,
             stopped=stopped,
         )
 
     def _enclosure(self, verified: _Verified, j: int) -> tuple[float, float]:
         """Of the j-th of the verified values, ascending."""
-        place, value = len(verified.values) - 1 - j, float(verified.values[j])
+        place, value, slack = len(verified.values) - 1 - j, float(verified.values[j]), verified.slack(self.reach)
         lower, upper = -math.inf, math.inf
         if place < self.top:
-            lower, upper = value - verified.slack, max(float(self.highs[place]), value)
+            lower, upper = value - slack, max(float(self.highs[place]), value)
         if j < self.bottom:
-            lower, upper = max(lower, min(float(self.lows[j]), value)), min(upper, value + verified.slack)
+            lower, upper = max(lower, min(float(self.lows[j]), value)), min(upper, value + slack)
         return lower, upper
 
     def _pair(self, verified: _Verified, j: int) -> Pair:
@@ -658,7 +689,7 @@ class _Run:
             residual=residual,
             vector=verified.trial.vectors[j],
             clustered=any(low <= upper and lower <= high for low, high in others),
-            angle=min(1.0, (residual + verified.slack) / distance) if distance else 1.0,
+            angle=min(1.0, (residual + verified.slack(self.reach)) / distance) if distance else 1.0,
         )
 
 
@@ -693,12 +724,18 @@ class _Heard:
         self._matrix = np.block([[self._matrix, column[:-1, None]], [column[None, :-1], column[-1:, None]]])
         self.steps, self._ends = self.steps + 1, None
 
+    @property
     def ends(self) -> tuple[float, float]:
         """The smallest and the largest Ritz value."""
         if self._ends is None:
             values = np.linalg.eigvalsh(self._matrix)
             self._ends = float(values[0]), float(values[-1])
         return self._ends
+
+    @property
+    def reach(self) -> float:
+        """The larger of their magnitudes."""
+        return max(-self.ends[0], self.ends[1])
 
     def beyond(self, below: float, above: float) -> list[Tensor]:
         """Ritz vectors of the complement with values beyond either of two."""
