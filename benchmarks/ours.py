@@ -13,7 +13,8 @@ import isoflat
 from isoflat.core.streams import stream
 from isoflat.curvature.block_trace import block_traces
 from isoflat.geometry.layerwise import GEOMETRY as LAYERWISE
-from isoflat.linalg.eigen import Lanczos, PowerMethod
+from isoflat.linalg.eigen.lanczos import Lanczos
+from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.maps import LinearMap
 from isoflat.linalg.solver import Domain, Solver
 from isoflat.linalg.trace.base import TraceEstimate

@@ -22,7 +22,7 @@ _CONTEXT.set_forkserver_preload(
     [
         "isoflat",
         "isoflat.geometry.canonical",
-        "isoflat.linalg.eigen",
+        "isoflat.linalg.eigen.hard_first",
         "scipy.integrate",
         "scipy.stats",
         "torch._dynamo",

@@ -16,7 +16,7 @@ from isoflat.core.streams import stream
 from isoflat.curvature.matrix import Curvature
 from isoflat.experiments.families import lenet
 from isoflat.geometry.layerwise import GEOMETRY
-from isoflat.linalg.eigen import PowerMethod
+from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.operator import Pullback
 from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk

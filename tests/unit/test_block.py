@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from cases.operators import rotated
 from isoflat.core import space
 from isoflat.core.streams import stream
 from isoflat.linalg.krylov.block import BlockRecurrence
-from isoflat.linalg.krylov.orthogonal import orthogonalise, restart
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.operator import Dense
+from isoflat.linalg.orthogonal import orthogonalise, restart
 from isoflat.linalg.probes import sphere, spherical
 
 bulk = np.linspace(-1, 1, 60)
@@ -26,14 +27,6 @@ KNOWN = {
     "n = 2": np.array([-2.5, 1.0]),
     "power law": np.arange(1, 90) ** -1.5,
 }
-
-
-def rotated(values, seed: int = 0, dtype: torch.dtype = torch.float64) -> Dense:
-    """A dense matrix with these eigenvalues in a random orthonormal basis."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=stream(seed, "basis"), dtype=torch.float64))
-    matrix = (q * values) @ q.T
-    return Dense(((matrix + matrix.T) / 2).to(dtype))
 
 
 def grown(operator: Dense, width: int, steps: int, choosy: bool = False, seed: int = 2) -> BlockRecurrence:

@@ -13,11 +13,12 @@ from scipy.stats import binom
 from torch import Tensor
 
 from isoflat.core.streams import stream
-from isoflat.linalg.eigen import Lanczos, Which
-from isoflat.linalg.hard_first import HardFirst
+from isoflat.linalg.eigen.extremes import Which
+from isoflat.linalg.eigen.hard_first import HardFirst
+from isoflat.linalg.eigen.lanczos import Lanczos
+from isoflat.linalg.eigen.outside import Trial
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Pullback, Sum
-from isoflat.linalg.outside import Trial
 from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain, Job, together
 from isoflat.risk.parts import FEWEST, MINORITY, WORTHWHILE, by_hardness

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,49 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
-from torch import Tensor
 
+from cases.operators import Spectrum, rotated
 from isoflat.core import space
 from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.streams import stream
-from isoflat.linalg.eigen import Extremes, Lanczos, PowerMethod, Which
+from isoflat.linalg.eigen.extremes import Extremes, Which
+from isoflat.linalg.eigen.lanczos import Lanczos
+from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.maps import Diagonal
 from isoflat.linalg.operator import Dense, Operator, Pullback
 from isoflat.linalg.probes import sphere
-
-
-@dataclass(frozen=True)
-class Spectrum(Operator):
-    """A diagonal matrix."""
-
-    entries: Tensor
-
-    @property
-    def n(self) -> int:
-        return len(self.entries)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.entries.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.entries.device
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        return (self.entries[:, None] * vectors.to(self.dtype)).double()
-
-    def double(self) -> Operator:
-        return Spectrum(self.entries.double())
-
-
-def rotated(values, seed: int = 0, dtype: torch.dtype = torch.float64) -> Dense:
-    """A dense matrix with these eigenvalues in a random orthonormal basis."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=stream(seed, "basis"), dtype=torch.float64))
-    matrix = (q * values) @ q.T
-    return Dense(((matrix + matrix.T) / 2).to(dtype))
 
 
 def extremes_of(operator: Operator) -> tuple[float, float]:

@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator, lobpcg
-from torch import Tensor
 
+from cases.operators import Spectrum, spectrum
 from isoflat.core import space
 from isoflat.core.streams import stream
-from isoflat.linalg.eigenpairs import Eigenpairs
-from isoflat.linalg.lobpcg import Lobpcg, _conjugate
-from isoflat.linalg.operator import Operator
+from isoflat.linalg.eigen.block_lanczos import Eigenpairs
+from isoflat.linalg.eigen.lobpcg import Lobpcg, _conjugate
 from isoflat.linalg.probes import spherical
 from isoflat.linalg.solver import Domain
-
-
-@dataclass(frozen=True)
-class Spectrum(Operator):
-    """A diagonal matrix."""
-
-    entries: Tensor
-
-    @property
-    def n(self) -> int:
-        return len(self.entries)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.entries.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.entries.device
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        return (self.entries[:, None] * vectors.to(self.dtype)).double()
-
-    def double(self) -> Operator:
-        return Spectrum(self.entries.double())
-
-
-def spectrum(values, dtype: torch.dtype = torch.float64) -> Spectrum:
-    return Spectrum(torch.as_tensor(np.asarray(values, dtype=float)).to(dtype))
-
 
 OUTLIERS = np.concatenate([np.linspace(-0.5, 0.5, 400), np.arange(1.0, 9.0), -np.arange(1.0, 5.0)])
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.streams import stream
-from isoflat.linalg.eigen import Extremes, Lanczos, PowerMethod, Which
+from isoflat.linalg.eigen.extremes import Extremes, Which
+from isoflat.linalg.eigen.lanczos import Lanczos
+from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.maps import Complement, Diagonal, Identity
 from isoflat.linalg.operator import Operator, Pullback
 from isoflat.linalg.solver import Domain, Job, Request, Solver, Steps, together

@@ -12,20 +12,12 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 from torch import Tensor
 
+from cases.operators import rotated
 from isoflat.core.errors import UsageError
 from isoflat.core.streams import stream
 from isoflat.linalg.operator import Dense
 from isoflat.linalg.probes import Distribution
 from isoflat.linalg.trace.xtrace import XTrace
-
-
-def rotated(values, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A dense matrix with these eigenvalues in a random orthonormal basis."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=stream(seed, "basis"), dtype=torch.float64))
-    matrix = (q * values) @ q.T
-    return ((matrix + matrix.T) / 2).to(dtype)
-
 
 KNOWN = {
     "bulk": np.linspace(0, 1, 60),
@@ -60,7 +52,7 @@ def naive(matrix: Tensor, omega: Tensor) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize("name", KNOWN)
 def test_equals_leaving_out_one_by_one(name, k):
     """Values, value and standard error, jackknife included, to 1e-10 of the size of the matrix (check 46)."""
-    matrix = rotated(KNOWN[name])
+    matrix = rotated(KNOWN[name]).matrix
     run = XTrace(vectors=k, confidence=0.9)(Dense(matrix), stream(1))
     values, without = naive(matrix, Distribution.SPHERE.columns(60, k, stream(1)))
     size = float(np.abs(KNOWN[name]).sum())
@@ -80,7 +72,7 @@ def test_exact_beyond_the_rank(rank, dtype):
     """To 1e-9 with as few vectors as rank + 1, and the interval holds what rounding left (check 46)."""
     values = np.concatenate([(-2.0) ** np.arange(rank), np.zeros(100 - rank)])
     for vectors in (rank + 1, rank + 2, 2 * rank + 3):
-        matrix = rotated(values, dtype=dtype)
+        matrix = rotated(values, dtype=dtype).matrix
         run = XTrace(vectors=vectors)(Dense(matrix), stream(0, vectors))
         size = np.abs(values).sum()
         assert abs(run.value - values.sum()) <= (1e-9 if dtype == torch.float64 else 1e-4) * size
@@ -91,7 +83,7 @@ def test_exact_beyond_the_rank(rank, dtype):
 
 def test_not_exact_at_the_rank():
     """Negative control: with as many vectors as the rank one direction is missing each time."""
-    run = XTrace(vectors=5)(Dense(rotated(np.concatenate([np.ones(5), np.zeros(95)]))), stream(0))
+    run = XTrace(vectors=5)(rotated(np.concatenate([np.ones(5), np.zeros(95)])), stream(0))
     assert abs(run.value - 5) > 1e-3
 
 
@@ -99,12 +91,12 @@ def test_not_exact_at_the_rank():
 @pytest.mark.parametrize("name", KNOWN)
 def test_exact_where_unit_vectors_cost_no_more(name, vectors):
     """Twice as many products as vectors reach the dimension (check 46)."""
-    run = XTrace(vectors=vectors, block=7)(Dense(rotated(KNOWN[name])), stream(0))
+    run = XTrace(vectors=vectors, block=7)(rotated(KNOWN[name]), stream(0))
     assert run.value == pytest.approx(KNOWN[name].sum(), rel=1e-9, abs=1e-9)
     assert run.products == 60
     assert run.standard_error == 0
     lower, upper = run.interval()
-    assert lower <= float(rotated(KNOWN[name]).trace()) <= upper
+    assert lower <= float(rotated(KNOWN[name]).matrix.trace()) <= upper
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 40])
@@ -126,7 +118,7 @@ def test_columns_without_entries_are_dropped():
 
 def test_beats_hutchinson_on_decaying_spectra():
     """What it is for: with 24 products the error is far below that of 24 forms."""
-    matrix = rotated(0.6 ** np.arange(60))
+    matrix = rotated(0.6 ** np.arange(60)).matrix
     run = XTrace(vectors=12)(Dense(matrix), stream(0))
     assert abs(run.value - 2.5) < 1e-2
     assert run.half_width < 0.05
@@ -136,7 +128,7 @@ def test_beats_hutchinson_on_decaying_spectra():
 @given(st.floats(-30, 30), st.booleans(), st.sampled_from(sorted(KNOWN)))
 def test_scale_equivariance(power, negative, name):
     factor = 10.0**power * (-1 if negative else 1)
-    matrix = rotated(KNOWN[name])
+    matrix = rotated(KNOWN[name]).matrix
     one, other = (XTrace(vectors=6)(Dense(a), stream(2)) for a in (matrix, matrix * factor))
     size = np.abs(KNOWN[name]).sum()
     assert other.value / factor == pytest.approx(one.value, rel=1e-10, abs=1e-12 * size)
@@ -146,7 +138,7 @@ def test_scale_equivariance(power, negative, name):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 20), st.integers(2, 20))
 def test_block_changes_the_passes_not_the_vectors(block, vectors):
-    matrix = rotated(KNOWN["bulk"])
+    matrix = rotated(KNOWN["bulk"]).matrix
     one, other = (XTrace(vectors=vectors, block=b)(Dense(matrix), stream(2)) for b in (1, block))
     assert one.samples == pytest.approx(other.samples, rel=1e-10)
     assert one.half_width == pytest.approx(other.half_width, rel=1e-6)

@@ -161,7 +161,7 @@ def together(base: Operator, jobs: Sequence[Job], report: Callable[[str], None] 
 
     >>> from isoflat.linalg.maps import Diagonal, Identity
     >>> from isoflat.linalg.operator import Dense
-    >>> from isoflat.linalg.eigen import Lanczos
+    >>> from isoflat.linalg.eigen.lanczos import Lanczos
     >>> from isoflat.core.streams import stream
     >>> base = Dense(torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)))
     >>> half = Diagonal(torch.tensor([1.0, 2.0], dtype=torch.float64))

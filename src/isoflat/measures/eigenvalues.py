@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from isoflat.core.estimate import Cost, Estimate, Kind
-from isoflat.linalg.eigen import REACHED, Extremes, Lanczos, Which
-from isoflat.linalg.hard_first import HardFirst
+from isoflat.linalg.eigen.extremes import REACHED, Extremes, Which
+from isoflat.linalg.eigen.hard_first import HardFirst
+from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.solver import Outcome
 from isoflat.measures.base import Effort, Findings, Question
 

@@ -1,6 +1,6 @@
 """The plain Hessian's norm: the number that a rescaling can move at will."""
 
-from isoflat.linalg.eigen import Which
+from isoflat.linalg.eigen.extremes import Which
 from isoflat.measures.base import Direction, Measure
 from isoflat.measures.eigenvalues import eigenvalue, extremes
 

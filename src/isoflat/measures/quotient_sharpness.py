@@ -1,7 +1,7 @@
 """The paper's number in Keskar's form."""
 
 from isoflat.core.estimate import Estimate
-from isoflat.linalg.eigen import Which
+from isoflat.linalg.eigen.extremes import Which
 from isoflat.measures.base import Direction, Findings, Measure
 from isoflat.measures.eigenvalues import curvature, eigenvalue, extremes
 

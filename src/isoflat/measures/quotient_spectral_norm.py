@@ -1,6 +1,6 @@
 """The paper's number."""
 
-from isoflat.linalg.eigen import Which
+from isoflat.linalg.eigen.extremes import Which
 from isoflat.measures.base import Direction, Measure
 from isoflat.measures.eigenvalues import curvature, eigenvalue, extremes
 

@@ -11,18 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isoflat.core import space
 from isoflat.core.density import Atoms, Density, Outlier, Quadrature
 from isoflat.core.errors import UsageError
 from isoflat.linalg.certificate import outer_bounds
 from isoflat.linalg.density.counts import counted
 from isoflat.linalg.density.gauss import Reals, Run, pooled
+from isoflat.linalg.eigen.outside import Trial
 from isoflat.linalg.krylov.recurrence import Recurrence
-from isoflat.linalg.outside import Trial
+from isoflat.linalg.orthogonal import orthogonalise
 from isoflat.linalg.probes import gaussian
 from isoflat.linalg.solver import Domain, Request, Steps
 from isoflat.linalg.trace.base import Deflating, check, clock
-from isoflat.linalg.trace.span import remove
 
 ENDS = 0.1
 """Share of the failure probability that the ends of the spectrum have; their bounds depend on its logarithm only."""
@@ -222,24 +221,15 @@ class _Probe:
     def __init__(self, rows: Sequence[Tensor], domain: Domain, stream: torch.Generator) -> None:
         """From a Gaussian vector without its components along the rows: its direction is uniform on their complement."""
         draw = gaussian(domain.n, 1, stream)[:, 0].to(domain.device)
-        _clear(rows, draw)
-        length = space.norm(draw)
-        self.recurrence = Recurrence(draw.div_(length), domain.dtype)
+        length = orthogonalise(rows, draw)[1]
+        self.recurrence = Recurrence(draw.div_(length), domain.dtype, rows)
         self.square = length**2
         self.closed = False
-        self._rows = rows
-
-    @property
-    def whole(self) -> bool:
-        """Whether the Krylov space is all of the complement, or the operator is zero."""
-        return self.recurrence.exhausted or self.recurrence.k >= self.recurrence.n - len(self._rows)
 
     def extend(self, product: Tensor) -> None:
-        """Take in a product with the operator on the complement."""
-        product = product.clone()
-        _clear(self._rows, product)
+        """Take in a product; the recurrence makes it one of the operator on the complement."""
         self.recurrence.extend(product)
-        self.closed = self.whole or self.recurrence.betas[-1] <= self.recurrence.rounding
+        self.closed = self.recurrence.exhausted or self.recurrence.betas[-1] <= self.recurrence.rounding
 
     def finished(self) -> _Seen:
         """What it saw."""
@@ -251,7 +241,7 @@ class _Probe:
             quadrature=Quadrature(tuple(nodes.tolist()), tuple(weights.tolist()), self.square),
             rounding=(1 + self.closed) * done.rounding * scale,  # what was left out in the end is rounding, too
             scale=scale,
-            log_couplings=-math.inf if self.whole else done.log_couplings,
+            log_couplings=done.log_couplings,
         )
 
 
@@ -290,13 +280,7 @@ def _removed(rows: Sequence[Tensor], block: int) -> Steps[_Removed]:
         images += (yield Request(columns, double=True, status=status)).unbind(1)
     trial = Trial.of(basis.unbind(1), images)
     outliers = [Outlier(float(value), trial.defect(j)) for j, value in enumerate(trial.values)]
-    return _Removed(trial.vectors, tuple(outliers), math.hypot(*map(space.norm, trial.residuals)))
-
-
-def _clear(rows: Sequence[Tensor], vector: Tensor) -> None:
-    """Remove components along orthonormal rows in place; twice, as rounding wants it."""
-    for _ in range(2 if rows else 0):
-        remove(rows, vector)
+    return _Removed(trial.vectors, tuple(outliers), float(np.linalg.norm(trial.coupling)))
 
 
 def _whole(domain: Domain, block: int, confidence: float) -> Steps[Density]:

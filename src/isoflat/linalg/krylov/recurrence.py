@@ -12,7 +12,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from isoflat.core import space
-from isoflat.linalg.krylov.orthogonal import orthogonalise, restart
+from isoflat.linalg.orthogonal import orthogonalise, remove, restart
 
 
 class Recurrence:
@@ -71,7 +71,10 @@ class Recurrence:
         return (eps * self.k + torch.finfo(torch.float64).eps * math.sqrt(self.n)) * self._largest
 
     def extend(self, product: Tensor) -> None:
-        """Take in the product of `last`, shape `(n,)`, float64."""
+        """Take in the product of `last`, shape `(n,)`, float64; what it has along the rows beside is left out."""
+        if self._beside:
+            product = product.clone()
+            remove(self._beside, product)
         size = space.norm(product)
         if not self.alphas:
             self.scale = math.ldexp(1.0, math.frexp(size)[1] - 1) if size else 1.0
@@ -81,7 +84,7 @@ class Recurrence:
         self.alphas.append(alpha)
         self.betas.append(beta)
         self._largest = max(self._largest, size / self.scale, abs(alpha), beta)
-        if len(rows) == self.n or self._largest == 0:
+        if len(rows) >= self.n or self._largest == 0:
             self.exhausted, self.log_couplings = True, -math.inf
             return
         self.log_couplings += math.log(max(beta, self.rounding))

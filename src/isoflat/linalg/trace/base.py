@@ -17,9 +17,9 @@ from torch import Tensor
 
 from isoflat.core import space
 from isoflat.core.errors import UsageError
+from isoflat.linalg.orthogonal import remove
 from isoflat.linalg.probes import Distribution
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
-from isoflat.linalg.trace.span import remove
 
 R = TypeVar("R")
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from isoflat.core import space
+from isoflat.linalg.orthogonal import remove
 from isoflat.linalg.probes import Distribution
 from isoflat.linalg.solver import Domain, Steps
 from isoflat.linalg.trace.base import Beyond, Deflating, Forms, along, ask, check, deviation, doubt, quantile, unit
-from isoflat.linalg.trace.span import remove
 
 
 @final

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from isoflat.core import space
+from isoflat.linalg.orthogonal import orthogonalise
 
 
 class Span:
@@ -40,24 +38,11 @@ class Span:
 
     def take(self, column: Tensor) -> None:
         """Extend the basis by what a column of shape `(n,)` adds to it."""
-        rows, residual = self.rows.unbind(), column.double().clone()
-        image = torch.zeros(len(rows), dtype=torch.float64)
-        norm, kept = space.norm(residual), not rows
-        for _ in range(6 if rows else 0):
-            coefficients = remove(rows, residual)
-            image += coefficients.cpu()
-            before, norm = norm, space.norm(residual)
-            if kept := norm > 0.5 * before:
-                break
-        if kept and norm > 0:
-            self._store[self._size] = residual / norm
+        residual = column.double().clone()
+        removed, size = orthogonalise(self.rows.unbind(), residual)
+        image = removed.cpu()
+        if size:
+            self._store[self._size] = residual / size
             self._size += 1
-            image = torch.cat([image, torch.tensor([norm], dtype=torch.float64)])
+            image = torch.cat([image, torch.tensor([size], dtype=torch.float64)])
         self.images.append(image)
-
-
-def remove(rows: Sequence[Tensor], vector: Tensor) -> Tensor:
-    """Subtract a float64 vector's components along orthonormal rows, in place; returns them, shape `(r,)`."""
-    coefficients = space.inner(rows, vector)
-    space.add(vector, -coefficients, rows)
-    return coefficients

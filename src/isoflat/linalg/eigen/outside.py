@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
@@ -29,28 +29,55 @@ from isoflat.core import space
 from isoflat.linalg.certificate import outer_bounds
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.operator import Parts
+from isoflat.linalg.orthogonal import gram, orthogonalise, remove
 from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain, Request, Steps
+
+PATIENCE = 3
+"""Steps in a row without gain after which a run promises nothing more: one may be bad luck of the couplings."""
 
 
 @final
 @dataclass(frozen=True)
 class Outside:
-    """Bounds on the spectrum of `B = (I − X Xᵀ) A (I − X Xᵀ)`.
+    """What is known of the spectrum of `B = (I − X Xᵀ) A (I − X Xᵀ)`.
 
     Attributes:
-        lower: of its smallest eigenvalue.
-        upper: of its largest eigenvalue.
+        lower: bound on its smallest eigenvalue.
+        upper: bound on its largest eigenvalue.
+        bottom: smallest Ritz value, summed over the groups of parts.
+        top: largest Ritz value, summed alike.
         weight: the largest magnitude of a Ritz value, summed over the groups after the first: what these weigh, about.
         products: spent, in products with all of A.
+        runs: one in each group.
         reached: whether the bounds were as tight as was asked for.
     """
 
     lower: float
     upper: float
+    bottom: float
+    top: float
     weight: float
     products: float
-    reached: bool
+    runs: tuple[Recurrence, ...]
+    reached: bool = False
+
+    @property
+    def reach(self) -> float:
+        """The larger magnitude of the two Ritz values."""
+        return max(-self.bottom, self.top)
+
+    @property
+    def steps(self) -> int:
+        """Of all runs together."""
+        return sum(run.k for run in self.runs)
+
+    def beyond(self, below: float, above: float) -> list[Tensor]:
+        """Ritz vectors of a run in all of A with values beyond either of two: shape `(n,)` each, float64."""
+        (run,) = self.runs
+        values, coefficients = run.ritz()
+        chosen = [j for j, value in enumerate(values * run.scale) if not below <= value <= above]
+        return [run.combine(coefficients[:, j]) for j in chosen]
 
 
 @final
@@ -62,13 +89,13 @@ class Trial:
         vectors: X, rows of shape `(n,)`, float64, orthonormal.
         images: `A X` alike.
         values: Ritz values, ascending, shape `(d,)`.
-        residuals: `R = A X − X diag(values)` alike.
+        coupling: C with `Rᵀ R = Cᵀ C` for the residuals `R = (I − X Xᵀ) A X`, shape `(d, d)`.
     """
 
     vectors: tuple[Tensor, ...]
     images: tuple[Tensor, ...]
     values: NDArray[np.float64]
-    residuals: tuple[Tensor, ...]
+    coupling: NDArray[np.float64]
 
     @staticmethod
     def of(vectors: Sequence[Tensor], images: Sequence[Tensor]) -> Trial:
@@ -76,12 +103,16 @@ class Trial:
         values, turn = np.linalg.eigh(gram(vectors, images))
         columns = [torch.from_numpy(np.ascontiguousarray(turn[:, j])) for j in range(len(values))]
         turned, moved = ([space.combine(column, rows) for column in columns] for rows in (vectors, images))
-        residuals = []
-        for vector, image, value in zip(turned, moved, values, strict=True):
+        residuals, sizes = [], np.zeros(len(values))
+        for j, (vector, image, value) in enumerate(zip(turned, moved, values, strict=True)):
             residual = torch.sub(image, vector, alpha=float(value))
-            space.add(residual, -space.inner(turned, residual), turned)
-            residuals.append(residual)
-        return Trial(tuple(turned), tuple(moved), values, tuple(residuals))
+            remove(turned, residual)
+            sizes[j] = space.norm(residual)
+            residuals.append(residual.div_(sizes[j]) if sizes[j] else residual)
+        # R = Q C with orthonormal Q; the root of a Gram matrix is such a C, and unit columns do not overflow in it.
+        squares, axes = np.linalg.eigh(gram(residuals, residuals))
+        root = np.sqrt(squares.clip(min=0))[:, None] * axes.T
+        return Trial(tuple(turned), tuple(moved), values, root * sizes)
 
     def defect(self, j: int) -> float:
         """`‖A x_j − θ_j x_j‖`."""
@@ -90,32 +121,25 @@ class Trial:
     def bounds(self, lower: float, upper: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Bounds on the d largest eigenvalues from above, and on the d smallest from below; both ascending.
 
+        Args:
+            lower: bound on the spectrum of the complement.
+            upper: bound alike.
+
         >>> start = torch.tensor([1.0, 0.0], dtype=torch.float64)
         >>> trial = Trial.of([start], [torch.tensor([2.0, 0.5], dtype=torch.float64)])
         >>> [round(float(bound[0]), 3) for bound in trial.bounds(0.0, 1.0)]
         [2.207, -0.118]
         """
         d = len(self.values)
-        coupling = gram(self.residuals, self.residuals)
-        scale = max(float(np.abs(self.values).max()), math.sqrt(float(coupling.diagonal().max()))) or 1.0
-        # R = Q C with orthonormal Q; the root of a Gram matrix is such a C.
-        squares, turn = np.linalg.eigh(coupling / scale**2)
-        root = np.sqrt(squares.clip(min=0))[:, None] * turn.T
-        found = []
-        for bound in (upper, lower):
-            if not math.isfinite(bound):
-                found.append(np.full(d, bound))
-                continue
-            both = np.block([[np.diag(self.values / scale), root.T], [root, np.eye(d) * (bound / scale)]])
-            ends = np.linalg.eigvalsh(both) * scale
-            found.append(ends[d:] if bound is upper else ends[:d])
-        return found[0], found[1]
+        return self._compared(upper)[d:], self._compared(lower)[:d]
 
-
-def gram(left: Sequence[Tensor], right: Sequence[Tensor]) -> NDArray[np.float64]:
-    """The symmetric matrix of inner products, halves averaged: shape `(d, d)`."""
-    made = np.stack([space.inner(left, row).cpu().numpy() for row in right], axis=1)
-    return (made + made.T) / 2
+    def _compared(self, bound: float) -> NDArray[np.float64]:
+        """Eigenvalues of the matrix with which A is compared, ascending, shape `(2d,)`."""
+        d = len(self.values)
+        if not math.isfinite(bound):
+            return np.full(2 * d, bound)
+        both = np.block([[np.diag(self.values), self.coupling.T], [self.coupling, np.eye(d) * bound]])
+        return np.linalg.eigvalsh(both).astype(np.float64)
 
 
 @final
@@ -152,20 +176,18 @@ def outside(trial: Trial, domain: Domain, stream: torch.Generator, groups: Seque
     levels = [_Level.fresh(trial, domain, stream, parts) for parts in groups]
     spent = 0.0
     while True:
-        lower, upper = (math.fsum(getattr(level, end) for level in levels) for end in ("lower", "upper"))
-        bottom, top = (math.fsum(getattr(level, end) for level in levels) for end in ("bottom", "top"))
-        weight = math.fsum(max(-level.bottom, level.top, 0.0) for level in levels[1:])
+        known = _seen(levels, spent)
         done = all(level.recurrence.k for level in levels)
-        reached = done and aim.enough(Outside(lower, upper, weight, spent, True))
-        hopeless = done and not aim.enough(Outside(bottom, top, weight, spent, True))
+        reached = done and aim.enough(known)
+        hopeless = done and not aim.enough(replace(known, lower=known.bottom, upper=known.top))
         level = max(levels, key=lambda level: level.promise)
         if reached or hopeless or level.promise <= 0 or (done and not aim.affordable(spent + level.share)):
-            return Outside(lower, upper, weight, spent, reached)
+            return replace(known, reached=reached)
         where = f" in part {levels.index(level) + 1} of {len(levels)}" if len(levels) > 1 else ""
-        vectors = level.recurrence.last
-        product = (yield Request(vectors, status=f"{aim.status}{where}: bound {upper:.3g}", parts=level.parts))[:, 0]
+        status = f"{aim.status}{where}: bound {known.upper:.3g}"
+        product = (yield Request(level.recurrence.last, status=status, parts=level.parts))[:, 0]
         spent += level.share
-        level.extend(removed(trial.vectors, product), aim.failure / len(levels))
+        level.extend(product, aim.failure / len(levels))
 
 
 @dataclass
@@ -180,7 +202,7 @@ class _Level:
         upper: bound on the largest eigenvalue.
         bottom: smallest Ritz value.
         top: largest Ritz value.
-        gains: factors by which the wider bound shrank in the last steps.
+        gains: factors by which the distance of the bounds shrank, step by step.
     """
 
     parts: Parts
@@ -195,23 +217,23 @@ class _Level:
     @staticmethod
     def fresh(trial: Trial, domain: Domain, stream: torch.Generator, parts: Parts) -> _Level:
         """From a uniform point of the complement's sphere."""
-        start = removed(trial.vectors, sphere(domain.n, stream).to(domain.device))
-        size = space.norm(start)
+        start = sphere(domain.n, stream).to(domain.device)
+        size = orthogonalise(trial.vectors, start)[1]
         # Where the trial vectors are a basis nothing is left, and any start does for the zero operator.
         start = start / size if size else sphere(domain.n, stream).to(domain.device)
-        return _Level(parts, domain.share(parts), Recurrence(start, domain.dtype))
+        return _Level(parts, domain.share(parts), Recurrence(start, domain.dtype, trial.vectors))
 
     @property
     def promise(self) -> float:
-        """By how much the next step will tighten the bounds, in units of its cost, if it does as the last one did."""
+        """By how much the next step will tighten the bounds, in units of its cost, if it does as well as the last ones."""
         if self.recurrence.exhausted:
             return 0.0
         if not self.gains:
             return math.inf
-        return (self.upper - self.lower) * (1 - self.gains[-1]) / self.share
+        return (self.upper - self.lower) * (1 - min(self.gains[-PATIENCE:])) / self.share
 
     def extend(self, product: Tensor, failure: float) -> None:
-        """Take in a product with the complement's operator."""
+        """Take in a product with the parts; the recurrence makes it one of the complement's operator."""
         run = self.recurrence
         run.extend(product)
         ritz = run.ritz()[0]
@@ -224,9 +246,10 @@ class _Level:
         self.bottom, self.top = float(ritz[0]) * run.scale, float(ritz[-1]) * run.scale
 
 
-def removed(rows: Sequence[Tensor], vector: Tensor) -> Tensor:
-    """A vector without its components along orthonormal rows; twice, as rounding wants it."""
-    left = vector.double().clone()
-    for _ in range(2 if rows else 0):
-        space.add(left, -space.inner(rows, left), rows)
-    return left
+def _seen(levels: Sequence[_Level], spent: float) -> Outside:
+    """What the runs say together."""
+    lower, upper, bottom, top = (
+        math.fsum(getattr(level, name) for level in levels) for name in ("lower", "upper", "bottom", "top")
+    )
+    weight = math.fsum(max(-level.bottom, level.top, 0.0) for level in levels[1:])
+    return Outside(lower, upper, bottom, top, weight, spent, tuple(level.recurrence for level in levels))

@@ -9,17 +9,13 @@ from typing import final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from isoflat.core import space
 from isoflat.core.errors import UsageError
-from isoflat.linalg.eigenpairs import Many, Search, orthonormalise
-from isoflat.linalg.krylov.orthogonal import orthogonalise, restart
-from isoflat.linalg.outside import gram
+from isoflat.linalg.eigen.pairs import Many, Reals, Search
+from isoflat.linalg.orthogonal import gram, orthogonalise, orthonormalise, restart
 from isoflat.linalg.solver import Domain, Request, Steps
-
-Reals = NDArray[np.float64]
 
 
 @final

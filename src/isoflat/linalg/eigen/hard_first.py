@@ -7,7 +7,7 @@ Of a trained classifier's Hessian nearly all sits on the few examples that are n
    surrogate `A_S + D Xᵀ + X Dᵀ − X (Xᵀ D) Xᵀ` with `D = (A − A_S) X`, which agrees with A on all vectors X multiplied
    so far, finds the next one, again at the first part's cost. If the surrogate is poor the part is enlarged, until it is
    the whole and the method is Lanczos from a good start;
-3. `linalg.outside` bounds what is left on the complement, from fresh random starts, part by part.
+3. `linalg.eigen.outside` bounds what is left on the complement, from fresh random starts, part by part.
 
 The bounds hold however the vectors of 1 and 2 were found.
 """
@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from isoflat.core import space
-from isoflat.linalg.eigen import REACHED, End, Extremes, Lanczos, Which
+from isoflat.linalg.eigen.extremes import REACHED, ROUNDING, End, Extremes, Which
+from isoflat.linalg.eigen.lanczos import Lanczos
+from isoflat.linalg.eigen.outside import Aim, Outside, Trial, outside
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.operator import Parts
-from isoflat.linalg.outside import Aim, Outside, Trial, outside, removed
+from isoflat.linalg.orthogonal import orthogonalise
 from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
 
@@ -180,20 +182,20 @@ class _Search:
         vector = yield from self._explored(None)
         before = math.inf
         while True:
-            yield from self._multiply(vector)
+            added = yield from self._multiply(vector)
             trial = Trial.of(self.vectors, self.images)
             chosen = self._chosen(trial)
             defect, size = trial.defect(chosen), abs(float(trial.values[chosen]))
             if defect <= self._goal() * size:
                 return trial, REACHED
+            if not added:
+                return trial, ROUNDING
             if not self._affordable(1.0 + self.domain.share(self.hard)):
                 return trial, self._exhausted()
             if defect > USEFUL * before:
                 yield from self._enlarge()
             before, self.defect = defect, defect / size if size else 0.0
             vector = yield from self._explored(trial)
-            if space.norm(removed(self.vectors, vector)) <= torch.finfo(self.domain.dtype).eps:
-                return trial, "as tight as rounding allows"
 
     def _goal(self) -> float:
         """The relative residual to reach; of a certificate only the square enters, divided by the gap."""
@@ -237,10 +239,13 @@ class _Search:
             space.add(product, along, far)
             space.add(product, across - inside @ along, self.vectors)
 
-    def _multiply(self, vector: Tensor) -> Steps[None]:
-        """Take a vector in, with its products."""
-        left = removed(self.vectors, vector)
-        unit = left / space.norm(left)
+    def _multiply(self, vector: Tensor) -> Steps[bool]:
+        """Take a vector in, with its products; False where it is one that is known, but for rounding."""
+        unit = vector.double().clone()
+        size = orthogonalise(self.vectors, unit)[1]
+        if size <= torch.finfo(self.domain.dtype).eps:
+            return False
+        unit.div_(size)
         near = yield from self._ask(unit[:, None], self.hard, "verifying")
         image = near
         if self.rest:
@@ -248,6 +253,7 @@ class _Search:
         self.vectors.append(unit)
         self.near.append(near)
         self.images.append(image)
+        return True
 
     def _enlarge(self) -> Steps[None]:
         """Explore one part more."""

@@ -1,98 +1,21 @@
-"""Extreme eigenvalues: certified Lanczos, and the power method of the paper for comparison."""
+"""Extreme eigenvalues by Lanczos from a random start, certified by the run itself."""
 
 from __future__ import annotations
 
 import math
 import time
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import final
 
 import torch
-from torch import Tensor
 
 from isoflat.core import space
 from isoflat.core.errors import UsageError
 from isoflat.linalg.certificate import outer_bounds
+from isoflat.linalg.eigen.extremes import REACHED, ROUNDING, End, Extremes, Which
 from isoflat.linalg.krylov.recurrence import Recurrence
-from isoflat.linalg.maps import LinearMap
 from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
-
-REACHED = "tolerance reached"
-"""Why a run ended that did what was asked."""
-
-
-class Which(StrEnum):
-    """Which eigenvalue is asked for."""
-
-    LARGEST = "largest"
-    SMALLEST = "smallest"
-    MAGNITUDE = "magnitude"
-
-
-@final
-@dataclass(frozen=True)
-class End:
-    """What is known of one end of the spectrum.
-
-    Attributes:
-        value: a Rayleigh quotient: the eigenvalue lies beyond it, up to `slack`.
-        bound: the eigenvalue lies before it, with the run's confidence; infinite if uncertified.
-        slack: error of `value` itself, from the rounding of products.
-        residual: `‖A x − value·x‖` from a product of its own; None if only the recurrence looked at this end.
-        vector: the Ritz vector x, shape `(n,)`.
-    """
-
-    value: float
-    bound: float
-    slack: float
-    residual: float | None
-    vector: Tensor
-
-
-@final
-@dataclass(frozen=True)
-class Extremes:
-    """Both ends of a spectrum.
-
-    Attributes:
-        bottom: smallest eigenvalue.
-        top: largest eigenvalue.
-        which: the end that was refined until `reached`.
-        reached: whether the tolerance was reached.
-        confidence: probability that every bound holds; 0 if uncertified.
-        noise: estimated rounding error of a product along the Ritz vector.
-        products: products used, the final ones included.
-        stopped: why the run ended, in words.
-    """
-
-    bottom: End
-    top: End
-    which: Which
-    reached: bool
-    confidence: float
-    noise: float
-    products: int
-    stopped: str
-
-    @property
-    def wanted(self) -> End:
-        """The end asked for; for `Which.MAGNITUDE` the one that is larger in absolute value.
-
-        Only one end has had a product of its own in the end; on a tie, where rounding decides, it is that one.
-        """
-        if self.which is Which.MAGNITUDE:
-            return max(self.top, self.bottom, key=lambda end: (end.residual is not None, abs(end.value)))
-        return self.top if self.which is Which.LARGEST else self.bottom
-
-    def interval(self) -> tuple[float, float]:
-        """Enclosure of the eigenvalue asked for; of the spectral norm for `Which.MAGNITUDE`."""
-        end = self.wanted
-        if self.which is Which.MAGNITUDE:
-            return max(abs(end.value) - end.slack, 0.0), max(self.top.bound, -self.bottom.bound, abs(end.value))
-        inner = end.value - end.slack if end is self.top else end.value + end.slack
-        return (inner, end.bound) if end is self.top else (end.bound, inner)
 
 
 @final
@@ -187,7 +110,7 @@ class Lanczos(Solver[Extremes]):
         if error + noise <= self.rtol * abs(view.wanted.value):
             return REACHED
         if error <= recurrence.rounding * recurrence.scale:
-            return "as tight as rounding allows"
+            return ROUNDING
         if recurrence.k + 1 + verified >= self.max_products:
             return f"budget of {self.max_products} products spent"
         if self.seconds is not None and seconds > self.seconds:
@@ -248,64 +171,3 @@ def view_width(view: Extremes) -> float:
     lower, upper = view.interval()
     size = abs(view.wanted.value)
     return (upper - lower) / size if size else math.inf
-
-
-@final
-@dataclass(frozen=True)
-class PowerMethod(Solver[Extremes]):
-    """The Riemannian power method of Rangamani et al. 2019, kept for comparison; made safe against the sign.
-
-    `v ← D² H v`, normalised in the metric, is `u ← Eᵀ H E u` in the frame's coordinates `v = E u`. It stops when the
-    relative Euclidean change of v is below `tol`. NOTE: the published code compares `v` with its predecessor as it is,
-    so that a dominant negative eigenvalue, for which v changes sign at each step, never stops; here the change is
-    taken up to the sign. It says nothing about the error: there is no outer bound.
-
-    Attributes:
-        frame: E, used by the stopping rule only; None for the identity.
-        tol: relative change of v at which to stop; the paper's 1e-8.
-        max_products: at most so many products; the paper's 1000.
-
-    >>> from isoflat.core.streams import stream
-    >>> from isoflat.linalg.operator import Dense
-    >>> run = PowerMethod()(Dense(torch.diag(torch.tensor([1.0, -2.0], dtype=torch.float64))), stream(0))
-    >>> round(run.wanted.value, 12), run.reached
-    (-2.0, True)
-    """
-
-    frame: LinearMap | None = None
-    tol: float = 1e-8
-    max_products: int = 1000
-
-    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Extremes]:
-        """Multiply and normalise until the direction stands still."""
-        u = sphere(domain.n, stream).to(domain.device)
-        change, products, stopped = math.inf, 0, ""
-        while True:
-            reply = yield Request(u[:, None].to(domain.dtype), status=f"power {products}: change {change:.1e}")
-            product = reply[:, 0]
-            products += 1
-            value = float(space.inner([u], product)[0])
-            size = space.norm(product)
-            if size == 0:
-                stopped = "every product vanished"
-            elif change < self.tol:
-                stopped = "tolerance reached"
-            elif products >= self.max_products:
-                stopped = f"budget of {self.max_products} products spent"
-            if stopped:
-                break
-            following = product / size
-            old, new = self._push(u), self._push(following)
-            change = min(space.norm(new - old), space.norm(new + old)) / space.norm(old)
-            u = following
-        residual = space.norm(product - value * u)
-        # A Rayleigh quotient lies within the spectrum, whichever end it has run to.
-        found, other = End(value, math.inf, residual, residual, u), End(value, -math.inf, residual, None, u)
-        if value < 0:
-            found, other = replace(found, bound=-math.inf), replace(other, bound=math.inf)
-        bottom, top = (found, other) if value < 0 else (other, found)
-        reached = size == 0 or change < self.tol
-        return Extremes(bottom, top, Which.MAGNITUDE, reached, 0.0, 0.0, products, stopped)
-
-    def _push(self, u: Tensor) -> Tensor:
-        return u if self.frame is None else self.frame.push(u[:, None])[:, 0]

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from isoflat.core import space
 from isoflat.core.streams import stream
 from isoflat.linalg.probes import sphere
+
+
+def remove(rows: Sequence[Tensor], vector: Tensor) -> Tensor:
+    """Subtract a float64 vector's components along orthonormal rows, once and in place; returns them, shape `(k,)`.
+
+    >>> vector = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    >>> remove([torch.tensor([1.0, 0.0], dtype=torch.float64)], vector).tolist(), vector.tolist()
+    ([3.0], [0.0, 4.0])
+    """
+    coefficients = space.inner(rows, vector)
+    space.add(vector, -coefficients, rows)
+    return coefficients
 
 
 def orthogonalise(rows: Sequence[Tensor], residual: Tensor) -> tuple[Tensor, float]:
@@ -35,13 +49,34 @@ def orthogonalise(rows: Sequence[Tensor], residual: Tensor) -> tuple[Tensor, flo
     if not rows:
         return removed, norm
     for sweep in range(6):
-        coefficients = space.inner(rows, residual)
-        space.add(residual, -coefficients, rows)
-        removed += coefficients
+        removed += remove(rows, residual)
         before, norm = norm, space.norm(residual)
         if sweep >= 1 and norm > 0.5 * before:
             return removed, norm
     return removed, 0.0
+
+
+def orthonormalise(vectors: list[Tensor], images: list[Tensor]) -> None:
+    """Gram–Schmidt among independent float64 vectors, in place; images, which are linear in the vectors, go along.
+
+    >>> vectors = [torch.tensor([2.0, 0.0], dtype=torch.float64), torch.tensor([1.0, 1.0], dtype=torch.float64)]
+    >>> images = [vector.clone() for vector in vectors]
+    >>> orthonormalise(vectors, images)
+    >>> [vector.tolist() for vector in vectors], [image.tolist() for image in images]
+    ([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]])
+    """
+    for j, vector in enumerate(vectors):
+        removed, size = orthogonalise(vectors[:j], vector)
+        if j:
+            space.add(images[j], -removed, images[:j])
+        vector.div_(size)
+        images[j].div_(size)
+
+
+def gram(left: Sequence[Tensor], right: Sequence[Tensor]) -> NDArray[np.float64]:
+    """The symmetric matrix of inner products, halves averaged: shape `(d, d)`."""
+    made = np.stack([space.inner(left, row).cpu().numpy() for row in right], axis=1)
+    return (made + made.T) / 2
 
 
 def restart(rows: Sequence[Tensor], like: Tensor) -> Tensor:

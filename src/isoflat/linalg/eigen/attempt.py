@@ -1,0 +1,276 @@
+"""A run for many eigenpairs: search, verify, certify, as often as it takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from isoflat.core import space
+from isoflat.core.fingerprint import fingerprint
+from isoflat.core.streams import stream as fresh_stream
+from isoflat.linalg.eigen.extremes import REACHED, ROUNDING
+from isoflat.linalg.eigen.outside import Aim, Outside, Trial, outside
+from isoflat.linalg.eigen.pairs import Many, Pair, Pairs, Reals
+from isoflat.linalg.eigen.verified import Verified, slots
+from isoflat.linalg.orthogonal import orthonormalise
+from isoflat.linalg.solver import Domain, Request, Steps
+
+
+class Attempt:
+    """One run under way.
+
+    Attributes:
+        top: how many of the largest are wanted, clamped.
+        bottom: how many of the smallest.
+        wanted: how many pairs that are together; n where they meet.
+        spent: products.
+        attempts: at a certificate.
+        length: products that the last of them took; 0 where it did not come to its end.
+        final: whether it is to make the best of what there is, because the search has no budget left.
+        tight: what the search is asked for, as a part of what the tolerance allows, for each pair.
+        poor: which of the pairs will not do, whatever is found out about the rest.
+        blamed: whose residuals are to blame for it.
+        highs: the best of all bounds from above, as `Verified.bounds` orders them.
+        lows: from below.
+        reach: the largest magnitude met on complements.
+    """
+
+    def __init__(self, task: Many, domain: Domain, stream: torch.Generator) -> None:
+        self.task, self.domain = task, domain
+        self.started = time.monotonic()
+        self.top, self.bottom = min(task.largest, domain.n), min(task.smallest, domain.n)
+        self.wanted = min(self.top + self.bottom, domain.n)
+        self.spent = self.attempts = self.length = 0
+        self.final, self.reach = False, 0.0
+        self.tight = np.full(self.top + self.bottom, 0.25 if task.certify else 1.0)
+        self.poor = self.blamed = np.zeros(self.top + self.bottom, dtype=bool)
+        self.highs, self.lows = np.full(self.top + 1, math.inf), np.full(self.bottom + 1, -math.inf)
+        draw = int(torch.randint(2**62, (1,), generator=stream))
+        self.search = task.search(domain, stream)
+        # A warm start may come from an earlier run with the same stream, and know what is drawn from it.
+        seen = "" if task.start is None else task.start.detach().double().cpu().numpy().tobytes()
+        self.stream = fresh_stream(draw, "certificate", fingerprint(seen))
+
+    def steps(self) -> Steps[Pairs]:
+        """All of it."""
+        while True:
+            yield from self._find()
+            verified = yield from self._verified()
+            missed = (yield from self._certify(verified)) if self.task.certify else []
+            stopped = REACHED if self._good(verified) else self._over(len(missed) + self._reserve() + 1)
+            if not stopped:
+                taken = (yield from self.search.admit(missed)) if missed else 0
+                self.spent += taken
+                # Where one was missed among many that are close, more may be: what comes next must be better.
+                stopped = "" if self._tighten() or taken else ROUNDING
+            if not stopped:
+                continue
+            if self.task.certify and stopped != REACHED and not self.length and not self._over(1):
+                self.final = True
+                yield from self._certify(verified)
+            return self._result(verified, REACHED if self._good(verified) else stopped)
+
+    def _over(self, more: int) -> str:
+        """Why so many products more cannot be spent; empty if they can."""
+        task = self.task
+        if self.spent + more > task.max_products:
+            return f"budget of {task.max_products} products spent"
+        if task.seconds is not None and time.monotonic() - self.started > task.seconds:
+            return f"budget of {task.seconds:g} seconds spent"
+        return ""
+
+    def _reserve(self) -> int:
+        """What the search leaves of the budget: for fresh products, and a certificate about as long as the last one."""
+        certificate = self.length + 2 if self.length else max(self.task.max_products // 4, 1)
+        return self.wanted + (certificate if self.task.certify else 0)
+
+    def _targets(self, verified: Verified) -> Reals:
+        """Widths, or residuals, to reach."""
+        return self.task.rtol * np.abs(verified.wanted)
+
+    def _good(self, verified: Verified) -> bool:
+        """Whether every pair is as good as was asked for."""
+        reached = verified.widths(self.highs, self.lows, self.reach) if self.task.certify else verified.defects
+        return bool((reached <= self._targets(verified)).all())
+
+    def _goals(self) -> dict[int, float]:
+        """Residuals to reach, of those pairs that have not reached theirs.
+
+        A residual r widens the enclosure of its own pair by r where nothing is known, and by about r²/gap where the rest of
+        the spectrum keeps away: by e if `r² = e (e + gap)`. By as much it moves the end of the rest, which must not reach
+        the last of the wanted there.
+        """
+        scale = self.search.scale
+        values, residuals = (numbers / scale for numbers in self.search.ritz())
+        places = slots(len(values), self.top, self.bottom)
+        excess = self.tight * self.task.rtol * np.abs(values[places])
+        goals = excess.copy()
+        if self.task.certify and len(values) > self.wanted:
+            gaps = np.zeros(len(places))
+            limits = []
+            for count, last, near in (
+                (self.top, self.top - 1, len(values) - 1 - self.top),
+                (self.bottom, len(places) - 1, self.bottom),
+            ):
+                away = np.abs(values[places] - values[near])
+                mine = slice(last + 1 - count, last + 1)
+                gaps[mine] = np.maximum(away[mine] - residuals[near], 0)
+                if count:
+                    moved = max(excess[last], gaps[last] / 4)
+                    limits.append(np.sqrt(moved * (moved + away)))
+            goals = np.minimum(np.sqrt(excess * (excess + gaps)), np.min(limits, axis=0))
+        goals = np.maximum(goals, self.search.rounding / scale)
+        return {j: float(goal) * scale for j, goal in zip(places, goals, strict=True) if residuals[j] > goal}
+
+    def _find(self) -> Steps[None]:
+        """Search until the goals are met, or the budget has no more than what verifying and certifying need."""
+        reserve = self._reserve()
+        while not self.search.stuck:
+            ready = len(self.search.ritz()[0]) >= self.wanted
+            goals = self._goals() if ready else {}
+            if ready and (not goals or self._over(reserve + 1)):
+                self.final = bool(goals)
+                return
+            kept = reserve if ready else self.wanted + self.task.certify  # there must be a Ritz value for every pair
+            self.spent += yield from self.search.advance(goals, self.task.max_products - self.spent - kept)
+
+    def _settled(self) -> NDArray[np.bool_]:
+        """Which of the pairs the search cannot make better."""
+        residuals = self.search.ritz()[1]
+        small = residuals[slots(len(residuals), self.top, self.bottom)] <= self.search.rounding
+        return small | self.search.stuck | self.final
+
+    def _tighten(self) -> bool:
+        """Ask the search for more, of those pairs that need it; False if rounding leaves nothing to ask for."""
+        better = ~self._settled()
+        chosen = better & self.blamed if (better & self.blamed).any() else better & self.poor
+        while chosen.any():
+            goals = self._goals()
+            self.tight[chosen] /= 8
+            if goals:
+                return True
+        return False
+
+    def _verified(self) -> Steps[Verified]:
+        """Fresh products of the wanted vectors: values, residuals, and the noise."""
+        search, double = self.search, self.task.certify
+        found = len(search.ritz()[0])
+        vectors, images = search.pairs(sorted(set(slots(found, self.top, self.bottom))))
+        orthonormalise(vectors, images)
+        status = f"fresh products of {len(vectors)} vectors"
+        fresh = (yield Request(torch.stack(vectors, dim=1), double=double, status=status)).unbind(1)
+        self.spent += len(vectors)
+        surprise = max(space.norm(image.sub_(product)) for image, product in zip(images, fresh, strict=True))
+        trial = Trial.of(vectors, list(fresh))
+        working = torch.finfo(self.domain.dtype).eps
+        verified = Verified(
+            trial=trial,
+            top=self.top,
+            bottom=self.bottom,
+            surprise=surprise,
+            rounding=search.rounding,
+            size=max(search.size, float(np.abs(trial.values).max())),
+            working=working,
+            final=torch.finfo(torch.float64).eps if double else working,
+        )
+        self.poor = self.blamed = verified.defects > self._targets(verified)
+        return verified
+
+    def _certify(self, verified: Verified) -> Steps[list[Tensor]]:
+        """Bound what the complement can hold; returns Ritz vectors from there that belong among the wanted."""
+        if self.wanted == self.domain.n:
+            self.highs, self.lows = verified.exact()
+            return []
+        self.attempts += 1
+        targets, settled = self._targets(verified), self._settled()
+
+        def least(left: Outside) -> Reals:
+            """The widths that are left if the Ritz values on the complement are its ends."""
+            return verified.widths(*verified.bounds(replace(left, lower=left.bottom, upper=left.top)), left.reach)
+
+        def rounding(left: Outside) -> float:
+            """Widths that products in this precision cannot tell from zero."""
+            return 4 * (verified.noise(left.reach) + verified.slack(left.reach))
+
+        def enough(left: Outside) -> bool:
+            """As tight as was asked for; of pairs with which the search is done, about as tight as they can become."""
+            possible = least(left)
+            final = settled | (possible <= rounding(left))
+            limits = np.where((possible > 0.75 * targets) & final, 2 * possible, targets)
+            return bool((verified.widths(*verified.bounds(left), left.reach) <= limits).all())
+
+        aim = Aim(
+            failure=(1 - self.task.confidence) / (self.attempts * (self.attempts + 1)),
+            enough=enough,
+            affordable=lambda more: not self._over(math.ceil(more)),
+            status=f"certificate of {self.wanted} pairs",
+        )
+        left = yield from outside(verified.trial, self.domain, self.stream, (None,), aim)
+        self.spent += left.steps
+        self.length = left.steps if left.reached else 0
+        self.poor = least(left) > np.maximum(0.75 * targets, rounding(left))
+        self.blamed = self._blame(verified, left)
+        # All attempts' bounds hold together.
+        highs, lows = verified.bounds(left)
+        self.reach = max(self.reach, left.reach)
+        self.highs, self.lows = np.minimum(self.highs, highs), np.maximum(self.lows, lows)
+        noise = verified.noise(left.reach)
+        above = verified.wanted[self.top - 1] + max(noise, targets[self.top - 1] / 4) if self.top else math.inf
+        below = verified.wanted[-1] - max(noise, targets[-1] / 4) if self.bottom else -math.inf
+        return left.beyond(below, above)
+
+    def _blame(self, verified: Verified, left: Outside) -> NDArray[np.bool_]:
+        """Whose residuals widen the poor pairs' enclosures: those that move the end of the rest by much."""
+        blamed, targets = np.zeros(len(self.poor), dtype=bool), self._targets(verified)
+        for end, mine in ((left.top, slice(0, self.top)), (left.bottom, slice(self.top, None))):
+            if self.poor[mine].any():
+                half = np.abs(verified.wanted - end) / 2
+                moved = np.hypot(half, verified.defects) - half
+                blamed |= moved > targets[mine][self.poor[mine]].min() / 8
+        return blamed
+
+    def _result(self, verified: Verified, stopped: str) -> Pairs:
+        found = [self._pair(verified, j) for j in slots(len(verified.values), self.top, self.bottom)]
+        return Pairs(
+            largest=tuple(found[: self.top]),
+            smallest=tuple(found[self.top :]),
+            reached=stopped == REACHED,
+            confidence=self.task.confidence if self.task.certify else 0.0,
+            noise=verified.noise(self.reach),
+            products=self.spent,
+            stopped=stopped,
+        )
+
+    def _enclosure(self, verified: Verified, j: int) -> tuple[float, float]:
+        """Of the j-th of the verified values, ascending."""
+        place, value, slack = len(verified.values) - 1 - j, float(verified.values[j]), verified.slack(self.reach)
+        lower, upper = -math.inf, math.inf
+        if place < self.top:
+            lower, upper = value - slack, max(float(self.highs[place]), value)
+        if j < self.bottom:
+            lower, upper = max(lower, min(float(self.lows[j]), value)), min(upper, value + slack)
+        return lower, upper
+
+    def _pair(self, verified: Verified, j: int) -> Pair:
+        value, (lower, upper) = float(verified.values[j]), self._enclosure(verified, j)
+        others = [self._enclosure(verified, i) for i in range(self.wanted) if i != j]
+        if self.wanted < self.domain.n:
+            # All other eigenvalues lie here.
+            others.append((float(self.lows[-1]), float(self.highs[-1])))
+        distance = min((max(low - value, value - high, 0.0) for low, high in others), default=math.inf)
+        residual = verified.trial.defect(j)
+        return Pair(
+            value=value,
+            lower=lower,
+            upper=upper,
+            residual=residual,
+            vector=verified.trial.vectors[j],
+            clustered=any(low <= upper and lower <= high for low, high in others),
+            angle=min(1.0, (residual + verified.slack(self.reach)) / distance) if distance else 1.0,
+        )

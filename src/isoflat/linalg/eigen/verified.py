@@ -1,0 +1,101 @@
+"""Eigenvectors that were found, with fresh products: what is known of the spectrum, given bounds on the rest of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+
+from isoflat.linalg.eigen.outside import Outside, Trial
+from isoflat.linalg.eigen.pairs import Reals
+
+
+@final
+@dataclass(frozen=True)
+class Verified:
+    """The wanted vectors with fresh products; arrays are of the largest, descending, then of the smallest, ascending.
+
+    Attributes:
+        trial: the vectors.
+        top: how many of the largest are wanted.
+        bottom: how many of the smallest.
+        surprise: distance of the products from what the search predicted.
+        rounding: what rounding amounts to in the search.
+        size: the largest magnitude that it met.
+        working: precision of the search's products, and of those of a certificate.
+        final: of the fresh ones.
+    """
+
+    trial: Trial
+    top: int
+    bottom: int
+    surprise: float
+    rounding: float
+    size: float
+    working: float
+    final: float
+
+    @property
+    def values(self) -> Reals:
+        """All Ritz values, ascending."""
+        return self.trial.values
+
+    @property
+    def wanted(self) -> Reals:
+        """The values that are asked for."""
+        return self.values[slots(len(self.values), self.top, self.bottom)]
+
+    @property
+    def defects(self) -> Reals:
+        """Their residuals."""
+        found = [self.trial.defect(j) for j in range(len(self.values))]
+        return np.array(found)[slots(len(found), self.top, self.bottom)]
+
+    def noise(self, reach: float, steps: int = 0) -> float:
+        """Rounding error of products, after so many steps on the complement, where magnitudes reach so far."""
+        return self.surprise + self.rounding + (self.working * steps + self._sums) * max(self.size, reach)
+
+    def slack(self, reach: float) -> float:
+        """Rounding error of the values."""
+        own = 4 * self.final * (len(self.values) + 1)
+        return self.surprise * self.final / self.working + (own + self._sums) * max(self.size, reach)
+
+    @property
+    def _sums(self) -> float:
+        """Relative error of a sum over n entries, which is in float64 in any case."""
+        return torch.finfo(torch.float64).eps * math.sqrt(self.trial.vectors[0].shape[0])
+
+    def bounds(self, left: Outside) -> tuple[Reals, Reals]:
+        """Where the spectrum lies, given what is known of it on the complement.
+
+        Returns:
+            Bounds from above on the largest eigenvalues, descending, and on the next one after them; and from below on the
+            smallest, ascending, and on the next one.
+        """
+        noise, slack = self.noise(left.reach, left.steps), self.slack(left.reach)
+        lower, upper = left.lower - noise, left.upper + noise
+        high, low = self.trial.bounds(lower, upper)
+        return np.append(high[::-1] + slack, upper)[: self.top + 1], np.append(low - slack, lower)[: self.bottom + 1]
+
+    def exact(self) -> tuple[Reals, Reals]:
+        """The same where there is no complement."""
+        high, low = np.append(self.values[::-1], -math.inf), np.append(self.values, math.inf)
+        return high[: self.top + 1] + self.slack(0.0), low[: self.bottom + 1] - self.slack(0.0)
+
+    def widths(self, highs: Reals, lows: Reals, reach: float) -> Reals:
+        """Of the enclosures that such bounds make."""
+        outer, inner = np.concatenate([highs[: self.top], -lows[: self.bottom]]), self.wanted.copy()
+        inner[self.top :] *= -1
+        return outer - inner + self.slack(reach)
+
+
+def slots(found: int, top: int, bottom: int) -> list[int]:
+    """The places, among so many ascending values, of the largest, descending, then of the smallest, ascending.
+
+    >>> slots(10, 2, 3)
+    [9, 8, 0, 1, 2]
+    """
+    return [*range(found - 1, found - 1 - top, -1), *range(bottom)]

@@ -1,0 +1,51 @@
+"""Symmetric operators with known spectra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isoflat.core.streams import stream
+from isoflat.linalg.operator import Dense, Operator
+
+
+@dataclass(frozen=True)
+class Spectrum(Operator):
+    """A diagonal matrix that writes down what it multiplies."""
+
+    entries: Tensor
+    seen: list[Tensor] = field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        return len(self.entries)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entries.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.entries.device
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        self.seen.append(vectors)
+        return (self.entries[:, None] * vectors.to(self.dtype)).double()
+
+    def double(self) -> Operator:
+        return Spectrum(self.entries.double(), self.seen)
+
+
+def spectrum(values, dtype: torch.dtype = torch.float64) -> Spectrum:
+    return Spectrum(torch.as_tensor(np.asarray(values, dtype=float)).to(dtype))
+
+
+def rotated(values, seed: int = 0, dtype: torch.dtype = torch.float64) -> Dense:
+    """A dense matrix with these eigenvalues in a random orthonormal basis."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=stream(seed, "basis"), dtype=torch.float64))
+    matrix = (q * values) @ q.T
+    return Dense(((matrix + matrix.T) / 2).to(dtype))
