@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from isoflat.cli import options
-from isoflat.cli.terminal import console, plain
+from isoflat.cli.save import deliver
+from isoflat.cli.terminal import plain
 
 if TYPE_CHECKING:
     from isoflat.cli.load.inputs import Loaded
@@ -99,11 +99,8 @@ def attack(  # noqa: PLR0913
     loaded, target = prepare(inputs, settings["params"], None, settings["device"])
     with within_memory():
         orbit = watched(loaded, symmetries_of(target), plan, hidden=as_json or not sys.stderr.isatty())
-    if as_json:
-        content = {"subject": inputs.described() | {"notes": list(loaded.notes)}, **orbit.to_dict()}
-        sys.stdout.write(json.dumps(content, allow_nan=False) + "\n")
-    else:
-        show(console(), orbit, loaded.notes)
+    content = {"subject": inputs.described() | {"notes": list(loaded.notes)}, **orbit.to_dict()}
+    deliver(content, lambda screen: show(screen, orbit, loaded.notes), as_json)
 
 
 def watched(loaded: Loaded, found: Found, plan: Plan, hidden: bool) -> Orbit:

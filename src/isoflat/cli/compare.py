@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,8 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.processes import sharing
-from isoflat.cli.save import claim, save
-from isoflat.cli.terminal import console, plain, visible
+from isoflat.cli.save import claim, deliver
+from isoflat.cli.terminal import plain, visible
 
 if TYPE_CHECKING:
     import torch
@@ -139,19 +138,12 @@ def compare(  # noqa: PLR0913
                 reproducible_sum=reproducible_sum,
                 **effort,
             )
-    if ranks.first:
-        subject = inputs.described() | {"weights": {label: str(path) for label, path in files.items()}}
-        content = {"subject": subject | {"notes": list(loaded.notes)}, **found.to_dict()}
-        text = json.dumps(content, allow_nan=False)
-        try:
-            if out is not None:
-                save(out, f"{text}\n", force)
-        finally:  # where the disk refuses, the numbers still reach the user
-            if as_json:
-                sys.stdout.write(f"{text}\n")
-            else:
-                show(console(), inputs, found, loaded.notes)
-    if not found.converged and ranks.first:  # by the others, torchrun would end the first one before it has spoken
+    if not ranks.first:
+        return
+    subject = inputs.described() | {"weights": {label: str(path) for label, path in files.items()}}
+    content = {"subject": subject | {"notes": list(loaded.notes)}, **found.to_dict()}
+    deliver(content, lambda screen: show(screen, inputs, found, loaded.notes), as_json, out, force)
+    if not found.converged:
         raise typer.Exit(NOT_CONVERGED)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.exits import REFUSED
-from isoflat.cli.terminal import console, plain
+from isoflat.cli.save import deliver
+from isoflat.cli.terminal import plain
 from isoflat.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -81,11 +81,8 @@ def doctor(  # noqa: PLR0913
         checks = examine(inputs, dtype, device_of(device))
     found = surroundings()
     good = all(check.outcome == "ok" for check in checks)
-    if as_json:
-        report = {**found, "checks": [asdict(check) for check in checks], "ok": good}
-        sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
-    else:
-        _show(console(), found, checks)
+    report = {**found, "checks": [asdict(check) for check in checks], "ok": good}
+    deliver(report, lambda screen: _show(screen, found, checks), as_json)
     if not good:
         raise typer.Exit(REFUSED)
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table as Grid
 
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.processes import sharing
-from isoflat.cli.save import claim, save
-from isoflat.cli.terminal import console, plain
+from isoflat.cli.save import claim, deliver
+from isoflat.cli.terminal import facts, plain
 
 if TYPE_CHECKING:
     from isoflat.cli.load.inputs import Inputs
@@ -106,32 +103,14 @@ def measure(  # noqa: PLR0913
             progress=sys.stderr.isatty() and not as_json and ranks.first,
             reproducible_sum=reproducible_sum,
         )
-    if ranks.first:
-        _deliver(inputs, table, notes, over, out, force, as_json)
+    if not ranks.first:
+        return
+    content = {"subject": inputs.described() | {"notes": list(notes)}, **table.to_dict()}
+    if over is not None:
+        content["orbit"] = over.to_dict()
+    deliver(content, lambda screen: show(screen, inputs, table, notes, over), as_json, out, force)
     if not all(row.estimate.converged for row in table):
         raise typer.Exit(NOT_CONVERGED)
-
-
-def _deliver(
-    inputs: Inputs,
-    table: Table,
-    notes: tuple[str, ...],
-    over: Orbit | None,
-    out: Path | None,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Write the result, and print it."""
-    content = {"subject": inputs.described() | {"notes": list(notes)}, **table.to_dict()}
-    text = json.dumps(content if over is None else content | {"orbit": over.to_dict()}, allow_nan=False)
-    try:
-        if out is not None:
-            save(out, f"{text}\n", force)
-    finally:  # where the disk refuses, the numbers still reach the user
-        if as_json:
-            sys.stdout.write(f"{text}\n")
-        else:
-            show(console(), inputs, table, notes, over)
 
 
 def evaluate(inputs: Inputs, orbit: int = 0, **settings: Any) -> tuple[Table, tuple[str, ...], Orbit | None]:
@@ -184,20 +163,16 @@ def show(screen: Console, inputs: Inputs, table: Table, notes: tuple[str, ...], 
     """Print values, then what is needed to trust them."""
     screen.print(table)
     point = table[0].point
-    accuracy = "" if point.accuracy is None else f", accuracy {point.accuracy:.4g} (chance {point.chance:.4g})"
-    facts = [
-        ("network", f"{inputs.model}, {point.parameters} trainable entries"),
-        ("weights", "as built by the factory" if inputs.weights is None else str(inputs.weights)),
-        ("data", f"{inputs.data}, {point.examples} examples"),
-        ("loss", f"{point.loss:.6g} ({inputs.loss}){accuracy}"),
-        ("gradient norm", f"{point.gradient_norm:.4g}"),
+    listed = [
+        *inputs.facts(point),
         ("b", f"{point.stationarity:.4g} (zero at a minimum; bounds the difference to the covariant Hessian)"),
         ("peak memory", f"{max(row.estimate.cost.peak_memory for row in table) / 2**20:.0f} MiB"),
     ]
-    _facts(screen, "", facts)
+    screen.print(facts(listed))
     for number, row in enumerate(table):
         further = [] if orbit is None else [("over the orbit", _spread(orbit, number))]
-        _facts(screen, f"{row.measure} ({row.geometry})", [*_row(row), *further])
+        screen.print(plain(f"{row.measure} ({row.geometry})", style="bold"))
+        screen.print(facts([*_row(row), *further]))
     for note in dict.fromkeys((*notes, *(note for row in table for note in row.estimate.notes))):
         screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
 
@@ -233,14 +208,3 @@ def _spread(orbit: Orbit, number: int) -> str:
     lost = f" ({len(orbit.refused)} more gave no number)" if orbit.refused else ""
     points = "1 orbit point" if len(orbit.measured) == 1 else f"{len(orbit.measured)} orbit points"
     return f"{value:.6g} ± {row.deviation:.2g} over {points}{lost}, float64: {verdict}"
-
-
-def _facts(screen: Console, title: str, facts: list[tuple[str, str]]) -> None:
-    """Names and values in two columns."""
-    grid = Grid.grid(padding=(0, 2))
-    grid.add_column(style="dim")
-    grid.add_column(overflow="fold")
-    for name, value in facts:
-        grid.add_row(plain(name), plain(value))
-    screen.print(plain(title, style="bold"))
-    screen.print(grid)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table as Grid
 
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.processes import sharing
-from isoflat.cli.save import claim, save
-from isoflat.cli.terminal import console, plain
+from isoflat.cli.save import claim, deliver, save
+from isoflat.cli.terminal import facts, plain
 from isoflat.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -124,8 +122,17 @@ def spectrum(  # noqa: PLR0913
                 check=check,
                 reproducible_sum=reproducible_sum,
             )
-    if ranks.first:
-        _deliver(inputs, loaded.notes, found, (out, plot), force, as_json)
+    if not ranks.first:
+        return
+
+    def draw() -> None:
+        if plot is not None:
+            from isoflat.report.spectrum import portrait, written
+
+            save(plot, written(portrait(found), plot.suffix.lower()), force, "--plot")
+
+    content = {"subject": inputs.described() | {"notes": list(loaded.notes)}, **found.to_dict()}
+    deliver(content, lambda screen: show(screen, inputs, loaded.notes, found, plot), as_json, out, force, draw)
     if not found.density.reached:
         raise typer.Exit(NOT_CONVERGED)
 
@@ -141,47 +148,13 @@ def _claim(out: Path | None, plot: Path | None, force: bool) -> None:
         raise UsageError(f"--plot {plot}: expected a file name that ends in {' or '.join(FORMATS)}")
     if out is not None and plot.absolute() == out.absolute():
         raise UsageError(f"--plot and --out both name {out}: give each a file of its own")
-    try:
-        claim(plot, force)
-    except UsageError as error:
-        raise UsageError(str(error).replace("--out", "--plot", 1)) from error
-
-
-def _deliver(
-    inputs: Inputs,
-    notes: tuple[str, ...],
-    found: Spectrum,
-    files: tuple[Path | None, Path | None],
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Write what was asked for, and print it."""
-    out, plot = files
-    text = json.dumps({"subject": inputs.described() | {"notes": list(notes)}, **found.to_dict()}, allow_nan=False)
-    try:
-        if out is not None:
-            save(out, f"{text}\n", force)
-        if plot is not None:
-            from isoflat.report.spectrum import portrait, written
-
-            save(plot, written(portrait(found), plot.suffix.lower()), force)
-    finally:  # where the disk refuses, the numbers still reach the user
-        if as_json:
-            sys.stdout.write(f"{text}\n")
-        else:
-            show(console(), inputs, notes, found, plot)
+    claim(plot, force, "--plot")
 
 
 def show(screen: Console, inputs: Inputs, notes: tuple[str, ...], found: Spectrum, plot: Path | None = None) -> None:
     """Print outliers and quantiles, then what is needed to trust them."""
-    point = found.record.point
-    accuracy = "" if point.accuracy is None else f", accuracy {point.accuracy:.4g} (chance {point.chance:.4g})"
-    facts = [
-        ("network", f"{inputs.model}, {point.parameters} trainable entries"),
-        ("weights", "as built by the factory" if inputs.weights is None else str(inputs.weights)),
-        ("data", f"{inputs.data}, {point.examples} examples"),
-        ("loss", f"{point.loss:.6g} ({inputs.loss}){accuracy}"),
-        ("gradient norm", f"{point.gradient_norm:.4g}"),
+    listed = [
+        *inputs.facts(found.record.point),
         ("peak memory", f"{found.effective_rank.cost.peak_memory / 2**20:.0f} MiB"),
         *found.facts(),
         *(("note", note) for note in notes),
@@ -190,9 +163,4 @@ def show(screen: Console, inputs: Inputs, notes: tuple[str, ...], found: Spectru
     screen.print(plain(found.title, style="bold"))
     for grid in found.grids():
         screen.print(grid)
-    table = Grid.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts:
-        table.add_row(plain(name), plain(value))
-    screen.print(table)
+    screen.print(facts(listed))

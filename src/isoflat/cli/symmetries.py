@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,7 +9,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from isoflat.cli import options
-from isoflat.cli.terminal import console, plain
+from isoflat.cli.save import deliver
+from isoflat.cli.terminal import plain
 
 if TYPE_CHECKING:
     from isoflat.symmetry.found import Found
@@ -71,10 +70,7 @@ def symmetries(  # noqa: PLR0913
         "subject": inputs.described() | {"notes": list(loaded.notes)},
         **described(found, found.verify(seed=seed)),
     }
-    if as_json:
-        sys.stdout.write(json.dumps(content, allow_nan=False) + "\n")
-    else:
-        show(console(), model, found, content)
+    deliver(content, lambda screen: show(screen, model, found, content), as_json)
 
 
 def described(found: Found, verified: float) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import unicodedata
+from collections.abc import Iterable
 
 from rich.console import Console
+from rich.table import Table as Grid
 from rich.text import Text
 
 WIDTH = 160
@@ -35,6 +37,16 @@ def console() -> Console:
     """Where results are printed: standard output."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def facts(rows: Iterable[tuple[str, object]]) -> Grid:
+    """Names and values in two columns."""
+    grid = Grid.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(plain(name), plain(value))
+    return grid
 
 
 def complain(text: str, prefix: str = "error") -> None:

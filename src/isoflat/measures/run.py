@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -177,27 +178,61 @@ def measure_all(  # noqa: PLR0913
         raise UsageError("sample is reserved for a later version: this one measures on all the data it is given")
     limits = Budget(products=budget) if isinstance(budget, int) else (budget or Budget())
     low = dtype in (torch.bfloat16, "bfloat16")
-    effort = Effort(rtol, confidence, certify, probes, limits, seed, _check(check), torch.bfloat16 if low else None)
-    plan = _plan(measures, [geometry] if isinstance(geometry, str | Geometry) else geometry)
+    effort = Effort(rtol, confidence, certify, probes, limits, seed, checked(check), torch.bfloat16 if low else None)
+    plan = planned(measures, [geometry] if isinstance(geometry, str | Geometry) else geometry)
     ranks = Ranks.here(reproducible_sum)
-    target = agreed(ranks, lambda: subject(model, data, loss, params, dtype, device), effort, plan)
-    with tqdm(disable=not (progress and ranks.first), unit=" passes", desc=label or "measuring", leave=False) as bar:
+
+    def prepare() -> Subject:
+        return subject(model, data, loss, params, dtype, device)
+
+    with opened(prepare, plan, effort, symmetries, ranks, label, progress) as session:
+        # From the first process: costs and all.
+        return ranks.from_first(Table(tuple(result.record for result in session.results())))
+
+
+@contextmanager
+def opened(
+    prepare: Callable[[], Subject],
+    plan: Bound,
+    effort: Effort,
+    symmetries: Found | Sequence[Symmetry] | None,
+    ranks: Ranks,
+    label: str,
+    progress: bool,
+) -> Iterator[Session]:
+    """A session with all symmetries proved, under a progress bar, in exact arithmetic as far as the device has it.
+
+    Args:
+        prepare: makes the subject.
+        plan: measures, each with the geometry it is measured in.
+        effort: how hard.
+        symmetries: as for `measure`.
+        ranks: the processes.
+        label: what the user calls the network.
+        progress: whether the bar is shown.
+
+    Raises:
+        IsoflatError: as for `measure`.
+    """
+    target = agreed(ranks, prepare, effort, plan)
+    _reachable(effort, target.state.dtype)
+    found = symmetries if isinstance(symmetries, Found) else None
+    declared = () if found is not None else tuple(symmetries or ())  # pyrefly: ignore
+
+    def bound() -> Bound:
+        _verify(target, declared, effort.seed)
+        return _bound(plan, target, declared, found)
+
+    with (
+        tqdm(disable=not (progress and ranks.first), unit=" passes", desc=label or "measuring", leave=False) as bar,
+        exactly(target.state.device),
+    ):
 
         def report(status: str) -> None:
             bar.set_postfix_str(status, refresh=False)
             bar.update()
 
-        _reachable(effort, target.state.dtype)
-        with exactly(target.state.device):
-            found = symmetries if isinstance(symmetries, Found) else None
-            declared = () if found is not None else tuple(symmetries or ())  # pyrefly: ignore
-
-            def bound() -> Bound:
-                _verify(target, declared, seed)
-                return _bound(plan, target, declared, found)
-
-            table = Session(target, effort, ranks.together(bound, _groups), label, report).table()
-            return ranks.from_first(table)  # costs and all
+        yield Session(target, effort, ranks.together(bound, _groups), label, report)
 
 
 def _groups(plan: Bound) -> dict[str, str]:
@@ -206,7 +241,12 @@ def _groups(plan: Bound) -> dict[str, str]:
     return {f"group of {name}": group.hash for name, group in found.items() if group is not None}
 
 
-def _check(value: Check | str) -> Check:
+def checked(value: Check | str) -> Check:
+    """The name of a check, or a check.
+
+    Raises:
+        UsageError: there is no such check.
+    """
     if value not in set(Check):
         raise UsageError(f"check must be one of {', '.join(Check)}, got {value!r}")
     return Check(value)
@@ -222,10 +262,12 @@ def _reachable(effort: Effort, dtype: torch.dtype) -> None:
         )
 
 
-def _plan(
-    measures: Sequence[str | Measure], geometries: Sequence[str | Geometry]
-) -> tuple[tuple[Measure, Geometry], ...]:
-    """Every measure in every geometry it is defined in, once."""
+def planned(measures: Sequence[str | Measure], geometries: Sequence[str | Geometry]) -> Bound:
+    """Every measure in every geometry it is defined in, once.
+
+    Raises:
+        UsageError: nothing was asked for, or a name is unknown.
+    """
     if not measures or not geometries:
         raise UsageError("expected at least one measure and one geometry")
     chosen = [find_geometry(name) for name in geometries]
@@ -237,9 +279,7 @@ def _plan(
     return tuple(rows)
 
 
-def _bound(
-    plan: tuple[tuple[Measure, Geometry], ...], target: Subject, declared: Sequence[Symmetry], known: Found | None
-) -> tuple[tuple[Measure, Geometry], ...]:
+def _bound(plan: Bound, target: Subject, declared: Sequence[Symmetry], known: Found | None) -> Bound:
     """The plan with geometries that need them knowing the network's symmetries."""
     if not any(isinstance(geometry, Traced) and geometry.found is None for _, geometry in plan):
         return plan

@@ -18,7 +18,6 @@ from isoflat.core.record import Record
 from isoflat.core.space import inner, norm
 from isoflat.core.state import State
 from isoflat.core.streams import stream
-from isoflat.core.table import Table
 from isoflat.curvature.matrix import Curvature
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.linalg.maps import Identity as Identical
@@ -36,6 +35,20 @@ from isoflat.risk.routes.guarded import Guarded
 from isoflat.symmetry.found import VERSION as RULES
 
 Answers = dict[tuple[Geometry, Question], Outcome]
+
+
+@final
+@dataclass(frozen=True)
+class Result:
+    """A number, and what it was evaluated from.
+
+    Attributes:
+        record: the row of a table.
+        findings: the answers of solvers.
+    """
+
+    record: Record
+    findings: Findings
 
 
 @final
@@ -58,8 +71,8 @@ class Session:
     label: str
     report: Callable[[str], None]
 
-    def table(self) -> Table:
-        """Chart, survey, linearise, answer, evaluate."""
+    def results(self) -> tuple[Result, ...]:
+        """Chart, survey, linearise, answer, evaluate: one for each entry of the plan."""
         started = time.monotonic()
         state = self.subject.state
         # Charts come first: a geometry that refuses must do so before the data is read.
@@ -83,7 +96,7 @@ class Session:
         read: Mapping[int, tuple[EmpiricalRisk, Survey]],
         route: type[Linearisation],
         started: float,
-    ) -> Table:
+    ) -> tuple[Result, ...]:
         """Every number, by products of one kind.
 
         Args:
@@ -99,7 +112,7 @@ class Session:
             jobs = self._jobs({g: chart for g, chart in charts.items() if id(chart.state) == key}, place)
             answers |= dict(zip(jobs, together(place.hessian, list(jobs.values()), self.report), strict=True))
         scribe = _Scribe(self, charts, places, answers, setup)
-        return Table(tuple(scribe.record(measure, geometry) for measure, geometry in self.plan))
+        return tuple(scribe.result(measure, geometry) for measure, geometry in self.plan)
 
     def _place(self, state: State, risk: EmpiricalRisk, seen: Survey, route: type[Linearisation]) -> Place:
         """Loss, gradient and Hessian at a state."""
@@ -178,8 +191,8 @@ class _Scribe:
     answers: Answers
     setup: float
 
-    def record(self, measure: Measure, geometry: Geometry) -> Record:
-        """One row."""
+    def result(self, measure: Measure, geometry: Geometry) -> Result:
+        """One number."""
         subject, effort = self.session.subject, self.session.effort
         chart = self.charts[geometry]
         place = self.places[id(chart.state)]
@@ -197,7 +210,7 @@ class _Scribe:
         size = None if measure.curvature is None else measure.curvature(findings)
         ratio = self._stationarity(geometry) / size if size and geometry.name != "euclidean" else None
         notes = [*self._notes(geometry, ratio, place), *self._checked(geometry, size)]
-        return Record(
+        record = Record(
             measure=measure.label,
             geometry=geometry.name,
             group=chart.group,
@@ -211,6 +224,7 @@ class _Scribe:
             model_hash=subject.state.fingerprint(),
             data_hash=fingerprint(*place.survey.digests),
         )
+        return Result(record, findings)
 
     def _stationarity(self, geometry: Geometry) -> float:
         """`max_i ‖W_i‖ ‖∇_i L‖` in the geometry's units: the largest block of `Eᵀ∇L`."""

@@ -16,10 +16,12 @@ from isoflat.geometry.base import Geometry
 from isoflat.linalg.density.lanczos import StochasticLanczosQuadrature
 from isoflat.linalg.density.outliers import Outliers
 from isoflat.linalg.solver import Domain, Solver, Steps
-from isoflat.measures.base import Budget, Direction, Findings, Measure, Question
-from isoflat.measures.run import measure_all
+from isoflat.measures.base import Budget, Direction, Effort, Findings, Measure, Question, Subject
+from isoflat.measures.prepare import subject
+from isoflat.measures.run import checked, opened, planned
 from isoflat.risk.linearise import Check
 from isoflat.risk.network import Selector
+from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.base import Symmetry
 from isoflat.symmetry.found import Found
 
@@ -96,48 +98,29 @@ def spectrum(  # noqa: PLR0913
         raise UsageError("a spectrum is measured in float32 or float64: rounding in bfloat16 hides all but its ends")
     limits = budget if isinstance(budget, Budget) else Budget(Deflated.price(outliers, probes, steps, budget))
     solver = Deflated(outliers, probes, steps, confidence, limits.products, limits.seconds)
-    kept: list[Density] = []
+    effort = Effort(confidence=confidence, budget=limits, seed=seed, check=checked(check))
+    own = {"outliers": outliers, "probes": probes, "steps": steps}
+    entry = replace(_ENTRY, options=own, needs=lambda _: (Question(solver),))
+    ranks = Ranks.here(reproducible_sum)
 
-    def evaluate(findings: Findings) -> Estimate:
-        """The effective rank; what it is of is kept, because a table has no place for it."""
-        outcome = findings.answers[0]
-        kept.append(outcome.result)
-        cost = Cost(products=outcome.products, seconds=outcome.seconds)
-        return replace(outcome.result.participation(), cost=cost).with_notes(*_notes(outcome.result, outliers))
+    def prepare() -> Subject:
+        return subject(model, data, loss, params, dtype, device)
 
-    entry = replace(
-        _ENTRY,
-        needs=lambda _: (Question(solver),),
-        evaluate=evaluate,
-        curvature=lambda findings: findings.answers[0].result.largest,
-        options={"outliers": outliers, "probes": probes, "steps": steps},
-    )
-    table = measure_all(
-        model,
-        data,
-        loss,
-        measures=[entry],
-        geometry=geometry,
-        params=params,
-        symmetries=symmetries,
-        confidence=confidence,
-        budget=limits,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        progress=progress,
-        check=check,
-        reproducible_sum=reproducible_sum,
-        label=label,
-    )
-    record = table[0]
-    own = {key: value for key, value in record.settings.items() if key != "rtol"}
-    settings = {**own, "probes": probes, "steps": steps, "outliers": outliers, "confidence": confidence}
-    return Spectrum(replace(record, settings=settings), kept[-1])
+    with opened(prepare, planned([entry], [geometry]), effort, symmetries, ranks, label, progress) as session:
+        (result,) = session.results()
+        record = ranks.from_first(result.record)
+    shared = {key: value for key, value in record.settings.items() if key != "rtol"}
+    return Spectrum(replace(record, settings=shared | own | {"confidence": confidence}), _density(result.findings))
 
 
-def _unmeasured(_: Findings) -> Estimate:
-    raise AssertionError("a spectrum is evaluated where it is asked for")
+def _density(findings: Findings) -> Density:
+    return findings.answers[0].result
+
+
+def _effective_rank(findings: Findings) -> Estimate:
+    outcome, density = findings.answers[0], _density(findings)
+    cost = Cost(products=outcome.products, seconds=outcome.seconds)
+    return replace(density.participation(), cost=cost).with_notes(*_notes(density, int(findings.options["outliers"])))
 
 
 _ENTRY = Measure(
@@ -149,7 +132,8 @@ _ENTRY = Measure(
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=0,
     needs=lambda _: (),
-    evaluate=_unmeasured,
+    evaluate=_effective_rank,
+    curvature=lambda findings: _density(findings).largest,
 )
 
 

@@ -16,6 +16,7 @@ from isoflat.cli.load.model import build, find_loss
 from isoflat.cli.load.named import reason
 from isoflat.cli.load.weights import read_weights
 from isoflat.core.errors import DataError, IsoflatError, UsageError
+from isoflat.core.record import Point
 from isoflat.measures.base import Effort, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.measures.prepare import subject
@@ -54,6 +55,21 @@ class Inputs:
     batch_size: int = 500
     loss: str = "cross_entropy"
     seed: int = 0
+
+    def facts(self, point: Point) -> list[tuple[str, str]]:
+        """What was measured, for people.
+
+        Args:
+            point: loss, gradient and size as they were found.
+        """
+        accuracy = "" if point.accuracy is None else f", accuracy {point.accuracy:.4g} (chance {point.chance:.4g})"
+        return [
+            ("network", f"{self.model}, {point.parameters} trainable entries"),
+            ("weights", "as built by the factory" if self.weights is None else str(self.weights)),
+            ("data", f"{self.data}, {point.examples} examples"),
+            ("loss", f"{point.loss:.6g} ({self.loss}){accuracy}"),
+            ("gradient norm", f"{point.gradient_norm:.4g}"),
+        ]
 
     def described(self) -> dict[str, Any]:
         """The choices that tell what was measured, for a result."""
