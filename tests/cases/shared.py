@@ -14,6 +14,7 @@ import isoflat
 from cases.group import Answer, attempt
 from cases.networks import Case, mlp
 from isoflat.core.space import norm
+from isoflat.core.streams import stream
 from isoflat.measures.prepare import subject
 from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.reverse import Rebuilt
@@ -251,3 +252,20 @@ def sharded():
     whole.load_state_dict(get_model_state_dict(spread, options=StateDictOptions(full_state_dict=True)))
     values = [isoflat.measure(net, case.data, case.criterion).value for net in (case.net, whole)]
     return refused, refused_too, values
+
+
+def sampled():
+    """A number from a sample: value, ends, and how many examples were drawn."""
+    net, (x, y) = confident(6000)
+    found = isoflat.measure(net, (x, y), nn.CrossEntropyLoss(), geometry="layerwise", rtol=0.2, sample="auto")
+    return found.value, found.lower, found.upper, next(note for note in found.notes if note.startswith("sampled: "))
+
+
+def confident(rows):
+    """A network that is sure of most of its examples, and right: their labels are its own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).double().eval()
+    x = torch.randn(rows, 6, generator=stream(0, "sampled"), dtype=torch.float64)
+    with torch.no_grad():
+        net[2].weight.mul_(30)
+        return net, (x, net(x).argmax(1))

@@ -58,6 +58,14 @@ def test_sums_in_order_are_the_same_bits(world, dtype):
         assert own[1] == measured
 
 
+def test_a_sample_is_the_same_for_any_number_of_processes():
+    alone = _values(run(1, shared.sampled))[0]
+    everyone = _values(run(2, shared.sampled))
+    assert everyone[0] == everyone[1]
+    assert everyone[0][:3] == pytest.approx(alone[:3], rel=1e-9)
+    assert everyone[0][3] == alone[3]
+
+
 REFUSED = {
     "weights": ("RanksDiffer", "rank 1 differs from rank 0 in '2.bias'"),
     "network": ("RanksDiffer", "modules"),

@@ -66,6 +66,7 @@ def compare(  # noqa: PLR0913
     seconds: options.Seconds = None,
     memory: options.Memory = None,
     probes: options.Probes = 64,
+    sample: options.Sample = None,
     seed: options.Seed = 0,
     dtype: options.Precision = None,
     check: options.Check = "refuse",
@@ -107,6 +108,7 @@ def compare(  # noqa: PLR0913
         "confidence": confidence,
         "certify": certify,
         "probes": probes,
+        "sample": sample,
         "budget": Budget(max_products, seconds, options.bytes_of(memory)),
         "seed": seed,
     }

@@ -42,6 +42,7 @@ def measure(  # noqa: PLR0913
     seconds: options.Seconds = None,
     memory: options.Memory = None,
     probes: options.Probes = 64,
+    sample: options.Sample = None,
     orbit: Annotated[
         int,
         typer.Option(
@@ -96,6 +97,7 @@ def measure(  # noqa: PLR0913
             certify=certify,
             budget=Budget(max_products, seconds, options.bytes_of(memory)),
             probes=probes,
+            sample=sample,
             seed=seed,
             dtype=dtype,
             check=check,
@@ -134,7 +136,7 @@ def evaluate(inputs: Inputs, orbit: int = 0, **settings: Any) -> tuple[Table, tu
     from isoflat.measures.run import measure_all
     from isoflat.risk.ranks import Ranks
 
-    effort = ("rtol", "confidence", "certify", "probes", "budget", "seed")
+    effort = ("rtol", "confidence", "certify", "probes", "sample", "budget", "seed")
     check(settings["measures"], settings["geometry"], **{key: settings[key] for key in effort})
     settings["device"] = device_of(settings["device"])
     loaded, target = Ranks.here().together(

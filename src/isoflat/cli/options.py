@@ -131,6 +131,15 @@ Memory = Annotated[
     typer.Option(help="For products, such as 4GB. Default: half of what is free.", rich_help_panel=HOW),
 ]
 Probes = Annotated[int, typer.Option(help="Random probes of traces.", rich_help_panel=HOW)]
+Sample = Annotated[
+    str | None,
+    typer.Option(
+        "--sample",
+        metavar="auto",
+        help="auto: on a sample as large as --rtol needs, with an interval for the rest. Default: on all the data.",
+        rich_help_panel=HOW,
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of all random numbers.", rich_help_panel=HOW)]
 Precision = Annotated[
     str | None,

@@ -62,6 +62,7 @@ class Effort:
         seed: of all random streams.
         check: what happens where products disagree with differences of gradients.
         inside: precision that products may use inside, accumulated in float64; never in a certificate.
+        sample: "auto" where a sample of the data may answer, with an interval for what was left out; None for all of it.
     """
 
     rtol: float = 1e-3
@@ -72,6 +73,7 @@ class Effort:
     seed: int = 0
     check: Check = Check.REFUSE
     inside: torch.dtype | None = None
+    sample: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning."""
@@ -80,6 +82,10 @@ class Effort:
                 f"{str(self.inside).removeprefix('torch.')} may be used inside products, but never in a certificate: pass "
                 "certify=False, or dtype='float32'"
             )
+        if self.sample not in (None, "auto"):
+            raise UsageError(f"sample must be 'auto', or None for all the data, got {self.sample!r}")
+        if self.sample and not self.certify:
+            raise UsageError("sample='auto' gives an interval, which certify=False does without: drop one of the two")
         if not 0 < self.rtol < 1:
             raise UsageError(f"rtol must lie between 0 and 1, got {self.rtol}")
         if self.confidence is not None and not 0 < self.confidence < 1:

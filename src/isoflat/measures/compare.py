@@ -67,7 +67,7 @@ def compare(  # noqa: PLR0913
     confidence: float | None = None,
     certify: bool = True,
     probes: int = 64,
-    sample: None = None,
+    sample: str | None = None,
     budget: Budget | int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -95,7 +95,7 @@ def compare(  # noqa: PLR0913
         confidence: as for `isoflat.measure`.
         certify: as for `isoflat.measure`; values without a certificate decide nothing.
         probes: random probes of stochastic estimates; the same for all networks.
-        sample: reserved.
+        sample: as for `isoflat.measure`.
         budget: as for `isoflat.measure`, for each network.
         seed: of the random start vectors and probes.
         dtype: as for `isoflat.measure`.

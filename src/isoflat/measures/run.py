@@ -19,6 +19,7 @@ from isoflat.geometry.traced import Traced
 from isoflat.measures.base import Budget, Effort, Measure, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.measures.prepare import subject, symmetries_of
+from isoflat.measures.sampled import results
 from isoflat.measures.session import Session
 from isoflat.measures.shared import agreed
 from isoflat.risk.batches import move
@@ -44,7 +45,7 @@ def measure(  # noqa: PLR0913
     rtol: float = 1e-3,
     confidence: float | None = None,
     certify: bool = True,
-    sample: None = None,
+    sample: str | None = None,
     budget: Budget | int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -71,7 +72,9 @@ def measure(  # noqa: PLR0913
         rtol: relative width of the enclosure to reach.
         confidence: probability that the interval holds; default 1 − 1e-6 for eigenvalues, 0.95 for traces.
         certify: False for a cheaper value with a true residual but no enclosure.
-        sample: reserved; all the data is used.
+        sample: "auto" for a sample of the data that is as large as `rtol` needs, examples drawn by how much curvature they
+            may carry, with an interval (confidence 0.95 by default) that says what the sample leaves open; all the data is
+            used where that is little more, and for numbers without such a form. None for all the data.
         budget: number of products, or a `Budget`.
         seed: of the random start vectors and probes.
         dtype: "float32" or "float64"; default the weights' own. "bfloat16" for products by autocast, with the value from
@@ -133,7 +136,7 @@ def measure_all(  # noqa: PLR0913
     confidence: float | None = None,
     certify: bool = True,
     probes: int = 64,
-    sample: None = None,
+    sample: str | None = None,
     budget: Budget | int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -157,7 +160,7 @@ def measure_all(  # noqa: PLR0913
         confidence: as for `measure`.
         certify: as for `measure`.
         probes: random probes of stochastic estimates.
-        sample: reserved.
+        sample: as for `measure`.
         budget: as for `measure`.
         seed: as for `measure`.
         dtype: as for `measure`.
@@ -172,13 +175,12 @@ def measure_all(  # noqa: PLR0913
 
     Raises:
         IsoflatError: as for `measure`.
-        UsageError: no measure was asked for, or `sample` was given.
+        UsageError: no measure was asked for, or a setting has no meaning.
     """
-    if sample is not None:
-        raise UsageError("sample is reserved for a later version: this one measures on all the data it is given")
     limits = Budget(products=budget) if isinstance(budget, int) else (budget or Budget())
     low = dtype in (torch.bfloat16, "bfloat16")
-    effort = Effort(rtol, confidence, certify, probes, limits, seed, checked(check), torch.bfloat16 if low else None)
+    inside = torch.bfloat16 if low else None
+    effort = Effort(rtol, confidence, certify, probes, limits, seed, checked(check), inside, sample)
     plan = planned(measures, [geometry] if isinstance(geometry, str | Geometry) else geometry)
     ranks = Ranks.here(reproducible_sum)
 
@@ -186,8 +188,9 @@ def measure_all(  # noqa: PLR0913
         return subject(model, data, loss, params, dtype, device)
 
     with opened(prepare, plan, effort, symmetries, ranks, label, progress) as session:
+        found = results(session) if effort.sample else session.results()
         # From the first process: costs and all.
-        return ranks.from_first(Table(tuple(result.record for result in session.results())))
+        return ranks.from_first(Table(tuple(result.record for result in found)))
 
 
 @contextmanager

@@ -74,21 +74,26 @@ class Session:
     def results(self) -> tuple[Result, ...]:
         """Chart, survey, linearise, answer, evaluate: one for each entry of the plan."""
         started = time.monotonic()
-        state = self.subject.state
         # Charts come first: a geometry that refuses must do so before the data is read.
-        charts = {geometry: geometry.chart(state) for _, geometry in self.plan}
+        charts = self.charts()
         read = {id(chart.state): survey(self.subject.risk, chart.state) for chart in charts.values()}
         risk, seen = next(iter(read.values()))
         self.report(f"loss {seen.loss:.4g}")
+        chosen, route = self.routed(risk.pinned(seen))
+        return chosen.answered(charts, read, route, started)
+
+    def charts(self) -> dict[Geometry, Chart]:
+        """Every geometry of the plan, at the point."""
+        return {geometry: geometry.chart(self.subject.state) for _, geometry in self.plan}
+
+    def routed(self, risk: EmpiricalRisk) -> tuple[Session, type[Linearisation]]:
+        """How products are made, and the session with what follows from it: notes, and what can be certified."""
         choice = risk.ranks.together(
-            lambda: choose(risk.pinned(seen), state, self.effort.check), lambda choice: {"route": choice.route.__name__}
+            lambda: choose(risk, self.subject.state, self.effort.check), lambda choice: {"route": choice.route.__name__}
         )
-        chosen = replace(
-            self,
-            subject=replace(self.subject, notes=(*self.subject.notes, *choice.notes)),
-            effort=self.effort if choice.exact else replace(self.effort, certify=False),
-        )
-        return chosen.answered(charts, read, choice.route, started)
+        subject = replace(self.subject, notes=(*self.subject.notes, *choice.notes))
+        effort = self.effort if choice.exact else replace(self.effort, certify=False)
+        return replace(self, subject=subject, effort=effort), choice.route
 
     def answered(
         self,
@@ -105,40 +110,54 @@ class Session:
             route: how products are made.
             started: when the measurement began.
         """
-        places = {id(chart.state): self._place(chart.state, *read[id(chart.state)], route) for chart in charts.values()}
+        places = {}
+        for chart in charts.values():
+            risk, seen = read[id(chart.state)]
+            places[id(chart.state)] = self.placed(chart.state, risk.pinned(seen), seen, route)
         setup = time.monotonic() - started
         answers: Answers = {}
         for key, place in places.items():
-            jobs = self._jobs({g: chart for g, chart in charts.items() if id(chart.state) == key}, place)
+            jobs = self.jobs({g: chart for g, chart in charts.items() if id(chart.state) == key}, place)
             answers |= dict(zip(jobs, together(place.hessian, list(jobs.values()), self.report), strict=True))
-        scribe = _Scribe(self, charts, places, answers, setup)
+        scribe = Scribe(self, charts, places, answers, setup)
         return tuple(scribe.result(measure, geometry) for measure, geometry in self.plan)
 
-    def _place(self, state: State, risk: EmpiricalRisk, seen: Survey, route: type[Linearisation]) -> Place:
-        """Loss, gradient and Hessian at a state."""
+    def placed(self, state: State, risk: EmpiricalRisk, seen: Survey, route: type[Linearisation]) -> Place:
+        """Products at a state, planned.
+
+        Args:
+            state: the point.
+            risk: of the data that is multiplied.
+            seen: what is known of it: rows, count, hardness.
+            route: how products are made.
+        """
         budget = self.effort.budget.memory
         memory = risk.ranks.share(available_memory(state.device), state.device) // 2 if budget is None else budget
-        pinned = replace(risk.pinned(seen), network=replace(risk.network, inside=self.effort.inside))
+        inside = replace(risk, network=replace(risk.network, inside=self.effort.inside))
         batches = len(seen.digests)
         own = -(-seen.rows * risk.ranks.most(batches) // batches)
         planned = risk.ranks.together(
-            lambda: plan(pinned, state, route, own, memory), lambda made: {"plan of products": str(made)}
+            lambda: plan(inside, state, route, own, memory), lambda made: {"plan of products": str(made)}
         )
         self.report(str(planned))
-        return Place(seen, planned, tuple(linearise(part, state, planned) for part in _parts(pinned, seen, planned)))
+        return Place(seen, planned, tuple(linearise(part, state, planned) for part in _parts(inside, seen, planned)))
 
-    def _jobs(self, charts: Mapping[Geometry, Chart], place: Place) -> dict[tuple[Geometry, Question], Job]:
-        """Every question in every geometry once, and a check of the products against the group."""
+    def jobs(self, charts: Mapping[Geometry, Chart], place: Place) -> dict[tuple[Geometry, Question], Job]:
+        """Every question in every geometry once, and the checks."""
         asked = [(g, question) for m, g in self.plan if g in charts for question in m.needs(self.effort)]
-        asked += [(g, Question(Probe(c.identity.velocity))) for g, c in charts.items() if c.identity is not None]
         jobs = {}
         for geometry, question in dict.fromkeys(asked):
             chart = charts[geometry]
             plus = geometry.connection(chart.state, place.survey.gradient) if question.covariant else None
-            frame = Identical(place.hessian.n) if isinstance(question.solver, Probe) else chart.frame
             random = stream(self.effort.seed, type(question.solver).__name__)
-            jobs[geometry, question] = Job(Pullback(place.hessian, frame, plus), question.solver, random)
-        return jobs
+            jobs[geometry, question] = Job(Pullback(place.hessian, chart.frame, plus), question.solver, random)
+        return jobs | self.checks(charts, place)
+
+    def checks(self, charts: Mapping[Geometry, Chart], place: Place) -> dict[tuple[Geometry, Question], Job]:
+        """A product in each geometry that has a generator of its group to check products with."""
+        plain = Pullback(place.hessian, Identical(place.hessian.n))
+        asked = {g: Probe(chart.identity.velocity) for g, chart in charts.items() if chart.identity is not None}
+        return {(g, Question(probe)): Job(plain, probe, stream(self.effort.seed)) for g, probe in asked.items()}
 
 
 @final
@@ -182,8 +201,16 @@ def _parts(risk: EmpiricalRisk, seen: Survey, planned: Plan) -> list[EmpiricalRi
 
 @final
 @dataclass(frozen=True)
-class _Scribe:
-    """Evaluates measures and writes down where each number comes from."""
+class Scribe:
+    """Evaluates measures and writes down where each number comes from.
+
+    Attributes:
+        session: the measurement.
+        charts: of every geometry in the plan.
+        places: where each chart's state was measured.
+        answers: of all solvers.
+        setup: seconds that are shared by all numbers.
+    """
 
     session: Session
     charts: Mapping[Geometry, Chart]
@@ -292,6 +319,7 @@ class _Scribe:
             "rtol": effort.rtol,
             "certify": effort.certify,
             "probes": effort.probes,
+            "sample": effort.sample or "all",
             "seed": effort.seed,
             "max_products": effort.budget.products,
             "dtype": str(state.dtype).removeprefix("torch."),

@@ -113,6 +113,12 @@ class Batches:
             lambda: (Beside(*pair) for pair in zip(self, columns, strict=True)), self.volatile and not self.digests
         )
 
+    def weighted(self, weights: Sequence[Tensor]) -> Batches:
+        """The same data, each batch with weights of its rows."""
+        return Batches(
+            lambda: (Weighted(*pair) for pair in zip(self, weights, strict=True)), self.volatile and not self.digests
+        )
+
     @staticmethod
     def _differs(what: str) -> NondeterministicRisk:
         return NondeterministicRisk(
@@ -129,9 +135,17 @@ class Beside(NamedTuple):
     column: Any
 
 
+@final
+class Weighted(NamedTuple):
+    """A batch whose rows count as often as their weights say, shape `(rows,)`, float64."""
+
+    batch: Any
+    weights: Tensor
+
+
 def alone(batch: Any) -> Any:
     """The batch without what is beside it."""
-    return batch.batch if isinstance(batch, Beside) else batch
+    return batch.batch if isinstance(batch, Beside | Weighted) else batch
 
 
 def as_batches(data: Any, rows: int = ROWS) -> Batches:

@@ -10,10 +10,11 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
-from isoflat.core.errors import DataError, NondeterministicRisk, NonFinite, UnsupportedModel
+from isoflat.core.errors import DataError, NondeterministicRisk, NonFinite, UnsupportedModel, UsageError
 from isoflat.core.state import State
-from isoflat.risk.batches import Batches, alone, digest, move
-from isoflat.risk.losses import Loss, TargetLoss, Term, call, check_mean, split
+from isoflat.core.streams import stream
+from isoflat.risk.batches import Batches, Weighted, alone, digest, move, rows_of
+from isoflat.risk.losses import Loss, TargetLoss, Term, call, check_mean, importance, split
 from isoflat.risk.network import Network
 from isoflat.risk.ranks import Part, Ranks
 
@@ -27,15 +28,15 @@ class Survey:
 
     Attributes:
         loss: empirical risk.
-        gradient: its gradient, shape `(n,)`, float64.
+        gradient: its gradient, shape `(n,)`, float64; empty after a screening, which has none.
         accuracy: share of correct predictions; None where undefined.
         chance: accuracy of always predicting the most frequent class; None where undefined.
         rows: examples.
         count: counted targets or their weights.
         digests: hash of each batch.
         unused: trainable tensors that the loss does not depend on.
-        hardness: `‖∂ total/∂z‖` of each row of the data, z the model's output, shape `(rows,)` (`risk.parts`); None
-            where the output does not have the rows.
+        hardness: `‖∂ total/∂z‖` of each row of the data, z the model's output, shape `(rows,)` (`risk.parts`), or its
+            importance after a screening (`losses.importance`); None where the output does not have the rows.
         seconds: duration of the pass: the unit of cost.
     """
 
@@ -74,9 +75,14 @@ class EmpiricalRisk:
     of: float | None = None
 
     def term(self, state: State, batch: Any) -> Term:
-        """One batch's summed loss, as a function of the state's tensors."""
+        """One batch's summed loss, as a function of the state's tensors; rows count by their weights, if they have any."""
         moved = move(alone(batch), state.device, state.dtype)
-        return self.network(state, lambda model: self.loss(model, moved))
+        loss = self.loss
+        if isinstance(batch, Weighted):
+            if not isinstance(loss, TargetLoss):
+                raise UsageError("rows have weights in losses of output and target only")
+            loss = loss.weighted(batch.weights)
+        return self.network(state, lambda model: loss(model, moved))
 
     def target(self, state: State, batch: Any) -> Any:
         """What the loss compares the output of a batch with; None where the model computes its own loss."""
@@ -143,21 +149,52 @@ class EmpiricalRisk:
         tally = _Tally(state)
         started = time.monotonic()
 
-        def read() -> Iterator[Any]:
-            for batch in self.batches:
-                tally.digests.append(digest(batch))
-                yield batch
-
         def per_batch(index: int, batch: Any) -> Part:
             leaves = leaf_state(state)
             term = self.term(leaves, batch)
             parameters = list(leaves.parameters.values())
             hard = term.z is not None and term.z.requires_grad and term.z.ndim > 0 and len(term.z) == term.rows
             gradients = differentiate(term.total, [*parameters, term.z] if hard and term.z is not None else parameters)
-            tally.note(index, gradients.pop() if hard else None)
-            return tally.add(index, term, gradients)
+            slope = gradients.pop() if hard else None
+            tally.hardness[index] = None if slope is None else slope.detach().reshape(len(slope), -1).norm(dim=1).cpu()
+            return Part(torch.cat([tally.loss(index, term), *tally.gradient(index, gradients)]), term.count)
 
-        mean = self.accumulate(per_batch, _shape(1 + state.space.size, state), over=read())
+        mean = self.accumulate(per_batch, _shape(1 + state.space.size, state), over=tally.digesting(self.batches))
+        tally.join(self.ranks.gather(tally.counts))
+        seconds = time.monotonic() - started
+        return tally.survey(mean, seconds)
+
+    def screen(self, state: State) -> Survey:
+        """Loss, accuracy and each row's importance in one forward pass; no gradient.
+
+        Raises:
+            UsageError: the loss is no function of output and target, or the output does not have the rows.
+            IsoflatError: as for `survey`.
+        """
+        self.ranks.together(lambda: self._probe(state), lambda loss: {"loss of the first batch": f"{loss:.4g}"})
+        tally, loss = _Tally(state), self.loss
+        if not isinstance(loss, TargetLoss):
+            raise UsageError(
+                "sample='auto' weighs examples by the loss of each, and needs a torch.nn criterion or a function of output "
+                f"and target; {type(loss).__name__} has one for the whole batch only: leave sample out"
+            )
+        started = time.monotonic()
+
+        def per_batch(index: int, batch: Any) -> Part:
+            inputs, target = split(move(alone(batch), state.device, state.dtype))
+            with torch.no_grad():
+                output = self.network(state, lambda model: call(model, inputs))
+            z = output.detach().requires_grad_(True)
+            if z.ndim == 0 or len(z) != rows_of(batch):
+                raise UsageError(
+                    f"sample='auto' needs one row of output for each example, got shape {tuple(z.shape)} for "
+                    f"{rows_of(batch)} examples: leave sample out"
+                )
+            term = loss.of(z, target, len(z))
+            tally.hardness[index] = importance(term.total, z, stream(0, "importance", index))
+            return Part(tally.loss(index, term), term.count)
+
+        mean = self.accumulate(per_batch, _shape(1, state), over=tally.digesting(self.batches))
         tally.join(self.ranks.gather(tally.counts))
         seconds = time.monotonic() - started
         return tally.survey(mean, seconds)
@@ -210,22 +247,29 @@ class _Tally:
         self.used = [False] * len(state.parameters)
         self.hardness: dict[int, Tensor | None] = {}
 
-    def note(self, index: int, residual: Tensor | None) -> None:
-        """Take the loss's derivative in a batch's output."""
-        rows = (
-            None
-            if residual is None
-            else torch.linalg.vector_norm(residual.flatten(1), dim=1)
-            if residual.ndim > 1
-            else residual.abs()
-        )
-        self.hardness[index] = None if rows is None else rows.detach().cpu()
+    def digesting(self, batches: Batches) -> Iterator[Any]:
+        """The batches, each hashed on the way."""
+        for batch in batches:
+            self.digests.append(digest(batch))
+            yield batch
 
-    def add(self, index: int, term: Term, gradients: list[Tensor | None]) -> Part:
-        """Take one batch in; its loss and gradient as one vector."""
+    def loss(self, index: int, term: Term) -> Tensor:
+        """Count what is in a batch; its summed loss, shape `(1,)`, float64."""
         total = term.total.detach().reshape(1).double()
         if not bool(torch.isfinite(total).all()):
             raise NonFinite(f"the loss of batch {index} is {float(total)}: check its inputs and targets for NaN")
+        self.rows += term.rows
+        self.count += term.count
+        if term.output is not None and term.target is not None:
+            self.correct += int((term.output.argmax(-1) == term.target).sum())
+            self.counted += term.target.numel()
+            found = term.target.bincount(minlength=len(self.classes)).cpu()
+            found[: len(self.classes)] += self.classes
+            self.classes = found
+        return total
+
+    def gradient(self, index: int, gradients: list[Tensor | None]) -> list[Tensor]:
+        """A batch's gradient, tensor by tensor, in float64."""
         tensors = []
         for j, (name, parameter) in enumerate(self.state.parameters.items()):
             gradient = gradients[j]
@@ -236,15 +280,7 @@ class _Tally:
             else:
                 self.used[j] = True
             tensors.append(gradient.reshape(-1).double())
-        self.rows += term.rows
-        self.count += term.count
-        if term.output is not None and term.target is not None:
-            self.correct += int((term.output.argmax(-1) == term.target).sum())
-            self.counted += term.target.numel()
-            found = term.target.bincount(minlength=len(self.classes)).cpu()
-            found[: len(self.classes)] += self.classes
-            self.classes = found
-        return Part(torch.cat([total, *tensors]), term.count)
+        return tensors
 
     @property
     def counts(self) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -127,10 +127,12 @@ class TargetLoss(Loss):
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
         """Apply the model to the inputs and the loss to its output."""
         inputs, target = split(batch)
-        output = call(model, inputs)
+        return self.of(call(model, inputs), target, rows_of(target if _has_rows(target) else inputs))
+
+    def of(self, output: Tensor, target: Tensor, rows: int) -> Term:
+        """The contribution of so many rows, from the model's output."""
         total = scalar(self.summed(output, target), "summed loss")
         count = self.count(output, target)
-        rows = rows_of(target) if isinstance(target, Tensor) and target.ndim else rows_of(inputs)
         if self.classes is None or not _are_classes(output, target):
             return Term(total, count, rows, z=output)
         # Class scores lie along dimension 1 (dimension 0 for a single example), as in torch.nn.CrossEntropyLoss.
@@ -138,6 +140,58 @@ class TargetLoss(Loss):
         counted = self.classes(output, target).reshape(-1)
         scored = scores.reshape(-1, scores.shape[-1])[counted]
         return Term(total, count, rows, scored, target.reshape(-1)[counted], z=output)
+
+    def by_row(self, output: Tensor, target: Tensor) -> Tensor:
+        """The summed loss of each row by itself, shape `(rows,)`."""
+        if self.criterion is None:
+            return torch.func.vmap(lambda z, y: self.summed(z[None], y[None]))(output, target)
+        each = _like(self.criterion, output)
+        each.reduction = "none"
+        return each(output, target).reshape(len(output), -1).sum(1)
+
+    def weighted(self, weights: Tensor) -> TargetLoss:
+        """The loss of rows that count as often as their weights say, shape `(rows,)`."""
+
+        def summed(output: Tensor, target: Tensor) -> Tensor:
+            return (self.by_row(output, target) * weights.to(output)).sum()
+
+        return replace(self, summed=summed, criterion=None)
+
+
+def importance(total: Tensor, z: Tensor, stream: torch.Generator) -> Tensor:
+    """How much of the curvature each row may carry: `‖∂ℓ/∂z‖ + tr ∂²ℓ/∂z²`, shape `(rows,)`, on the CPU.
+
+    Args:
+        total: summed loss with a graph.
+        z: the output it is a function of, shape `(rows, …)`, outputs along dimension 1.
+        stream: of random signs that stand for the outputs where these are many.
+    """
+    slope = torch.autograd.grad(total, z, create_graph=True)[0]
+    found = slope.detach().reshape(len(z), -1).norm(dim=1)
+    if slope.requires_grad:
+        trace = torch.zeros_like(found)
+        directions = _directions(z, stream)
+        for direction in directions:
+            image = torch.autograd.grad(slope, z, direction, retain_graph=True)[0]
+            trace += (image * direction).reshape(len(z), -1).sum(1)
+        found = found + trace.abs() / (1 if z.ndim == 1 or z.shape[1] <= SIGNS else len(directions))
+    return found.double().cpu()
+
+
+SIGNS = 64
+"""Directions in which a loss's curvature in its output is looked at, at most."""
+
+
+def _directions(z: Tensor, stream: torch.Generator) -> list[Tensor]:
+    """Every output by itself, or random signs for all of them."""
+    if z.ndim == 1:
+        return [torch.ones_like(z)]
+    if z.shape[1] > SIGNS:
+        return [2.0 * torch.randint(2, z.shape, generator=stream).to(z) - 1 for _ in range(SIGNS)]
+    found = [torch.zeros_like(z) for _ in range(z.shape[1])]
+    for place, direction in enumerate(found):
+        direction[:, place] = 1
+    return found
 
 
 def as_loss(loss: Any) -> Loss:
@@ -228,10 +282,7 @@ def _from_criterion(criterion: Any) -> TargetLoss:
         return TargetLoss(summed, rows, classes, criterion=criterion, averages=False, notes=(note,))
 
     def total(output: Tensor, target: Tensor) -> Tensor:
-        weight = getattr(summed, "weight", None)
-        if weight is not None and weight.dtype != output.dtype and output.is_floating_point():
-            return copy.copy(summed).to(dtype=output.dtype, device=output.device)(output, target)
-        return summed(output, target)
+        return _like(summed, output)(output, target)
 
     return TargetLoss(total, lambda output, target: count(criterion, output, target), classes, criterion=criterion)
 
@@ -260,6 +311,15 @@ def check_mean(loss: Any, output: Tensor, target: Tensor) -> None:
             f"the loss function is not a mean over rows: writing every row twice changed it from {float(once):.6g} to "
             f"{float(twice):.6g}. Return a mean, or pass an isoflat.BatchLoss that returns (sum, count)"
         )
+
+
+def _like(criterion: Any, output: Tensor) -> Any:
+    """A copy of a criterion whose weights have the output's precision and place; the user's own is left alone."""
+    return copy.deepcopy(criterion).to(output.device, output.dtype if output.is_floating_point() else None)
+
+
+def _has_rows(target: Any) -> bool:
+    return isinstance(target, Tensor) and target.ndim > 0
 
 
 def _are_classes(output: Tensor, target: Tensor) -> bool:

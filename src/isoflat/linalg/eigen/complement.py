@@ -1,0 +1,52 @@
+"""What one vector leaves of a spectrum, as a solver of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from isoflat.linalg.eigen.outside import Aim, Outside, Trial, outside
+from isoflat.linalg.solver import Domain, Request, Solver, Steps
+
+CLEAR = 0.25
+"""How much of the gap to the vector's own value a bound may take: what a residual costs is then 4/3 of the least."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Complement(Solver[Outside]):
+    """Bounds on the spectrum on a vector's complement, tight enough to tell it from the vector's Rayleigh quotient.
+
+    Attributes:
+        vector: of length 1, shape `(n,)`.
+        confidence: probability that both bounds hold.
+        max_products: budget, the one with the vector included.
+
+    >>> from isoflat.core.streams import stream
+    >>> from isoflat.linalg.operator import Dense
+    >>> operator = Dense(torch.diag(torch.cat([torch.tensor([9.0]), torch.linspace(0, 1, 99)]).double()))
+    >>> left = Complement(torch.eye(100, dtype=torch.float64)[0])(operator, stream(0))
+    >>> left.lower <= 0.0, 1.0 <= left.upper < 3.0
+    (True, True)
+    """
+
+    vector: Tensor
+    confidence: float = 1 - 1e-6
+    max_products: int = 300
+
+    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Outside]:
+        """The vector's product, then a run on the complement."""
+        status = "what a vector leaves"
+        product = (yield Request(self.vector[:, None].to(domain.dtype), status=status))[:, 0]
+        trial = Trial.of([self.vector], [product])
+        size = abs(float(trial.values[0]))
+
+        def enough(left: Outside) -> bool:
+            above = left.upper - left.top <= CLEAR * (size - left.top)
+            return above and left.bottom - left.lower <= CLEAR * (size + left.bottom)
+
+        aim = Aim(1 - self.confidence, enough, lambda spent: spent + 1 <= self.max_products, status)
+        return (yield from outside(trial, domain, stream, (None,), aim))

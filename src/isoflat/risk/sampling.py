@@ -1,0 +1,191 @@
+"""Samples of the data with known chances, and what they tell of all of it.
+
+Of a trained classifier's examples few carry nearly all of the curvature, and which ones is known from the network's
+outputs: an example enters the Hessian through `∂²ℓ/∂z²` and `∂ℓ/∂z` (`losses.importance`). So each is drawn with a chance
+`π_i = min(1, c s_i)` in proportion to its importance s_i, those with π = 1 for certain, and counts `1/π_i` times: sums over
+the sample are then unbiased for sums over the data (Horvitz and Thompson, JASA 47, 1952). Nothing that is stated depends
+on the importance having been a good guess; only how much a sample tells does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from isoflat.core.errors import UnsupportedModel
+from isoflat.core.state import State
+from isoflat.risk.batches import alone, even, move
+from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.losses import TargetLoss, call, split
+from isoflat.risk.routes.guarded import is_out_of_memory
+
+EVEN = 0.02
+"""Share of the draws that goes to all examples alike, so that no weight exceeds `rows / (EVEN · size)`."""
+
+
+@final
+@dataclass(frozen=True)
+class Sample:
+    """Some of the rows of the data.
+
+    Attributes:
+        places: of the rows, ascending, shape `(m,)`.
+        chances: with which each was to be drawn, shape `(m,)`, float64; 1 for those that are in it for certain.
+    """
+
+    places: Tensor
+    chances: Tensor
+
+    @property
+    def size(self) -> int:
+        """Number of rows m."""
+        return len(self.places)
+
+    @property
+    def certain(self) -> int:
+        """How many are in it for certain."""
+        return int((self.chances == 1).sum())
+
+    @property
+    def drawn(self) -> Sample:
+        """The others: what chance decides about."""
+        open_ = self.chances < 1
+        return Sample(self.places[open_], self.chances[open_])
+
+    @staticmethod
+    def of(chances: Tensor, stream: torch.Generator) -> Sample:
+        """Drawn without replacement with given chances, shape `(rows,)`: systematically, in a random order.
+
+        >>> from isoflat.core.streams import stream
+        >>> sample = Sample.of(torch.tensor([1.0, 0.5, 0.5, 0.0], dtype=torch.float64), stream(0))
+        >>> len(sample.places), sample.places[0].item(), sample.chances.tolist()
+        (2, 0, [1.0, 0.5])
+        """
+        order = torch.randperm(len(chances), generator=stream)
+        reached = (chances[order].cumsum(0) - torch.rand((), generator=stream, dtype=torch.float64)).floor()
+        hit = reached > torch.cat([reached.new_full((1,), -1.0), reached[:-1]])
+        hit[chances[order] == 1] = True  # rounding in the sums must not lose one
+        places = order[hit].sort().values
+        return Sample(places, chances[places])
+
+    def beyond(self, chances: Tensor) -> Sample:
+        """All that are certain under other chances, and of the rest those of this sample, with its own chances."""
+        certain = (chances == 1).nonzero()[:, 0]
+        others = chances[self.places] < 1
+        places = torch.cat([certain, self.places[others]])
+        own = torch.cat([torch.ones(len(certain), dtype=torch.float64), self.chances[others]])
+        order = places.argsort()
+        return Sample(places[order], own[order])
+
+    def risk(self, risk: EmpiricalRisk, of: float, rows: int) -> EmpiricalRisk:
+        """The risk as this sample has it: unbiased, and so are its derivatives.
+
+        Args:
+            risk: of all the data.
+            of: what a mean over all the data divides by.
+            rows: of a batch.
+        """
+        rows = even(self.size, rows, risk.ranks.world)
+        weights = (1 / self.chances).split(rows)
+        return replace(risk, batches=risk.batches.only(self.places, rows).weighted(weights), of=of)
+
+    def scatter(self, values: Tensor) -> tuple[float, float]:
+        """Standard error of the total `Σ values/π`, and degrees of freedom of the estimate of its square.
+
+        Hájek's (1964) approximation for samples of fixed size and high entropy. The degrees of freedom are Satterthwaite's:
+        few, where few examples make most of it. What is certain does not scatter.
+
+        Args:
+            values: of each row that was drawn, shape `(drawn.size,)`.
+        """
+        chances = self.drawn.chances
+        left, y = 1 - chances, values.double().cpu() / chances
+        count = len(y)
+        if count < 2:
+            return 0.0, 1.0
+        squares = left * (y - (left * y).sum() / left.sum()) ** 2
+        total = float(squares.sum())
+        spread = float(((squares - squares.mean()) ** 2).sum())
+        freedom = 2 * total**2 / spread if spread else float(count)
+        return math.sqrt(total * count / (count - 1)), min(max(freedom, 1.0), count - 1.0)
+
+    def forecast(self, values: Tensor, chances: Tensor) -> float:
+        """The standard error that a sample with other chances would have, as this one sees it.
+
+        Args:
+            values: of each row of this sample, shape `(m,)`.
+            chances: of all rows, shape `(rows,)`.
+        """
+        q, others = values.double().cpu(), chances[self.places]
+        left = (1 - others) / self.chances
+        centre = float((left * q).sum() / (left * others).sum()) if bool((others < 1).any()) else 0.0
+        return math.sqrt(float((left / others * (q - centre * others) ** 2).sum()))
+
+
+def inclusion(scores: Tensor, size: float) -> Tensor:
+    """Chances `min(1, c s_i)` that add up to a size, shape `(rows,)`, float64; a small part of it to all alike.
+
+    Args:
+        scores: importance of each row, not negative, shape `(rows,)`.
+        size: of the sample, at most as many as there are rows.
+
+    >>> inclusion(torch.tensor([8.0, 1.0, 1.0, 0.0]), 2).mul(100).round().div(100).tolist()
+    [1.0, 0.49, 0.49, 0.01]
+    """
+    scores = scores.double()
+    total = float(scores.sum())
+    shares = (1 - EVEN) * scores / total + EVEN / len(scores) if total > 0 else torch.full_like(scores, 1 / len(scores))
+    certain = torch.zeros(len(shares), dtype=torch.bool)
+    while True:
+        left = size - int(certain.sum())
+        chances = torch.where(certain, 1.0, shares * (left / float(shares[~certain].sum())) if left > 0 else 0.0)
+        over = chances >= 1
+        if torch.equal(over, certain) or bool(over.all()):
+            return chances.clamp_(max=1.0)
+        certain = over
+
+
+def curvatures(risk: EmpiricalRisk, state: State, one: Tensor, other: Tensor) -> Tensor:
+    """`dᵀ ∇²ℓ_i e` of each row's loss ℓ_i by two forward derivatives, shape `(rows,)`, on the CPU; no weight applied.
+
+    Args:
+        risk: with a loss of output and target.
+        state: the point.
+        one: d, shape `(n,)`.
+        other: e, shape `(n,)`.
+
+    Raises:
+        UnsupportedModel: an operation of the network has no forward derivative.
+    """
+    first, second = (state.space.unflatten(direction.to(state.dtype)) for direction in (one, other))
+
+    def per_batch(_: int, batch: Any) -> Tensor:
+        inputs, target = split(move(alone(batch), state.device, state.dtype))
+
+        def losses(parameters: dict[str, Tensor]) -> Tensor:
+            moved = State(parameters, state.frozen, state.buffers, state.constants)
+            output = risk.network(moved, lambda model: call(model, inputs))
+            assert isinstance(risk.loss, TargetLoss)
+            return risk.loss.by_row(output, target)
+
+        def slopes(parameters: dict[str, Tensor]) -> Tensor:
+            return torch.func.jvp(losses, (parameters,), (first,))[1]
+
+        try:
+            return torch.func.jvp(slopes, (dict(state.parameters),), (second,))[1].detach().cpu()
+        except (RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise UnsupportedModel(
+                f"sample='auto' needs forward derivatives of each example's loss, and the network has none ({reason}): "
+                "leave sample out"
+            ) from error
+
+    own = {index: rows for index, rows in enumerate(risk.own(per_batch)) if rows is not None}
+    found = {index: rows for part in risk.ranks.gather(own) for index, rows in part.items()}
+    return torch.cat([found[index] for index in sorted(found)])
