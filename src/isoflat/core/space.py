@@ -15,8 +15,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18
-"""Entries converted to float64 at a time: the working copy stays in cache and the memory overhead small."""
+CHUNK = 1 << 17
+"""Entries converted to float64 at a time: the working copies of some ten rows stay in cache. Measured on two cores with
+long rows: smaller pieces leave a core idle, larger ones the cache."""
 
 
 @final
@@ -78,8 +79,45 @@ def inner(rows: Sequence[Tensor], vector: Tensor) -> Tensor:
         Shape `(k,)`, float64, on the vectors' device.
     """
     total = torch.zeros(len(rows), dtype=torch.float64, device=vector.device)
-    for piece in _pieces(rows):
-        total += _stacked(rows, piece) @ vector[piece].double()
+    for piece, wide in _widened(rows, vector):
+        part = vector[piece].double()
+        total += torch.stack([torch.dot(row, part) for row in wide]) if isinstance(wide, list) else wide @ part
+    return total
+
+
+def rough(rows: Sequence[Tensor], vector: Tensor, size: float) -> Tensor:
+    """Inner products as the precision of long rows has them, which is faster than `inner`; shape `(k,)`, float64.
+
+    Args:
+        rows: k vectors of shape `(n,)`.
+        vector: shape `(n,)`.
+        size: of its norm, about: it is brought to 1, so that nothing overflows.
+    """
+    if len(vector) <= CHUNK or rows[0].dtype == torch.float64 or size == 0 or not math.isfinite(size):
+        return inner(rows, vector)
+    scale = math.ldexp(1.0, min(-math.frexp(size)[1], 1023))
+    total = torch.zeros(len(rows), dtype=torch.float64, device=vector.device)
+    for piece in _pieces(vector):
+        narrow = (vector[piece] * scale).to(rows[0].dtype)
+        total += torch.stack([torch.dot(row[piece], narrow) for row in rows]).double()
+    return total / scale
+
+
+def sweep(vector: Tensor, coefficients: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """`vector −= Σ_j coefficients_j rows_j` in place, in float64, and the inner products of what is left with each row.
+
+    One pass over the rows does both.
+    """
+    total = torch.zeros(len(rows), dtype=torch.float64, device=vector.device)
+    for piece, wide in _widened(rows, vector):
+        part = vector[piece]
+        if isinstance(wide, list):
+            for weight, row in zip(coefficients.tolist(), wide, strict=True):
+                part.add_(row, alpha=-weight)
+            total += torch.stack([torch.dot(row, part) for row in wide])
+        else:
+            part -= coefficients.to(part) @ wide
+            total += wide @ part
     return total
 
 
@@ -92,9 +130,12 @@ def combine(coefficients: Tensor, rows: Sequence[Tensor]) -> Tensor:
 
 def add(vector: Tensor, coefficients: Tensor, rows: Sequence[Tensor]) -> None:
     """`vector += Σ_j coefficients_j rows_j` in place, for a vector in float64."""
-    weights = coefficients.to(vector.device)
-    for piece in _pieces(rows):
-        vector[piece] += weights @ _stacked(rows, piece)
+    if len(vector) <= CHUNK:
+        vector += coefficients.to(vector) @ torch.stack(list(rows)).double()
+        return
+    for piece in _pieces(vector):
+        for weight, row in zip(coefficients.tolist(), rows, strict=True):
+            vector[piece].add_(row[piece], alpha=weight)
 
 
 def norm(vector: Tensor) -> float:
@@ -120,11 +161,21 @@ def largest(vector: Tensor) -> float:
     return max(-float(low), float(high))
 
 
-def _pieces(rows: Sequence[Tensor]) -> Iterator[slice]:
-    """Column ranges of about `CHUNK` entries, not so narrow that their number costs more than they save."""
-    width = max(CHUNK // len(rows), 1 << 14)
-    return (slice(start, start + width) for start in range(0, rows[0].shape[0], width))
+def _pieces(vector: Tensor) -> Iterator[slice]:
+    """Ranges of entries that fit into a cache, or that are worth an accelerator's while."""
+    width = CHUNK if vector.device.type == "cpu" else CHUNK << 7
+    return (slice(start, start + width) for start in range(0, len(vector), width))
 
 
-def _stacked(rows: Sequence[Tensor], piece: slice) -> Tensor:
-    return torch.stack([row[piece] for row in rows]).double()
+def _widened(rows: Sequence[Tensor], vector: Tensor) -> Iterator[tuple[slice, Tensor | list[Tensor]]]:
+    """The rows in float64 piece by piece; short ones as one matrix, long ones in a buffer that each piece overwrites."""
+    if len(rows) == 0:
+        return
+    if len(vector) <= CHUNK:
+        yield slice(None), torch.stack(list(rows)).double()
+        return
+    buffer: list[Tensor] = []
+    for piece in _pieces(vector):
+        parts = [row[piece] for row in rows]
+        buffer = buffer or [part.new_empty(len(part), dtype=torch.float64) for part in parts]
+        yield piece, [own[: len(part)].copy_(part) for own, part in zip(buffer, parts, strict=True)]

@@ -44,15 +44,20 @@ def orthogonalise(rows: Sequence[Tensor], residual: Tensor) -> tuple[Tensor, flo
     >>> removed.tolist(), left, vector.tolist()
     ([3.0], 4.0, [0.0, 4.0])
     """
-    removed = torch.zeros(len(rows), dtype=torch.float64, device=residual.device)
-    norm = space.norm(residual)
     if not rows:
-        return removed, norm
-    for sweep in range(6):
-        removed += remove(rows, residual)
-        before, norm = norm, space.norm(residual)
-        if sweep >= 1 and norm > 0.5 * before:
+        return torch.zeros(0, dtype=torch.float64, device=residual.device), space.norm(residual)
+    # What rough coefficients leave comes out with the next ones, which are exact.
+    removed = space.rough(rows, residual, space.norm(residual))
+    left = space.sweep(residual, removed, rows)
+    norm = space.norm(residual)
+    for _ in range(5):
+        before = norm
+        removed += left
+        space.add(residual, -left, rows)
+        norm = space.norm(residual)
+        if norm > 0.5 * before:
             return removed, norm
+        left = space.inner(rows, residual)
     return removed, 0.0
 
 

@@ -212,7 +212,7 @@ class _Search:
         far = [torch.sub(image, near) for image, near in zip(self.images, self.near, strict=True)]
         while True:
             if trial is not None and not run.k:
-                product = trial.images[self._chosen(trial)]
+                product = trial.images[self._chosen(trial)].clone()
             else:
                 status = f"exploring {domain.share(self.hard):.0%} of the data, step {run.k + 1}"
                 product = yield from self._ask(run.last, self.hard, status)

@@ -71,14 +71,17 @@ class Recurrence:
         return (eps * self.k + torch.finfo(torch.float64).eps * math.sqrt(self.n)) * self._largest
 
     def extend(self, product: Tensor) -> None:
-        """Take in the product of `last`, shape `(n,)`, float64; what it has along the rows beside is left out."""
+        """Take in the product of `last`, shape `(n,)`, float64, which is overwritten: a copy would take as long as a sweep.
+
+        What it has along the rows beside is left out.
+        """
+        product = product.contiguous()  # a column of a block is not: its sums would be slow, and round otherwise
         if self._beside:
-            product = product.clone()
             remove(self._beside, product)
         size = space.norm(product)
         if not self.alphas:
             self.scale = math.ldexp(1.0, math.frexp(size)[1] - 1) if size else 1.0
-        residual, rows = product / self.scale, [*self._beside, *self._basis]
+        residual, rows = product.div_(self.scale), [*self._beside, *self._basis]
         removed, beta = orthogonalise(rows, residual)
         alpha = float(removed[-1])
         self.alphas.append(alpha)
