@@ -69,8 +69,20 @@ def _data(name):
     )
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-@pytest.mark.parametrize("name", sorted(BESIDE))
+def _some(quick):
+    """All of them; of those from Hugging Face, which take longest, all but one are slow."""
+    heavy = [name for name in BESIDE if name.startswith("hugging-") and name != quick]
+    return [pytest.param(name, marks=pytest.mark.slow if name in heavy else ()) for name in sorted(BESIDE)]
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [pytest.param(name, False, id=f"{name}-trained") for name in sorted(BESIDE)]
+    + [
+        pytest.param(*param.values, True, id=f"{param.values[0]}-frozen", marks=param.marks)
+        for param in _some("hugging-llama")
+    ],
+)
 def test_attack_does_not_move_it(name, frozen):
     """Adapters that add something, over a base that is trained or frozen."""
     net, data = adapted(name, zero=False, frozen=frozen), _data(name)
@@ -82,7 +94,7 @@ def test_attack_does_not_move_it(name, frozen):
     assert before.value == pytest.approx(after.value, rel=1e-8)
 
 
-@pytest.mark.parametrize("name", sorted(BESIDE))
+@pytest.mark.parametrize("name", _some("hugging-gpt2"))
 def test_attack_does_not_move_it_before_training(name):
     """`up = 0`: `down` is at liberty, and the closed orbit has zeros there."""
     net, data = adapted(name, zero=True, frozen=False), _data(name)
