@@ -8,7 +8,7 @@ PEERS_ENV := $(PEERS)/.installed
 THREADS ?= 2
 MINUTES ?= 15
 
-.PHONY: demo test lint test-slow test-oracles bench bench-symmetries bench-gpt2 bench-products clean
+.PHONY: demo test lint test-slow test-oracles bench bench-symmetries bench-gpt2 bench-products bench-device clean
 
 demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
 	$(BIN)/isoflat demo
@@ -36,6 +36,9 @@ bench-gpt2: $(ENV)  ## the same for GPT-2 small (124 M weights), and one number 
 
 bench-products: $(ENV)  ## what a Hessian-vector product costs in gradient passes, on MNIST where ISOFLAT_DATA holds it
 	$(BIN)/python benchmarks/products.py
+
+bench-device: $(ENV)  ## networks of the size of GPT-2 small and ResNet-50, on a GPU where there is one
+	$(BIN)/python benchmarks/device.py
 
 test-oracles: $(PEERS_ENV)  ## against curvlinops, installed in an environment of its own
 	$(PEERS)/bin/python -m pytest tests/oracles -m slow -rs -s
