@@ -134,7 +134,7 @@ def inclusion(scores: Tensor, size: float) -> Tensor:
         size: of the sample, at most as many as there are rows.
 
     >>> inclusion(torch.tensor([8.0, 1.0, 1.0, 0.0]), 2).mul(100).round().div(100).tolist()
-    [1.0, 0.49, 0.49, 0.01]
+    [1.0, 0.49, 0.49, 0.02]
     """
     scores = scores.double()
     total = float(scores.sum())
