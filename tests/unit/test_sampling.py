@@ -207,30 +207,34 @@ def test_screening_sees_what_a_survey_sees():
     assert screened.gradient.numel() == 0
 
 
-def covered(seeds: range, rtol: float = 0.1, **settings) -> int:
-    """How often the full number lies inside; that the tolerance is met, and the cost a part of the full one."""
+def covered(seeds: range, rtol: float = 0.1) -> tuple[int, int]:
+    """How often the full number lies inside, and of how many; where all was measured after all does not count."""
     net, data = trained()
-    hits = 0
+    hits, sampled = 0, 0
     for seed in seeds:
-        found = isoflat.measure(net, data, LOSS, geometry="layerwise", rtol=rtol, sample="auto", seed=seed, **settings)
+        found = isoflat.measure(net, data, LOSS, geometry="layerwise", rtol=rtol, sample="auto", seed=seed)
         assert found.converged
         assert found.relative_width <= rtol
-        assert any("sampled: " in note for note in found.notes)
-        hits += found.lower <= truth() <= found.upper
-    return hits
+        if any("sampled: " in note for note in found.notes):
+            sampled += 1
+            hits += found.lower <= truth() <= found.upper
+    return hits, sampled
 
 
 def test_the_interval_covers_the_number_of_all_data():
-    assert covered(range(40)) >= binom.ppf(1e-3, 40, 0.95)
+    hits, sampled = covered(range(40))
+    assert sampled >= 36
+    assert hits >= binom.ppf(1e-3, sampled, 0.95)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rtol", [0.1, 0.05])
 def test_coverage_of_500_samples(rtol: float):
     """At least 95 % at 95 % nominal, as far as 500 can tell."""
-    hits = covered(range(1000, 1500), rtol)
-    print(f"rtol {rtol}: {hits} of 500 cover")
-    assert hits >= binom.ppf(1e-2, 500, 0.95)
+    hits, sampled = covered(range(1000, 1500), rtol)
+    print(f"rtol {rtol}: {hits} of {sampled} cover")
+    assert sampled >= 350
+    assert hits >= binom.ppf(1e-2, sampled, 0.95)
 
 
 def test_minibatches_are_biased_upwards_and_fixed_vectors_are_not():
