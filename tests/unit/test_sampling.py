@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from isoflat.core.streams import stream
 from isoflat.curvature.matrix import Curvature
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.eigen.lanczos import Lanczos
+from isoflat.measures import sampled
 from isoflat.measures.prepare import subject
 from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
@@ -210,31 +213,31 @@ def test_screening_sees_what_a_survey_sees():
 def covered(seeds: range, rtol: float = 0.1) -> tuple[int, int]:
     """How often the full number lies inside, and of how many; where all was measured after all does not count."""
     net, data = trained()
-    hits, sampled = 0, 0
+    hits, counted = 0, 0
     for seed in seeds:
         found = isoflat.measure(net, data, LOSS, geometry="layerwise", rtol=rtol, sample="auto", seed=seed)
         assert found.converged
         assert found.relative_width <= rtol
         if any("sampled: " in note for note in found.notes):
-            sampled += 1
+            counted += 1
             hits += found.lower <= truth() <= found.upper
-    return hits, sampled
+    return hits, counted
 
 
 def test_the_interval_covers_the_number_of_all_data():
-    hits, sampled = covered(range(40))
-    assert sampled >= 36
-    assert hits >= binom.ppf(1e-3, sampled, 0.95)
+    hits, counted = covered(range(40))
+    assert counted >= 36
+    assert hits >= binom.ppf(1e-3, counted, 0.95)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rtol", [0.1, 0.05])
 def test_coverage_of_500_samples(rtol: float):
     """At least 95 % at 95 % nominal, as far as 500 can tell."""
-    hits, sampled = covered(range(1000, 1500), rtol)
-    print(f"rtol {rtol}: {hits} of {sampled} cover")
-    assert sampled >= 350
-    assert hits >= binom.ppf(1e-2, sampled, 0.95)
+    hits, counted = covered(range(1000, 1500), rtol)
+    print(f"rtol {rtol}: {hits} of {counted} cover")
+    assert counted >= 350
+    assert hits >= binom.ppf(1e-2, counted, 0.95)
 
 
 def test_minibatches_are_biased_upwards_and_fixed_vectors_are_not():
@@ -333,6 +336,57 @@ def test_a_network_without_forward_derivatives_is_refused():
     _, data = trained()
     with pytest.raises(UnsupportedModel, match="forward derivatives"):
         isoflat.measure(Own().double(), data, LOSS, geometry="layerwise", rtol=0.1, sample="auto")
+
+
+def test_products_that_are_not_exact_give_no_interval_on_a_sample():
+    """Differences of gradients: all is measured, uncertified as without a sample, instead of a refusal of certify=False."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.tanh()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, *gradients):
+            return (1 - ctx.saved_tensors[0].tanh() ** 2) * gradients[0]
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 3), nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.last(Once.apply(self.first(x)))
+
+    _, data = trained()
+    found = isoflat.measure(Own().double(), data, LOSS, geometry="layerwise", rtol=0.1, sample="auto")
+    assert found.confidence == 0
+    assert any("products are not exact" in note for note in found.notes)
+
+
+def test_a_budget_that_is_spent_ends_with_what_there_is(monkeypatch):
+    """No further sample, though this seed's first witness was the wrong one: a wide interval that says so, and covers."""
+    net, data = trained()
+    clock = itertools.count(0, 1000)
+    monkeypatch.setattr(sampled, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    budget = isoflat.Budget(seconds=100)
+    found = isoflat.measure(net, data, LOSS, geometry="layerwise", rtol=0.1, sample="auto", budget=budget, seed=1)
+    assert not found.converged
+    assert any("leave a relative width" in note for note in found.notes)
+    assert found.lower <= truth() <= found.upper
+
+
+def test_products_are_counted_in_passes_over_all_data():
+    """Of the pilot, the searches and every sample: no fewer than the witness's one, and far below those of all data."""
+    net, data = trained()
+    some, whole = (
+        isoflat.measure(net, data, LOSS, geometry="layerwise", rtol=0.1, sample=sample) for sample in ("auto", None)
+    )
+    again = isoflat.measure(net, data, LOSS, geometry="layerwise", rtol=0.1, sample="auto", seed=1)
+    assert 1 <= some.cost.products < whole.cost.products
+    assert again.cost.products > some.cost.products  # this seed needs a second sample
 
 
 def test_the_users_criterion_keeps_its_precision():

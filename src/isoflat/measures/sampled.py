@@ -32,11 +32,11 @@ from isoflat.core.space import inner, norm
 from isoflat.core.streams import stream
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.linalg.eigen.block_lanczos import Eigenpairs
-from isoflat.linalg.eigen.complement import Complement
 from isoflat.linalg.eigen.extremes import REACHED, End, Extremes, Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.outside import Outside
+from isoflat.linalg.eigen.remainder import Remainder
 from isoflat.linalg.operator import Pullback
 from isoflat.linalg.solver import Job, Outcome, Probe, Solver, together
 from isoflat.measures.base import Question
@@ -119,6 +119,8 @@ def _results(session: Session) -> tuple[Result, ...]:
     if MOST * seen.rows < PILOT:
         return _on_all(session, f"{seen.rows} examples are too few to sample from: all were measured").results()
     chosen, route = session.routed(risk.pinned(seen))
+    if chosen.effort.sample is None:
+        return _on_all(session, "products are not exact, and give no interval on a sample: all were measured").results()
     found: dict[int, _Found] = {}
     for key, there in screened.items():
         sampler = _Sampler(
@@ -171,17 +173,17 @@ class _Pilot:
 
     Attributes:
         sample: its examples.
-        outcomes: about where the eigenvalues are, in the coordinates of their frames.
-        forms: the curvature of each example along their vectors, over what totals are divided by.
+        ends: about where the eigenvalues are, with vectors in the coordinates of their frames.
+        forms: the curvature of each example along these vectors, over what totals are divided by.
     """
 
     sample: Sample
-    outcomes: Mapping[Key, Outcome]
+    ends: Mapping[Key, End]
     forms: Mapping[Key, Tensor]
 
     def error(self, key: Key, chances: Tensor) -> float:
         """The relative standard error that a sample with other chances would have."""
-        size = abs(self.outcomes[key].result.wanted.value)
+        size = abs(self.ends[key].value)
         return self.sample.forecast(self.forms[key], chances) / size if size else math.inf
 
 
@@ -194,6 +196,8 @@ class _Sampler:
         risk: of all the data.
         seen: what the forward pass told.
         route: of products.
+        products: spent for each number so far, in products with all the data.
+        seconds: spent for each number in solvers.
     """
 
     def __init__(
@@ -209,16 +213,16 @@ class _Sampler:
         asked = [(g, q) for m, g in session.plan if g in charts for q in m.needs(session.effort)]
         self.keys: tuple[Key, ...] = tuple(dict.fromkeys(asked))
         self.confidence = CONFIDENCE if session.effort.confidence is None else session.effort.confidence
+        self.started = time.monotonic()
+        self.products, self.seconds = dict.fromkeys(self.keys, 0.0), dict.fromkeys(self.keys, 0.0)
 
     def pilot(self) -> _Pilot:
         """A look at a few examples."""
         sample = self._drawn(PILOT, "pilot")
-        place = self._place(sample)
-        jobs = {key: self._job(key, place, replace(_solver(key), rtol=COARSE, certify=False)) for key in self.keys}
-        outcomes = self._together(place, jobs)
-        vectors = {key: outcome.result.wanted.vector for key, outcome in outcomes.items()}
-        forms = {key: self._forms(sample, key, vector) / self._unit for key, vector in vectors.items()}
-        return _Pilot(sample, outcomes, forms)
+        found = self._solved(sample, {key: replace(_solver(key), rtol=COARSE, certify=False) for key in self.keys})
+        ends = {key: result.wanted for key, result in found.items()}
+        forms = {key: self._forms(sample, key, end.vector) / self._unit for key, end in ends.items()}
+        return _Pilot(sample, ends, forms)
 
     def needed(self, pilot: _Pilot, width: float) -> int:
         """How many examples a relative width needs, as the pilot sees it; more than `MOST` of them where it is too many."""
@@ -235,13 +239,13 @@ class _Sampler:
         few, width = BOUND, self.session.effort.rtol
         pilot = self.pilot()
         size = self.needed(pilot, width)
-        starts = {key: outcome.result.wanted.vector[:, None] for key, outcome in pilot.outcomes.items()}
+        starts = {key: end.vector[:, None] for key, end in pilot.ends.items()}
         for number in range(ROUNDS):
             if size > MOST * self.seen.rows:
                 break
             found = self._measured(pilot, starts, size, min(few, size), number)
             wide = max(_width(found.answers[key].result) for key in self.keys) / self.session.effort.rtol
-            if wide <= 1:
+            if wide <= 1 or self._spent():
                 return found, size
             if not found.better:
                 few, width = math.ceil(GROWTH * few), width / (1.2 * min(wide, GROWTH))
@@ -251,60 +255,62 @@ class _Sampler:
 
     def _measured(self, pilot: _Pilot, starts: Mapping[Key, Tensor], size: int, few: int, number: int) -> _Found:
         """Witnesses, then the samples, which are drawn after them."""
-        known = pilot.sample.beyond(self._chances(size))
-        sought = self._witnesses(pilot, starts, known)
-        witnesses = {key: outcome.result for key, outcome in sought.items()}
+        witnesses = self._witnesses(pilot, starts, pilot.sample.beyond(self._chances(size)))
+        inside, budget = 1 - CERTAIN * (1 - self.confidence), self.session.effort.budget.products
         small, sample = self._drawn(few, "complement", number), self._drawn(size, "sample", number)
-        left = self._complements(small, witnesses)
+        left = self._solved(small, {key: Remainder(found, inside, budget) for key, found in witnesses.items()})
         survey = self._risk(sample).survey(self.state)
         scale = self.seen.rows / sample.size
         seen = replace(self.seen, gradient=survey.gradient, unused=survey.unused, seconds=survey.seconds * scale)
         place = replace(self._place(sample), survey=replace(seen, hardness=None))
-        probes = {key: self._job(key, place, Probe(witness)) for key, witness in witnesses.items()}
+        jobs = {key: self._job(key, place, Probe(witness)) for key, witness in witnesses.items()}
         checks = self.session.checks(self.charts, place)
-        done = together(place.hessian, [*probes.values(), *checks.values()], self.session.report)
-        products = dict(zip(probes, done, strict=False))
-        answers: Answers = dict(zip(checks, done[len(probes) :], strict=True))
+        done = together(place.hessian, [*jobs.values(), *checks.values()], self.session.report)
+        answers: Answers = dict(zip(checks, done[len(jobs) :], strict=True))
         better: dict[Key, Tensor] = {}
-        for key in self.keys:
-            parts = (pilot.outcomes[key], sought[key], left[key], products[key])
-            rows = (pilot.sample.size, known.size, small.size, sample.size)
-            spent = math.ceil(
-                sum(map(math.prod, zip(rows, (part.products for part in parts), strict=True))) / self.seen.rows
-            )
-            seconds = sum(part.seconds for part in parts)
-            rest: Outside = left[key].result
-            image = products[key].result[:, 0]
+        for key, outcome in zip(jobs, done, strict=False):
+            self._tally(key, sample, outcome)
+            image, rest = outcome.result[:, 0], left[key]
             theta = float(inner([witnesses[key]], image)[0])
-            top = self._at_top(key, pilot.outcomes[key].result.wanted.value)
-            beyond = rest.beyond(-math.inf, theta)[-1:] if top else rest.beyond(theta, math.inf)[:1]
-            if beyond:
+            top = self._at_top(key, pilot.ends[key].value)
+            if beyond := rest.beyond(-math.inf, theta)[-1:] if top else rest.beyond(theta, math.inf)[:1]:
                 better[key] = beyond[0]
             result = self._enclosed(key, sample, witnesses[key], image, self._rest(key, small, rest))
-            answers[key] = Outcome(replace(result, products=spent), spent, seconds)
+            spent = math.ceil(self.products[key])
+            answers[key] = Outcome(replace(result, products=spent), spent, self.seconds[key])
         return _Found(place, answers, sample, better)
 
-    def _witnesses(self, pilot: _Pilot, starts: Mapping[Key, Tensor], known: Sample) -> dict[Key, Outcome]:
+    def _witnesses(self, pilot: _Pilot, starts: Mapping[Key, Tensor], known: Sample) -> dict[Key, Tensor]:
         """Vectors close to those wanted, by the pilot's examples and those that the sample will have for certain."""
-        place = self._place(known)
         fine, budget = math.sqrt(self.session.effort.rtol) / 4, self.session.effort.budget.products
-        jobs = {}
-        for key, outcome in pilot.outcomes.items():
-            top = self._at_top(key, outcome.result.wanted.value)
-            ends = {"largest": int(top), "smallest": int(not top)}
-            search = Eigenpairs(**ends, start=starts[key], rtol=fine, certify=False, max_products=budget)
-            jobs[key] = self._job(key, place, search)
+        searches = {}
+        for key, end in pilot.ends.items():
+            top = self._at_top(key, end.value)
+            searches[key] = Eigenpairs(
+                int(top), int(not top), start=starts[key], rtol=fine, certify=False, max_products=budget
+            )
         return {
-            key: replace(outcome, result=(outcome.result.largest or outcome.result.smallest)[0].vector)
-            for key, outcome in self._together(place, jobs).items()
+            key: (found.largest or found.smallest)[0].vector for key, found in self._solved(known, searches).items()
         }
 
-    def _complements(self, small: Sample, witnesses: Mapping[Key, Tensor]) -> dict[Key, Outcome]:
-        """What a small sample says of the complements of witnesses."""
-        place = self._place(small)
-        inside, budget = 1 - CERTAIN * (1 - self.confidence), self.session.effort.budget.products
-        jobs = {key: self._job(key, place, Complement(found, inside, budget)) for key, found in witnesses.items()}
-        return self._together(place, jobs)
+    def _solved(self, sample: Sample, solvers: Mapping[Key, Solver[Any]]) -> dict[Key, Any]:
+        """What solvers find on a sample, in step."""
+        place = self._place(sample)
+        jobs = [self._job(key, place, solver) for key, solver in solvers.items()]
+        outcomes = dict(zip(solvers, together(place.hessian, jobs, self.session.report), strict=True))
+        for key, outcome in outcomes.items():
+            self._tally(key, sample, outcome)
+        return {key: outcome.result for key, outcome in outcomes.items()}
+
+    def _tally(self, key: Key, sample: Sample, outcome: Outcome) -> None:
+        self.products[key] += outcome.products * sample.size / self.seen.rows
+        self.seconds[key] += outcome.seconds
+
+    def _spent(self) -> bool:
+        """Whether a budget forbids another sample."""
+        budget = self.session.effort.budget
+        late = budget.seconds is not None and time.monotonic() - self.started > budget.seconds
+        return late or max(self.products.values()) > budget.products
 
     def _rest(self, key: Key, small: Sample, left: Outside) -> tuple[float, float]:
         """Where the spectrum on a complement lies, for all data."""
@@ -381,9 +387,6 @@ class _Sampler:
     def _job(self, key: Key, place: Place, solver: Solver[Any]) -> Job:
         random = stream(self.session.effort.seed, type(solver).__name__)
         return Job(Pullback(place.hessian, self.charts[key[0]].frame), solver, random)
-
-    def _together(self, place: Place, jobs: Mapping[Key, Job]) -> dict[Key, Outcome]:
-        return dict(zip(jobs, together(place.hessian, list(jobs.values()), self.session.report), strict=True))
 
     @property
     def _unit(self) -> float:

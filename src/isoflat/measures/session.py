@@ -92,7 +92,7 @@ class Session:
             lambda: choose(risk, self.subject.state, self.effort.check), lambda choice: {"route": choice.route.__name__}
         )
         subject = replace(self.subject, notes=(*self.subject.notes, *choice.notes))
-        effort = self.effort if choice.exact else replace(self.effort, certify=False)
+        effort = self.effort if choice.exact else replace(self.effort, certify=False, sample=None)
         return replace(self, subject=subject, effort=effort), choice.route
 
     def answered(

@@ -17,7 +17,7 @@ CLEAR = 0.25
 
 @final
 @dataclass(frozen=True, eq=False)
-class Complement(Solver[Outside]):
+class Remainder(Solver[Outside]):
     """Bounds on the spectrum on a vector's complement, tight enough to tell it from the vector's Rayleigh quotient.
 
     Attributes:
@@ -28,7 +28,7 @@ class Complement(Solver[Outside]):
     >>> from isoflat.core.streams import stream
     >>> from isoflat.linalg.operator import Dense
     >>> operator = Dense(torch.diag(torch.cat([torch.tensor([9.0]), torch.linspace(0, 1, 99)]).double()))
-    >>> left = Complement(torch.eye(100, dtype=torch.float64)[0])(operator, stream(0))
+    >>> left = Remainder(torch.eye(100, dtype=torch.float64)[0])(operator, stream(0))
     >>> left.lower <= 0.0, 1.0 <= left.upper < 3.0
     (True, True)
     """
