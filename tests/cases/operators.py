@@ -36,7 +36,12 @@ class Spectrum(Operator):
         return (self.entries[:, None] * vectors.to(self.dtype)).double()
 
     def double(self) -> Operator:
-        return Spectrum(self.entries.double(), self.seen)
+        return self if self.dtype == torch.float64 else Spectrum(self.entries.double(), self.seen)
+
+    @property
+    def calls(self) -> list[int]:
+        """Columns of each pass, the passes in float64 included."""
+        return [vectors.shape[1] for vectors in self.seen]
 
 
 def spectrum(values, dtype: torch.dtype = torch.float64) -> Spectrum:

@@ -23,8 +23,9 @@ from isoflat.linalg.eigen.block_lanczos import Eigenpairs
 from isoflat.linalg.eigen.extremes import ROUNDING, Which
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.lobpcg import Lobpcg
+from isoflat.linalg.eigen.many import Many
 from isoflat.linalg.eigen.outside import Trial
-from isoflat.linalg.eigen.pairs import Many, Pairs
+from isoflat.linalg.eigen.pairs import Pairs
 from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.maps import Diagonal, Identity
 from isoflat.linalg.operator import Dense, Operator, Pullback

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from cases.operators import Spectrum
 from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.streams import stream
 from isoflat.linalg.eigen.extremes import Extremes, Which
@@ -23,43 +24,15 @@ from isoflat.linalg.trace.hutchinson import Hutchinson
 N = 60
 
 
-@dataclass(frozen=True)
-class Counting(Operator):
-    """A diagonal matrix that counts its passes; entry by entry, so that columns cannot influence each other."""
-
-    entries: Tensor
-    calls: list[int] = field(default_factory=list)
-    """Columns of each pass, the passes in float64 included."""
-
-    @property
-    def n(self) -> int:
-        return len(self.entries)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.entries.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.entries.device
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        self.calls.append(vectors.shape[1])
-        return (self.entries[:, None] * vectors.to(self.dtype)).double()
-
-    def double(self) -> Operator:
-        return self if self.dtype == torch.float64 else Counting(self.entries.double(), self.calls)
-
-
-def base(dtype: torch.dtype) -> Counting:
-    return Counting(torch.randn(N, generator=stream(0, "base"), dtype=torch.float64).to(dtype))
+def base(dtype: torch.dtype) -> Spectrum:
+    return Spectrum(torch.randn(N, generator=stream(0, "base"), dtype=torch.float64).to(dtype))
 
 
 def jobs(operator: Operator) -> list[Job]:
     """Different solvers, frames and an extra part, of very different lengths."""
     entries = torch.rand(N, generator=stream(0, "frame"), dtype=torch.float64)
     away = Complement(torch.eye(N, dtype=torch.float64)[:, :3])
-    plus = Counting(torch.linspace(-1, 1, N).to(operator.dtype))
+    plus = Spectrum(torch.linspace(-1, 1, N).to(operator.dtype))
     return [
         Job(Pullback(operator, Identity(N)), Lanczos(rtol=1e-2), stream(1)),
         Job(Pullback(operator, Diagonal(entries)), Lanczos(rtol=1e-6, which=Which.SMALLEST), stream(2)),
@@ -91,7 +64,7 @@ def test_passes_are_shared(dtype):
     """As many passes as the longest job has rounds; in float32, one more for all that float64 must confirm."""
     rounds = []
     for job in jobs(single := base(dtype)):
-        single.calls.clear()
+        single.seen.clear()
         job.solver(job.operator, job.stream)
         rounds.append(len(single.calls))
     operator = base(dtype)
@@ -128,7 +101,7 @@ class Asking(Solver[Tensor]):
 def test_float64_requests_get_float64_in_every_part():
     """1/3 in float32 differs from 1/3 in float64: neither the base nor the extra part may fall back."""
     vector = torch.full((N,), 1 / 3, dtype=torch.float64)
-    operator, plus = Counting(torch.full((N,), 3.0)), Counting(torch.full((N,), 7.0))
+    operator, plus = Spectrum(torch.full((N,), 3.0)), Spectrum(torch.full((N,), 7.0))
     job = Job(Pullback(operator, Identity(N), plus), Asking(vector), stream(0))
     expected = 3 * vector + 7 * vector
     assert torch.equal(together(operator, [job])[0].result, expected)
@@ -140,7 +113,7 @@ def test_float64_requests_get_float64_in_every_part():
 def test_a_product_that_is_not_finite_is_refused(bad):
     entries = torch.ones(N, dtype=torch.float64)
     entries[7] = bad
-    for operator, plus in ((Counting(entries), None), (Counting(torch.ones(N)), Counting(entries))):
+    for operator, plus in ((Spectrum(entries), None), (Spectrum(torch.ones(N)), Spectrum(entries))):
         pullback = Pullback(operator, Identity(N), plus)
         for solver in (Lanczos(), Hutchinson(probes=4), PowerMethod()):
             with pytest.raises(NonFinite, match="float64"):
@@ -153,7 +126,7 @@ def test_a_frame_that_does_not_fit_is_refused():
     with pytest.raises(UsageError):
         Pullback(base(torch.float64), Identity(N + 1))
     with pytest.raises(UsageError):
-        Pullback(base(torch.float64), Identity(N), Counting(torch.ones(N + 1)))
+        Pullback(base(torch.float64), Identity(N), Spectrum(torch.ones(N + 1)))
 
 
 def test_frames_are_adjoint_and_projections_project():

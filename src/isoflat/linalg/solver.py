@@ -10,7 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar, final
 
 import torch
@@ -94,6 +94,25 @@ class Solver(ABC, Generic[R]):
                 return done.value
             source = operator.double() if request.double else operator
             reply = finite(source.some(request.parts).matmat(request.vectors))
+
+
+@dataclass(frozen=True, eq=False)
+class Told(Solver[R], ABC):
+    """A solver that is told vectors beforehand; two are equal where all settings are and the vectors are the same tensors."""
+
+    @final
+    def __eq__(self, other: object) -> bool:
+        """Whether class and settings agree."""
+        return type(other) is type(self) and self._key() == other._key()  # pyrefly: ignore
+
+    @final
+    def __hash__(self) -> int:
+        """In line with equality."""
+        return hash(self._key())
+
+    def _key(self) -> tuple[object, ...]:
+        values = (getattr(self, item.name) for item in fields(self))
+        return tuple(id(value) if isinstance(value, Tensor) else value for value in values)
 
 
 @final

@@ -1,6 +1,7 @@
 """Eigenvalues at the ends of a spectrum, with enclosures.
 
 `lanczos` has one eigenvalue from a random start; `hard_first` has it for a sum whose first part carries most of it;
-`power` is the paper's method, for comparison. `pairs` is what many eigenpairs are, searched for by `block_lanczos` or
-`lobpcg`, and `attempt` the run that verifies and certifies them. `outside` bounds what is left on a complement.
+`power` is the paper's method, for comparison. `many` is what solvers for many eigenpairs share, `block_lanczos` and `lobpcg`
+are two of them, and `attempt` is the run that verifies and certifies what they find. `outside` bounds what is left on a
+complement, `remainder` that of one vector.
 """

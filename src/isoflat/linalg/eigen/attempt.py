@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,10 +17,13 @@ from isoflat.core.fingerprint import fingerprint
 from isoflat.core.streams import stream as fresh_stream
 from isoflat.linalg.eigen.extremes import REACHED, ROUNDING
 from isoflat.linalg.eigen.outside import Aim, Outside, Trial, outside
-from isoflat.linalg.eigen.pairs import Many, Pair, Pairs, Reals
+from isoflat.linalg.eigen.pairs import Pair, Pairs, Reals
 from isoflat.linalg.eigen.verified import Verified, slots
 from isoflat.linalg.orthogonal import orthonormalise
 from isoflat.linalg.solver import Domain, Request, Steps
+
+if TYPE_CHECKING:
+    from isoflat.linalg.eigen.many import Many
 
 
 class Attempt:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.linalg.eigen.pairs import Many, Reals, Search
+from isoflat.linalg.eigen.many import Many
+from isoflat.linalg.eigen.pairs import Reals, Search
 from isoflat.linalg.krylov.block import BlockRecurrence
 from isoflat.linalg.solver import Domain, Request, Steps
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from isoflat.core import space
 from isoflat.core.errors import UsageError
-from isoflat.linalg.eigen.pairs import Many, Reals, Search
+from isoflat.linalg.eigen.many import Many
+from isoflat.linalg.eigen.pairs import Reals, Search
 from isoflat.linalg.orthogonal import gram, orthogonalise, orthonormalise, restart
 from isoflat.linalg.solver import Domain, Request, Steps
 

@@ -7,7 +7,7 @@ import time
 from abc import ABC
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar, final
 
@@ -19,7 +19,7 @@ from isoflat.core import space
 from isoflat.core.errors import UsageError
 from isoflat.linalg.orthogonal import remove
 from isoflat.linalg.probes import Distribution
-from isoflat.linalg.solver import Domain, Request, Solver, Steps
+from isoflat.linalg.solver import Domain, Request, Steps, Told
 
 R = TypeVar("R")
 
@@ -71,26 +71,14 @@ class TraceEstimate:
 
 
 @dataclass(frozen=True, eq=False)
-class Deflating(Solver[R], ABC):
+class Deflating(Told[R], ABC):
     """A solver that is told directions beforehand: what lies along them is taken exactly, the rest is sampled.
-
-    Two solvers are equal where all settings are and the directions are the same tensor.
 
     Attributes:
         directions: orthonormal columns, shape `(n, d)`: converged eigenvectors of outliers; None for none.
     """
 
     directions: Tensor | None = field(default=None, kw_only=True, repr=False)
-
-    @final
-    def __eq__(self, other: object) -> bool:
-        """Whether class and settings agree."""
-        return type(other) is type(self) and self._key() == other._key()  # pyrefly: ignore
-
-    @final
-    def __hash__(self) -> int:
-        """In line with equality."""
-        return hash(self._key())
 
     @final
     def basis(self, domain: Domain) -> tuple[Tensor, ...]:
@@ -115,10 +103,6 @@ class Deflating(Solver[R], ABC):
                     "orthonormalise them, with torch.linalg.qr for instance"
                 )
         return rows
-
-    def _key(self) -> tuple[object, ...]:
-        values = (getattr(self, item.name) for item in fields(self))
-        return tuple(id(value) if isinstance(value, Tensor) else value for value in values)
 
 
 class Forms:
