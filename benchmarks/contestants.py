@@ -21,12 +21,21 @@ REFERENCES = {
     TRACE: Contestant(TRACE, "reference: block traces, float64", true_trace),
 }
 
+ONE = 0.05
+"""Residual that the vector of the hard examples has by itself, so that one product with all data is enough."""
+
 OURS = (
     Contestant(
         TOP,
         "isoflat, uncertified",
         measured("hessian_spectral_norm", geometry="euclidean", rtol=RESIDUAL, certify=False),
-        {"mlp": "≤ 16; ≤ 8 from hard examples", "lenet": "≤ 14; ≤ 7 from hard examples"},
+        {"mlp": "≤ 16", "lenet": "≤ 14"},
+    ),
+    Contestant(
+        TOP,
+        "isoflat, uncertified, one product with all data",
+        measured("hessian_spectral_norm", geometry="euclidean", rtol=ONE, certify=False),
+        {"mlp": "≤ 8", "lenet": "≤ 7"},
     ),
     Contestant(
         TOP,
@@ -53,7 +62,7 @@ PAPERS = (
     Contestant(PAPER, "isoflat, certified, 1 − 1e-6", certified("quotient_spectral_norm", "layerwise")),
     Contestant(
         PAPER,
-        "the paper's power method, tol 1e-6",
+        "the paper's power method, tol 1e-8",
         power,
         dict.fromkeys(("mlp", "lenet", "decoder"), "≥ 10 times isoflat's"),
     ),

@@ -3,7 +3,7 @@ under `@entry` that returns a module and the shape of one input row; its docstri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -77,9 +77,10 @@ AGAIN: set[str] = set()
 """Entries that differ from another one in spelling only, as far as what is done with their weights goes."""
 
 
-def thinned(names: Iterable[str]) -> list[Any]:
-    """Parameters for a test that costs seconds an entry: those of `AGAIN` are left to the slow tests."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in AGAIN else name for name in names]
+def thinned(names: Iterable[str], further: Collection[str] = ()) -> list[Any]:
+    """Parameters for a test that costs seconds an entry: those of `AGAIN` and further ones are left to the slow tests."""
+    slow = AGAIN | set(further)
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def randomised(net: nn.Module, generator: torch.Generator) -> nn.Module:
