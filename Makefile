@@ -8,7 +8,7 @@ PEERS_ENV := $(PEERS)/.installed
 THREADS ?= 2
 MINUTES ?= 15
 
-.PHONY: demo test lint test-slow test-oracles bench bench-symmetries bench-gpt2 bench-products bench-device clean
+.PHONY: demo test lint test-slow test-oracles bench bench-power bench-symmetries bench-gpt2 bench-products bench-device clean
 
 demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
 	$(BIN)/isoflat demo
@@ -27,6 +27,9 @@ test-slow: $(ENV)  ## with real MNIST and CIFAR-10 in the folder ISOFLAT_DATA (s
 
 bench: $(PEERS_ENV)  ## beside PyHessian, curvlinops and hessian-eigenthings, on MNIST where ISOFLAT_DATA holds it
 	$(PEERS)/bin/python benchmarks/peers.py --threads $(THREADS) --minutes $(MINUTES)
+
+bench-power: $(PEERS_ENV)  ## the paper's number by its own power method until it stops by its own rule, beside ours
+	$(PEERS)/bin/python benchmarks/peers.py --threads $(THREADS) --only mlp --task paper --cap 240
 
 bench-symmetries: $(ENV)  ## what finding, proving and canonicalising cost, as a table
 	$(BIN)/python benchmarks/symmetries.py

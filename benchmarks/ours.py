@@ -51,9 +51,10 @@ def certified(name: str, geometry: str, confidence: float | None = None) -> Call
     return prepare
 
 
-def driven(solver: Solver[R], case: Case, meter: Meter, frame: LinearMap | None = None) -> R:
-    """A solver alone, on products through graphs that stay, seen through a frame."""
-    route = Rebuilt(case.risk, case.state).keep()
+def driven(solver: Solver[R], case: Case, meter: Meter, frame: LinearMap | None = None, keep: bool = True) -> R:
+    """A solver alone, on products through graphs that stay, or are built for each product, seen through a frame."""
+    rebuilt = Rebuilt(case.risk, case.state)
+    route = rebuilt.keep() if keep else rebuilt
     steps = solver.steps(
         Domain(case.state.space.size, case.state.dtype, case.state.device), stream(0, "peers", type(solver).__name__)
     )
@@ -71,12 +72,12 @@ def driven(solver: Solver[R], case: Case, meter: Meter, frame: LinearMap | None 
 
 
 def power(case: Case, meter: Meter) -> Work:
-    """The paper's method under its own stopping rule, by our products."""
+    """The paper's method under its own stopping rule; each product builds its graph, as in the paper's code."""
 
     def work() -> Answer:
         with exactly(case.state.device):
             frame = LAYERWISE.chart(case.state).frame
-            found = driven(PowerMethod(frame=frame, tol=1e-8, max_products=1000), case, meter, frame)
+            found = driven(PowerMethod(frame=frame, tol=1e-8, max_products=1000), case, meter, frame, keep=False)
             return Answer(abs(found.wanted.value), residual=found.wanted.residual, note=found.stopped)
 
     return work

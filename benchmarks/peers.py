@@ -7,8 +7,8 @@ and after it: the unit of cost. Answers that take a few seconds are repeated, an
 an answer adds to the high-water mark of the gradient passes. True errors are relative to values in float64. True
 residuals are by a product in float64 after the answer, isoflat's by the product of its own that it reports them from.
 
-Whatever does not fit into the time is left out, and the table says so. It is printed line by line, and written to
-`benchmarks/results/peers.md` and `peers.json`.
+Whatever does not fit into the time is left out, and the table says so. It is printed line by line, and, where all
+contestants were asked for, written to `benchmarks/results/peers.md` and `peers.json`.
 """
 
 from __future__ import annotations
@@ -220,7 +220,8 @@ def main() -> None:
             row = bench.run(key, contestant)
             bench.rows.append(row)
             print(row.line(), flush=True)
-            bench.write()
+            if not (options.only or options.task or options.by):
+                bench.write()
         bench.say("done")
 
 
