@@ -8,7 +8,7 @@ PEERS_ENV := $(PEERS)/.installed
 THREADS ?= 2
 MINUTES ?= 15
 
-.PHONY: demo test lint test-slow test-oracles bench bench-power bench-symmetries bench-gpt2 bench-products bench-device clean
+.PHONY: demo test lint test-slow test-oracles bench bench-power bench-symmetries bench-gpt2 bench-products bench-catalogue bench-device catalogue clean
 
 demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
 	$(BIN)/isoflat demo
@@ -40,6 +40,9 @@ bench-gpt2: $(ENV)  ## the same for GPT-2 small (124 M weights), and one number 
 bench-products: $(ENV)  ## what a Hessian-vector product costs in gradient passes, on MNIST where ISOFLAT_DATA holds it
 	$(BIN)/python benchmarks/products.py
 
+bench-catalogue: $(ENV)  ## what ten measures cost alone and together
+	$(BIN)/python benchmarks/catalogue.py --threads $(THREADS)
+
 bench-device: $(ENV)  ## networks of the size of GPT-2 small and ResNet-50, on a GPU where there is one
 	$(BIN)/python benchmarks/device.py
 
@@ -57,6 +60,9 @@ $(PEERS_ENV): pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
 	touch $@
+
+catalogue: $(ENV)  ## docs/catalogue.md: every measure, and every claim of invariance attacked
+	$(BIN)/isoflat measures --table --markdown > docs/catalogue.md
 
 clean:
 	rm -rf $(VENV) $(PEERS)

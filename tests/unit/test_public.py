@@ -3,7 +3,11 @@
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 import isoflat
 from isoflat.measures.catalogue import find_measure, geometries, measures
@@ -34,9 +38,13 @@ def test_public_names():
         "measure", "measure_all", "reparametrize", "spectrum", "symmetries",
     ]  # fmt: skip
     assert sorted(measures()) == [
-        "hessian_spectral_norm", "quotient_largest_eigenvalue", "quotient_sharpness",
-        "quotient_smallest_eigenvalue", "quotient_spectral_norm", "quotient_trace",
-        "riemannian_hessian_spectral_norm",
+        "critical_sharpness", "edge_of_stability", "fisher_rao_norm", "fisher_spectral_norm", "fisher_trace",
+        "gauss_newton_spectral_norm", "gauss_newton_trace", "gradient_norm", "hessian_frobenius",
+        "hessian_spectral_norm", "hessian_trace", "minimum_sharpness",
+        "minimum_sharpness_unitwise", "normalized_sharpness", "quotient_effective_rank", "quotient_frobenius",
+        "quotient_largest_eigenvalue", "quotient_sharpness", "quotient_smallest_eigenvalue", "quotient_spectral_norm",
+        "quotient_trace", "relative_flatness", "relative_flatness_max", "riemannian_hessian_spectral_norm", "tic",
+        "tic_diagonal", "tic_trace_ratio",
     ]  # fmt: skip
     assert sorted(geometries()) == ["auto", "elementwise", "euclidean", "layerwise"]
 
@@ -77,3 +85,41 @@ def test_optional_libraries_are_not_imported_at_import_time():
     code = f"import sys, isoflat; print([m for m in {optional} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_measures_of_other_packages_join_the_catalogue(monkeypatch):
+    """By an entry point; one that cannot be loaded, or takes a name, is left out with a warning."""
+    from isoflat.measures import catalogue
+
+    own, tic = replace(find_measure("gradient_norm"), name="somebody_elses"), find_measure("tic")
+
+    def point(name, load):
+        return SimpleNamespace(name=name, value=f"package:{name}", load=load)
+
+    def broken():
+        raise ImportError("no such module")
+
+    points = [point("good", lambda: own), point("taken", lambda: tic), point("broken", broken)]
+    points.append(point("other", lambda: 3))
+    monkeypatch.setattr(catalogue, "entry_points", lambda group: points if group == "isoflat.measures" else [])
+    catalogue.measures.cache_clear()
+    try:
+        with pytest.warns(UserWarning) as said:
+            assert catalogue.measures()["somebody_elses"] is own
+        words = [str(warning.message) for warning in said]
+        assert len(words) == 3
+        assert any("no such module" in text for text in words)
+        assert any("a 'tic' already" in text for text in words)
+        assert any("no isoflat.Measure" in text for text in words)
+    finally:
+        monkeypatch.undo()
+        catalogue.measures.cache_clear()
+
+
+def test_the_page_about_a_measure_of_your_own_runs():
+    """Every block of Python on it, in order."""
+    page = (SOURCE.parents[1] / "docs" / "howto" / "own-measure.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for block in page.split("```python\n")[1:]:
+        exec(compile(block.partition("```")[0], "own-measure.md", "exec"), names)
+    assert [row.measure for row in names["table"]] == ["curvature_per_slope", "gradient_norm"]

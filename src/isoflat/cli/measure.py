@@ -189,6 +189,8 @@ def _row(row: Record) -> list[tuple[str, str]]:
     if estimate.kind is Kind.UNCERTIFIED:
         known = f"none: a value with {interval(estimate)}; nothing is claimed about the upper end"
         width = asked
+    elif estimate.kind is Kind.EXACT:
+        known, width = "none needed: exact up to rounding", "nothing is estimated"
     else:
         name = "enclosure" if estimate.kind is Kind.ENCLOSURE else "t-interval of a stochastic estimate"
         known = f"{interval(estimate)}, {name} with confidence {estimate.confidence:.7g}"

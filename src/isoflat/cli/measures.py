@@ -14,17 +14,26 @@ from isoflat.cli import options
 from isoflat.cli.terminal import console, plain
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from isoflat.measures.base import Measure
 
 
 def measures(
     name: Annotated[str | None, typer.Argument(help="Print the card of one measure.")] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Attack every claim of invariance, and print what each edit does.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --table: cards and table as a page.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """List every measure with its formula, reference, units and invariances."""
     from isoflat.measures import catalogue
 
     chosen = catalogue.measures() if name is None else {name: catalogue.find_measure(name)}
+    if table:
+        _show_table(chosen, as_json, markdown)
+        return
     if as_json:
         content: dict[str, Any] = {"measures": [card(entry) for entry in chosen.values()]}
         if name is None:
@@ -51,6 +60,40 @@ def measures(
     screen.print(places)
 
 
+def _show_table(chosen: Mapping[str, Measure], as_json: bool, markdown: bool) -> None:
+    """Claims and drifts, measured now, in every geometry that a measure has."""
+    from tqdm.auto import tqdm
+
+    from isoflat.measures.catalogue import geometries
+    from isoflat.report.catalogue import cell, page
+    from isoflat.testing import Invariance, drifts, usable
+
+    cells = [(m, place) for m in chosen.values() for place in ([m.geometry] if m.geometry else list(geometries()))]
+    found = {
+        (entry.name, place): drifts(usable(entry), place)
+        for entry, place in tqdm(cells, desc="attacking", leave=False, disable=as_json or not sys.stderr.isatty())
+    }
+    if as_json:
+        rows = [
+            {"measure": name, "geometry": place, "drifts": {str(kind): vars(drift) for kind, drift in row.items()}}
+            for (name, place), row in found.items()
+        ]
+        sys.stdout.write(json.dumps({"table": rows}, allow_nan=False) + "\n")
+        return
+    if markdown:
+        sys.stdout.write(page(list(chosen.values()), list(geometries().values()), found))
+        return
+    grid = Grid(
+        header_style="bold",
+        caption="largest change over the smaller value, under edits that keep the function; ✓ claimed",
+    )
+    for head in ("measure", "geometry", *map(str, Invariance)):
+        grid.add_column(head, no_wrap=True)
+    for (name, place), row in found.items():
+        grid.add_row(*map(plain, (name, place, *(cell(row[kind]) for kind in Invariance))))
+    console().print(grid)
+
+
 def card(entry: Measure) -> dict[str, Any]:
     """Everything the catalogue says about a measure, as plain values."""
     return {
@@ -65,6 +108,7 @@ def card(entry: Measure) -> dict[str, Any]:
         "invariant_under": _claims(entry),
         "options": dict(entry.options),
         "pitfalls": entry.pitfalls,
+        "provisional": entry.provisional,
         "version": entry.version,
     }
 
@@ -80,16 +124,20 @@ def _show_card(screen: Console, entry: Measure) -> None:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for key, value in content.items():
+        if value == "":
+            continue
         grid.add_row(plain(key.replace("_", " ")), plain(value))
     screen.print(grid)
 
 
 def _claims(entry: Measure) -> dict[str, str]:
-    """Invariances by geometry, in words: the geometry's, and the measure's own."""
+    """Invariances by geometry, in words: the geometry's, unless the measure has its own."""
     from isoflat.measures.catalogue import geometries
 
     places = [entry.geometry] if entry.geometry else list(geometries())
-    return {place: "; ".join([geometries()[place].group, *entry.invariant_under]) for place in places}
+    if entry.claims is None:
+        return {place: geometries()[place].group for place in places}
+    return dict.fromkeys(places, ", ".join(sorted(entry.claims)))
 
 
 def _in_words(entry: Measure) -> str:
@@ -98,5 +146,6 @@ def _in_words(entry: Measure) -> str:
 
 def _briefly(entry: Measure) -> str:
     """Where a geometry decides, the table below the measures says what it is invariant to."""
-    place = f"as {entry.geometry}" if entry.geometry else "as the geometry"
-    return "; ".join([place, *entry.invariant_under])
+    if entry.claims is not None:
+        return ", ".join(sorted(entry.claims))
+    return f"as {entry.geometry}" if entry.geometry else "as the geometry"

@@ -17,6 +17,8 @@ class Kind(StrEnum):
     """Contains the exact number for the given weights and data, with the stated confidence."""
     STANDARD_ERROR = "standard_error"
     """Student t-interval of a stochastic estimator, with the stated confidence."""
+    EXACT = "exact"
+    """A closed form or a finite sum: exact up to rounding in the precision of the measurement; the interval is a point."""
     UNCERTIFIED = "uncertified"
     """A lower bound and a residual only; nothing is claimed about the upper end."""
 
@@ -86,6 +88,15 @@ class Estimate:
             raise NonFinite("the values of an estimate's probes must be finite")
         if not self.lower <= self.value <= self.upper:
             raise UsageError(f"value {self.value!r} lies outside its interval [{self.lower!r}, {self.upper!r}]")
+
+    @staticmethod
+    def exact(value: float, *notes: str) -> Estimate:
+        """A number that nothing but rounding makes uncertain.
+
+        >>> print(Estimate.exact(0.25))
+        0.25
+        """
+        return Estimate(value, value, value, 1.0, Kind.EXACT, True, notes=notes)
 
     @property
     def relative_width(self) -> float:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table as Grid
+from rich.text import Text
 
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Record
@@ -17,10 +18,38 @@ from isoflat.core.record import Record
 
 @final
 @dataclass(frozen=True)
+class Omission:
+    """A number that is not there.
+
+    Attributes:
+        measure: catalogue name.
+        geometry: name of the metric.
+        reason: why, and what to do about it.
+        label: what the user calls the network.
+    """
+
+    measure: str
+    geometry: str
+    reason: str
+    label: str = ""
+
+    def __str__(self) -> str:
+        """A line."""
+        return f"{self.measure} ({self.geometry}): {self.reason}"
+
+
+@final
+@dataclass(frozen=True)
 class Table:
-    """One row per measured number; prints itself on a terminal and in a notebook."""
+    """One row per measured number; prints itself on a terminal and in a notebook.
+
+    Attributes:
+        rows: what was measured.
+        omitted: what was asked for and does not apply.
+    """
 
     rows: tuple[Record, ...]
+    omitted: tuple[Omission, ...] = ()
 
     def __iter__(self) -> Iterator[Record]:
         """The rows."""
@@ -38,8 +67,11 @@ class Table:
             return next(row for row in self.rows if (row.measure, row.geometry) == key)
         return next(row for row in self.rows if row.measure == key)
 
-    def __rich__(self) -> Grid:
+    def __rich__(self) -> Group:
         """For `rich.print`."""
+        return Group(self._grid(), *(Text(f"not measured: {part}", style="yellow") for part in self.omitted))
+
+    def _grid(self) -> Grid:
         grid = Grid(title=None, header_style="bold")
         labelled = any(row.label for row in self.rows)
         columns = ["network"] * labelled + ["measure", "geometry", "value", "enclosure", "converged", "b/value"]
@@ -75,7 +107,7 @@ class Table:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {"rows": [row.to_dict() for row in self.rows]}
+        return {"rows": [row.to_dict() for row in self.rows], "omitted": [dict(vars(part)) for part in self.omitted]}
 
     def to_json(self) -> str:
         """Strict JSON."""
@@ -84,7 +116,11 @@ class Table:
     @staticmethod
     def from_json(text: str) -> Table:
         """Inverse of `to_json`."""
-        return Table(tuple(Record.from_dict(row) for row in json.loads(text)["rows"]))
+        content = json.loads(text)
+        omitted = tuple(
+            Omission(**part) for part in content.get("omitted", ())
+        )  # none in tables from before there were any
+        return Table(tuple(Record.from_dict(row) for row in content["rows"]), omitted)
 
 
 def interval(estimate: Estimate) -> str:

@@ -15,7 +15,7 @@ from isoflat.curvature.through_output import Middle, ThroughOutput
 from isoflat.risk.batches import Beside
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.likelihood import likelihood
-from isoflat.risk.losses import TargetLoss, Term
+from isoflat.risk.losses import Loss, TargetLoss, Term
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.output import OutputGraph, check_output, output_of
 from isoflat.risk.routes.reverse import Rebuilt
@@ -133,17 +133,25 @@ def empirical_fisher(risk: EmpiricalRisk, state: State) -> Rebuilt:
     [[10.0]]
     """
     check_output(risk, state)
+    return Rebuilt(counted(risk, state), state, EmpiricalFisher)
+
+
+def counted(risk: EmpiricalRisk, state: State) -> EmpiricalRisk:
+    """The risk with the counted targets of each row beside its batches, by one forward pass."""
     with exactly(state.device), torch.no_grad():
-        counts = tuple(risk.own(lambda _, batch: _row_counts(risk, state, batch)))
-    return Rebuilt(replace(risk, batches=risk.batches.beside(counts)), state, EmpiricalFisher)
+        counts = tuple(risk.own(lambda _, batch: counts_of(risk, state, batch)))
+    return replace(risk, batches=risk.batches.beside(counts))
 
 
-def _row_counts(risk: EmpiricalRisk, state: State, batch: Any) -> Tensor:
-    """Counted targets of each row of a batch, or their weights, float64; ones where the loss is a sum."""
-    loss, z = risk.loss, _rows_first(risk.term(state, batch))
+def counts_of(risk: EmpiricalRisk, state: State, batch: Any) -> Tensor:
+    """Counted targets of each row of a batch, or their weights, float64, by a forward pass."""
+    return row_counts(risk.loss, _rows_first(risk.term(state, batch)), risk.target(state, batch))
+
+
+def row_counts(loss: Loss, z: Tensor, target: Any) -> Tensor:
+    """Counted targets of each row, or their weights, float64, on the CPU; ones where the loss is a sum."""
     if not isinstance(loss, TargetLoss) or not loss.averages:
         return torch.ones(len(z), dtype=torch.float64)
-    target = risk.target(state, batch)
     return torch.tensor([loss.count(z[i : i + 1], target[i : i + 1]) for i in range(len(z))], dtype=torch.float64)
 
 

@@ -1,15 +1,44 @@
-"""A curvature matrix of the weights as an operator."""
+"""The curvature matrices of the weights, and one of them as an operator."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import final
 
 import torch
 from torch import Tensor
 
+from isoflat.core.state import State
+from isoflat.curvature.fisher import EmpiricalFisher, counted
+from isoflat.curvature.gauss_newton import GaussNewton
 from isoflat.linalg.operator import Operator
-from isoflat.risk.routes.base import Linearisation
+from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.routes.base import Graph, Linearisation
+from isoflat.risk.routes.output import check_output
+from isoflat.risk.routes.reverse import GradientGraph
+
+
+class Matrix(StrEnum):
+    """Which curvature of the weights."""
+
+    HESSIAN = "Hessian"
+    """All second derivatives of the loss."""
+    GAUSS_NEWTON = "Gauss-Newton"
+    """Those of the loss in the output, without the network's (`curvature.gauss_newton`)."""
+    EMPIRICAL_FISHER = "empirical Fisher"
+    """The second moment of the rows' gradients (`curvature.fisher`)."""
+
+    def over(self, risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, type[Graph]]:
+        """The risk with what its products need beside the data, and what they go through.
+
+        Raises:
+            UsageError: weights enter the loss other than through the model's output, or the output is not known.
+        """
+        if self is Matrix.HESSIAN:
+            return risk, GradientGraph
+        check_output(risk, state)
+        return (risk, GaussNewton) if self is Matrix.GAUSS_NEWTON else (counted(risk, state), EmpiricalFisher)
 
 
 @final

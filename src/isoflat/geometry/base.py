@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import final
 
 from torch import Tensor
@@ -12,6 +13,21 @@ from isoflat.core.fingerprint import fingerprint
 from isoflat.core.state import State
 from isoflat.linalg.maps import LinearMap
 from isoflat.linalg.operator import Operator
+
+
+class Invariance(StrEnum):
+    """What a number may be proof against: each is attacked by the law suite, whether it is claimed or not."""
+
+    LAYERS = "layers"
+    """Whole tensors times positive factors, function unchanged."""
+    UNITS = "units"
+    """Single units, channels or filters likewise."""
+    NORMS = "normalisation"
+    """The scale of each channel that a normalisation divides out."""
+    BASES = "bases"
+    """Invertible matrices between two linear maps: heads of attention, adapters."""
+    ORDER = "order"
+    """Permutations of units."""
 
 
 @final
@@ -66,12 +82,14 @@ class Geometry(ABC):
         title: what it is, in a line.
         group: reparametrisations its spectra are invariant to, in words.
         version: raised whenever its numbers change.
+        claims: the same, for the law suite.
     """
 
     name: str
     title: str
     group: str
     version: int
+    claims: frozenset[Invariance]
 
     @abstractmethod
     def chart(self, state: State) -> Chart:

@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from isoflat.core.state import State
-from isoflat.geometry.base import Chart, Geometry, tensors_hash
+from isoflat.geometry.base import Chart, Geometry, Invariance, tensors_hash
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Operator
 
@@ -22,6 +22,7 @@ class Euclidean(Geometry):
     title: str = "plain weights"
     group: str = "none (rescaling the layers moves it without bound)"
     version: int = 1
+    claims: frozenset[Invariance] = frozenset({Invariance.ORDER})
 
     def chart(self, state: State) -> Chart:
         """The identity; nothing is invisible."""

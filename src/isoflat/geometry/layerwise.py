@@ -11,7 +11,7 @@ from torch import Tensor
 from isoflat.core import space as flat
 from isoflat.core.space import ParameterSpace
 from isoflat.core.state import State
-from isoflat.geometry.base import Chart, Geometry, tensors_hash
+from isoflat.geometry.base import Chart, Geometry, Invariance, tensors_hash
 from isoflat.linalg.maps import Diagonal
 from isoflat.linalg.operator import Operator
 
@@ -31,6 +31,7 @@ class Layerwise(Geometry):
     title: str = "each tensor in units of its Frobenius norm (Rangamani et al. 2019)"
     group: str = "positive rescalings of whole tensors (layer-wise rescaling); not of single neurons"
     version: int = 1
+    claims: frozenset[Invariance] = frozenset({Invariance.LAYERS, Invariance.ORDER})
 
     def chart(self, state: State) -> Chart:
         """`D`; tensors whose entries are all zero are invisible."""

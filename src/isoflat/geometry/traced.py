@@ -15,7 +15,7 @@ from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.core.streams import stream
-from isoflat.geometry.base import Chart, Geometry, Identity
+from isoflat.geometry.base import Chart, Geometry, Identity, Invariance
 from isoflat.linalg.maps import Composition, Diagonal, Embedding, LinearMap, Mixing, Part, Shear, Term, slices
 from isoflat.linalg.operator import Operator
 from isoflat.symmetry.canonical import Epsilon, Gauge, Representative, canonical
@@ -36,6 +36,7 @@ class Traced(Geometry):
     """
 
     version: int = 2
+    claims: frozenset[Invariance] = frozenset(Invariance)
     found: Found | None = None
     epsilon: Epsilon = Epsilon.FREE
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 
@@ -13,8 +14,10 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.record import Point
 from isoflat.core.state import State
+from isoflat.curvature.matrix import Matrix
+from isoflat.geometry.base import Chart, Geometry, Invariance
 from isoflat.linalg.solver import Outcome, Solver
-from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.linearise import Check
 
 
@@ -96,16 +99,71 @@ class Effort:
 
 @final
 @dataclass(frozen=True)
-class Question:
-    """An answer that several measures may share: one solver on `Eᵀ H E`, or on the covariant `Eᵀ(H + C)E`.
+class Spectral:
+    """One solver on `Eᵀ A E`, or on the covariant `Eᵀ (A + C) E`, E the geometry's frame.
 
     Attributes:
         solver: with all its hyper-parameters.
         covariant: whether the connection term of the metric is added.
+        matrix: A.
     """
 
     solver: Solver[Any]
     covariant: bool = False
+    matrix: Matrix = Matrix.HESSIAN
+
+
+@dataclass(frozen=True)
+class Reading(ABC):
+    """What passes over the data tell without a solver.
+
+    Attributes:
+        framed: whether the answer depends on the geometry; if not, all geometries at a point share it.
+    """
+
+    framed: ClassVar[bool] = True
+
+    @abstractmethod
+    def answer(self, scene: Scene) -> Any:
+        """Read it.
+
+        Raises:
+            UsageError: there is no such thing for this loss, or with what was given.
+            UnsupportedModel: nor for this network.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class Scene:
+    """Where a reading takes place.
+
+    Attributes:
+        risk: the empirical risk, its data pinned.
+        geometry: in which is measured.
+        chart: of the geometry at the point.
+        survey: loss and gradient there.
+        effort: how hard.
+        report: called with a status line at each pass over the data.
+        ask: the answer to another reading, which is made once.
+    """
+
+    risk: EmpiricalRisk
+    geometry: Geometry
+    chart: Chart
+    survey: Survey
+    effort: Effort
+    report: Callable[[str], None]
+    ask: Callable[[Reading], Any]
+
+    @property
+    def state(self) -> State:
+        """The point."""
+        return self.chart.state
+
+
+Question = Spectral | Reading
+"""What several measures may share: equal questions in one geometry are asked once."""
 
 
 @final
@@ -148,11 +206,12 @@ class Measure:
         units: of the number.
         direction: which way it points.
         loss_degree: `measure(c · loss) = c**degree · measure(loss)`; None if it is no power.
-        needs: the questions it asks, given the effort.
+        needs: the questions it asks, given the effort and the values of its own parameters.
         evaluate: the number from the findings.
         curvature: the size of the curvature that b is compared with, in the metric's unit; None where there is none.
         geometry: the only geometry it is defined in; None where the user chooses.
-        invariant_under: symmetries claimed beyond those of the geometry it is measured in.
+        claims: what it is invariant to; None for what the geometry is that it is measured in.
+        provisional: what is uncertain about the definition; empty where nothing is.
         options: its own parameters with their values.
         pitfalls: what to know before quoting it.
         version: raised whenever its numbers change.
@@ -165,11 +224,12 @@ class Measure:
     units: str
     direction: Direction
     loss_degree: float | None
-    needs: Callable[[Effort], tuple[Question, ...]]
+    needs: Callable[[Effort, Mapping[str, float]], tuple[Question, ...]]
     evaluate: Callable[[Findings], Estimate]
     curvature: Callable[[Findings], float] | None = None
     geometry: str | None = None
-    invariant_under: tuple[str, ...] = ()
+    claims: frozenset[Invariance] | None = None
+    provisional: str = ""
     options: Mapping[str, float] = field(default_factory=dict)
     pitfalls: str = ""
     version: int = 1
@@ -185,6 +245,18 @@ class Measure:
             known = ", ".join(self.options) or "none"
             raise UsageError(f"{self.name} has no option {', '.join(sorted(unknown))}; its options: {known}")
         return replace(self, options={**self.options, **options})
+
+    def questions(self, effort: Effort) -> tuple[Question, ...]:
+        """What it asks.
+
+        Raises:
+            UsageError: one of its parameters must be given.
+        """
+        return self.needs(effort, self.options)
+
+    def claimed(self, geometry: Geometry) -> frozenset[Invariance]:
+        """What it is invariant to, measured in a geometry."""
+        return geometry.claims if self.claims is None else self.claims
 
     @property
     def label(self) -> str:

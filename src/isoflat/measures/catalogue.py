@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import re
+import warnings
+from functools import cache
+from importlib.metadata import entry_points
 
 from isoflat.core.catalogue import entries
 from isoflat.core.errors import UnknownName, UsageError
 from isoflat.geometry.base import Geometry
 from isoflat.measures.base import Measure
 
+GROUP = "isoflat.measures"
+"""Entry points of other packages that name a `Measure`."""
 
+
+@cache
 def measures() -> dict[str, Measure]:
-    """Every measure by name: one file in this package each.
+    """Every measure by name: one file in `measures.entries` each, and those of other packages (`GROUP`).
+
+    A measure of another package that cannot be loaded, or has a name that is taken, is left out with a warning.
 
     >>> "quotient_spectral_norm" in measures()
     True
     """
-    return entries("isoflat.measures", "MEASURE")
+    found: dict[str, Measure] = dict(entries("isoflat.measures.entries", "MEASURE"))
+    for point in entry_points(group=GROUP):
+        try:
+            entry = point.load()
+        except Exception as error:  # noqa: BLE001  whatever another package raises must not take ours away
+            warnings.warn(f"the measure {point.name!r} ({point.value}) cannot be loaded: {error}", stacklevel=2)
+            continue
+        if not isinstance(entry, Measure) or entry.name in found:
+            why = f"there is a {entry.name!r} already" if isinstance(entry, Measure) else "it is no isoflat.Measure"
+            warnings.warn(f"the measure {point.name!r} ({point.value}) is left out: {why}", stacklevel=2)
+            continue
+        found[entry.name] = entry
+    return dict(sorted(found.items()))
 
 
 def geometries() -> dict[str, Geometry]:

@@ -162,6 +162,8 @@ def compare(  # noqa: PLR0913
                 reproducible_sum=reproducible_sum,
                 label=label,
             )
+            if omitted := tables[label].omitted:
+                raise UsageError(f"{omitted[0]}. Leave the measure out to compare the others")
         agree({name: _seen(table) for name, table in tables.items()})
         if progress and ranks.first:
             tqdm.write(_done(label, tables[label], len(tables), len(models)), file=sys.stderr)

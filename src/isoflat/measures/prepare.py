@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,18 @@ def symmetries_of(subject: Subject, declared: Sequence[Symmetry] = ()) -> Found:
     found = discover(module, args, kwargs, blind, declared=[s for s in declared if isinstance(s, UnitScale)])
     found.verify()
     return found
+
+
+def outputs(risk: EmpiricalRisk) -> Callable[[State], torch.Tensor]:
+    """The network's output on the first batch, as a function of the state."""
+    inputs, _ = split(next(iter(risk.batches)))
+
+    def output(state: State) -> torch.Tensor:
+        moved = move(inputs, state.device, state.dtype)
+        with torch.no_grad():
+            return risk.network(state, lambda model: call(model, moved))
+
+    return output
 
 
 class _Recorder:

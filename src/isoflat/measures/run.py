@@ -11,20 +11,17 @@ from tqdm.auto import tqdm
 
 from isoflat.core.errors import SymmetryViolated, UsageError
 from isoflat.core.estimate import Estimate
-from isoflat.core.state import State
 from isoflat.core.streams import stream
-from isoflat.core.table import Table
+from isoflat.core.table import Omission, Table
 from isoflat.geometry.base import Geometry
 from isoflat.geometry.traced import Traced
 from isoflat.measures.base import Budget, Effort, Measure, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
-from isoflat.measures.prepare import subject, symmetries_of
+from isoflat.measures.prepare import outputs, subject, symmetries_of
 from isoflat.measures.sampled import results
-from isoflat.measures.session import Session
+from isoflat.measures.session import Refusal, Result, Session
 from isoflat.measures.shared import agreed
-from isoflat.risk.batches import move
 from isoflat.risk.linearise import Check
-from isoflat.risk.losses import call, split
 from isoflat.risk.network import Selector, exactly
 from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.base import Symmetry, verify
@@ -171,10 +168,10 @@ def measure_all(  # noqa: PLR0913
         label: what to call this network in tables.
 
     Returns:
-        One record per measure and geometry.
+        One record per measure and geometry; a measure that does not apply is listed with the reason.
 
     Raises:
-        IsoflatError: as for `measure`.
+        IsoflatError: as for `measure`, or none of the measures applies.
         UsageError: no measure was asked for, or a setting has no meaning.
     """
     limits = Budget(products=budget) if isinstance(budget, int) else (budget or Budget())
@@ -189,8 +186,13 @@ def measure_all(  # noqa: PLR0913
 
     with opened(prepare, plan, effort, symmetries, ranks, label, progress) as session:
         found = results(session) if effort.sample else session.results()
+        rows = tuple(result.record for result in found if isinstance(result, Result))
+        refused = [result for result in found if isinstance(result, Refusal)]
+        if not rows:
+            raise refused[0].error
+        omitted = tuple(Omission(r.measure.label, r.geometry.name, str(r.error), label) for r in refused)
         # From the first process: costs and all.
-        return ranks.from_first(Table(tuple(result.record for result in found)))
+        return ranks.from_first(Table(rows, omitted))
 
 
 @contextmanager
@@ -301,13 +303,7 @@ def _verify(target: Subject, symmetries: Sequence[Symmetry], seed: int) -> None:
     """Prove the user's own symmetries on the first batch."""
     if not symmetries:
         return
-    inputs, _ = split(next(iter(target.risk.batches)))
-
-    def output(state: State) -> torch.Tensor:
-        moved = move(inputs, state.device, state.dtype)
-        with torch.no_grad():
-            return target.risk.network(state, lambda model: call(model, moved))
-
+    output = outputs(target.risk)
     for symmetry in symmetries:
         missing = symmetry.touches - set(target.state.tensors)
         if missing:

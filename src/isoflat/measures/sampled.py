@@ -30,6 +30,7 @@ from torch import Tensor
 
 from isoflat.core.space import inner, norm
 from isoflat.core.streams import stream
+from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.linalg.eigen.block_lanczos import Eigenpairs
 from isoflat.linalg.eigen.extremes import REACHED, End, Extremes, Which
@@ -39,8 +40,8 @@ from isoflat.linalg.eigen.outside import Outside
 from isoflat.linalg.eigen.remainder import Remainder
 from isoflat.linalg.operator import Pullback
 from isoflat.linalg.solver import Job, Outcome, Probe, Solver, together
-from isoflat.measures.base import Question
-from isoflat.measures.session import Answers, Place, Result, Scribe, Session
+from isoflat.measures.base import Question, Spectral
+from isoflat.measures.session import Outcomes, Place, Refusal, Result, Scribe, Session
 from isoflat.risk.batches import ROWS
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.routes.base import Linearisation
@@ -79,14 +80,15 @@ CERTAIN = 0.01
 Key = tuple[Geometry, Question]
 
 
-def results(session: Session) -> tuple[Result, ...]:
+def results(session: Session) -> tuple[Result | Refusal, ...]:
     """Every number of a session, from a sample where there is a way; one for each entry of the plan.
 
     Raises:
         UsageError: the loss does not tell how important examples are.
         IsoflatError: as for `Session.results`.
     """
-    fit = [all(_sampled(question) for question in measure.needs(session.effort)) for measure, _ in session.plan]
+    asked = [session.questions(measure) for measure, _ in session.plan]
+    fit = [bool(questions) and all(map(_sampled, questions)) for questions in asked]
     some, others = (
         replace(session, plan=tuple(entry for entry, can in zip(session.plan, fit, strict=True) if can is wanted))
         for wanted in (True, False)
@@ -99,7 +101,12 @@ def results(session: Session) -> tuple[Result, ...]:
 
 
 def _sampled(question: Question) -> bool:
-    return isinstance(question.solver, HardFirst) and not question.covariant
+    return (
+        isinstance(question, Spectral)
+        and isinstance(question.solver, HardFirst)
+        and not question.covariant
+        and question.matrix is Matrix.HESSIAN
+    )
 
 
 def _on_all(session: Session, note: str) -> Session:
@@ -107,7 +114,7 @@ def _on_all(session: Session, note: str) -> Session:
     return replace(session, effort=replace(session.effort, sample=None), subject=subject)
 
 
-def _results(session: Session) -> tuple[Result, ...]:
+def _results(session: Session) -> tuple[Result | Refusal, ...]:
     started = time.monotonic()
     charts = session.charts()
     risk = session.subject.risk
@@ -153,7 +160,7 @@ class _Found:
     """
 
     place: Place
-    answers: Answers
+    answers: Outcomes
     sample: Sample
     better: Mapping[Key, Tensor]
 
@@ -210,7 +217,7 @@ class _Sampler:
     ) -> None:
         self.session, self.charts, self.risk, self.seen, self.route = session, charts, risk, seen, route
         self.state = next(iter(charts.values())).state
-        asked = [(g, q) for m, g in session.plan if g in charts for q in m.needs(session.effort)]
+        asked = [(g, q) for m, g in session.plan if g in charts for q in m.questions(session.effort)]
         self.keys: tuple[Key, ...] = tuple(dict.fromkeys(asked))
         self.confidence = CONFIDENCE if session.effort.confidence is None else session.effort.confidence
         self.started = time.monotonic()
@@ -266,7 +273,7 @@ class _Sampler:
         jobs = {key: self._job(key, place, Probe(witness)) for key, witness in witnesses.items()}
         checks = self.session.checks(self.charts, place)
         done = together(place.hessian, [*jobs.values(), *checks.values()], self.session.report)
-        answers: Answers = dict(zip(checks, done[len(jobs) :], strict=True))
+        answers: Outcomes = dict(zip(checks, done[len(jobs) :], strict=True))
         better: dict[Key, Tensor] = {}
         for key, outcome in zip(jobs, done, strict=False):
             self._tally(key, sample, outcome)
@@ -395,7 +402,7 @@ class _Sampler:
 
 
 def _solver(key: Key) -> Lanczos:
-    assert isinstance(key[1].solver, HardFirst)
+    assert isinstance(key[1], Spectral) and isinstance(key[1].solver, HardFirst)
     return key[1].solver.whole
 
 

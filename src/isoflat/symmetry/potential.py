@@ -205,6 +205,37 @@ def minimise(masses: Sequence[Mass], factors: sparse.csr_matrix, size: int) -> V
     )
 
 
+def least(masses: Sequence[Mass], size: int) -> tuple[float, tuple[str, ...]]:
+    """The smallest value of `Σ_e N_e exp(2 s_e·z)` over z, to rounding; what only shrinks goes to zero.
+
+    Args:
+        masses: N, not negative, and their forms s.
+        size: dimension of z.
+
+    Returns:
+        The value, and the names of those of which nothing is left.
+
+    >>> one = sparse.csr_matrix([[1.0]])
+    >>> up, down = (Mass(n, torch.full((1, 1, 1), m, dtype=torch.float64), f, 0 * one, 1) for n, m, f in
+    ...             (("a", 4.0, one), ("b", 9.0, -one)))
+    >>> value, gone = least([up, down], 1)
+    >>> round(value, 12), gone
+    (12.0, ())
+    """
+    none = sparse.csr_matrix((0, size))
+    closed, _ = close(masses, none, size)
+    potential = _Potential(closed, none, size)
+    logs = potential.logs(minimise(closed, none, size))
+    value = sum(
+        float(((2 * a).exp() * _times(s.squares, (2 * b).exp())).sum())
+        for s, (a, b) in zip(potential.stacks, logs, strict=True)
+    )
+    gone = [
+        old.name for old, new in zip(masses, closed, strict=True) if bool(old.squares.any()) and not new.squares.any()
+    ]
+    return value, tuple(gone)
+
+
 def _repeated(matrix: sparse.csr_matrix, rows: int) -> sparse.csr_matrix:
     """A matrix with as many rows; one row stands for all."""
     return matrix if matrix.shape[0] == rows else sparse.csr_matrix(sparse.vstack([matrix] * rows))

@@ -2,7 +2,7 @@
 
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.measures.base import Direction, Measure
-from isoflat.measures.eigenvalues import curvature, eigenvalue, extremes
+from isoflat.measures.entries.eigenvalues import curvature, eigenvalue, extremes
 
 MEASURE = Measure(
     name="quotient_spectral_norm",

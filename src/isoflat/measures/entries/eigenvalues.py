@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from isoflat.core.estimate import Cost, Estimate, Kind
+from isoflat.core.estimate import Estimate, Kind
+from isoflat.curvature.matrix import Matrix
 from isoflat.linalg.eigen.extremes import REACHED, Extremes, Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.linalg.solver import Outcome
-from isoflat.measures.base import Effort, Findings, Question
+from isoflat.measures.base import Effort, Findings, Question, Spectral
 
 CONFIDENCE = 1 - 1e-6
 """Default for eigenvalues: the price of certainty is logarithmic."""
 
 
-def extremes(which: Which, covariant: bool = False) -> Callable[[Effort], tuple[Question, ...]]:
+def extremes(
+    which: Which, covariant: bool = False, matrix: Matrix = Matrix.HESSIAN
+) -> Callable[[Effort, Mapping[str, float]], tuple[Question, ...]]:
     """The question for one end of the spectrum, as a measure's `needs`."""
 
-    def needs(effort: Effort) -> tuple[Question, ...]:
+    def needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
         solver = Lanczos(
             which=which,
             rtol=effort.rtol,
@@ -28,15 +30,14 @@ def extremes(which: Which, covariant: bool = False) -> Callable[[Effort], tuple[
             max_products=effort.budget.products,
             seconds=effort.budget.seconds,
         )
-        return (Question(HardFirst(solver), covariant),)
+        return (Spectral(HardFirst(solver), covariant, matrix),)
 
     return needs
 
 
 def eigenvalue(findings: Findings) -> Estimate:
     """The eigenvalue, or the spectral norm, that the first question asked for."""
-    outcome: Outcome = findings.answers[0]
-    result: Extremes = outcome.result
+    result: Extremes = findings.answers[0].result
     end = result.wanted
     norm = result.which is Which.MAGNITUDE
     value = abs(end.value) if norm else end.value
@@ -48,7 +49,6 @@ def eigenvalue(findings: Findings) -> Estimate:
         confidence=result.confidence,
         kind=Kind.ENCLOSURE if result.confidence else Kind.UNCERTIFIED,
         converged=result.reached,
-        cost=Cost(products=outcome.products, seconds=outcome.seconds),
         residual=end.residual,
         notes=_notes(result, value),
     )

@@ -3,7 +3,7 @@
 from isoflat.core.estimate import Estimate
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.measures.base import Direction, Findings, Measure
-from isoflat.measures.eigenvalues import curvature, eigenvalue, extremes
+from isoflat.measures.entries.eigenvalues import curvature, eigenvalue, extremes
 
 
 def _evaluate(findings: Findings) -> Estimate:

@@ -1,0 +1,124 @@
+"""Diagonals of the Gauss-Newton matrix and of the gradients' second moment, exactly.
+
+Both are sums of squares over rows, `Σ_i (J_iᵀ r)²` entry by entry: for the second moment r is the loss's gradient in the
+output, for the Gauss-Newton matrix under softmax cross-entropy it runs over classes (`curvature.sweeps`). A layer that acts
+on one vector per row has `(∂y²)ᵀ a²`, which a backward pass of the whole batch gives; other tensors take the gradient of
+every row by itself. For piecewise linear networks the first is the diagonal of the Hessian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoflat.core.state import State
+from isoflat.curvature.fisher import row_counts
+from isoflat.curvature.rows import MEMORY, Output, per_row, row_loss
+from isoflat.curvature.sweeps import Directions, Sweeps, check_softmax, classes, pulled, residual
+from isoflat.risk.batches import pieces, rows_of
+from isoflat.risk.empirical import EmpiricalRisk, Part
+from isoflat.risk.network import exactly
+from isoflat.risk.routes.output import check_output
+
+
+def gauss_newton_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> Tensor:
+    """Of all trainable tensors, shape `(n,)`, float64.
+
+    Costs about as many gradient passes as there are classes, times the positions of a row where it has several.
+
+    Args:
+        risk: the empirical risk, with softmax cross-entropy.
+        state: the point.
+        memory: bytes that gradients of single rows may take at a time.
+
+    Raises:
+        DataError: there is no data.
+        UsageError: the loss is not softmax cross-entropy of the model's output.
+        UnsupportedModel: single rows have no gradients of their own.
+
+    >>> from torch import nn
+    >>> from isoflat.risk.batches import as_batches
+    >>> from isoflat.risk.losses import as_loss
+    >>> from isoflat.risk.network import Network
+    >>> network = Network(nn.Linear(1, 2, bias=False))
+    >>> data = as_batches((torch.tensor([[2.0]]), torch.tensor([0])))
+    >>> risk = EmpiricalRisk(network, as_loss(nn.CrossEntropyLoss()), data)
+    >>> found = gauss_newton_diagonal(risk, network.state().replace({"weight": torch.zeros(2, 1)}))
+    >>> [round(value, 6) for value in found.tolist()]
+    [1.0, 1.0]
+    """
+    check_softmax(risk, state)
+    return _squares(risk, state, classes(risk.loss), memory, shared=False)
+
+
+def moment_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> Tensor:
+    """Of the second moment `C = Σ_i (c_i / Σc) ∇ℓ_i ∇ℓ_iᵀ` of the rows' gradients (`curvature.fisher`): shape `(n,)`, float64.
+
+    Args:
+        risk: the empirical risk, with a loss of output and target.
+        state: the point.
+        memory: bytes that gradients of single rows may take at a time.
+
+    Raises:
+        DataError: there is no data.
+        UsageError: rows have no losses of their own.
+        UnsupportedModel: nor gradients.
+    """
+    check_output(risk, state)
+    return _squares(risk, state, residual(row_loss(risk)), memory, shared=True)
+
+
+def _squares(risk: EmpiricalRisk, state: State, along: Directions, memory: int, shared: bool) -> Tensor:
+    """`Σ_i (J_iᵀ r)²`, each row's over its count where this is shared among its targets."""
+    names = list(state.parameters)
+
+    def per_batch(index: int, batch: Any) -> Part:
+        sweeps = Sweeps.record(risk, state, batch)
+        shares = torch.ones(rows_of(batch), dtype=torch.float64)
+        if shared:
+            counts = row_counts(risk.loss, sweeps.z.detach(), sweeps.target)
+            shares = torch.where(counts > 0, 1 / counts, 0)
+        shares = shares.to(state.vector)
+        found = _through_layers(sweeps, names, along, shares)
+        rest = [name for name in names if name not in found]
+        if rest:
+            found |= _row_by_row(risk, state, batch, rest, along, shares, memory)
+        return Part(torch.cat([found[name].reshape(-1) for name in names]), sweeps.count)
+
+    with exactly(state.device):
+        return risk.accumulate(per_batch, torch.zeros(state.space.size, dtype=torch.int8, device=state.device))
+
+
+def _through_layers(sweeps: Sweeps, names: Sequence[str], along: Directions, shares: Tensor) -> dict[str, Tensor]:
+    layers = sweeps.layers(names)
+    found: dict[str, Tensor] = {}
+    squares = [layer.inputs.square() for layer in layers]
+    for parts in sweeps.backward(layers, along):
+        for layer, square, part in zip(layers, squares, parts, strict=True):
+            rows = torch.zeros_like(layer.output) if part is None else part.square() * shares[:, None]
+            for name in layer.own:
+                made = (rows.T @ square if name == layer.weight else rows.sum(0)).double()
+                found[name] = found[name] + made if name in found else made
+    return found
+
+
+def _row_by_row(
+    risk: EmpiricalRisk, state: State, batch: Any, names: list[str], along: Directions, shares: Tensor, memory: int
+) -> dict[str, Tensor]:
+    def squares(output: Output, tensors: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
+        total = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        for parts in pulled(along, output, tensors, target):
+            total = {name: total[name] + parts[name].square() for name in names}
+        return total
+
+    room = max(1, memory // max(1, sum(state.parameters[name].numel() for name in names) * 4 * state.dtype.itemsize))
+    found: dict[str, Tensor] = {}
+    for piece, own in zip(pieces(batch, room), shares.split(room), strict=True):
+        made = per_row(risk, state, piece, names, squares)
+        for name in names:
+            part = torch.tensordot(own, made[name], dims=1).double()
+            found[name] = found[name] + part if name in found else part
+    return found

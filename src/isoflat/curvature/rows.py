@@ -1,0 +1,129 @@
+"""One row of the data at a time: gradients, slopes and curvatures of its own loss, by vectorised or forward derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoflat.core.errors import UnsupportedModel, UsageError
+from isoflat.core.state import State
+from isoflat.risk.batches import alone, move, pieces
+from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.losses import TargetLoss, call, split
+from isoflat.risk.routes.guarded import is_out_of_memory
+
+MEMORY = 1 << 28
+"""Bytes that gradients of single rows may take at a time."""
+
+Output = Callable[[Mapping[str, Tensor]], Tensor]
+"""A single row's output, with its leading dimension, as a function of some of the tensors."""
+
+
+def per_row(
+    risk: EmpiricalRisk,
+    state: State,
+    batch: Any,
+    names: Sequence[str],
+    work: Callable[[Output, dict[str, Tensor], Tensor], Any],
+) -> Any:
+    """Something of each row by itself, all at once: what the work returns, with the rows along a first dimension.
+
+    Args:
+        risk: with a loss of output and target.
+        state: the point.
+        batch: of the data.
+        names: tensors that the output is a function of.
+        work: given the output, these tensors and the row's target, both with a leading dimension of one.
+
+    Raises:
+        UsageError: the loss is no function of output and target.
+        UnsupportedModel: the network cannot be run on single rows side by side.
+    """
+    row_loss(risk)
+    inputs, target = split(move(alone(batch), state.device, state.dtype))
+    given: Any = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    given = tuple(given) if isinstance(given, list) else given
+    chosen = {name: state.parameters[name] for name in names}
+
+    def row(inputs: Any, target: Tensor) -> Any:
+        def output(tensors: Mapping[str, Tensor]) -> Tensor:
+            return risk.network(state.replace(tensors), lambda model: call(model, _lifted(inputs)))
+
+        return work(output, chosen, target[None])
+
+    try:
+        return torch.func.vmap(row)(given, target)
+    except (RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModel(
+            f"single rows have no gradients of their own through torch.func.vmap: {reason}"
+        ) from error
+
+
+def row_gradients(risk: EmpiricalRisk, state: State, batch: Any, memory: int = MEMORY) -> Iterator[tuple[Any, Tensor]]:
+    """Gradients `∇ total_i` of the rows of a batch, piece by piece: the piece, and a tensor of shape `(rows, n)`."""
+    loss = row_loss(risk)
+    names = list(state.parameters)
+
+    def gradient(output: Output, tensors: dict[str, Tensor], target: Tensor) -> Tensor:
+        made = torch.func.grad(lambda given: loss.summed(output(given), target))(tensors)
+        return torch.cat([made[name].reshape(-1) for name in names])
+
+    room = max(1, memory // (state.space.size * (2 * state.dtype.itemsize + 8)))
+    for piece in pieces(batch, room):
+        yield piece, per_row(risk, state, piece, names, gradient)
+
+
+def slopes(risk: EmpiricalRisk, state: State, direction: Tensor) -> Callable[[Any], Tensor]:
+    """`⟨∇ total_i, d⟩` of each row of a batch by one forward derivative, as a function of the batch; shape `(rows,)`.
+
+    Args:
+        risk: with a loss of output and target.
+        state: the point.
+        direction: d, shape `(n,)`.
+    """
+    loss = row_loss(risk)
+    moving = state.space.unflatten(direction.to(state.dtype))
+
+    def of(batch: Any) -> Tensor:
+        inputs, target = split(move(alone(batch), state.device, state.dtype))
+
+        def losses(parameters: dict[str, Tensor]) -> Tensor:
+            moved = State(parameters, state.frozen, state.buffers, state.constants)
+            return loss.by_row(risk.network(moved, lambda model: call(model, inputs)), target)
+
+        try:
+            return torch.func.jvp(losses, (dict(state.parameters),), (moving,))[1].detach().double()
+        except (RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnsupportedModel(f"the network has no forward derivative: {reason}") from error
+
+    return of
+
+
+def row_loss(risk: EmpiricalRisk) -> TargetLoss:
+    """The loss, if each row has one of its own.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if not isinstance(risk.loss, TargetLoss):
+        raise UsageError(
+            f"needs the loss of each example, as a torch.nn criterion or a function of output and target has it; "
+            f"{type(risk.loss).__name__} has one for the whole batch only"
+        )
+    return risk.loss
+
+
+def _lifted(inputs: Any) -> Any:
+    """One row as a batch of one."""
+    if isinstance(inputs, Mapping):
+        return {key: value[None] for key, value in inputs.items()}
+    return tuple(value[None] for value in inputs) if isinstance(inputs, tuple) else inputs[None]

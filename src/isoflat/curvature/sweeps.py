@@ -1,0 +1,196 @@
+"""Backward passes of the output along given directions, and what they tell of single rows.
+
+For the Gauss-Newton matrix there is one for each class, the square roots of softmax cross-entropy's Hessian in the output:
+with `diag(p) − p pᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ` the Gauss-Newton matrix is a sum of squares over targets t and classes c,
+`Σ_t m_t Σ_c p_tc (J_tᵀ (e_c − p_t)) (J_tᵀ (e_c − p_t))ᵀ`. A layer that acts on one vector per row, `y = W a + b`, has
+`∂W = ∂y aᵀ` in each row, so that C passes of whole batches tell all about its rows' gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from isoflat.core.errors import UsageError
+from isoflat.core.space import norm
+from isoflat.core.state import State
+from isoflat.core.streams import stream
+from isoflat.curvature.rows import Output
+from isoflat.risk.empirical import EmpiricalRisk, leaf_state
+from isoflat.risk.likelihood import class_axis, likelihood
+from isoflat.risk.losses import Loss, TargetLoss
+from isoflat.risk.routes.output import check_output, output_of
+
+
+def check_softmax(risk: EmpiricalRisk, state: State) -> None:
+    """Whether the loss is softmax cross-entropy of the model's output.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not (isinstance(risk.loss, TargetLoss) and isinstance(risk.loss.criterion, nn.CrossEntropyLoss)):
+        raise UsageError("needs softmax cross-entropy as torch.nn.CrossEntropyLoss, with batches (inputs, targets)")
+    check_output(risk, state)
+
+
+Directions = Callable[[Tensor, Tensor], Iterator[Tensor]]
+"""Tensors of the output's shape, from output and target; each row's is its own."""
+
+
+@final
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer that was called once, on one vector per row.
+
+    Attributes:
+        weight: name.
+        bias: name it would have.
+        inputs: a, shape `(rows, in)`, without a graph.
+        output: y, shape `(rows, out)`, with one.
+        own: which of the two names act through this layer alone.
+    """
+
+    weight: str
+    bias: str
+    inputs: Tensor
+    output: Tensor
+    own: frozenset[str] = frozenset()
+
+
+@final
+@dataclass(frozen=True)
+class Sweeps:
+    """One batch's output with its graph, and the layers seen on the way.
+
+    Attributes:
+        leaves: the trainable tensors.
+        seen: linear layers that were called once.
+        z: the output.
+        target: what the loss compares it with.
+        count: counted targets or their weights.
+    """
+
+    leaves: Mapping[str, Tensor]
+    seen: tuple[Layer, ...]
+    z: Tensor
+    target: Tensor
+    count: float
+
+    @staticmethod
+    def record(risk: EmpiricalRisk, state: State, batch: Any) -> Sweeps:
+        """One forward pass under watch."""
+        calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        leaves = leaf_state(state)
+        with ExitStack() as stack:
+            for path, module in risk.network.module.named_modules():
+                if type(module) is nn.Linear:
+                    calls[path] = []
+                    stack.callback(module.register_forward_hook(_watch(calls[path]), with_kwargs=True).remove)
+            term = risk.term(leaves, batch)
+        z = output_of(term)
+        if z.ndim < 2 or len(z) != term.rows:
+            raise UsageError(
+                f"the output's shape {tuple(z.shape)} does not begin with the batch's {term.rows} rows: return outputs "
+                "with the rows along dimension 0 and the classes along dimension 1"
+            )
+        seen = []
+        for path, made in calls.items():
+            prefix = f"{path}." if path else ""
+            if len(made) == 1 and made[0][1].ndim == 2 and len(made[0][1]) == term.rows and made[0][1].requires_grad:
+                seen.append(Layer(f"{prefix}weight", f"{prefix}bias", *made[0]))
+        return Sweeps(leaves.parameters, tuple(seen), z, risk.target(state, batch), term.count)
+
+    def layers(self, names: Sequence[str]) -> tuple[Layer, ...]:
+        """Layers that the named tensors belong to, with the names of those that belong to nothing else."""
+        wanted = self._own(names)
+        return tuple(
+            replace(layer, own=frozenset({layer.weight, layer.bias} & wanted))
+            for layer in self.seen
+            if {layer.weight, layer.bias} & wanted
+        )
+
+    def backward(self, layers: Sequence[Layer], along: Directions) -> Iterator[tuple[Tensor | None, ...]]:
+        """∂y of each layer, for every direction in turn; None where the output does not depend on it."""
+        outputs = [layer.output for layer in layers]
+        if not outputs:
+            return
+        for cotangent in along(self.z.detach(), self.target):
+            yield torch.autograd.grad(self.z, outputs, cotangent, retain_graph=True, allow_unused=True)
+
+    def _own(self, names: Sequence[str]) -> set[str]:
+        """Those of the names that act through one seen layer only: gradients along a random cotangent tell."""
+        layers = {name: layer for layer in self.seen for name in (layer.weight, layer.bias) if name in names}
+        if not layers:
+            return set()
+        drawn = torch.randn(self.z.shape, generator=stream(0, "cotangent"), dtype=torch.float64).to(self.z)
+        asked = [*(self.leaves[name] for name in layers), *(layer.output for layer in layers.values())]
+        found = torch.autograd.grad(self.z, asked, drawn, retain_graph=True, allow_unused=True)
+        own = set()
+        for (name, layer), whole, part in zip(layers.items(), found, found[len(layers) :], strict=False):
+            if whole is None or part is None:
+                continue
+            made = part.T @ layer.inputs if name == layer.weight else part.sum(0)
+            if norm(whole - made) <= 1000 * torch.finfo(whole.dtype).eps * norm(whole):
+                own.add(name)
+        return own
+
+
+def _watch(calls: list[tuple[Tensor, Tensor]]) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        calls.append(((args[0] if args else named["input"]).detach(), output))
+
+    return hook
+
+
+def classes(loss: Loss) -> Directions:
+    """Square roots of the Hessian of softmax cross-entropy in the output."""
+    return lambda z, target: _classes(z, likelihood(loss, z, target).mass)
+
+
+def residual(loss: TargetLoss) -> Directions:
+    """The gradient of the loss in the output: a single direction."""
+
+    def along(z: Tensor, target: Tensor) -> Iterator[Tensor]:
+        yield torch.func.grad(lambda output: loss.summed(output, target))(z)
+
+    return along
+
+
+def _classes(z: Tensor, mass: Tensor) -> Iterator[Tensor]:
+    """`√(m_t p_tc) (e_c − p_t)` for every class c, and every position of a row in turn: shape of z, all rows at once."""
+    axis = class_axis(z)
+    p = z.softmax(axis)
+    for place, c in product(_places(z.shape[axis + 1 :]), range(z.shape[axis])):
+        cotangent = torch.zeros_like(z)
+        row = (slice(None),) * axis
+        cotangent[(*row, slice(None), *place)] = -p[(*row, slice(None), *place)]
+        cotangent[(*row, c, *place)] += 1
+        here = (mass[(*row, *place)] * p[(*row, c, *place)]).sqrt()
+        cotangent[(*row, slice(None), *place)] *= here.unsqueeze(axis)
+        yield cotangent
+
+
+def _places(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    return product(*map(range, shape))
+
+
+def pulled(
+    along: Directions, output: Output, tensors: dict[str, Tensor], target: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """`Jᵀ` of a single row on every direction in turn, by tensor.
+
+    Args:
+        along: which.
+        output: of the row (`curvature.rows`).
+        tensors: what it is a function of.
+        target: of the row, with a leading dimension.
+    """
+    z, pull = torch.func.vjp(output, tensors)  # pyrefly: ignore
+    for cotangent in along(z, target):
+        yield pull(cotangent)[0]

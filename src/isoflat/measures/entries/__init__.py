@@ -1,0 +1,1 @@
+"""The catalogue: one file for each measure, and what several of them share."""

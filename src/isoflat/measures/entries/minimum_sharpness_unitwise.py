@@ -1,0 +1,59 @@
+"""The smallest trace of the curvature that rescaling single units can give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from isoflat.core.estimate import Estimate
+from isoflat.geometry.base import Invariance
+from isoflat.geometry.traced import Traced
+from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.entries.readings import Diagonal
+from isoflat.symmetry.potential import Mass, least
+
+
+@final
+@dataclass(frozen=True)
+class _Least(Reading):
+    """`min Σ_j G_jj / s_j²` over all scalings s of units that keep the function: convex in their logarithms."""
+
+    def answer(self, scene: Scene) -> tuple[float, tuple[str, ...]]:
+        """The diagonal by backward passes; then Newton's method, without data."""
+        assert isinstance(scene.geometry, Traced)
+        assert scene.geometry.found is not None
+        group = scene.geometry.found.scaling
+        diagonal = scene.state.space.unflatten(scene.ask(Diagonal()))
+        masses, seen = [], set()
+        for e in group.tensors:
+            if e.name in diagonal:
+                seen.add(e.name)
+                masses.append(Mass(e.name, diagonal[e.name].cpu().reshape(e.view).sum(3), e.first, e.second, e.sign))
+        fixed = sum(float(part.sum()) for name, part in diagonal.items() if name not in seen)
+        value, gone = least(masses, group.size)
+        return fixed + value, gone
+
+
+def _evaluate(findings: Findings) -> Estimate:
+    value, gone = findings.answers[0].result
+    notes = [f"scaled to nothing, since what reads them does not see their scale: {', '.join(gone)}"] if gone else []
+    return Estimate.exact(value, *notes)
+
+
+MEASURE = Measure(
+    name="minimum_sharpness_unitwise",
+    formula=r"\min_{s} \sum_j G_{jj} / s_j^2",
+    definition="Smallest trace of the curvature among all networks that rescaling single units makes of this one.",
+    reference="ibayashi2021, arXiv:2106.12612 (for whole layers); for units it is ours",
+    units="loss",
+    direction=Direction.LOWER_IS_FLATTER,
+    loss_degree=1,
+    needs=lambda effort, options: (_Least(),),
+    evaluate=_evaluate,
+    geometry="auto",
+    claims=frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS, Invariance.ORDER}),
+    pitfalls=(
+        "G is the Gauss-Newton matrix: the Hessian's trace where the network is piecewise linear. Weights before a "
+        "normalisation can be scaled up until they count for nothing: they are listed."
+    ),
+)

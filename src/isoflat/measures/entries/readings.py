@@ -1,0 +1,121 @@
+"""What several measures read off the data: answers that need no solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from isoflat.curvature.block_trace import check_linear
+from isoflat.curvature.diagonal import gauss_newton_diagonal, moment_diagonal
+from isoflat.curvature.fisher import counts_of
+from isoflat.curvature.rows import row_gradients, slopes
+from isoflat.curvature.sweeps import check_softmax
+from isoflat.linalg.maps import Diagonal as Scaled
+from isoflat.linalg.maps import Identity
+from isoflat.measures.base import Reading, Scene
+from isoflat.risk.network import exactly
+from isoflat.risk.ranks import Part
+
+
+@final
+@dataclass(frozen=True)
+class Gradient(Reading):
+    """`Eᵀ ∇L`, shape `(m,)`, float64: known since the survey."""
+
+    def answer(self, scene: Scene) -> Tensor:
+        """Seen through the frame."""
+        return scene.chart.frame.pull(scene.survey.gradient[:, None])[:, 0]
+
+
+@final
+@dataclass(frozen=True)
+class RowMoments(Reading):
+    """The diagonal of the gradients' second moment in the weights as they are (`curvature.fisher`): shape `(n,)`, float64."""
+
+    framed = False
+
+    def answer(self, scene: Scene) -> Tensor:
+        """A backward pass, and gradients of single rows for what is no linear layer."""
+        scene.report("gradients of single rows")
+        return moment_diagonal(scene.risk, scene.state)
+
+
+@final
+@dataclass(frozen=True)
+class FramedMoments(Reading):
+    """The diagonal of `Eᵀ C E`, C the second moment of the rows' gradients: shape `(m,)`, float64."""
+
+    def answer(self, scene: Scene) -> Tensor:
+        """That of C where E is diagonal; else the gradient of each row through E."""
+        risk, state, frame = scene.risk, scene.state, scene.chart.frame
+        if isinstance(frame, Identity | Scaled):
+            units = frame.pull(torch.ones(frame.rows, 1, dtype=torch.float64, device=state.device))[:, 0]
+            return units.square() * scene.ask(RowMoments())
+
+        def per_batch(index: int, batch: Any) -> Part:
+            total, count = torch.zeros(frame.columns, dtype=torch.float64, device=state.device), 0.0
+            for piece, gradients in row_gradients(risk, state, batch):
+                counts = counts_of(risk, state, piece).to(state.device)
+                total += frame.pull(gradients.T.double()).square() @ torch.where(counts > 0, 1 / counts, 0)
+                count += float(counts.sum())
+            return Part(total, count)
+
+        scene.report("gradients of single rows")
+        with exactly(state.device):
+            return risk.accumulate(per_batch, torch.zeros(frame.columns, dtype=torch.int8, device=state.device))
+
+
+@final
+@dataclass(frozen=True)
+class Diagonal(Reading):
+    """The Gauss-Newton matrix's diagonal in the weights as they are, shape `(n,)`, float64."""
+
+    framed = False
+
+    def answer(self, scene: Scene) -> Tensor:
+        """A backward pass for each class."""
+        scene.report("diagonal of the Gauss-Newton matrix")
+        return gauss_newton_diagonal(scene.risk, scene.state)
+
+
+@final
+@dataclass(frozen=True)
+class BlockTraces(Reading):
+    """Exact traces of the Hessian's diagonal blocks, by tensor: those of the Gauss-Newton matrix, where these are the same."""
+
+    framed = False
+
+    def answer(self, scene: Scene) -> dict[str, float]:
+        """Sums over the diagonal, once the network is seen to be linear in each tensor."""
+        state = scene.state
+        check_softmax(scene.risk, state)
+        with exactly(state.device):
+            check_linear(scene.risk, state.to(dtype=torch.float64), list(state.parameters))
+        parts = state.space.unflatten(scene.ask(Diagonal()))
+        return {name: float(part.sum()) for name, part in parts.items()}
+
+
+@final
+@dataclass(frozen=True)
+class Radial(Reading):
+    """`Σ_i ⟨∇ total_i, θ⟩² / c_i`, over what a mean divides by: `θᵀ C θ`."""
+
+    framed = False
+
+    def answer(self, scene: Scene) -> float:
+        """One forward derivative."""
+        risk, state = scene.risk, scene.state
+        of: Callable[[Any], Tensor] = slopes(risk, state, state.vector)
+
+        def per_batch(index: int, batch: Any) -> Part:
+            counts = counts_of(risk, state, batch).to(state.device)
+            total = (of(batch).square() * torch.where(counts > 0, 1 / counts, 0)).sum()
+            return Part(total.reshape(1), float(counts.sum()))
+
+        scene.report("slopes of single rows")
+        with exactly(state.device), torch.no_grad():
+            return float(risk.accumulate(per_batch, torch.zeros(1, dtype=torch.int8, device=state.device)))

@@ -1,0 +1,73 @@
+"""Estimates from random probes: shared by every trace and every Frobenius norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from isoflat.core.estimate import Estimate, Kind
+from isoflat.curvature.matrix import Matrix
+from isoflat.linalg.trace.base import TraceEstimate
+from isoflat.linalg.trace.frobenius import Frobenius, FrobeniusEstimate
+from isoflat.linalg.trace.hutchinson import Hutchinson
+from isoflat.measures.base import Effort, Findings, Question, Spectral
+
+CONFIDENCE = 0.95
+"""Default for t-intervals: what random probes leave open shrinks with their number only as `1/√probes`."""
+
+Needs = Callable[[Effort, Mapping[str, float]], tuple[Question, ...]]
+
+
+def trace_of(matrix: Matrix) -> Needs:
+    """The question for a trace, as a measure's `needs`."""
+
+    def needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
+        return (Spectral(Hutchinson(probes=effort.probes, confidence=_confidence(effort)), matrix=matrix),)
+
+    return needs
+
+
+def frobenius_of(matrix: Matrix) -> Needs:
+    """The question for a Frobenius norm, as a measure's `needs`."""
+
+    def needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
+        return (Spectral(Frobenius(probes=effort.probes, confidence=_confidence(effort)), matrix=matrix),)
+
+    return needs
+
+
+def trace(findings: Findings) -> Estimate:
+    """The trace that the first question asked for."""
+    found: TraceEstimate = findings.answers[0].result
+    ends = found.value - found.half_width, found.value + found.half_width
+    return _estimate(findings, found, ends, found.samples)
+
+
+def frobenius(findings: Findings) -> Estimate:
+    """The Frobenius norm that the first question asked for."""
+    found: FrobeniusEstimate = findings.answers[0].result
+    return _estimate(findings, found, found.interval(), ())
+
+
+def _estimate(
+    findings: Findings,
+    found: TraceEstimate | FrobeniusEstimate,
+    ends: tuple[float, float],
+    samples: tuple[float, ...],
+) -> Estimate:
+    lower, upper = ends
+    converged = upper - lower <= findings.effort.rtol * abs(found.value)
+    return Estimate(
+        value=found.value,
+        lower=lower,
+        upper=upper,
+        confidence=found.confidence,
+        kind=Kind.STANDARD_ERROR,
+        converged=converged,
+        standard_error=found.standard_error,
+        notes=() if converged else (f"{found.products} probes do not reach the tolerance; raise probes",),
+        samples=samples,
+    )
+
+
+def _confidence(effort: Effort) -> float:
+    return CONFIDENCE if effort.confidence is None else effort.confidence
