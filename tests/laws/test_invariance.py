@@ -195,3 +195,24 @@ def test_negative_dominant_curvature_keeps_its_sign():
     assert table[0].estimate.value == pytest.approx(2 / 3)
     assert table[1].estimate.value == pytest.approx(-2 / 3)
     assert any("negative" in note for note in table[0].estimate.notes)
+
+
+def test_growing_all_weights_lowers_the_number_unless_scores_are_normalised():
+    """Granziol's objection: a network that separates its classes is scaled by t, and loss and curvature go to zero."""
+    case = mlp((5, 6, 4, 3), bias=False, seed=2)
+    with torch.no_grad():
+        sure = Case(case.net, case.inputs, case.net(case.inputs).argmax(1), case.criterion)
+    grown = Case(scale(copy.deepcopy(case.net), {f"{i}.weight": 40.0 for i in (0, 2, 4)}), *sure.data, case.criterion)
+    for geometry in ("layerwise", "auto"):
+        plain = [isoflat.measure(c.net, c.data, c.criterion, geometry=geometry).value for c in (sure, grown)]
+        kept = [
+            isoflat.measure(c.net, c.data, c.criterion, geometry=geometry, logits="normalised").value
+            for c in (sure, grown)
+        ]
+        assert plain[1] < 0.1 * plain[0]
+        assert kept[1] == pytest.approx(kept[0], rel=1e-3)
+        assert kept[0] > 0
+    with pytest.raises(isoflat.UsageError, match="class scores"):
+        isoflat.measure(case.net, (case.inputs, torch.randn(12, 3).double()), nn.MSELoss(), logits="normalised")
+    with pytest.raises(isoflat.UsageError, match="must be 'normalised'"):
+        isoflat.measure(case.net, case.data, case.criterion, logits="yes")

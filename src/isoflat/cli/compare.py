@@ -67,6 +67,7 @@ def compare(  # noqa: PLR0913
     memory: options.Memory = None,
     probes: options.Probes = 64,
     sample: options.Sample = None,
+    logits: options.Logits = None,
     seed: options.Seed = 0,
     dtype: options.Precision = None,
     check: options.Check = "refuse",
@@ -109,6 +110,7 @@ def compare(  # noqa: PLR0913
         "certify": certify,
         "probes": probes,
         "sample": sample,
+        "logits": logits,
         "budget": Budget(max_products, seconds, options.bytes_of(memory)),
         "seed": seed,
     }

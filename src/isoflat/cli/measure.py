@@ -43,6 +43,7 @@ def measure(  # noqa: PLR0913
     memory: options.Memory = None,
     probes: options.Probes = 64,
     sample: options.Sample = None,
+    logits: options.Logits = None,
     orbit: Annotated[
         int,
         typer.Option(
@@ -98,6 +99,7 @@ def measure(  # noqa: PLR0913
             budget=Budget(max_products, seconds, options.bytes_of(memory)),
             probes=probes,
             sample=sample,
+            logits=logits,
             seed=seed,
             dtype=dtype,
             check=check,
@@ -153,7 +155,7 @@ def evaluate(inputs: Inputs, orbit: int = 0, **settings: Any) -> tuple[Table, tu
         shared = {
             key: settings[key]
             for key in (
-                "params", "rtol", "confidence", "certify", "budget", "probes", "device", "reproducible_sum",
+                "params", "rtol", "confidence", "certify", "budget", "probes", "device", "reproducible_sum", "logits",
             )
         }  # fmt: skip
         names, places = tuple(settings["measures"]), tuple(settings["geometry"])

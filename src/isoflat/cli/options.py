@@ -140,6 +140,15 @@ Sample = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+Logits = Annotated[
+    str | None,
+    typer.Option(
+        "--logits",
+        metavar="normalised",
+        help="normalised: class scores are centred and divided by their length first. Default: the loss as it is.",
+        rich_help_panel=HOW,
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of all random numbers.", rich_help_panel=HOW)]
 Precision = Annotated[
     str | None,

@@ -68,6 +68,7 @@ def compare(  # noqa: PLR0913
     certify: bool = True,
     probes: int = 64,
     sample: str | None = None,
+    logits: str | None = None,
     budget: Budget | int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -96,6 +97,7 @@ def compare(  # noqa: PLR0913
         certify: as for `isoflat.measure`; values without a certificate decide nothing.
         probes: random probes of stochastic estimates; the same for all networks.
         sample: as for `isoflat.measure`.
+        logits: as for `isoflat.measure`.
         budget: as for `isoflat.measure`, for each network.
         seed: of the random start vectors and probes.
         dtype: as for `isoflat.measure`.
@@ -134,7 +136,7 @@ def compare(  # noqa: PLR0913
     batches, ranks = as_batches(data), Ranks.here()
 
     def prepare(model: torch.nn.Module) -> Subject:
-        return subject(model, batches, loss, params, dtype, device)
+        return subject(model, batches, loss, params, dtype, device, logits)
 
     known = ranks.together(lambda: _alike(models, prepare, places, symmetries or ()))
     tables: dict[str, Table] = {}
@@ -153,6 +155,7 @@ def compare(  # noqa: PLR0913
                 certify=certify,
                 probes=probes,
                 sample=sample,
+                logits=logits,
                 budget=budget,
                 seed=seed,
                 dtype=dtype,

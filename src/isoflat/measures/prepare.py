@@ -15,7 +15,7 @@ from isoflat.geometry.layerwise import stationarity
 from isoflat.measures.base import Subject
 from isoflat.risk.batches import as_batches, move
 from isoflat.risk.empirical import EmpiricalRisk, Survey
-from isoflat.risk.losses import TargetLoss, as_loss, call, split
+from isoflat.risk.losses import Loss, TargetLoss, as_loss, call, split
 from isoflat.risk.network import Network, Selector
 from isoflat.risk.ranks import check_whole
 from isoflat.risk.wrappers import compiled, unwrapped
@@ -34,6 +34,7 @@ def subject(
     params: Selector = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    logits: str | None = None,
 ) -> Subject:
     """A subject from a user's model, data and loss; nothing is computed yet.
 
@@ -44,6 +45,7 @@ def subject(
         params: which tensors; a glob, several, or a predicate.
         dtype: precision of the products, float32 or float64; None for the weights' own (half precision is promoted).
         device: where to compute; None for where the weights are.
+        logits: "normalised" for the loss of scores of length one; None for the loss as it is.
 
     Raises:
         IsoflatError: the model, the data or the loss cannot be measured; the message says why.
@@ -51,7 +53,7 @@ def subject(
     network, wrappers = _unwrapped(model)
     network.check_mode()
     state = network.state(params)
-    risk = EmpiricalRisk(network, as_loss(loss), as_batches(data))
+    risk = EmpiricalRisk(network, _scored(as_loss(loss), logits), as_batches(data))
     notes = [f"measured without its wrapper: {', '.join(wrappers)}"] if wrappers else []
     if compiled(network.module):
         notes.append("compiled parts were run as they are written")
@@ -68,6 +70,19 @@ def subject(
             notes.append(f"weights in {some(map(str, low))} were measured in {precision}")
     place = torch.device(device) if device is not None else state.device
     return Subject(risk, state.to(dtype=precision, device=place), tuple(notes))
+
+
+def _scored(loss: Loss, logits: str | None) -> Loss:
+    """The loss of the scores as they are, or of their directions."""
+    if logits not in (None, "normalised"):
+        raise UsageError(f"logits must be 'normalised', or None for the loss as it is, got {logits!r}")
+    if logits is None:
+        return loss
+    if not isinstance(loss, TargetLoss):
+        raise UsageError(
+            f"logits='normalised' needs a loss of output and target, and {type(loss).__name__} sees the model: leave it out"
+        )
+    return loss.normalised()
 
 
 def _unwrapped(model: Any) -> tuple[Network, tuple[str, ...]]:

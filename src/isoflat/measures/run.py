@@ -43,6 +43,7 @@ def measure(  # noqa: PLR0913
     confidence: float | None = None,
     certify: bool = True,
     sample: str | None = None,
+    logits: str | None = None,
     budget: Budget | int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -72,6 +73,8 @@ def measure(  # noqa: PLR0913
         sample: "auto" for a sample of the data that is as large as `rtol` needs, examples drawn by how much curvature they
             may carry, with an interval (confidence 0.95 by default) that says what the sample leaves open; all the data is
             used where that is little more, and for numbers without such a form. None for all the data.
+        logits: "normalised" for the loss of class scores that are centred and divided by their length, so that growing
+            all weights of a network does not make it look flatter; None for the loss as it is.
         budget: number of products, or a `Budget`.
         seed: of the random start vectors and probes.
         dtype: "float32" or "float64"; default the weights' own. "bfloat16" for products by autocast, with the value from
@@ -109,6 +112,7 @@ def measure(  # noqa: PLR0913
         confidence=confidence,
         certify=certify,
         sample=sample,
+        logits=logits,
         budget=budget,
         seed=seed,
         dtype=dtype,
@@ -134,6 +138,7 @@ def measure_all(  # noqa: PLR0913
     certify: bool = True,
     probes: int = 64,
     sample: str | None = None,
+    logits: str | None = None,
     budget: Budget | int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -158,6 +163,7 @@ def measure_all(  # noqa: PLR0913
         certify: as for `measure`.
         probes: random probes of stochastic estimates.
         sample: as for `measure`.
+        logits: as for `measure`.
         budget: as for `measure`.
         seed: as for `measure`.
         dtype: as for `measure`.
@@ -182,7 +188,7 @@ def measure_all(  # noqa: PLR0913
     ranks = Ranks.here(reproducible_sum)
 
     def prepare() -> Subject:
-        return subject(model, data, loss, params, dtype, device)
+        return subject(model, data, loss, params, dtype, device, logits)
 
     with opened(prepare, plan, effort, symmetries, ranks, label, progress) as session:
         found = results(session) if effort.sample else session.results()

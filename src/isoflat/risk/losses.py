@@ -157,6 +157,38 @@ class TargetLoss(Loss):
 
         return replace(self, summed=summed, criterion=None)
 
+    def normalised(self) -> TargetLoss:
+        """The loss of scores that are centred and divided by their length, example by example.
+
+        Growing all weights of a network that separates its classes lowers loss and curvature together (Granziol 2020);
+        directions of scores do not grow. The form is that of Andriushchenko et al. 2023, section 3.
+
+        Raises:
+            UsageError: the loss is not one of class scores.
+        """
+        if self.classes is None:
+            raise UsageError(
+                "logits='normalised' divides class scores by their length, and needs torch.nn.CrossEntropyLoss or NLLLoss: "
+                "leave logits out"
+            )
+
+        def summed(output: Tensor, target: Tensor) -> Tensor:
+            return self.summed(_directions_of(output), target)
+
+        return replace(self, summed=summed, criterion=None, notes=(*self.notes, "scores were normalised"))
+
+
+def _directions_of(scores: Tensor) -> Tensor:
+    """Centred, of length one; classes lie along dimension 1 (dimension 0 of a single example).
+
+    Scores that are all equal have no direction: they become zeros, as if they were constants.
+    """
+    axis = 1 if scores.ndim > 1 else 0
+    centred = scores - scores.mean(axis, keepdim=True)
+    square = centred.square().sum(axis, keepdim=True)
+    some = square > 0
+    return torch.where(some, centred / torch.where(some, square, 1).sqrt(), 0)
+
 
 def importance(total: Tensor, z: Tensor, stream: torch.Generator) -> Tensor:
     """How much of the curvature each row may carry: `‖∂ℓ/∂z‖ + tr ∂²ℓ/∂z²`, shape `(rows,)`, on the CPU.
