@@ -219,3 +219,19 @@ def test_a_penalty_on_weights_shifts_the_spectrum():
         case.net, [case.data], loss, geometry="layerwise", measure="quotient_spectral_norm", rtol=1e-9
     )
     assert seen.value == pytest.approx(float(torch.linalg.matrix_norm(dense, 2)), rel=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 4)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_counts_of_rows_are_those_of_each_by_itself(shape, weighted):
+    """Ignored targets and class weights, one target to a row or several; and losses where every row counts alike."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(shape[0], 3, *shape[1:], generator=generator)
+    y = torch.randint(3, shape, generator=generator)
+    y[0] = y.view(-1)[-1] = -100
+    weight = torch.tensor([0.5, 1.0, 3.0]) if weighted else None
+    for loss in (as_loss(nn.CrossEntropyLoss(weight=weight)), as_loss(nn.CrossEntropyLoss(weight=weight)).normalised()):
+        each = [loss.count(z[i : i + 1], y[i : i + 1]) for i in range(len(z))]
+        assert loss.row_counts(z, y).tolist() == each
+        assert 0 in each
+    assert as_loss(nn.MSELoss()).row_counts(z, z).tolist() == [z[0].numel()] * len(z)

@@ -192,7 +192,7 @@ def _row(row: Record) -> list[tuple[str, str]]:
         known = f"none: a value with {interval(estimate)}; nothing is claimed about the upper end"
         width = asked
     elif estimate.kind is Kind.EXACT:
-        known, width = "none needed: exact up to rounding", "nothing is estimated"
+        known, width = f"{interval(estimate)}: exact, but for rounding", "nothing is estimated"
     else:
         name = "enclosure" if estimate.kind is Kind.ENCLOSURE else "t-interval of a stochastic estimate"
         known = f"{interval(estimate)}, {name} with confidence {estimate.confidence:.7g}"

@@ -18,7 +18,7 @@ class Kind(StrEnum):
     STANDARD_ERROR = "standard_error"
     """Student t-interval of a stochastic estimator, with the stated confidence."""
     EXACT = "exact"
-    """A closed form or a finite sum: exact up to rounding in the precision of the measurement; the interval is a point."""
+    """A closed form or a finite sum, without solver or sample: the interval allows for rounding, which is not measured."""
     UNCERTIFIED = "uncertified"
     """A lower bound and a residual only; nothing is claimed about the upper end."""
 
@@ -91,12 +91,23 @@ class Estimate:
 
     @staticmethod
     def exact(value: float, *notes: str) -> Estimate:
-        """A number that nothing but rounding makes uncertain.
+        """A number that nothing but rounding makes uncertain (`allowing`).
 
         >>> print(Estimate.exact(0.25))
         0.25
         """
         return Estimate(value, value, value, 1.0, Kind.EXACT, True, notes=notes)
+
+    def allowing(self, rounding: float) -> Estimate:
+        """With an interval that allows for a relative rounding, where there is none yet.
+
+        >>> print(Estimate.exact(0.25).allowing(1e-5))
+        0.250000(3)
+        """
+        if self.lower < self.upper:
+            return self
+        slack = rounding * abs(self.value)
+        return replace(self, lower=self.value - slack, upper=self.value + slack)
 
     @property
     def relative_width(self) -> float:

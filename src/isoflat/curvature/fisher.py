@@ -152,7 +152,7 @@ def row_counts(loss: Loss, z: Tensor, target: Any) -> Tensor:
     """Counted targets of each row, or their weights, float64, on the CPU; ones where the loss is a sum."""
     if not isinstance(loss, TargetLoss) or not loss.averages:
         return torch.ones(len(z), dtype=torch.float64)
-    return torch.tensor([loss.count(z[i : i + 1], target[i : i + 1]) for i in range(len(z))], dtype=torch.float64)
+    return loss.row_counts(z, target)
 
 
 def _draw(risk: EmpiricalRisk, state: State, batch: Beside, seed: int, draws: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 
 from isoflat.core.errors import IsoflatError, SymmetryViolated, UnsupportedModel, UsageError
-from isoflat.core.estimate import Cost
+from isoflat.core.estimate import Cost, Kind
 from isoflat.core.fingerprint import fingerprint
 from isoflat.core.record import Record
 from isoflat.core.space import inner, norm
@@ -44,6 +44,10 @@ Answers = dict[tuple[Geometry, Question], Outcome | IsoflatError]
 
 NOT_APPLICABLE = (UsageError, UnsupportedModel)
 """What a measure raises where it does not apply; the others are measured nevertheless."""
+
+
+ALLOWANCE = 100
+"""Roundings of the precision that sums over rows and weights may add up to in a number that nothing else makes uncertain."""
 
 
 @final
@@ -362,6 +366,8 @@ class Scribe:
         questions = measure.questions(effort)
         findings = Findings(where, answers, effort, measure.options)
         estimate = measure.evaluate(findings)
+        if estimate.kind is Kind.EXACT:
+            estimate = estimate.allowing(ALLOWANCE * torch.finfo(subject.state.dtype).eps)
         seconds = sum(answer.seconds for answer in answers) + self.setup / len(self.session.plan)
         cost = Cost(
             products=sum(answer.products for answer in answers),

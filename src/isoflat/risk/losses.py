@@ -149,6 +149,20 @@ class TargetLoss(Loss):
         each.reduction = "none"
         return each(output, target).reshape(len(output), -1).sum(1)
 
+    def row_counts(self, output: Tensor, target: Tensor) -> Tensor:
+        """What `count` is of each row by itself, shape `(rows,)`, float64, on the CPU."""
+        rows = len(output)
+        if self.classes is None or not _are_classes(output, target):
+            # Every row has as many entries.
+            return torch.full((rows,), self.count(output, target) / rows, dtype=torch.float64)
+        if self.criterion is None:
+            each = [self.count(output[i : i + 1], target[i : i + 1]) for i in range(rows)]
+            return torch.tensor(each, dtype=torch.float64)
+        counted: Tensor = self.classes(output, target)
+        weight: Tensor | None = getattr(self.criterion, "weight", None)
+        sizes = counted if weight is None else weight.to(target.device)[target * counted] * counted
+        return sizes.double().reshape(rows, -1).sum(1).cpu()
+
     def weighted(self, weights: Tensor) -> TargetLoss:
         """The loss of rows that count as often as their weights say, shape `(rows,)`."""
 
