@@ -110,7 +110,6 @@ def compare(  # noqa: PLR0913
         "certify": certify,
         "probes": probes,
         "sample": sample,
-        "logits": logits,
         "budget": Budget(max_products, seconds, options.bytes_of(memory)),
         "seed": seed,
     }
@@ -134,6 +133,7 @@ def compare(  # noqa: PLR0913
                 reference=base,
                 measures=numbers,
                 geometry=places,
+                logits=logits,
                 params=params or None,
                 dtype=dtype,
                 check=check,

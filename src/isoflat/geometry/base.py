@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import final
 
@@ -82,14 +82,14 @@ class Geometry(ABC):
         title: what it is, in a line.
         group: reparametrisations its spectra are invariant to, in words.
         version: raised whenever its numbers change.
-        claims: the same, for the law suite.
+        claims: the same, for the law suite; none unless it says so.
     """
 
     name: str
     title: str
     group: str
     version: int
-    claims: frozenset[Invariance]
+    claims: frozenset[Invariance] = field(default=frozenset(), kw_only=True)
 
     @abstractmethod
     def chart(self, state: State) -> Chart:
