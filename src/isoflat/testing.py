@@ -6,7 +6,7 @@ not claimed does move it.
 
 >>> from isoflat.measures.catalogue import find_measure
 >>> found = drifts(find_measure("gradient_norm"), "layerwise")
->>> found[Invariance.LAYERS].holds, found[Invariance.UNITS].holds
+>>> found[Invariance.LAYERS].inside, found[Invariance.UNITS].inside
 (True, False)
 """
 
@@ -96,11 +96,6 @@ class Drift:
     worst: float | None
     inside: bool
     refused: tuple[str, ...] = ()
-
-    @property
-    def holds(self) -> bool:
-        """Whether nothing moved."""
-        return self.worst is None or self.inside
 
     @property
     def true(self) -> bool:

@@ -16,7 +16,10 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "place"), PAIRS)
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [*PAIRS, ("relative_flatness(normalised=0)", "euclidean"), ("relative_flatness_max(normalised=0)", "euclidean")],
+)
 def test_claims_hold_and_are_tight(name, place):
     found = check(usable(name), place)
     assert any(drift.worst is not None for drift in found.values()), "applies to no network at all"

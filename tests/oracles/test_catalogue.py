@@ -273,3 +273,104 @@ def test_what_does_not_apply_is_listed_and_the_rest_is_measured():
     assert isoflat.Table.from_json(table.to_json()) == table
     with pytest.raises(isoflat.UsageError, match="softmax"):
         number(case, "tic_diagonal")
+
+
+class _Cut(nn.Module):
+    """Part of its second derivative is cut out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4, dtype=DOUBLE), nn.Linear(4, 3, dtype=DOUBLE)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.second(hidden * hidden.detach())
+
+
+def test_a_hessian_that_cannot_be_had_takes_only_its_own_numbers_away():
+    case = mlp((5, 6, 4, 3), bias=True, seed=3)
+    names = ["hessian_spectral_norm", "gradient_norm"]
+    table = isoflat.measure_all(_Cut(), case.data, case.criterion, measures=names, geometry="euclidean")
+    assert [row.measure for row in table] == ["gradient_norm"]
+    assert [part.measure for part in table.omitted] == ["hessian_spectral_norm"]
+    assert "central differences" in table.omitted[0].reason or "differ" in table.omitted[0].reason
+    with pytest.raises(isoflat.UnsupportedModel):
+        isoflat.measure(_Cut(), case.data, case.criterion, measure=names[0])
+
+
+EXACT = (
+    "gradient_norm", "fisher_trace", "fisher_rao_norm", "minimum_sharpness", "minimum_sharpness_unitwise",
+    "normalized_sharpness", "relative_flatness", "relative_flatness_max", "tic_diagonal", "tic_trace_ratio",
+)  # fmt: skip
+
+
+def test_what_is_called_exact_is_so_up_to_the_rounding_it_allows_for():
+    """Float32 against float64, on two thousand rows in batches."""
+    case = mlp((20, 32, 16, 5), bias=True, seed=3, rows=2000)
+    narrow = copy.deepcopy(case.net).float()
+    wide = copy.deepcopy(narrow).double()
+    data = case.inputs.float(), case.targets
+    single, double = (
+        isoflat.measure_all(n, d, case.criterion, measures=EXACT, geometry="layerwise")
+        for n, d in ((narrow, data), (wide, (data[0].double(), data[1])))
+    )
+    for one, other in zip(single, double, strict=True):
+        assert one.estimate.kind is isoflat.Kind.EXACT
+        assert one.estimate.lower <= other.estimate.value <= one.estimate.upper, one.measure
+        assert other.estimate.relative_width < 1e-6 * one.estimate.relative_width
+
+
+def test_fisher_trace_at_the_representative_is_that_of_the_network_there():
+    """Through a frame that is not diagonal, and at a copy that has been moved."""
+    case = mlp((5, 6, 4, 3), bias=True, seed=3)
+    found = isoflat.symmetries(case.net, case.inputs, loss=case.criterion)
+    there = Case(isoflat.canonicalize(case.net, found), *case.data, case.criterion)
+    assert number(case, "fisher_trace", "auto").value == pytest.approx(
+        number(there, "fisher_trace", "layerwise").value, rel=1e-9
+    )
+
+
+def test_relative_flatness_does_not_depend_on_batches_or_on_what_the_loss_divides_by():
+    case = mlp((5, 6, 4, 3), bias=True, seed=3)
+    targets = case.targets.clone()
+    targets[:3] = -100  # counted in one batch only, were features averaged as the loss is
+    whole, cut = (case.inputs, targets), [(case.inputs[:4], targets[:4]), (case.inputs[4:], targets[4:])]
+    for measure in ("relative_flatness", "relative_flatness_max"):
+        one, other, total = (
+            isoflat.measure(case.net, data, nn.CrossEntropyLoss(reduction=kind), measure=measure).value
+            for data, kind in ((whole, "mean"), (cut, "mean"), (whole, "sum"))
+        )
+        assert other == pytest.approx(one, rel=1e-12)
+        assert total == pytest.approx(9 * one, rel=1e-12)
+
+
+def test_critical_sharpness_near_a_minimum_in_float32():
+    """The whole fall along the step is far below what float32 resolves of the loss."""
+    case = _regression()
+    with torch.no_grad():
+        best = torch.linalg.lstsq(case.inputs, case.targets).solution.T
+        case.net.weight.copy_(best + 1e-5)
+    narrow = case.net.float()
+    slope = Case(
+        copy.deepcopy(narrow).double(), case.inputs.float().double(), case.targets.float().double(), case.criterion
+    )
+    g, h = slope.gradient(), slope.hessian()
+    truth = float(g @ h @ g / (g @ g))
+    fall = float(g @ g) / truth / 2
+    assert fall < 0.1 * torch.finfo(torch.float32).eps * float(slope.loss(slope.weights))
+    found = isoflat.measure(
+        narrow, (case.inputs.float(), case.targets.float()), case.criterion,
+        measure="critical_sharpness", geometry="euclidean",
+    )  # fmt: skip
+    assert found.lower <= truth <= found.upper
+    assert found.converged
+    # Closer still, rounding decides before the tolerance is reached, or before there is a fall at all: both are said.
+    with torch.no_grad():
+        slope.net.weight.copy_(torch.linalg.lstsq(slope.inputs, slope.targets).solution.T + 5e-7)
+    coarse = number(slope, "critical_sharpness", rtol=1e-6)
+    assert not coarse.converged
+    assert any("below rounding" in note for note in coarse.notes)
+    with torch.no_grad():
+        slope.net.weight.copy_(torch.linalg.lstsq(slope.inputs, slope.targets).solution.T)
+    with pytest.raises(isoflat.UsageError, match="this is a minimum"):
+        number(slope, "critical_sharpness")

@@ -356,6 +356,7 @@ def test_unequal_losses_are_warned_about():
         ({"data_hash": "other"}, "data"),
         ({"settings": {"seed": 0, "dtype": "float32"}}, "precision"),
         ({"settings": {"seed": 1, "dtype": "float64"}}, "seed"),
+        ({"settings": {"seed": 0, "dtype": "float64", "logits": "normalised"}}, "logits"),
         ({"point": Point(0.1, 0.9, 0.02, 0.05, 100, 99.0, 12)}, "counted targets"),
         ({"point": Point(0.1, None, 0.02, 0.05, 100, 100.0, 12)}, "accuracy"),
         ({"measure": "quotient_largest_eigenvalue"}, "numbers"),

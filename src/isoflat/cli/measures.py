@@ -24,14 +24,14 @@ def measures(
     table: Annotated[
         bool, typer.Option("--table", help="Attack every claim of invariance, and print what each edit does.")
     ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="With --table: cards and table as a page.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Cards and table as a page.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """List every measure with its formula, reference, units and invariances."""
     from isoflat.measures import catalogue
 
     chosen = catalogue.measures() if name is None else {name: catalogue.find_measure(name)}
-    if table:
+    if table or markdown:
         _show_table(chosen, as_json, markdown)
         return
     if as_json:
@@ -135,9 +135,9 @@ def _claims(entry: Measure) -> dict[str, str]:
     from isoflat.measures.catalogue import geometries
 
     places = [entry.geometry] if entry.geometry else list(geometries())
-    if entry.claims is None:
+    if entry.own is None:
         return {place: geometries()[place].group for place in places}
-    return dict.fromkeys(places, ", ".join(sorted(entry.claims)))
+    return dict.fromkeys(places, ", ".join(sorted(entry.own)))
 
 
 def _in_words(entry: Measure) -> str:
@@ -146,6 +146,6 @@ def _in_words(entry: Measure) -> str:
 
 def _briefly(entry: Measure) -> str:
     """Where a geometry decides, the table below the measures says what it is invariant to."""
-    if entry.claims is not None:
-        return ", ".join(sorted(entry.claims))
+    if entry.own is not None:
+        return ", ".join(sorted(entry.own))
     return f"as {entry.geometry}" if entry.geometry else "as the geometry"

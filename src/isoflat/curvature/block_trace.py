@@ -1,19 +1,13 @@
 """Exact traces of the Hessian's diagonal blocks under softmax cross-entropy, without a single Hessian product.
 
-Where the output z is linear in one tensor while the others stand still, as for every weight of a piecewise linear
-network, the tensor's block of the Hessian is that of the Gauss-Newton matrix (the second derivatives of z in it vanish).
-With `diag(p) − p pᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ` its trace is a sum of squares over targets t and classes c,
-
-    tr H_b = Σ_t m_t Σ_c p_tc ‖J_{t,b}ᵀ (e_c − p_t)‖² / Σ_t count_t
-
-(Ibayashi et al. 2021). A layer that acts on one vector per row, `y = W a + b`, has `‖∂W‖² = ‖∂y‖² ‖a‖²` (Goodfellow 2015),
-so that C backward passes of whole batches give it; all other tensors take the gradient of every row by itself.
+Where the output is linear in one tensor while the others stand still, as for every weight of a piecewise linear network,
+the tensor's block of the Hessian is that of the Gauss-Newton matrix (the second derivatives of the output in it vanish),
+and its trace is a sum over that matrix's diagonal (Ibayashi et al. 2021; `curvature.diagonal`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +16,11 @@ from isoflat.core.errors import DataError, UnsupportedModel, UsageError
 from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.core.streams import stream
-from isoflat.curvature.rows import MEMORY, Output, per_row
-from isoflat.curvature.sweeps import Directions, Sweeps, check_softmax, classes, pulled
+from isoflat.curvature.diagonal import diagonal_of
+from isoflat.curvature.rows import MEMORY
+from isoflat.curvature.sweeps import check_softmax
 from isoflat.risk.batches import pieces
-from isoflat.risk.empirical import EmpiricalRisk, Part
+from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.output import output_of
 
@@ -70,62 +65,25 @@ def block_traces(
     unknown = [name for name in names if name not in state.parameters]
     if unknown:
         raise UsageError(f"no trainable tensor named {', '.join(unknown)}; known: {', '.join(state.parameters)}")
-    check_softmax(risk, state)
-    with exactly(state.device):
-        check_linear(risk, state.to(dtype=torch.float64), names)
-
-        def per_batch(index: int, batch: Any) -> Part:
-            sweeps = Sweeps.record(risk, state, batch)
-            found = _through_layers(sweeps, names, classes(risk.loss))
-            rest = [name for name in names if name not in found]
-            if rest:
-                found |= dict(zip(rest, _row_by_row(risk, state, batch, rest, memory), strict=True))
-            return Part(torch.stack([found[name] for name in names]), sweeps.count)
-
-        like = torch.zeros(len(names), dtype=torch.int8, device=state.device)
-        traces = risk.accumulate(per_batch, like)
-    return dict(zip(names, traces.tolist(), strict=True))
+    check_blocks(risk, state, names)
+    parts = diagonal_of(risk, state, names, memory)
+    return {name: float(part.sum()) for name, part in parts.items()}
 
 
-def _through_layers(sweeps: Sweeps, names: Sequence[str], along: Directions) -> dict[str, Tensor]:
-    """Summed traces of the named tensors that belong to a linear layer: `‖∂y‖² ‖a‖²` and `‖∂y‖²`."""
-    layers = sweeps.layers(names)
-    zero = torch.zeros((), dtype=torch.float64, device=sweeps.z.device)
-    found = {name: zero.clone() for layer in layers for name in layer.own}
-    sizes = [layer.inputs.double().square().sum(1) for layer in layers]
-    for parts in sweeps.backward(layers, along):
-        for layer, size, part in zip(layers, sizes, parts, strict=True):
-            if part is None:
-                continue
-            rows = part.double().square().sum(1)
-            if layer.weight in layer.own:
-                found[layer.weight] += rows @ size
-            if layer.bias in layer.own:
-                found[layer.bias] += rows.sum()
-    return found
-
-
-def _row_by_row(risk: EmpiricalRisk, state: State, batch: Any, names: list[str], memory: int) -> Tensor:
-    """Summed traces of tensors of any kind, from the gradient of each row: shape `(number of names,)`, float64."""
-
-    def squares(output: Output, tensors: dict[str, Tensor], target: Tensor) -> Tensor:
-        total = torch.zeros(len(names), dtype=torch.float64, device=state.device)
-        for parts in pulled(classes(risk.loss), output, tensors, target):
-            total = total + torch.stack([parts[name].double().square().sum() for name in names])
-        return total
-
-    # The gradients, their squares, and what the sweep itself holds.
-    each = sum(state.parameters[name].numel() for name in names) * (2 * 8 + state.dtype.itemsize)
-    parts = (per_row(risk, state, piece, names, squares) for piece in pieces(batch, max(1, memory // max(each, 1))))
-    return torch.stack([part.sum(0) for part in parts]).sum(0)
-
-
-def check_linear(risk: EmpiricalRisk, state: State, names: Sequence[str]) -> None:
-    """Whether the output of a few rows is linear in each tensor by itself.
+def check_blocks(risk: EmpiricalRisk, state: State, names: Sequence[str]) -> None:
+    """Whether the Hessian's blocks of some tensors are those of the Gauss-Newton matrix.
 
     Raises:
-        UnsupportedModel: it is not.
+        DataError: there is no data.
+        UsageError: the loss is not softmax cross-entropy of the model's output.
+        UnsupportedModel: on a few rows the output is not linear in each tensor by itself.
     """
+    check_softmax(risk, state)
+    with exactly(state.device):
+        _check_linear(risk, state.to(dtype=torch.float64), names)
+
+
+def _check_linear(risk: EmpiricalRisk, state: State, names: Sequence[str]) -> None:
     batch = next(iter(risk.batches), None)
     if batch is None:
         raise DataError("the data is empty: the loader gave no batch")

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isoflat.core.space import ParameterSpace
 from isoflat.core.state import State
 from isoflat.curvature.fisher import row_counts
-from isoflat.curvature.rows import MEMORY, Output, per_row, row_loss
+from isoflat.curvature.rows import MEMORY, Output, per_row
 from isoflat.curvature.sweeps import Directions, Sweeps, check_softmax, classes, pulled, residual
 from isoflat.risk.batches import pieces, rows_of
 from isoflat.risk.empirical import EmpiricalRisk, Part
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.output import check_output
+from isoflat.risk.rows import row_loss
 
 
 def gauss_newton_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> Tensor:
@@ -50,8 +52,13 @@ def gauss_newton_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMOR
     >>> [round(value, 6) for value in found.tolist()]
     [1.0, 1.0]
     """
+    return state.space.flatten(diagonal_of(risk, state, list(state.parameters), memory))
+
+
+def diagonal_of(risk: EmpiricalRisk, state: State, names: Sequence[str], memory: int = MEMORY) -> dict[str, Tensor]:
+    """The same of some tensors, by name, in their shapes."""
     check_softmax(risk, state)
-    return _squares(risk, state, classes(risk.loss), memory, shared=False)
+    return _squares(risk, state, names, classes(risk.loss), memory, shared=False)
 
 
 def moment_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> Tensor:
@@ -68,12 +75,16 @@ def moment_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> 
         UnsupportedModel: nor gradients.
     """
     check_output(risk, state)
-    return _squares(risk, state, residual(row_loss(risk)), memory, shared=True)
-
-
-def _squares(risk: EmpiricalRisk, state: State, along: Directions, memory: int, shared: bool) -> Tensor:
-    """`Σ_i (J_iᵀ r)²`, each row's over its count where this is shared among its targets."""
     names = list(state.parameters)
+    return state.space.flatten(_squares(risk, state, names, residual(row_loss(risk)), memory, shared=True))
+
+
+def _squares(
+    risk: EmpiricalRisk, state: State, names: Sequence[str], along: Directions, memory: int, shared: bool
+) -> dict[str, Tensor]:
+    """`Σ_i (J_iᵀ r)²` by tensor, each row's over its count where this is shared among its targets."""
+    shapes = tuple(tuple(state.parameters[name].shape) for name in names)
+    space = ParameterSpace(tuple(names), shapes)
 
     def per_batch(index: int, batch: Any) -> Part:
         sweeps = Sweeps.record(risk, state, batch)
@@ -86,10 +97,12 @@ def _squares(risk: EmpiricalRisk, state: State, along: Directions, memory: int, 
         rest = [name for name in names if name not in found]
         if rest:
             found |= _row_by_row(risk, state, batch, rest, along, shares, memory)
-        return Part(torch.cat([found[name].reshape(-1) for name in names]), sweeps.count)
+        return Part(space.flatten(found), sweeps.count)
 
     with exactly(state.device):
-        return risk.accumulate(per_batch, torch.zeros(state.space.size, dtype=torch.int8, device=state.device))
+        return space.unflatten(
+            risk.accumulate(per_batch, torch.zeros(space.size, dtype=torch.int8, device=state.device))
+        )
 
 
 def _through_layers(sweeps: Sweeps, names: Sequence[str], along: Directions, shares: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""One row of the data at a time: gradients, slopes and curvatures of its own loss, by vectorised or forward derivatives."""
+"""One row of the data at a time, all side by side: gradients of its own loss, and of its own output."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isoflat.core.errors import UnsupportedModel, UsageError
+from isoflat.core.errors import UnsupportedModel
 from isoflat.core.state import State
 from isoflat.risk.batches import alone, move, pieces
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.losses import TargetLoss, call, split
+from isoflat.risk.losses import call, split
 from isoflat.risk.routes.guarded import is_out_of_memory
+from isoflat.risk.rows import row_loss
 
 MEMORY = 1 << 28
 """Bytes that gradients of single rows may take at a time."""
@@ -77,49 +78,6 @@ def row_gradients(risk: EmpiricalRisk, state: State, batch: Any, memory: int = M
     room = max(1, memory // (state.space.size * (2 * state.dtype.itemsize + 8)))
     for piece in pieces(batch, room):
         yield piece, per_row(risk, state, piece, names, gradient)
-
-
-def slopes(risk: EmpiricalRisk, state: State, direction: Tensor) -> Callable[[Any], Tensor]:
-    """`⟨∇ total_i, d⟩` of each row of a batch by one forward derivative, as a function of the batch; shape `(rows,)`.
-
-    Args:
-        risk: with a loss of output and target.
-        state: the point.
-        direction: d, shape `(n,)`.
-    """
-    loss = row_loss(risk)
-    moving = state.space.unflatten(direction.to(state.dtype))
-
-    def of(batch: Any) -> Tensor:
-        inputs, target = split(move(alone(batch), state.device, state.dtype))
-
-        def losses(parameters: dict[str, Tensor]) -> Tensor:
-            moved = State(parameters, state.frozen, state.buffers, state.constants)
-            return loss.by_row(risk.network(moved, lambda model: call(model, inputs)), target)
-
-        try:
-            return torch.func.jvp(losses, (dict(state.parameters),), (moving,))[1].detach().double()
-        except (RuntimeError, NotImplementedError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UnsupportedModel(f"the network has no forward derivative: {reason}") from error
-
-    return of
-
-
-def row_loss(risk: EmpiricalRisk) -> TargetLoss:
-    """The loss, if each row has one of its own.
-
-    Raises:
-        UsageError: it has not.
-    """
-    if not isinstance(risk.loss, TargetLoss):
-        raise UsageError(
-            f"needs the loss of each example, as a torch.nn criterion or a function of output and target has it; "
-            f"{type(risk.loss).__name__} has one for the whole batch only"
-        )
-    return risk.loss
 
 
 def _lifted(inputs: Any) -> Any:

@@ -210,7 +210,8 @@ class Measure:
         evaluate: the number from the findings.
         curvature: the size of the curvature that b is compared with, in the metric's unit; None where there is none.
         geometry: the only geometry it is defined in; None where the user chooses.
-        claims: what it is invariant to; None for what the geometry is that it is measured in.
+        claims: what it is invariant to, or a function of its parameters that says so; None for what the geometry is that
+            it is measured in.
         provisional: what is uncertain about the definition; empty where nothing is.
         options: its own parameters with their values.
         pitfalls: what to know before quoting it.
@@ -228,7 +229,7 @@ class Measure:
     evaluate: Callable[[Findings], Estimate]
     curvature: Callable[[Findings], float] | None = None
     geometry: str | None = None
-    claims: frozenset[Invariance] | None = None
+    claims: frozenset[Invariance] | Callable[[Mapping[str, float]], frozenset[Invariance]] | None = None
     provisional: str = ""
     options: Mapping[str, float] = field(default_factory=dict)
     pitfalls: str = ""
@@ -254,9 +255,14 @@ class Measure:
         """
         return self.needs(effort, self.options)
 
+    @property
+    def own(self) -> frozenset[Invariance] | None:
+        """What it is invariant to in any geometry, with these values of its parameters; None where that decides."""
+        return self.claims(self.options) if callable(self.claims) else self.claims
+
     def claimed(self, geometry: Geometry) -> frozenset[Invariance]:
         """What it is invariant to, measured in a geometry."""
-        return geometry.claims if self.claims is None else self.claims
+        return geometry.claims if self.own is None else self.own
 
     @property
     def label(self) -> str:

@@ -45,6 +45,7 @@ _REMEDIES = {
     "(geometry='euclidean' takes any two, by plain numbers, which rescaling moves)",
     "trainable": "compare networks of one architecture, with the same params "
     "(geometry='euclidean' takes any two, by plain numbers, which rescaling moves)",
+    "logits": "pass the same logits= for all",
     "precision": "pass one dtype for all",
     "data": "all must be measured on the same samples: give data that comes out the same each time it is read",
     "counted": "the losses do not count the same targets: all need one loss",
@@ -469,6 +470,7 @@ def _seen(table: Table) -> dict[str, str]:
         "data": f"hash {row.data_hash}",
         "counted targets": f"{row.point.targets:.12g}",
         "accuracy": "defined" if row.point.accuracy is not None else "not defined",
+        "logits": str(row.settings.get("logits", "raw")),
         "precision": f"{row.settings.get('dtype')}, autocast {row.settings.get('autocast')}",
         "seed": str(row.settings.get("seed")),
         "numbers": "; ".join(f"{row.measure} ({row.geometry})" for row in table),
@@ -477,7 +479,9 @@ def _seen(table: Table) -> dict[str, str]:
         facts[f"version of {row.measure}"] = row.versions.get("measure", "")
         facts[f"version of {row.geometry}"] = row.versions.get("geometry", "")
         if row.geometry != PLAIN.name:
-            facts[f"group of {row.geometry}"] = f"hash {row.group_hash}"
+            # A measure with claims of its own has another group than its geometry.
+            hashes = dict.fromkeys(r.group_hash for r in table if r.geometry == row.geometry)
+            facts[f"group of {row.geometry}"] = f"hash {', '.join(hashes)}"
     return facts
 
 

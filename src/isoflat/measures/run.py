@@ -19,7 +19,8 @@ from isoflat.measures.base import Budget, Effort, Measure, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.measures.prepare import outputs, subject, symmetries_of
 from isoflat.measures.sampled import results
-from isoflat.measures.session import Refusal, Result, Session
+from isoflat.measures.scribe import Refusal, Result
+from isoflat.measures.session import Session
 from isoflat.measures.shared import agreed
 from isoflat.risk.linearise import Check
 from isoflat.risk.network import Selector, exactly

@@ -28,6 +28,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
+from isoflat.core.errors import UnsupportedModel
 from isoflat.core.space import inner, norm
 from isoflat.core.streams import stream
 from isoflat.curvature.matrix import Matrix
@@ -41,7 +42,9 @@ from isoflat.linalg.eigen.remainder import Remainder
 from isoflat.linalg.operator import Pullback
 from isoflat.linalg.solver import Job, Outcome, Probe, Solver, together
 from isoflat.measures.base import Question, Spectral
-from isoflat.measures.session import Outcomes, Place, Refusal, Result, Scribe, Session
+from isoflat.measures.place import Place
+from isoflat.measures.scribe import Outcomes, Refusal, Result, Scribe
+from isoflat.measures.session import Session
 from isoflat.risk.batches import ROWS
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.routes.base import Linearisation
@@ -126,6 +129,8 @@ def _results(session: Session) -> tuple[Result | Refusal, ...]:
     if MOST * seen.rows < PILOT:
         return _on_all(session, f"{seen.rows} examples are too few to sample from: all were measured").results()
     chosen, route = session.routed(risk.pinned(seen))
+    if isinstance(route, UnsupportedModel):
+        return tuple(Refusal(measure, geometry, route) for measure, geometry in session.plan)
     if chosen.effort.sample is None:
         return _on_all(session, "products are not exact, and give no interval on a sample: all were measured").results()
     found: dict[int, _Found] = {}
@@ -143,7 +148,8 @@ def _results(session: Session) -> tuple[Result | Refusal, ...]:
     places = {key: part.place for key, part in found.items()}
     notes = (*chosen.subject.notes, *dict.fromkeys(part.note for part in found.values()))
     told = replace(chosen, subject=replace(chosen.subject, notes=notes))
-    scribe = Scribe(told, charts, places, answers, time.monotonic() - started - spent)
+    setup = (time.monotonic() - started - spent) / len(session.plan)
+    scribe = Scribe(told.subject, told.effort, told.label, charts, places, answers, setup)
     return tuple(scribe.result(measure, geometry) for measure, geometry in session.plan)
 
 

@@ -17,7 +17,7 @@ from isoflat.linalg.density.deflated import Deflated
 from isoflat.measures.base import Budget, Direction, Effort, Findings, Measure, Spectral, Subject
 from isoflat.measures.prepare import subject
 from isoflat.measures.run import checked, opened, planned
-from isoflat.measures.session import Refusal
+from isoflat.measures.scribe import Refusal
 from isoflat.risk.linearise import Check
 from isoflat.risk.network import Selector
 from isoflat.risk.ranks import Ranks

@@ -48,10 +48,12 @@ class Loss(ABC):
 
     Attributes:
         averages: whether the risk is `Σ total / Σ count`; False for `Σ total`.
+        logits: what is done with scores first: "raw" for nothing.
         notes: how batches are weighted, where a reader must know it.
     """
 
     averages: bool = True
+    logits: str = "raw"
     notes: tuple[str, ...] = ()
 
     @abstractmethod
@@ -189,7 +191,8 @@ class TargetLoss(Loss):
         def summed(output: Tensor, target: Tensor) -> Tensor:
             return self.summed(_directions_of(output), target)
 
-        return replace(self, summed=summed, criterion=None, notes=(*self.notes, "scores were normalised"))
+        notes = (*self.notes, "scores were normalised")
+        return replace(self, summed=summed, criterion=None, logits="normalised", notes=notes)
 
 
 def _directions_of(scores: Tensor) -> Tensor:

@@ -16,12 +16,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from isoflat.core.errors import UnsupportedModel
 from isoflat.core.state import State
-from isoflat.risk.batches import alone, even, move
+from isoflat.risk.batches import even
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.losses import TargetLoss, call, split
-from isoflat.risk.routes.guarded import is_out_of_memory
+from isoflat.risk.rows import derivative
 
 EVEN = 0.02
 """Share of the draws that goes to all examples alike, so that no weight exceeds `rows / (EVEN · size)`."""
@@ -161,30 +159,9 @@ def curvatures(risk: EmpiricalRisk, state: State, one: Tensor, other: Tensor) ->
     Raises:
         UnsupportedModel: an operation of the network has no forward derivative.
     """
-    first, second = (state.space.unflatten(direction.to(state.dtype)) for direction in (one, other))
 
     def per_batch(_: int, batch: Any) -> Tensor:
-        inputs, target = split(move(alone(batch), state.device, state.dtype))
-
-        def losses(parameters: dict[str, Tensor]) -> Tensor:
-            moved = State(parameters, state.frozen, state.buffers, state.constants)
-            output = risk.network(moved, lambda model: call(model, inputs))
-            assert isinstance(risk.loss, TargetLoss)
-            return risk.loss.by_row(output, target)
-
-        def slopes(parameters: dict[str, Tensor]) -> Tensor:
-            return torch.func.jvp(losses, (parameters,), (first,))[1]
-
-        try:
-            return torch.func.jvp(slopes, (dict(state.parameters),), (second,))[1].detach().cpu()
-        except (RuntimeError, NotImplementedError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = str(error).strip().splitlines()[0]
-            raise UnsupportedModel(
-                f"sample='auto' needs forward derivatives of each example's loss, and the network has none ({reason}): "
-                "leave sample out"
-            ) from error
+        return derivative(risk, state, batch, one, other).cpu()
 
     own = {index: rows for index, rows in enumerate(risk.own(per_batch)) if rows is not None}
     found = {index: rows for part in risk.ranks.gather(own) for index, rows in part.items()}

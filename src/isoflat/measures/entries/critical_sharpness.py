@@ -2,71 +2,107 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.space import inner
-from isoflat.core.state import State
 from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
-from isoflat.measures.entries.readings import Gradient
 from isoflat.risk.network import exactly
+from isoflat.risk.routes.base import gradient
 
-DOUBLINGS = 60
-"""Steps from the first guess at most."""
+TRIES = 60
+"""Doublings of the first guess, and halvings, at most."""
+
+ROUNDING = 100
+"""Roundings of the loss, as a sum over the data, that a change must exceed to count."""
 
 
 @final
 @dataclass(frozen=True)
 class _Crossing(Reading):
-    """Smallest step η along `−E Eᵀ g` at which the loss exceeds its start, between two ends that are rtol apart."""
+    """Smallest step η along `−E Eᵀ g` at which the loss exceeds its start, between two ends on which rounding has no say.
+
+    In float64 whatever the weights are: near a minimum float32 resolves neither the gradient nor how the loss changes along
+    the whole step.
+    """
 
     def answer(self, scene: Scene) -> tuple[float, float]:
-        """A dozen forward passes, doubling and then halving."""
-        slope = scene.ask(Gradient())
+        """A dozen forward passes or two: doubling, then halving, until the ends are rtol apart or too close to tell."""
+        slope = scene.chart.frame.pull(self._gradient(scene)[:, None])[:, 0]
         direction = scene.chart.frame.push(slope[:, None])[:, 0]
         fall = float(inner([slope], slope)[0])
         if not fall:
             raise UsageError("critical sharpness is a step along the gradient, which is zero here")
         start = self._loss(scene, direction, 0.0)
+        noise = ROUNDING * torch.finfo(torch.float64).eps * abs(start)
 
-        def rises(step: float) -> bool:
+        def change(step: float) -> float:
+            """Of the loss; infinite where it overflows."""
             scene.report(f"step {step:.3g}")
-            return not self._loss(scene, direction, step) <= start
+            found = self._loss(scene, direction, step) - start
+            return found if math.isfinite(found) else math.inf
 
         # On a parabola that touches zero the crossing is at 4 L / ‖g‖²: a guess that has the right scale.
         low, high = 0.0, 4 * abs(start) / fall or 1.0
-        for _ in range(DOUBLINGS):
-            if rises(high):
+        for _ in range(TRIES):
+            risen = change(high)
+            if risen > noise:
                 break
-            low, high = high, 2 * high
+            low, high = (high if risen < -noise else low), 2 * high
         else:
             raise UsageError("the loss does not rise again however long the step: critical sharpness is not defined")
-        while not low and high > 0:
-            if rises(high / 2):
-                high /= 2
-            else:
-                low = high / 2
+        step = high
+        for _ in range(0 if low else TRIES):
+            step /= 2
+            risen = change(step)
+            if risen < -noise:
+                low = step
+                break
+            high = step if risen > noise else high
+        if not low:
+            raise UsageError(
+                f"along the gradient the loss falls by less than rounding resolves ({noise:.1e}): this is a minimum, and "
+                "critical sharpness is not defined there"
+            )
         while high - low > scene.effort.rtol * low:
             middle = (low + high) / 2
-            low, high = (low, middle) if rises(middle) else (middle, high)
+            risen = change(middle)
+            if abs(risen) <= noise:
+                break
+            low, high = (low, middle) if risen > 0 else (middle, high)
         return low, high
 
     @staticmethod
-    def _loss(scene: Scene, direction: Tensor, step: float) -> float:
-        state = scene.state
-        moved = state.space.unflatten(state.vector.double() - step * direction)
-        tensors = {name: tensor.to(state.dtype) for name, tensor in moved.items()}
+    def _gradient(scene: Scene) -> Tensor:
+        risk, state = scene.risk, scene.state
+        if state.dtype == torch.float64:
+            return scene.survey.gradient
+        precise = state.to(dtype=torch.float64)
+        like = torch.zeros(state.space.size, dtype=torch.int8, device=state.device)
         with exactly(state.device):
-            return scene.risk.value(State(tensors, state.frozen, state.buffers, state.constants))
+            return risk.accumulate(lambda _, batch: gradient(risk, precise, batch), like)
+
+    @staticmethod
+    def _loss(scene: Scene, direction: Tensor, step: float) -> float:
+        state = scene.state.to(dtype=torch.float64)
+        moved = state.space.unflatten(state.vector - step * direction)
+        with exactly(state.device):
+            return scene.risk.value(state.replace(moved))
 
 
 def _evaluate(findings: Findings) -> Estimate:
     low, high = findings.answers[0].result
-    return Estimate(4 / (low + high), 2 / high, 2 / low, 1.0, Kind.ENCLOSURE, True)
+    converged = high - low <= findings.effort.rtol * low
+    notes = (
+        () if converged else ("not converged: what separates the ends of the interval is below rounding of the loss",)
+    )
+    return Estimate(4 / (low + high), 2 / high, 2 / low, 1.0, Kind.ENCLOSURE, converged, notes=notes)
 
 
 MEASURE = Measure(

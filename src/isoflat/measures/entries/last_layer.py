@@ -6,17 +6,19 @@ With `z = W φ (+ b)` and probabilities p the Hessian's block of rows s and s' o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
+from isoflat.core.estimate import Estimate
 from isoflat.curvature.sweeps import check_softmax
-from isoflat.measures.base import Reading, Scene
+from isoflat.geometry.base import Invariance
+from isoflat.measures.base import Findings, Reading, Scene
 from isoflat.risk.likelihood import likelihood
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Part
@@ -56,7 +58,7 @@ class LastLayer(Reading):
     """
 
     normalised: bool
-    framed: ClassVar[bool] = False
+    framed = False
 
     def answer(self, scene: Scene) -> Head:
         """One forward pass where features are normalised; a batch otherwise."""
@@ -71,7 +73,9 @@ class LastLayer(Reading):
                 return Head(name, weight, scale.to(weight.device), ())
             deviation = _deviations(scene, name)
         still = deviation == 0
-        notes = [f"{int(still.sum())} features that never change count as biases do: not"] if bool(still.any()) else []
+        notes = (
+            [f"{int(still.sum())} features never change and, like biases, are left out"] if bool(still.any()) else []
+        )
         return Head(name, weight * deviation, torch.where(still, math.inf, deviation), tuple(notes))
 
 
@@ -81,7 +85,7 @@ class LastTrace(Reading):
     """`Σ_ss' ⟨w_s, w_s'⟩ tr H_ss'` of the last layer: `E[(Σ_s p_s ‖w_s‖² − ‖Σ_s p_s w_s‖²) ‖φ‖²]`."""
 
     normalised: bool
-    framed: ClassVar[bool] = False
+    framed = False
 
     def answer(self, scene: Scene) -> tuple[float, Head]:
         """One forward pass."""
@@ -101,7 +105,7 @@ class LastBlocks(Reading):
     """`Σ_s ‖w_s‖² λ_max(H_ss)` of the last layer, with `H_ss = E[p_s (1 − p_s) φ φᵀ]`."""
 
     normalised: bool
-    framed: ClassVar[bool] = False
+    framed = False
 
     def answer(self, scene: Scene) -> tuple[float, Head]:
         """One forward pass, and an eigenvalue problem for each class."""
@@ -143,12 +147,12 @@ def _deviations(scene: Scene, name: str) -> Tensor:
     def per_batch(index: int, batch: Any) -> Part:
         ((_, z, features, term),) = _features(scene, [batch], name)
         wide = features.double()
-        share = term.count / len(z)
-        return Part(share * torch.cat([wide.sum(0), wide.square().sum(0)]), term.count)
+        return Part(torch.cat([wide.sum(0), wide.square().sum(0), wide.new_full((1,), len(z))]), term.count)
 
     width = scene.state.parameters[name].shape[1]
-    found = risk.accumulate(per_batch, torch.zeros(2 * width, dtype=torch.int8, device=state.device))
-    mean, square = found.split(width)
+    found = risk.accumulate(per_batch, torch.zeros(2 * width + 1, dtype=torch.int8, device=state.device))
+    # Over rows, whatever the loss divides by.
+    mean, square = (found[:-1] / found[-1]).split(width)
     # Below lies the rounding of the features, and of the difference.
     fine = max((10 * torch.finfo(state.dtype).eps) ** 2, 100 * torch.finfo(torch.float64).eps)
     variance = square - mean.square()
@@ -185,3 +189,21 @@ def _watch(calls: list[tuple[str, Tensor, Tensor]], name: str) -> Any:
         calls.append((name, args[0], output))
 
     return hook
+
+
+PITFALLS = (
+    "By default each feature is divided by its deviation over the data (normalised=1); without (normalised=0), as the formula "
+    "stands, single units move it. Of two public scripts one divides by the variance. The model is not changed."
+)
+
+
+def evaluate(findings: Findings) -> Estimate:
+    """The value, and of which layer."""
+    value, head = findings.answers[0].result
+    return Estimate.exact(value, f"of {head.name}", *head.notes)
+
+
+def claims(options: Mapping[str, float]) -> frozenset[Invariance]:
+    """Of both forms of relative flatness: features of any scale only where they are normalised."""
+    found = {Invariance.LAYERS, Invariance.NORMS, Invariance.ORDER}
+    return frozenset(found | {Invariance.UNITS} if options["normalised"] else found)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from isoflat.curvature.block_trace import check_linear
+from isoflat.curvature.block_trace import check_blocks
 from isoflat.curvature.diagonal import gauss_newton_diagonal, moment_diagonal
 from isoflat.curvature.fisher import counts_of
-from isoflat.curvature.rows import row_gradients, slopes
-from isoflat.curvature.sweeps import check_softmax
+from isoflat.curvature.rows import row_gradients
 from isoflat.linalg.maps import Diagonal as Scaled
 from isoflat.linalg.maps import Identity
 from isoflat.measures.base import Reading, Scene
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Part
+from isoflat.risk.rows import derivative
 
 
 @final
@@ -92,9 +91,7 @@ class BlockTraces(Reading):
     def answer(self, scene: Scene) -> dict[str, float]:
         """Sums over the diagonal, once the network is seen to be linear in each tensor."""
         state = scene.state
-        check_softmax(scene.risk, state)
-        with exactly(state.device):
-            check_linear(scene.risk, state.to(dtype=torch.float64), list(state.parameters))
+        check_blocks(scene.risk, state, list(state.parameters))
         parts = state.space.unflatten(scene.ask(Diagonal()))
         return {name: float(part.sum()) for name, part in parts.items()}
 
@@ -109,11 +106,12 @@ class Radial(Reading):
     def answer(self, scene: Scene) -> float:
         """One forward derivative."""
         risk, state = scene.risk, scene.state
-        of: Callable[[Any], Tensor] = slopes(risk, state, state.vector)
 
         def per_batch(index: int, batch: Any) -> Part:
             counts = counts_of(risk, state, batch).to(state.device)
-            total = (of(batch).square() * torch.where(counts > 0, 1 / counts, 0)).sum()
+            total = (
+                derivative(risk, state, batch, state.vector).double().square() * torch.where(counts > 0, 1 / counts, 0)
+            ).sum()
             return Part(total.reshape(1), float(counts.sum()))
 
         scene.report("slopes of single rows")

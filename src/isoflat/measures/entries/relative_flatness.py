@@ -1,15 +1,7 @@
 """Relative flatness of the last layer."""
 
-from isoflat.core.estimate import Estimate
-from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Findings, Measure
-from isoflat.measures.entries.last_layer import LastTrace
-
-
-def _evaluate(findings: Findings) -> Estimate:
-    value, head = findings.answers[0].result
-    return Estimate.exact(value, f"of {head.name}", *head.notes)
-
+from isoflat.measures.base import Direction, Measure
+from isoflat.measures.entries.last_layer import PITFALLS, LastTrace, claims, evaluate
 
 MEASURE = Measure(
     name="relative_flatness",
@@ -20,12 +12,9 @@ MEASURE = Measure(
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=1,
     needs=lambda effort, options: (LastTrace(bool(options["normalised"])),),
-    evaluate=_evaluate,
+    evaluate=evaluate,
     geometry="euclidean",
-    claims=frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS, Invariance.ORDER}),
+    claims=claims,
     options={"normalised": 1},
-    pitfalls=(
-        "By default each feature is divided by its deviation over the data (normalised=1); without (normalised=0), as the "
-        "formula stands, single units move it. Of two public scripts one divides by the variance. The model is not changed."
-    ),
+    pitfalls=PITFALLS,
 )

@@ -36,7 +36,7 @@ class _Full(Reading):
             raise UsageError(f"tic forms matrices of {n}×{n} entries, and takes up to {MOST} weights: use tic_diagonal")
         scene.report("Gauss-Newton matrix and gradients of single rows")
         with exactly(state.device):
-            products = gauss_newton(risk, state).keep()
+            products = gauss_newton(risk, state)
             eye = torch.eye(n, dtype=state.dtype, device=state.device)
             matrix = torch.cat([products.products(part) for part in eye.split(64, dim=1)], dim=1)
             values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
