@@ -35,7 +35,10 @@ def check_softmax(risk: EmpiricalRisk, state: State) -> None:
         UsageError: it is not.
     """
     if not (isinstance(risk.loss, TargetLoss) and isinstance(risk.loss.criterion, nn.CrossEntropyLoss)):
-        raise UsageError("needs softmax cross-entropy as torch.nn.CrossEntropyLoss, with batches (inputs, targets)")
+        raise UsageError(
+            "needs softmax cross-entropy of the scores as they are: torch.nn.CrossEntropyLoss with batches (inputs, targets), "
+            "and logits left out"
+        )
     check_output(risk, state)
 
 

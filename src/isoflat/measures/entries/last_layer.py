@@ -200,7 +200,7 @@ PITFALLS = (
 def evaluate(findings: Findings) -> Estimate:
     """The value, and of which layer."""
     value, head = findings.answers[0].result
-    return Estimate.exact(value, f"of {head.name}", *head.notes)
+    return Estimate.exact(value, f"relative flatness is that of {head.name}", *head.notes)
 
 
 def claims(options: Mapping[str, float]) -> frozenset[Invariance]:
