@@ -276,7 +276,7 @@ def test_what_does_not_apply_is_listed_and_the_rest_is_measured():
 
 
 class _Cut(nn.Module):
-    """Part of its second derivative is cut out."""
+    """Part of its first derivative is cut out."""
 
     def __init__(self):
         super().__init__()
@@ -287,15 +287,17 @@ class _Cut(nn.Module):
         return self.second(hidden * hidden.detach())
 
 
-def test_a_hessian_that_cannot_be_had_takes_only_its_own_numbers_away():
+def test_gradients_that_are_not_the_losss_are_refused_without_any_product():
     case = mlp((5, 6, 4, 3), bias=True, seed=3)
-    names = ["hessian_spectral_norm", "gradient_norm"]
-    table = isoflat.measure_all(_Cut(), case.data, case.criterion, measures=names, geometry="euclidean")
-    assert [row.measure for row in table] == ["gradient_norm"]
-    assert [part.measure for part in table.omitted] == ["hessian_spectral_norm"]
-    assert "central differences" in table.omitted[0].reason or "differ" in table.omitted[0].reason
-    with pytest.raises(isoflat.UnsupportedModel):
-        isoflat.measure(_Cut(), case.data, case.criterion, measure=names[0])
+    for measure in ("gradient_norm", "fisher_rao_norm", "gauss_newton_trace"):
+        with pytest.raises(isoflat.UnsupportedModel, match=r"gradients differ .* from central differences of losses"):
+            isoflat.measure(_Cut(), case.data, case.criterion, measure=measure, geometry="euclidean")
+    warned = isoflat.measure(
+        _Cut(), case.data, case.criterion, measure="gradient_norm", geometry="euclidean", check="warn"
+    )
+    assert any("cut out of the first derivative" in note for note in warned.notes)
+    whole = number(case, "gradient_norm")
+    assert not any("cut out" in note for note in whole.notes)
 
 
 EXACT = (

@@ -82,8 +82,9 @@ def measure(  # noqa: PLR0913
             a last product in float64, and without a certificate.
         device: where to compute; default where the weights are.
         progress: show a progress bar.
-        check: products are compared with differences of gradients on a few rows; "refuse" raises where they disagree,
-            "warn" notes it beside the number, "skip" does not compare.
+        check: products are compared with differences of gradients on a few rows, gradients with differences of losses where
+            there are no products; "refuse" raises where they disagree, "warn" notes it beside the number, "skip" does not
+            compare.
         reproducible_sum: in a process group of torch.distributed, which is used where there is one, add the batches'
             parts in the order of the data, so that every number of processes gives the same bits; slower.
 

@@ -28,7 +28,6 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from isoflat.core.errors import UnsupportedModel
 from isoflat.core.space import inner, norm
 from isoflat.core.streams import stream
 from isoflat.curvature.matrix import Matrix
@@ -129,8 +128,6 @@ def _results(session: Session) -> tuple[Result | Refusal, ...]:
     if MOST * seen.rows < PILOT:
         return _on_all(session, f"{seen.rows} examples are too few to sample from: all were measured").results()
     chosen, route = session.routed(risk.pinned(seen))
-    if isinstance(route, UnsupportedModel):
-        return tuple(Refusal(measure, geometry, route) for measure, geometry in session.plan)
     if chosen.effort.sample is None:
         return _on_all(session, "products are not exact, and give no interval on a sample: all were measured").results()
     found: dict[int, _Found] = {}

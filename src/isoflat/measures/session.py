@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
-from isoflat.core.errors import IsoflatError, UnsupportedModel
+from isoflat.core.errors import IsoflatError
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.curvature.matrix import Matrix
@@ -21,14 +21,11 @@ from isoflat.measures.place import Place, Products
 from isoflat.measures.scribe import NOT_APPLICABLE, Answers, Refusal, Result, Scribe, matrices_of
 from isoflat.risk.batches import even
 from isoflat.risk.empirical import EmpiricalRisk, Survey
-from isoflat.risk.linearise import choose, linearise, survey
+from isoflat.risk.linearise import Choice, check_gradient, choose, linearise, survey
 from isoflat.risk.parts import by_hardness
 from isoflat.risk.plan import Plan, available_memory, plan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.reverse import Rebuilt
-
-Route = type[Linearisation] | UnsupportedModel
-"""How products with the Hessian are made, or why they cannot be."""
 
 
 @final
@@ -77,17 +74,15 @@ class Session:
         except NOT_APPLICABLE:
             return ()
 
-    def routed(self, risk: EmpiricalRisk) -> tuple[Session, Route]:
+    def routed(self, risk: EmpiricalRisk) -> tuple[Session, type[Linearisation]]:
         """How products with the Hessian are made, and the session with what follows: notes, and what can be certified."""
+        state, check = self.subject.state, self.effort.check
         if Matrix.HESSIAN not in matrices_of(self.asked({geometry for _, geometry in self.plan})):
-            return self, Rebuilt
-        try:
+            choice = Choice(Rebuilt, risk.ranks.together(lambda: check_gradient(risk, state, check)))
+        else:
             choice = risk.ranks.together(
-                lambda: choose(risk, self.subject.state, self.effort.check),
-                lambda choice: {"route": choice.route.__name__},
+                lambda: choose(risk, state, check), lambda choice: {"route": choice.route.__name__}
             )
-        except UnsupportedModel as error:
-            return self, error
         subject = replace(self.subject, notes=(*self.subject.notes, *choice.notes))
         effort = self.effort if choice.exact else replace(self.effort, certify=False, sample=None)
         return replace(self, subject=subject, effort=effort), choice.route
@@ -96,7 +91,7 @@ class Session:
         self,
         charts: Mapping[Geometry, Chart],
         read: Mapping[int, tuple[EmpiricalRisk, Survey]],
-        route: Route,
+        route: type[Linearisation],
         started: float,
     ) -> tuple[Result | Refusal, ...]:
         """Every number, by products of one kind.
@@ -155,7 +150,7 @@ class Session:
         state: State,
         risk: EmpiricalRisk,
         seen: Survey,
-        route: Route,
+        route: type[Linearisation],
         matrices: Sequence[Matrix] = (Matrix.HESSIAN,),
     ) -> Place:
         """Products at a state, planned.
@@ -164,7 +159,7 @@ class Session:
             state: the point.
             risk: of the data that is multiplied.
             seen: what is known of it: rows, count, hardness.
-            route: how products with the Hessian are made, or why there are none; others go through their graphs.
+            route: how products with the Hessian are made; others go through their graphs.
             matrices: of what.
         """
         budget = self.effort.budget.memory
@@ -175,15 +170,12 @@ class Session:
         made: dict[Matrix, Products] = {}
         refused: dict[Matrix, IsoflatError] = {}
         for matrix in matrices:
-            if matrix is Matrix.HESSIAN and isinstance(route, UnsupportedModel):
-                refused[matrix] = route
-                continue
             try:
                 whole, graph = risk.ranks.together(partial(matrix.over, inside, state))
             except NOT_APPLICABLE as error:
                 refused[matrix] = error
                 continue
-            way = Rebuilt if isinstance(route, UnsupportedModel) or matrix is not Matrix.HESSIAN else route
+            way = route if matrix is Matrix.HESSIAN else Rebuilt
             planned = risk.ranks.together(
                 partial(plan, whole, state, way, own, memory // len(matrices), graph),
                 lambda made: {"plan of products": str(made)},

@@ -101,6 +101,33 @@ def _chosen(sample: Sample, check: Check) -> Choice:
     )
 
 
+def check_gradient(risk: EmpiricalRisk, state: State, check: Check = Check.REFUSE) -> tuple[str, ...]:
+    """Compare the gradient with differences of the loss on a few rows, in float64, where no products with the Hessian are.
+
+    Returns:
+        A note, if they disagree and that is to be warned about.
+
+    Raises:
+        UnsupportedModel: they disagree, and `check` refuses that.
+    """
+
+    def slope(rows: int) -> float:
+        sample = Sample.of(risk, state, rows)
+        direction = sample.direction(0)
+        return sample.slope(direction) if bool(direction.any()) else 0.0
+
+    worst = 0.0 if check is Check.SKIP else halving(Grain(ROWS), slope)
+    if worst <= AGREEMENT:
+        return ()
+    cut = (
+        f"gradients differ by {worst:.1e} from central differences of losses: part of the network is cut out of the first "
+        "derivative (detach, no_grad, .item(), .data, rounding, or a custom backward)"
+    )
+    if check is Check.REFUSE:
+        raise UnsupportedModel(f"{cut}. {_REMEDY}")
+    return (cut,)
+
+
 def survey(risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, Survey]:
     """The plain gradient pass; where memory runs out, over the data in smaller pieces.
 
