@@ -120,7 +120,7 @@ def without_unit(point: Representative, name: str, unit: Tensor) -> Tensor:
     """A tensor's units with zeros where it has no block: folded into its readers, or left out behind a kink."""
     for mask in (point.folded.get(name), point.removed.get(name)):
         if mask is not None:
-            unit = unit.masked_fill(mask, 0.0)
+            unit = unit.masked_fill(mask.to(unit.device), 0.0)
     return unit
 
 
@@ -179,8 +179,9 @@ def _frame(
         E, and how long a vector of its range is in its coordinates.
     """
     places, size = place.space.slices, place.space.size
-    diagonal = torch.cat([units[name].reshape(-1) for name in state.parameters])
+    diagonal = torch.cat([units[name].to(place.device).reshape(-1) for name in state.parameters])
     log = torch.cat([point.log(name, tensor.shape).reshape(-1) for name, tensor in place.parameters.items()])
+    log = log.to(place.device)
     shears = tuple(
         Term(
             places[shear.absorbed.factor],

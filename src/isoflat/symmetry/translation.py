@@ -124,10 +124,10 @@ class Translation(Symmetry):
         moving: dict[str, Tensor] = {}
         for offset in filter(Offset.moves, self.offsets):
             tensor = state.tensors[offset.entry.name]
-            delta = given(offset, rates)
+            delta = given(offset, rates).to(tensor.device)
             if offset.entering is not None and offset.entering.nnz and offset.entry.absorbed is not None:
                 delta = delta - absorbed(offset.entry.absorbed, state, entering(offset, rates))
-            moving[offset.entry.name] = spread_out(delta.to(tensor.device), offset.entry, tensor.shape)
+            moving[offset.entry.name] = spread_out(delta, offset.entry, tensor.shape)
         for centre in self.centres:
             running = centre.running
             moved = _values(centre.moved, rates)

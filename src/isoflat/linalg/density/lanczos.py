@@ -289,7 +289,7 @@ def _whole(domain: Domain, block: int, confidence: float) -> Steps[Density]:
     matrix = np.empty((n, n))
     for start in range(0, n, block):
         columns = torch.zeros(n, min(block, n - start), dtype=torch.float64, device=domain.device)
-        columns[range(start, start + columns.shape[1]), range(columns.shape[1])] = 1
+        columns[start:].fill_diagonal_(1)
         status = f"spectrum: unit vector {start + 1} of {n}"
         matrix[:, start : start + columns.shape[1]] = (yield Request(columns, double=True, status=status)).cpu().numpy()
     size = float(np.abs(matrix).max())
