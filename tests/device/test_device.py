@@ -65,7 +65,9 @@ def made(build, *shape: int) -> Case:
 CASES = {
     "multilayer": lambda: mlp((5, 6, 4, 3), bias=True, seed=3),
     "convolutional": lambda: cnn(3, bias=True, seed=5),
-    "normalised": lambda: made(lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)), 4),
+    "normalised": lambda: made(
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)), 4
+    ),
     "attention": lambda: made(Attention, 3, 6),
 }
 
@@ -151,6 +153,46 @@ def test_recurrent_networks():
     assert {"hessian_spectral_norm", "gauss_newton_trace", "gradient_norm"} <= {row.measure for row in shared}
     for row in shared:
         assert known[row.measure].value == pytest.approx(row.estimate.value, rel=1e-6), row.measure
+
+
+def allowing(switch):
+    """What a user may have set before, in torch's older or newer way, or both."""
+    backends = torch.backends
+    if "older" in switch:
+        backends.cuda.matmul.allow_tf32 = True
+    if "all" in switch:
+        torch.set_float32_matmul_precision("high")
+    if "newer" in switch:
+        backends.cuda.matmul.fp32_precision = backends.mkldnn.matmul.fp32_precision = "tf32"
+    if "benchmark" in switch:
+        backends.cudnn.benchmark = True
+
+
+def switches():
+    """What torch says of each kernel, and of all of them where it says it."""
+    older = (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32)
+    singles = [torch._C._get_fp32_precision_getter(*kernel) for kernel in network.KERNELS]
+    return singles, [network._readable(switch) for switch in older], torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("switch", ["", "older", "all", "newer", "older newer benchmark", "all older"])
+def test_shorter_float32_is_off_inside_and_comes_back(switch):
+    start = switches()
+    try:
+        allowing(switch)
+        before = switches()
+        assert switch == "" or before != start
+        with network.full_precision():
+            singles, older, benchmark = switches()
+            assert set(singles) == {"ieee"}
+            assert not benchmark
+            assert None in before[1] or older == ["highest", False]
+        assert switches() == before
+    finally:
+        torch.backends.cudnn.benchmark = False
+        torch.set_float32_matmul_precision("highest")
+        for kernel, value in zip(network.KERNELS, start[0], strict=True):
+            torch._C._set_fp32_precision_setter(*kernel, value)
 
 
 @hardware

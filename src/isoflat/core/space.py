@@ -109,10 +109,11 @@ def sweep(vector: Tensor, coefficients: Tensor, rows: Sequence[Tensor]) -> Tenso
     One pass over the rows does both.
     """
     total = torch.zeros(len(rows), dtype=torch.float64, device=vector.device)
+    weights = coefficients.tolist()
     for piece, wide in _widened(rows, vector):
         part = vector[piece]
         if isinstance(wide, list):
-            for weight, row in zip(coefficients.tolist(), wide, strict=True):
+            for weight, row in zip(weights, wide, strict=True):
                 part.add_(row, alpha=-weight)
             total += torch.stack([torch.dot(row, part) for row in wide])
         else:
@@ -133,8 +134,9 @@ def add(vector: Tensor, coefficients: Tensor, rows: Sequence[Tensor]) -> None:
     if len(vector) <= CHUNK:
         vector += coefficients.to(vector) @ torch.stack(list(rows)).double()
         return
+    weights = coefficients.tolist()
     for piece in _pieces(vector):
-        for weight, row in zip(coefficients.tolist(), rows, strict=True):
+        for weight, row in zip(weights, rows, strict=True):
             vector[piece].add_(row[piece], alpha=weight)
 
 
@@ -148,10 +150,10 @@ def norm(vector: Tensor) -> float:
         return size
     # A power of two keeps every rounding the same at every scale, so that rescaled networks agree bit for bit.
     scale = math.ldexp(1.0, min(-math.frexp(size)[1], 1023))
-    total = 0.0
-    for start in range(0, flat.shape[0], CHUNK):
-        part = flat[start : start + CHUNK].double() * scale
-        total += float(part @ part)
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for piece in _pieces(flat):
+        part = flat[piece].double() * scale
+        total += part @ part
     return math.sqrt(total) / scale
 
 

@@ -69,7 +69,8 @@ class Network:
                 # Casts of leaves must not outlive a pass: every pass has leaves of its own.
                 stack.enter_context(torch.autocast(state.device.type, self.inside, cache_enabled=False))
             if state.device.type == "cuda" and any(isinstance(part, nn.RNNBase) for part in self.module.modules()):
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # no second derivative there
+                # cuDNN's recurrent kernels have no second derivative.
+                stack.enter_context(settings((torch.backends.cudnn, "enabled", False)))
             return torch.func.functional_call(_Use(self.module, use), tensors, (), tie_weights=False)
 
     def state(self, params: Selector = None) -> State:
@@ -152,26 +153,74 @@ def _moved_by(mean: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any,
 def exactly(device: torch.device) -> Iterator[None]:
     """Differentiable twice, in full precision, with gradients on; the user's flags and random streams come back.
 
-    Fused attention has no second derivative, so the math kernel is used; autocast and TF32 are off.
+    Fused attention has no second derivative, so the math kernel is used; autocast and shorter float32 are off.
     """
-    cuda = device.type == "cuda"
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[device] if cuda else []))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if cuda:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False))
-            precision = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, precision)
+        stack.enter_context(full_precision())
         try:
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def settings(*wanted: tuple[Any, str, Any]) -> Iterator[None]:
+    """Attributes with other values, which come back: triples of an object, a name and a value."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in wanted]
+    try:
+        for owner, name, value in wanted:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+KERNELS = tuple((place, kind) for place in ("cuda", "mkldnn") for kind in ("matmul", "conv", "rnn"))
+"""What `torch.backends` has a `fp32_precision` of."""
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products and convolutions in float32 round to float32: no TF32 or bfloat16 inside, whatever the user allows.
+
+    Torch has switches for single kernels, and older ones for all of them, which refuse to be read where the two disagree,
+    also by torch itself. So both are set; an older one that disagreed before stays as it is.
+    """
+    cudnn = torch.backends.cudnn
+    product = _readable(torch.get_float32_matmul_precision)
+    convolution = _readable(lambda: cudnn.allow_tf32)
+    before = [torch._C._get_fp32_precision_getter(*kernel) for kernel in KERNELS]
+
+    def allow(product: str | None, convolution: bool | None, single: list[str]) -> None:
+        if product is not None:
+            torch.set_float32_matmul_precision(product)
+        if convolution is not None:
+            cudnn.allow_tf32 = convolution
+        for kernel, value in zip(KERNELS, single, strict=True):
+            torch._C._set_fp32_precision_setter(*kernel, value)
+
+    with settings((cudnn, "benchmark", False)):
+        try:
+            allow(product and "highest", convolution and False, ["ieee"] * len(KERNELS))
+            yield
+        finally:
+            allow(product, convolution, before)
+
+
+def _readable(switch: Callable[[], Any]) -> Any:
+    """One of torch's older switches, or None where newer ones say something else."""
+    try:
+        return switch()
+    except RuntimeError:
+        return None
 
 
 def _selected(params: Selector, name: str, parameter: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import UnsupportedModel
 from isoflat.symmetry.values import Known, Stored, Value, shifted_only
@@ -152,11 +153,12 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], k
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Attention as the modules write it down, not torch's fused shortcut for inference."""
+    """Attention as the modules write it down: neither torch's shortcut for inference, nor a device's fused kernel."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
