@@ -20,9 +20,10 @@ from isoflat.testing import usable
 CUDA = torch.device("cuda")
 
 hardware = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+pretence = pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
 
 
-@pytest.fixture(params=["pretended", pytest.param("cuda", marks=hardware)])
+@pytest.fixture(params=[pytest.param("pretended", marks=pretence), pytest.param("cuda", marks=hardware)])
 def place(request, monkeypatch):
     """A context in which there is such a device; the pretended one is slow, also for what runs beside it."""
     if request.param == "cuda":
@@ -152,7 +153,12 @@ def test_recurrent_networks():
     shared = [row for row in here if row.measure in known]
     assert {"hessian_spectral_norm", "gauss_newton_trace", "gradient_norm"} <= {row.measure for row in shared}
     for row in shared:
-        assert known[row.measure].value == pytest.approx(row.estimate.value, rel=1e-6), row.measure
+        other = known[row.measure]
+        if row.measure == "critical_sharpness":  # ends of a bracket, chosen by losses that rounding tells apart
+            assert other.lower <= row.estimate.upper
+            assert row.estimate.lower <= other.upper
+        else:
+            assert other.value == pytest.approx(row.estimate.value, rel=1e-6), row.measure
 
 
 def allowing(switch):

@@ -39,7 +39,7 @@ class Layerwise(Geometry):
         unseen = tuple(
             (name, "all zero") for name, size in zip(state.space.names, norms.tolist(), strict=True) if size == 0
         )
-        frame = Diagonal(state.space.spread(norms))
+        frame = Diagonal(state.space.spread(norms.to(state.device)))
         return Chart(state, frame, unseen, self.group, tensors_hash(self.name, self.version, state))
 
     def connection(self, state: State, gradient: Tensor) -> Operator | None:
