@@ -1,6 +1,7 @@
 """Modules of `cases` are imported by name; collected for doctests they would run once more, under another one."""
 
 import torch
+
 from cases import elsewhere
 
 collect_ignore = ["cases"]
