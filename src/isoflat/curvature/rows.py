@@ -12,7 +12,7 @@ from isoflat.core.errors import UnsupportedModel
 from isoflat.core.state import State
 from isoflat.risk.batches import alone, move, pieces
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.losses import call, split
+from isoflat.risk.losses import split
 from isoflat.risk.routes.guarded import is_out_of_memory
 from isoflat.risk.rows import row_loss
 
@@ -43,7 +43,7 @@ def per_row(
         UsageError: the loss is no function of output and target.
         UnsupportedModel: the network cannot be run on single rows side by side.
     """
-    row_loss(risk)
+    loss = row_loss(risk)
     inputs, target = split(move(alone(batch), state.device, state.dtype))
     given: Any = dict(inputs) if isinstance(inputs, Mapping) else inputs
     given = tuple(given) if isinstance(given, list) else given
@@ -51,7 +51,7 @@ def per_row(
 
     def row(inputs: Any, target: Tensor) -> Any:
         def output(tensors: Mapping[str, Tensor]) -> Tensor:
-            return risk.network(state.replace(tensors), lambda model: call(model, _lifted(inputs)))
+            return risk.network(state.replace(tensors), lambda model: loss.output(model, _lifted(inputs)))
 
         return work(output, chosen, target[None])
 

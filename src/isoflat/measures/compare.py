@@ -491,9 +491,13 @@ def _notes(rows: Sequence[Record], differences: Sequence[Difference]) -> tuple[s
     losses = {row.label: row.point.loss for row in rows}
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
     if losses[high] - losses[low] > UNEQUAL * max(abs(losses[low]), abs(losses[high])):
+        classes = all(row.point.accuracy is not None for row in rows)
+        scaled = (
+            f", or pass logits='loss={losses[high]:.4g}', which scales their scores to an equal one" if classes else ""
+        )
         notes.append(
             f"losses differ ({losses[low]:.4g} for {low}, {losses[high]:.4g} for {high}): numbers at unequal loss are "
-            "not comparable one to one, because curvature changes with the loss. Compare networks trained to the same loss"
+            f"not comparable one to one, because curvature changes with the loss. Compare networks trained to the same loss{scaled}"
         )
     plain = [row for row in rows if row.geometry == PLAIN.name]
     if plain:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.losses import Loss, TargetLoss, as_loss, call, split
 from isoflat.risk.network import Network, Selector
 from isoflat.risk.ranks import check_whole
+from isoflat.risk.temperature import scaled
 from isoflat.risk.wrappers import compiled, unwrapped
 from isoflat.symmetry.base import Symmetry
 from isoflat.symmetry.declared import UnitScale
@@ -73,16 +76,43 @@ def subject(
 
 
 def _scored(loss: Loss, logits: str | None) -> Loss:
-    """The loss of the scores as they are, or of their directions."""
-    if logits not in (None, "normalised"):
-        raise UsageError(f"logits must be 'normalised', or None for the loss as it is, got {logits!r}")
+    """The loss of the scores as they are, of their directions, or of scores yet to be scaled."""
     if logits is None:
         return loss
+    wanted = _wanted(logits)
+    if logits != "normalised" and wanted is None:
+        raise UsageError(
+            "logits must be 'normalised', 'loss=' and a positive number that the loss is brought to, such as 'loss=0.1', or "
+            f"None for the loss as it is, got {logits!r}"
+        )
     if not isinstance(loss, TargetLoss):
         raise UsageError(
-            f"logits='normalised' needs a loss of output and target, and {type(loss).__name__} sees the model: leave it out"
+            f"logits='{logits}' needs a loss of output and target, and {type(loss).__name__} sees the model: leave it out"
         )
-    return loss.normalised()
+    return loss.normalised() if wanted is None else loss.at(wanted)
+
+
+def _wanted(logits: str) -> float | None:
+    """The number behind `loss=`, if that is what it says."""
+    name, _, number = logits.partition("=")
+    try:
+        wanted = float(number) if name == "loss" else math.nan
+    except ValueError:
+        return None
+    return wanted if 0 < wanted < math.inf else None
+
+
+def at_equal_loss(target: Subject) -> Subject:
+    """The subject with its scores scaled as `logits="loss=…"` wants them; any other as it is.
+
+    Raises:
+        UsageError: no factor brings the loss there.
+    """
+    loss = target.risk.loss
+    if not isinstance(loss, TargetLoss) or loss.wanted is None:
+        return target
+    risk, note = scaled(target.risk, target.state, loss, loss.wanted)
+    return replace(target, risk=risk, notes=(*target.notes, note))
 
 
 def _unwrapped(model: Any) -> tuple[Network, tuple[str, ...]]:

@@ -17,7 +17,7 @@ from isoflat.geometry.base import Geometry
 from isoflat.geometry.traced import Traced
 from isoflat.measures.base import Budget, Effort, Measure, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
-from isoflat.measures.prepare import outputs, subject, symmetries_of
+from isoflat.measures.prepare import at_equal_loss, outputs, subject, symmetries_of
 from isoflat.measures.sampled import results
 from isoflat.measures.scribe import Refusal, Result
 from isoflat.measures.session import Session
@@ -75,7 +75,8 @@ def measure(  # noqa: PLR0913
             may carry, with an interval (confidence 0.95 by default) that says what the sample leaves open; all the data is
             used where that is little more, and for numbers without such a form. None for all the data.
         logits: "normalised" for the loss of class scores that are centred and divided by their length, so that growing
-            all weights of a network does not make it look flatter; None for the loss as it is.
+            all weights of a network does not make it look flatter; "loss=0.1" for scores multiplied by what brings the
+            loss there, so that networks are compared at an equal one; None for the loss as it is.
         budget: number of products, or a `Budget`.
         seed: of the random start vectors and probes.
         dtype: "float32" or "float64"; default the weights' own. "bfloat16" for products by autocast, with the value from
@@ -245,7 +246,7 @@ def opened(
             bar.set_postfix_str(status, refresh=False)
             bar.update()
 
-        yield Session(target, effort, ranks.together(bound, _groups), label, report)
+        yield Session(at_equal_loss(target), effort, ranks.together(bound, _groups), label, report)
 
 
 def _groups(plan: Bound) -> dict[str, str]:

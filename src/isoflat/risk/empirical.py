@@ -183,7 +183,7 @@ class EmpiricalRisk:
         def per_batch(index: int, batch: Any) -> Part:
             inputs, target = split(move(alone(batch), state.device, state.dtype))
             with torch.no_grad():
-                output = self.network(state, lambda model: call(model, inputs))
+                output = self.network(state, lambda model: loss.output(model, inputs))
             z = output.detach().requires_grad_(True)
             if z.ndim == 0 or len(z) != rows_of(batch):
                 raise UsageError(

@@ -118,6 +118,8 @@ class TargetLoss(Loss):
         classes: the class indices whose predictions count towards accuracy, as a mask; None if undefined.
         claimed_mean: a function of the user's that must prove to be a mean over rows (`check_mean`).
         criterion: the torch criterion it was made from; None for a function of the user's.
+        scores: what the model's output becomes before it is the output that all of this speaks of.
+        wanted: what the loss is to be once scores are scaled (`risk.temperature`); None for what it is.
     """
 
     summed: Callable[[Tensor, Tensor], Tensor]
@@ -125,14 +127,21 @@ class TargetLoss(Loss):
     classes: Callable[[Tensor, Tensor], Tensor] | None = None
     claimed_mean: Callable[[Tensor, Tensor], Tensor] | None = None
     criterion: nn.Module | None = None
+    scores: Callable[[Tensor], Tensor] | None = None
+    wanted: float | None = None
 
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
         """Apply the model to the inputs and the loss to its output."""
         inputs, target = split(batch)
-        return self.of(call(model, inputs), target, rows_of(target if _has_rows(target) else inputs))
+        return self.of(self.output(model, inputs), target, rows_of(target if _has_rows(target) else inputs))
+
+    def output(self, model: Callable[..., Any], inputs: Any) -> Tensor:
+        """What the loss is a function of."""
+        output = call(model, inputs)
+        return output if self.scores is None else self.scores(output)
 
     def of(self, output: Tensor, target: Tensor, rows: int) -> Term:
-        """The contribution of so many rows, from the model's output."""
+        """The contribution of so many rows, from `output`."""
         total = scalar(self.summed(output, target), "summed loss")
         count = self.count(output, target)
         if self.classes is None or not _are_classes(output, target):
@@ -182,17 +191,38 @@ class TargetLoss(Loss):
         Raises:
             UsageError: the loss is not one of class scores.
         """
+        self._of_scores("normalised")
+        return replace(
+            self,
+            scores=self._before(_directions_of),
+            logits="normalised",
+            notes=(*self.notes, "scores were normalised"),
+        )
+
+    def at(self, wanted: float) -> TargetLoss:
+        """The loss of scores that are yet to be scaled, so that it becomes what is wanted (`risk.temperature`).
+
+        Raises:
+            UsageError: the loss is not one of class scores.
+        """
+        self._of_scores(f"loss={wanted:g}")
+        return replace(self, logits=f"loss={wanted:g}", wanted=wanted)
+
+    def scaled(self, factor: float) -> TargetLoss:
+        """The loss of scores times a factor."""
+        return replace(self, scores=self._before(lambda scores: factor * scores))
+
+    def _before(self, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A change of scores, which for a loss of log-probabilities are brought to such again."""
+        if not isinstance(self.criterion, nn.NLLLoss):
+            return change
+        return lambda scores: change(scores).log_softmax(1 if scores.ndim > 1 else 0)
+
+    def _of_scores(self, logits: str) -> None:
         if self.classes is None:
             raise UsageError(
-                "logits='normalised' divides class scores by their length, and needs torch.nn.CrossEntropyLoss or NLLLoss: "
-                "leave logits out"
+                f"logits='{logits}' scales class scores, and needs torch.nn.CrossEntropyLoss or NLLLoss: leave logits out"
             )
-
-        def summed(output: Tensor, target: Tensor) -> Tensor:
-            return self.summed(_directions_of(output), target)
-
-        notes = (*self.notes, "scores were normalised")
-        return replace(self, summed=summed, criterion=None, logits="normalised", notes=notes)
 
 
 def _directions_of(scores: Tensor) -> Tensor:

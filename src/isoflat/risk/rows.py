@@ -12,7 +12,7 @@ from isoflat.core.errors import UnsupportedModel, UsageError
 from isoflat.core.state import State
 from isoflat.risk.batches import alone, move
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.losses import TargetLoss, call, split
+from isoflat.risk.losses import TargetLoss, split
 from isoflat.risk.routes.guarded import is_out_of_memory
 
 Tensors = dict[str, Tensor]
@@ -50,7 +50,7 @@ def derivative(risk: EmpiricalRisk, state: State, batch: Any, *directions: Tenso
 
     def losses(parameters: Tensors) -> Tensor:
         moved = State(parameters, state.frozen, state.buffers, state.constants)
-        return loss.by_row(risk.network(moved, lambda model: call(model, inputs)), target)
+        return loss.by_row(risk.network(moved, lambda model: loss.output(model, inputs)), target)
 
     made: Callable[[Tensors], Tensor] = losses
     for direction in directions:

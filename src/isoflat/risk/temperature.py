@@ -1,0 +1,65 @@
+"""Scores scaled until the loss is what is wanted, so that networks of unequal loss can be compared at an equal one."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import torch
+from scipy.optimize import brentq, minimize_scalar
+
+from isoflat.core.errors import UsageError
+from isoflat.core.state import State
+from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.losses import TargetLoss
+
+SPAN = 20
+"""Powers of two by which scores may grow or shrink."""
+
+
+def scaled(risk: EmpiricalRisk, state: State, loss: TargetLoss, wanted: float) -> tuple[EmpiricalRisk, str]:
+    """The risk with scores times the factor that brings it to what is wanted, and a note that says which.
+
+    Cross-entropy is convex in the factor, falls from that of equal scores at 0, and may rise again where a network is wrong
+    and sure: the factor is the smaller of the two that do it. A dozen forward passes.
+
+    Raises:
+        UsageError: no factor does.
+    """
+
+    @cache
+    def excess(factor: float) -> float:
+        return replace(risk, loss=loss.scaled(factor)).value(state) - wanted
+
+    if excess(0.0) <= 0:
+        raise UsageError(
+            f"logits='{loss.logits}' cannot be had: equal scores for all classes have a loss of {wanted + excess(0.0):.4g}. Ask "
+            "for less"
+        )
+    below = _below(excess)
+    if below is None:
+        least = wanted + min(excess(2.0**k) for k in range(-SPAN, SPAN + 1))
+        raise UsageError(
+            f"logits='{loss.logits}' cannot be had: whatever its scores are multiplied by, the loss of this network stays at "
+            f"{least:.4g} or above. Ask for more"
+        )
+    precision = max(torch.finfo(state.dtype).eps, 4 * sys.float_info.epsilon)
+    factor = float(brentq(excess, 0.0, below, xtol=sys.float_info.min, rtol=precision))
+    note = f"scores were multiplied by {factor:.6g}, which brings the loss to {wanted:g}"
+    return replace(risk, loss=loss.scaled(factor)), note
+
+
+def _below(excess: Callable[[float], float]) -> float | None:
+    """A factor at which the loss is at most what is wanted; None where there is none."""
+    for k in range(SPAN + 1):
+        for factor in (2.0**k, 2.0**-k):
+            if excess(factor) <= 0:
+                return factor
+    best = min(range(-SPAN, SPAN + 1), key=lambda k: excess(2.0**k))
+    found = minimize_scalar(
+        lambda log: excess(math.exp(log)), bounds=((best - 1) * math.log(2), (best + 1) * math.log(2))
+    )
+    return math.exp(found.x) if found.fun <= 0 else None
