@@ -38,6 +38,16 @@ Weights = Annotated[
         rich_help_panel=WHAT,
     ),
 ]
+Initial = Annotated[
+    Path | None,
+    typer.Option(
+        "--initial",
+        metavar="FILE",
+        help="Weights before training, for bounds that need them; read as --weights is, with the same --weights-key and "
+        "--strip-prefix.",
+        rich_help_panel=WHAT,
+    ),
+]
 DATA_HELP = (
     "digits (inside scikit-learn), a .npz file (x_train and y_train, or x and y), Parquet files with images and labels "
     "(a file, folder or glob), a folder with one subfolder of images per class, or module:factory. "
@@ -144,8 +154,9 @@ Logits = Annotated[
     str | None,
     typer.Option(
         "--logits",
-        metavar="normalised",
-        help="normalised: class scores are centred and divided by their length first. Default: the loss as it is.",
+        metavar="normalised|loss=VALUE",
+        help="normalised: class scores are centred and divided by their length first. loss=0.1: they are multiplied by what "
+        "brings the loss there, so that networks are compared at an equal one. Default: the loss as it is.",
         rich_help_panel=HOW,
     ),
 ]

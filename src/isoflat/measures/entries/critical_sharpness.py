@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -33,14 +34,13 @@ class _Crossing(Reading):
     """
 
     def answer(self, scene: Scene) -> tuple[float, float]:
-        """A dozen forward passes or two: doubling, then halving, until the ends are rtol apart or too close to tell."""
+        """Half a dozen forward passes: doubling until the loss has risen, then interpolation until the ends are rtol apart."""
         slope = scene.chart.frame.pull(self._gradient(scene)[:, None])[:, 0]
         direction = scene.chart.frame.push(slope[:, None])[:, 0]
         fall = float(inner([slope], slope)[0])
         if not fall:
             raise UsageError("critical sharpness is a step along the gradient, which is zero here")
         start = self._loss(scene, direction, 0.0)
-        noise = ROUNDING * torch.finfo(torch.float64).eps * abs(start)
 
         def change(step: float) -> float:
             """Of the loss; infinite where it overflows."""
@@ -49,34 +49,8 @@ class _Crossing(Reading):
             return found if math.isfinite(found) else math.inf
 
         # On a parabola that touches zero the crossing is at 4 L / ‖g‖²: a guess that has the right scale.
-        low, high = 0.0, 4 * abs(start) / fall or 1.0
-        for _ in range(TRIES):
-            risen = change(high)
-            if risen > noise:
-                break
-            low, high = (high if risen < -noise else low), 2 * high
-        else:
-            raise UsageError("the loss does not rise again however long the step: critical sharpness is not defined")
-        step = high
-        for _ in range(0 if low else TRIES):
-            step /= 2
-            risen = change(step)
-            if risen < -noise:
-                low = step
-                break
-            high = step if risen > noise else high
-        if not low:
-            raise UsageError(
-                f"along the gradient the loss falls by less than rounding resolves ({noise:.1e}): this is a minimum, and "
-                "critical sharpness is not defined there"
-            )
-        while high - low > scene.effort.rtol * low:
-            middle = (low + high) / 2
-            risen = change(middle)
-            if abs(risen) <= noise:
-                break
-            low, high = (low, middle) if risen > 0 else (middle, high)
-        return low, high
+        first = 4 * abs(start) / fall or 1.0
+        return _crossing(change, fall, first, ROUNDING * torch.finfo(torch.float64).eps * abs(start), scene.effort.rtol)
 
     @staticmethod
     def _gradient(scene: Scene) -> Tensor:
@@ -94,6 +68,62 @@ class _Crossing(Reading):
         moved = state.space.unflatten(state.vector - step * direction)
         with exactly(state.device):
             return scene.risk.value(state.replace(moved))
+
+
+def _crossing(
+    change: Callable[[float], float], fall: float, step: float, noise: float, rtol: float
+) -> tuple[float, float]:
+    """Two steps on which the loss has fallen and risen beyond noise, rtol apart, or with noise between them.
+
+    Change over step starts at `−fall` and is a line where the loss is a parabola: it is interpolated, aiming a little to the
+    side of the crossing that is not known well yet, and halves the interval where that does not.
+
+    Args:
+        change: of the loss after a step.
+        fall: its slope at zero, turned round.
+        step: first guess.
+        noise: what a change must exceed to count.
+        rtol: relative distance of the ends.
+
+    Raises:
+        UsageError: the loss does not rise again, or never falls by more than noise.
+    """
+    low, high, below, above = 0.0, math.inf, -fall, math.inf
+    for _ in range(TRIES):
+        risen = change(step)
+        if risen > noise:
+            high, above = step, risen / step
+            break
+        low, below = (step, risen / step) if risen < -noise else (low, below)
+        step *= 2
+    else:
+        raise UsageError("the loss does not rise again however long the step: critical sharpness is not defined")
+    middle, room = False, high
+    for _ in range(3 * TRIES):
+        if high - low <= rtol * low or fall * room <= noise:
+            break
+        before = high - low
+        step = (low + room) / 2
+        if not middle and room == high and math.isfinite(above):
+            crossing = low - below * (high - low) / (above - below)
+            aim = crossing * (1 - rtol / 4 if crossing - low > rtol / 2 * crossing else 1 + rtol / 4)
+            step = aim if low < aim < high else step
+        risen = change(step)
+        if risen > noise:
+            high, above, room = step, risen / step, step
+        elif risen < -noise:
+            low, below = step, risen / step
+        elif low:
+            break
+        else:
+            room = step
+        middle = high - low > before / 2 and not middle
+    if not low:
+        raise UsageError(
+            f"along the gradient the loss falls by less than rounding resolves ({noise:.1e}): this is a minimum, and critical "
+            "sharpness is not defined there"
+        )
+    return low, high
 
 
 def _evaluate(findings: Findings) -> Estimate:
