@@ -15,6 +15,7 @@ demo: $(ENV)  ## train small nets with small and large batches, measure them, at
 
 test: $(ENV) lint  ## everything that must hold before a change lands
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	ISOFLAT_PRETEND=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/device
 
 lint: $(ENV)
 	$(BIN)/ruff check src tests benchmarks

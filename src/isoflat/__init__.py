@@ -19,6 +19,7 @@ from isoflat.core.estimate import Cost, Estimate, Kind
 from isoflat.core.record import Point, Record
 from isoflat.core.spectrum import Spectrum
 from isoflat.core.table import Table
+from isoflat.geometry.preconditioned import Preconditioned
 from isoflat.geometry.quotient import Quotient
 from isoflat.measures.base import Budget, Measure
 from isoflat.measures.compare import compare
@@ -48,6 +49,7 @@ __all__ = [
     "NonFinite",
     "NondeterministicRisk",
     "Point",
+    "Preconditioned",
     "Quotient",
     "RankLost",
     "RanksDiffer",

@@ -1,8 +1,8 @@
 """The law suite: what every measure claims, attacked; for measures of your own as well.
 
 `drifts` measures small networks before and after edits that keep their function, one kind of edit for each
-`Invariance`. A claim holds if no edit of its kind moves the number beyond rounding or its interval; it is tight if what is
-not claimed does move it.
+`Invariance`. A claim holds if no edit of its kind moves the number beyond rounding, or beyond what its random numbers leave
+open where the edit deals them out anew (`SCALINGS`); it is tight if what is not claimed does move it.
 
 >>> from isoflat.measures.catalogue import find_measure
 >>> found = drifts(find_measure("gradient_norm"), "layerwise")
@@ -17,14 +17,17 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from statistics import stdev
 from typing import Any, final
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor, nn
 
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.streams import stream
 from isoflat.geometry.base import Geometry, Invariance
+from isoflat.geometry.preconditioned import Preconditioned
 from isoflat.geometry.traced import Traced
 from isoflat.measures.base import Measure
 from isoflat.measures.catalogue import find_geometry, find_measure
@@ -37,10 +40,26 @@ ROUNDING = 1e-6
 """Relative drift of a number that is exact or enclosed, below which nothing has moved: the edits reach factors of 100, and
 pass through rounding of products, canonical representatives and eigenvalue problems."""
 
+CONFIDENCE = 0.999
+"""Of the interval for what an edit does to a number that rests on random ones."""
+
 TOLERANCE = 1e-8
 """Relative width that enclosures are asked for."""
 
-__all__ = ["ARENAS", "Arena", "Drift", "Invariance", "check", "drifts", "usable"]
+SHORT = {"chains": 8, "draws": 8, "burn": 22, "localisation": 200.0, "rows": 24}
+"""Chains that are long enough to tell an edit from none."""
+
+GLANCE = {"chains": 2, "draws": 2, "burn": 2}
+"""Chains that are as telling where an edit leaves random numbers where they were (`SCALINGS`)."""
+
+SCALINGS = frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS})
+"""Edits after which random numbers are where they were: a metric that follows a scaling has the coordinates it had before, so
+that a number that rests on the same draws is the same. Other edits deal coordinates out anew."""
+
+Place = str | Geometry | Callable[[nn.Module], Geometry]
+"""A geometry, its name, or what makes one for a network: the edited copy is measured in that of the network itself."""
+
+__all__ = ["ARENAS", "Arena", "Drift", "Invariance", "Place", "check", "drifts", "preconditioned", "usable"]
 
 
 @final
@@ -110,16 +129,28 @@ class Drift:
 
 
 def usable(entry: str | Measure) -> Measure:
-    """A measure with values for what must be given: claims do not depend on them.
+    """A measure with values for what must be given, and short chains: claims do not depend on them.
 
     >>> usable("edge_of_stability").label
     'edge_of_stability(learning_rate=0.1, momentum=0)'
     """
     entry = find_measure(entry)
-    return entry.with_options(learning_rate=0.1) if "learning_rate" in entry.options else entry
+    given = SHORT if "chains" in entry.options else {"learning_rate": 0.1} if "learning_rate" in entry.options else {}
+    return entry.with_options(**given)
 
 
-def drifts(entry: str | Measure, geometry: str | Geometry = "euclidean", seed: int = 0) -> dict[Invariance, Drift]:
+def preconditioned(net: nn.Module) -> Preconditioned:
+    """The metric of Adam's state after a first step with gradients that are drawn; the network is left alone."""
+    twin = copy.deepcopy(net)
+    adam = torch.optim.Adam(twin.parameters(), lr=0.1)
+    for name, parameter in twin.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=stream(0, "gradient", name), dtype=torch.float64)
+        parameter.grad = drawn.to(parameter)
+    adam.step()
+    return Preconditioned.of(adam, twin)
+
+
+def drifts(entry: str | Measure, geometry: Place = "euclidean", seed: int = 0) -> dict[Invariance, Drift]:
     """How far each kind of edit moves a measure.
 
     Args:
@@ -128,11 +159,11 @@ def drifts(entry: str | Measure, geometry: str | Geometry = "euclidean", seed: i
         seed: of random probes and start vectors.
     """
     entry = find_measure(entry)
-    place = find_geometry(entry.geometry or geometry)
+    place = entry.geometry or geometry
     return {kind: _drift(entry, place, kind, seed) for kind in Invariance}
 
 
-def check(entry: str | Measure, geometry: str | Geometry = "euclidean", seed: int = 0) -> dict[Invariance, Drift]:
+def check(entry: str | Measure, geometry: Place = "euclidean", seed: int = 0) -> dict[Invariance, Drift]:
     """That claims hold and are tight.
 
     Raises:
@@ -145,18 +176,28 @@ def check(entry: str | Measure, geometry: str | Geometry = "euclidean", seed: in
     return found
 
 
-def _drift(entry: Measure, place: Geometry, kind: Invariance, seed: int) -> Drift:
-    claimed = kind in entry.claimed(place)
+def _drift(entry: Measure, where: Place, kind: Invariance, seed: int) -> Drift:
+    entry = entry.with_options(**GLANCE) if kind in SCALINGS and "chains" in entry.options else entry
     changes: list[tuple[float, bool]] = []
     refused: list[str] = []
+    claimed = False
     for arena in (arena for arena in ARENAS if arena.invariance is kind):
         net, twin, data = _networks(arena)
+        place = where(net) if callable(where) else find_geometry(where)
         known = _found(arena) if isinstance(place, Traced) else None
+        claimed = kind in entry.claimed(place)
 
-        def number(model: nn.Module, data: Any = data, known: Found | None = known) -> Estimate:
+        def number(
+            model: nn.Module,
+            data: Any = data,
+            place: Geometry = place,
+            known: Found | None = known,
+            arena: Arena = arena,
+        ) -> Estimate:
             own = None if known is None else replace(known, model=model)
+            start = _start(arena) if entry.prior else None
             options = {"measure": entry, "geometry": place, "symmetries": own, "rtol": TOLERANCE, "seed": seed}
-            return measure(model, data, nn.CrossEntropyLoss(), **options)
+            return measure(model, data, nn.CrossEntropyLoss(), initial=start, **options)
 
         try:
             before = number(net)
@@ -164,25 +205,43 @@ def _drift(entry: Measure, place: Geometry, kind: Invariance, seed: int) -> Drif
             refused.append(f"{arena.name}: {error}")
             continue
         # An edit after which a number is refused has moved it: that error is not caught.
-        changes.append(_change(before, number(twin)))
+        changes.append(_change(before, number(twin), kind))
     if not changes:
         return Drift(claimed, None, True, tuple(refused))
     return Drift(claimed, max(change for change, _ in changes), all(inside for _, inside in changes), tuple(refused))
 
 
-def _change(before: Estimate, after: Estimate) -> tuple[float, bool]:
+def _change(before: Estimate, after: Estimate, kind: Invariance) -> tuple[float, bool]:
     size = max(abs(before.value), abs(after.value))
     gap = abs(after.value - before.value)
     allowed = ROUNDING * size
-    if Kind.STANDARD_ERROR in (before.kind, after.kind):
-        allowed += (before.upper - before.lower + after.upper - after.lower) / 2
+    if Kind.STANDARD_ERROR in (before.kind, after.kind) and kind not in SCALINGS:
+        allowed += _left_open(before, after)
     least = min(abs(before.value), abs(after.value))
     return gap / least if least else (math.inf if gap else 0.0), gap <= allowed
+
+
+def _left_open(before: Estimate, after: Estimate) -> float:
+    """By how much random numbers that are dealt out anew may move a number that an edit does not.
+
+    Both rest on the same draws, so that samples are compared one by one (Student's paired t), where there are any.
+    """
+    if not before.samples or len(before.samples) != len(after.samples):
+        return (before.upper - before.lower + after.upper - after.lower) / 2
+    differences = [b - a for a, b in zip(before.samples, after.samples, strict=True)]
+    tail = float(student.isf((1 - CONFIDENCE) / 2, len(differences) - 1))
+    return tail * stdev(differences) / math.sqrt(len(differences))
 
 
 @cache
 def _networks(arena: Arena) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor]]:
     return arena.networks()
+
+
+@cache
+def _start(arena: Arena) -> nn.Module:
+    """Weights before training; the edit is of the trained network alone, so that these stay where they are."""
+    return _random(arena.build().double().eval(), f"{arena.name}, before training")
 
 
 @cache
@@ -225,6 +284,18 @@ def _mlp() -> nn.Module:
 def _cnn() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)
+    )
+
+
+def _pooled() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 2),
+        nn.ReLU(),
+        nn.Conv2d(6, 3, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(3, 3),
     )
 
 
@@ -303,9 +374,12 @@ ARENAS = (
     Arena("convolutions, whole layers", Invariance.LAYERS, _cnn, (1, 8, 8), lambda t: _layers(t, ("0", "3", "6"))),
     Arena("multilayer perceptron, units", Invariance.UNITS, _mlp, (5,), lambda t: _units(t, "0", "2")),
     Arena("convolutions, filters", Invariance.UNITS, _cnn, (1, 8, 8), lambda t: _units(t, "3", "6", group=4)),
+    Arena("mean pooling, whole layers", Invariance.LAYERS, _pooled, (1, 4, 4), lambda t: _layers(t, ("0", "2", "6"))),
+    Arena("mean pooling, filters", Invariance.UNITS, _pooled, (1, 4, 4), lambda t: _units(t, "0", "2")),
     Arena("batch normalisation, channels", Invariance.NORMS, _normalised, (5,), _channels),
     Arena("attention, bases of a head", Invariance.BASES, _Attention, (4, 5), _head),
     Arena("two linear maps, the basis between", Invariance.BASES, _pair, (5,), _between),
     Arena("multilayer perceptron, order of units", Invariance.ORDER, _mlp, (5,), _order),
+    Arena("mean pooling, order of filters", Invariance.ORDER, _pooled, (1, 4, 4), _order),
 )
 """Networks and edits of the law suite."""

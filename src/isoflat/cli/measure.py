@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,8 @@ from isoflat.cli.save import claim, deliver
 from isoflat.cli.terminal import facts, plain
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from isoflat.cli.load.inputs import Inputs
     from isoflat.core.record import Record
     from isoflat.core.table import Table
@@ -25,6 +28,7 @@ def measure(  # noqa: PLR0913
     model: options.Model,
     data: options.Data,
     weights: options.Weights = None,
+    initial: options.Initial = None,
     loss: options.Loss = "cross_entropy",
     names: options.Numbers = None,
     geometry: options.Geometry = None,
@@ -90,6 +94,7 @@ def measure(  # noqa: PLR0913
         table, notes, over = evaluate(
             inputs,
             orbit,
+            initial,
             measures=names or [options.HEADLINE],
             geometry=geometry or [options.PLACE],
             params=params or None,
@@ -109,7 +114,10 @@ def measure(  # noqa: PLR0913
         )
     if not ranks.first:
         return
-    content = {"subject": inputs.described() | {"notes": list(notes)}, **table.to_dict()}
+    content = {
+        "subject": inputs.described() | {"initial": None if initial is None else str(initial), "notes": list(notes)},
+        **table.to_dict(),
+    }
     if over is not None:
         content["orbit"] = over.to_dict()
     deliver(content, lambda screen: show(screen, inputs, table, notes, over), as_json, out, force)
@@ -117,12 +125,15 @@ def measure(  # noqa: PLR0913
         raise typer.Exit(NOT_CONVERGED)
 
 
-def evaluate(inputs: Inputs, orbit: int = 0, **settings: Any) -> tuple[Table, tuple[str, ...], Orbit | None]:
+def evaluate(
+    inputs: Inputs, orbit: int = 0, initial: Path | None = None, **settings: Any
+) -> tuple[Table, tuple[str, ...], Orbit | None]:
     """Load and measure.
 
     Args:
         inputs: what is measured.
         orbit: how many copies with the same function are measured too.
+        initial: a file with the weights before training.
         **settings: as for `isoflat.measure_all`.
 
     Returns:
@@ -144,23 +155,38 @@ def evaluate(inputs: Inputs, orbit: int = 0, **settings: Any) -> tuple[Table, tu
     loaded, target = Ranks.here().together(
         lambda: prepare(inputs, settings["params"], settings["dtype"], settings["device"])
     )
+    settings["initial"], further = Ranks.here().together(lambda: _before(inputs, initial))
+    notes = (*loaded.notes, *further)
     with within_memory():
         # Found first: a network without a traceable orbit is refused before the data is read.
         found = symmetries_of(target) if orbit else None
         table = measure_all(loaded.model, loaded.batches, loaded.loss, **settings)
         if found is None:
-            return table, loaded.notes, None
+            return table, notes, None
         if not found.dimension:
-            return table, (*loaded.notes, "no change of these weights that keeps the function: no orbit"), None
+            return table, (*notes, "no change of these weights that keeps the function: no orbit"), None
         shared = {
             key: settings[key]
             for key in (
                 "params", "rtol", "confidence", "certify", "budget", "probes", "device", "reproducible_sum", "logits",
+                "initial",
             )
         }  # fmt: skip
         names, places = tuple(settings["measures"]), tuple(settings["geometry"])
         plan = Plan(names, places, points=orbit, search=0, seed=settings["seed"], settings=shared)
-        return table, loaded.notes, watched(loaded, found, plan, hidden=not settings["progress"])
+        return table, notes, watched(loaded, found, plan, hidden=not settings["progress"])
+
+
+def _before(inputs: Inputs, file: Path | None) -> tuple[nn.Module | None, tuple[str, ...]]:
+    """The network before training, if there is a file, and what a reader must know of it."""
+    if file is None:
+        return None, ()
+    from isoflat.cli.load.fit import fit
+    from isoflat.cli.load.model import build
+    from isoflat.cli.load.weights import read_weights
+
+    model = build(inputs.model, inputs.seed)
+    return model, fit(model, read_weights(file, inputs.weights_key), inputs.strip_prefix)
 
 
 def show(screen: Console, inputs: Inputs, table: Table, notes: tuple[str, ...], orbit: Orbit | None = None) -> None:

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, final
 
 import torch
+from torch import Tensor
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
@@ -146,6 +147,8 @@ class Scene:
         effort: how hard.
         report: called with a status line at each pass over the data.
         ask: the answer to another reading, which is made once.
+        initial: the weights before training, as they were given: shape `(n,)`, float64, in the order of the user's own
+            trainable tensors, which are those of `state` in the Euclidean geometry; None where there are none.
     """
 
     risk: EmpiricalRisk
@@ -155,6 +158,7 @@ class Scene:
     effort: Effort
     report: Callable[[str], None]
     ask: Callable[[Reading], Any]
+    initial: Tensor | None = None
 
     @property
     def state(self) -> State:
@@ -175,11 +179,13 @@ class Subject:
         risk: the empirical risk.
         state: the point, in the precision of the products.
         notes: what was found while preparing it.
+        initial: the trainable tensors before training, shape `(n,)`, float64; None where they are not known.
     """
 
     risk: EmpiricalRisk
     state: State
     notes: tuple[str, ...] = ()
+    initial: Tensor | None = None
 
 
 @final
@@ -215,6 +221,7 @@ class Measure:
         provisional: what is uncertain about the definition; empty where nothing is.
         options: its own parameters with their values.
         pitfalls: what to know before quoting it.
+        prior: whether it asks for the weights before training.
         version: raised whenever its numbers change.
     """
 
@@ -233,6 +240,7 @@ class Measure:
     provisional: str = ""
     options: Mapping[str, float] = field(default_factory=dict)
     pitfalls: str = ""
+    prior: bool = False
     version: int = 1
 
     def with_options(self, **options: float) -> Measure:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from isoflat.core.errors import DataError, UnsupportedModel, UsageError
+from isoflat.core.errors import DataError, NonFinite, UnsupportedModel, UsageError
 from isoflat.core.record import Point
 from isoflat.core.state import State
 from isoflat.core.streams import stream
@@ -30,7 +30,7 @@ from isoflat.symmetry.found import Found
 _PRECISIONS = {torch.float32, torch.float64}
 
 
-def subject(
+def subject(  # noqa: PLR0913
     model: Any,
     data: Any,
     loss: Any,
@@ -38,6 +38,7 @@ def subject(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     logits: str | None = None,
+    initial: torch.nn.Module | Mapping[str, torch.Tensor] | None = None,
 ) -> Subject:
     """A subject from a user's model, data and loss; nothing is computed yet.
 
@@ -49,6 +50,7 @@ def subject(
         dtype: precision of the products, float32 or float64; None for the weights' own (half precision is promoted).
         device: where to compute; None for where the weights are.
         logits: "normalised" for the loss of scores of length one; None for the loss as it is.
+        initial: the weights before training: a network of the same architecture, or its state_dict.
 
     Raises:
         IsoflatError: the model, the data or the loss cannot be measured; the message says why.
@@ -72,7 +74,43 @@ def subject(
         if low := found - _PRECISIONS:
             notes.append(f"weights in {some(map(str, low))} were measured in {precision}")
     place = torch.device(device) if device is not None else state.device
-    return Subject(risk, state.to(dtype=precision, device=place), tuple(notes))
+    state = state.to(dtype=precision, device=place)
+    before = None if initial is None else _before(initial, network, state)
+    return Subject(risk, state, tuple(notes), before)
+
+
+def _before(initial: torch.nn.Module | Mapping[str, torch.Tensor], network: Network, state: State) -> torch.Tensor:
+    """The weights before training, in the order of the state's trainable tensors; the others may be missing."""
+    if isinstance(initial, torch.nn.Module):
+        module = unwrapped(initial)[0]
+        given: Mapping[str, Any] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    elif isinstance(initial, Mapping):
+        given = initial
+    else:
+        raise UsageError(
+            "initial must be the network before training, or its state_dict (kept with copy.deepcopy), got "
+            f"{type(initial).__name__}"
+        )
+    module = network.module
+    known = {*module.state_dict(), *state.tensors, *(name for name, _ in module.named_buffers())}
+    problems = [f"missing {some(missing)}"] if (missing := state.parameters.keys() - given.keys()) else []
+    problems += [f"unknown {some(map(str, further))}"] if (further := given.keys() - known) else []
+    for name in (name for name in state.parameters if name in given):
+        tensor, shape = given[name], tuple(state.parameters[name].shape)
+        came = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        if came != shape:
+            problems.append(f"{name} expected in shape {shape}, got {came}")
+        elif tensor.is_meta:
+            problems.append(f"{name} has no values (meta)")
+    if problems:
+        raise UsageError(
+            f"initial does not fit {type(module).__name__}: {'; '.join(problems)}. Pass the weights before training of "
+            "this architecture, by the names of the network itself (without those of wrappers)"
+        )
+    parts = [given[name].detach().to(state.device, torch.float64).reshape(-1) for name in state.parameters]
+    if bad := [name for name, part in zip(state.parameters, parts, strict=True) if not bool(part.isfinite().all())]:
+        raise NonFinite(f"initial holds NaN or infinite entries in {some(bad)}: pass the weights before training")
+    return torch.cat(parts)
 
 
 def _scored(loss: Loss, logits: str | None) -> Loss:

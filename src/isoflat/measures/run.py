@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,7 @@ def measure(  # noqa: PLR0913
     certify: bool = True,
     sample: str | None = None,
     logits: str | None = None,
+    initial: torch.nn.Module | Mapping[str, torch.Tensor] | None = None,
     budget: Budget | int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -77,6 +78,8 @@ def measure(  # noqa: PLR0913
         logits: "normalised" for the loss of class scores that are centred and divided by their length, so that growing
             all weights of a network does not make it look flatter; "loss=0.1" for scores multiplied by what brings the
             loss there, so that networks are compared at an equal one; None for the loss as it is.
+        initial: weights before training, for bounds whose prior is centred there: a network of the same architecture or
+            its state_dict.
         budget: number of products, or a `Budget`.
         seed: of the random start vectors and probes.
         dtype: "float32" or "float64"; default the weights' own. "bfloat16" for products by autocast, with the value from
@@ -116,6 +119,7 @@ def measure(  # noqa: PLR0913
         certify=certify,
         sample=sample,
         logits=logits,
+        initial=initial,
         budget=budget,
         seed=seed,
         dtype=dtype,
@@ -142,6 +146,7 @@ def measure_all(  # noqa: PLR0913
     probes: int = 64,
     sample: str | None = None,
     logits: str | None = None,
+    initial: torch.nn.Module | Mapping[str, torch.Tensor] | None = None,
     budget: Budget | int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -167,6 +172,7 @@ def measure_all(  # noqa: PLR0913
         probes: random probes of stochastic estimates.
         sample: as for `measure`.
         logits: as for `measure`.
+        initial: as for `measure`.
         budget: as for `measure`.
         seed: as for `measure`.
         dtype: as for `measure`.
@@ -191,7 +197,7 @@ def measure_all(  # noqa: PLR0913
     ranks = Ranks.here(reproducible_sum)
 
     def prepare() -> Subject:
-        return subject(model, data, loss, params, dtype, device, logits)
+        return subject(model, data, loss, params, dtype, device, logits, initial)
 
     with opened(prepare, plan, effort, symmetries, ranks, label, progress) as session:
         found = results(session) if effort.sample else session.results()

@@ -153,6 +153,12 @@ class Scribe:
         """Of all weights and buffers: the same for every number."""
         return self.subject.state.fingerprint()
 
+    @cached_property
+    def _initial_hash(self) -> str | None:
+        """Of the weights before training, made as that of the model."""
+        initial = self.subject.initial
+        return None if initial is None else State(self.subject.state.space.unflatten(initial)).fingerprint()
+
     def _stationarity(self, geometry: Geometry) -> float:
         """`max_i ‖W_i‖ ‖∇_i L‖` in the geometry's units: the largest block of `Eᵀ∇L`."""
         chart = self.charts[geometry]
@@ -224,6 +230,7 @@ class Scribe:
             "probes": effort.probes,
             "sample": effort.sample or "all",
             "logits": self.subject.risk.loss.logits,
+            "initial": self._initial_hash,
             "seed": effort.seed,
             "max_products": effort.budget.products,
             "dtype": str(state.dtype).removeprefix("torch."),

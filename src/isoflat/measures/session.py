@@ -134,7 +134,7 @@ class Session:
                 made[key] = question.answer(scene)
             return made[key]
 
-        scene = Scene(place.risk, geometry, chart, place.survey, self.effort, self.report, ask)
+        scene = Scene(place.risk, geometry, chart, place.survey, self.effort, self.report, ask, self.subject.initial)
         answers: Answers = {}
         for _, question in self.asked({geometry}):
             if isinstance(question, Reading):

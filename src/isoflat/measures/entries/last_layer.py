@@ -140,6 +140,13 @@ def _forward(scene: Scene, head: Head, part: Any, entries: int) -> Tensor:
         return risk.accumulate(per_batch, torch.zeros(entries, dtype=torch.int8, device=state.device))
 
 
+def features_of(scene: Scene, batch: Any, name: str) -> tuple[Tensor, float]:
+    """What goes into the last layer, shape `(rows, features)`, float64, and what a mean of the batch divides by."""
+    with torch.no_grad():
+        ((_, _, features, term),) = _features(scene, [batch], name)
+    return features.double(), term.count
+
+
 def _deviations(scene: Scene, name: str) -> Tensor:
     """Standard deviation of each feature over the rows of the data."""
     risk, state = scene.risk, scene.state

@@ -1,0 +1,143 @@
+"""What a small random change of the last layer's features does to the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from isoflat.core.errors import UsageError
+from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.streams import stream
+from isoflat.geometry.base import Invariance
+from isoflat.linalg.trace.base import deviation, mean, quantile
+from isoflat.measures.base import Direction, Effort, Findings, Measure, Reading, Scene
+from isoflat.measures.entries.last_layer import MEMORY, LastLayer, features_of
+from isoflat.measures.entries.stochastic import CONFIDENCE
+from isoflat.risk.losses import TargetLoss
+from isoflat.risk.network import exactly
+from isoflat.risk.ranks import Part
+
+
+@final
+@dataclass(frozen=True)
+class _Changes(Reading):
+    """`(L(φ + δ A φ) + L(φ − δ A φ)) / 2 − L(φ)` for a few random A: what is odd in δ drops out.
+
+    Only `W A` enters. Its columns are independent and normal with covariance `W Wᵀ / m`, so that `(W Wᵀ)^½ G` is drawn,
+    G of the shape of W.
+
+    Attributes:
+        delta: δ.
+        draws: how many A.
+        seed: of them.
+    """
+
+    delta: float
+    draws: int
+    seed: int
+    framed = False
+
+    def answer(self, scene: Scene) -> tuple[tuple[float, ...], str]:
+        """One forward pass."""
+        risk, state = scene.risk, scene.state
+        head = scene.ask(LastLayer(False))
+        classes, width = head.weight.shape
+        if 8 * self.draws * classes * width > MEMORY:
+            raise UsageError(
+                f"feature_robustness holds {self.draws} matrices of {classes}×{width} entries, more than {MEMORY >> 30} GiB: "
+                "ask for fewer draws"
+            )
+        loss = risk.loss
+        assert isinstance(loss, TargetLoss)  # it is softmax cross-entropy: the head has looked
+        drawn = torch.randn(
+            self.draws, classes, width, generator=stream(self.seed, "features"), dtype=torch.float64
+        ).to(state.device)
+        steps = self.delta / math.sqrt(width) * (_root(head.weight) @ drawn)
+        bias = state.tensors.get(f"{head.name.removesuffix('weight')}bias")
+
+        def per_batch(index: int, batch: Any) -> Part:
+            features, count = features_of(scene, batch, head.name)
+            target = risk.target(state, batch)
+            target = target.double() if target.is_floating_point() else target
+            z = F.linear(features, head.weight, None if bias is None else bias.detach().double())
+
+            def total(scores: Tensor) -> Tensor:
+                return loss.by_row(scores, target).sum()
+
+            start, changes = total(z), []
+            for step in steps:
+                moved = features @ step.T
+                changes.append((total(z + moved) + total(z - moved)) / 2 - start)
+            return Part(torch.stack(changes), count)
+
+        scene.report("changed features")
+        with exactly(state.device), torch.no_grad():
+            like = torch.zeros(self.draws, dtype=torch.int8, device=state.device)
+            return tuple(risk.accumulate(per_batch, like).tolist()), head.name
+
+
+def _root(weight: Tensor) -> Tensor:
+    """`(W Wᵀ)^½`, which does not depend on the order of the features."""
+    left, sizes, _ = torch.linalg.svd(weight, full_matrices=False)
+    return (left * sizes) @ left.T
+
+
+def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Reading, ...]:
+    delta, draws = options["delta"], options["draws"]
+    if not delta > 0 or not draws >= 2 or draws != int(draws):
+        raise UsageError(
+            "feature_robustness needs a positive delta and a whole number of at least 2 draws: "
+            f"feature_robustness(delta=0.01, draws=32), got {delta:g} and {draws:g}"
+        )
+    return (_Changes(delta, int(draws), effort.seed),)
+
+
+def _evaluate(findings: Findings) -> Estimate:
+    samples, name = findings.answers[0].result
+    confidence = CONFIDENCE if findings.effort.confidence is None else findings.effort.confidence
+    value, error = mean(samples), deviation(samples) / math.sqrt(len(samples))
+    half = quantile(confidence, len(samples) - 1) * error
+    converged = 2 * half <= findings.effort.rtol * abs(value)
+    notes = () if converged else (f"{len(samples)} draws do not reach the tolerance; raise draws",)
+    return Estimate(
+        value=value,
+        lower=value - half,
+        upper=value + half,
+        confidence=confidence,
+        kind=Kind.STANDARD_ERROR,
+        converged=converged,
+        standard_error=error,
+        notes=(f"features are those that {name} reads", *notes),
+        samples=samples,
+    )
+
+
+MEASURE = Measure(
+    name="feature_robustness",
+    formula=r"\mathbb{E}_A\, L(W(\varphi + \delta A \varphi)) - L(W \varphi), \quad A_{ij} \sim \mathcal{N}(0, 1/m)",
+    definition="Rise of the loss when the features of the last layer are changed at random by a fraction delta of their length.",
+    reference="petzka2021, arXiv:2001.00939",
+    units="loss",
+    direction=Direction.LOWER_IS_FLATTER,
+    loss_degree=1,
+    needs=_needs,
+    evaluate=_evaluate,
+    geometry="euclidean",
+    claims=frozenset({Invariance.LAYERS, Invariance.NORMS, Invariance.ORDER}),
+    provisional=(
+        "the paper's feature matrices are written from memory: Gaussian ones, with E‖Aφ‖² = ‖φ‖² and drawn in pairs ±A, are "
+        "our choice"
+    ),
+    options={"delta": 0.01, "draws": 32},
+    pitfalls=(
+        "For small δ it is δ²/(2m) times relative_flatness(normalised=0), m the number of features: features of another scale "
+        "move it. Orthogonal matrices would give the same there. What is odd in δ cancels between A and −A, so that the slope "
+        "off a minimum does not enter."
+    ),
+)

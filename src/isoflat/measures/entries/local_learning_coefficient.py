@@ -1,0 +1,190 @@
+"""The local learning coefficient: how many directions a posterior around the minimum has left."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from isoflat.core.errors import UsageError
+from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.state import State
+from isoflat.core.streams import stream
+from isoflat.curvature.matrix import Curvature
+from isoflat.linalg.eigen.lanczos import Lanczos
+from isoflat.linalg.operator import Pullback
+from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Reading, Scene
+from isoflat.measures.entries.stochastic import CONFIDENCE
+from isoflat.risk.empirical import differentiate, leaf_state
+from isoflat.risk.linearise import choose
+from isoflat.risk.network import exactly
+from isoflat.risk.routes.base import joined
+
+SAFE = 0.2
+"""Step in units of the largest that the largest curvature would allow."""
+
+SIZE = 1e-2
+"""Relative residual to which that curvature is known: steps must hardly depend on where its solver starts."""
+
+
+@final
+@dataclass(frozen=True)
+class _Chains(Reading):
+    """Stochastic gradient Langevin dynamics in the coordinates u of the metric's frame, `θ = θ* + E u`.
+
+    Each step is `u ← u − ε/2 (nβ Eᵀ∇L_B + γ u) + √ε ξ`, with nβ = N / ln N.
+
+    Attributes:
+        chains: independent runs.
+        draws: steps that count.
+        burn: steps before them.
+        localisation: γ.
+        rows: of a minibatch.
+    """
+
+    chains: int
+    draws: int
+    burn: int
+    localisation: float
+    rows: int
+
+    def answer(self, scene: Scene) -> Tensor:
+        """Mean rise of the loss, times nβ, of each chain and each of its halves: shape `(chains, 2)`, float64."""
+        total = scene.survey.rows
+        if total < 2:
+            raise UsageError("local_learning_coefficient needs N / ln N, and there is 1 example: give it more")
+        beta = total / math.log(total)
+        step = SAFE * 2 / (beta * self._curvature(scene) + self.localisation)
+        found = []
+        with exactly(scene.state.device):
+            for chain in range(self.chains):
+                random = stream(scene.effort.seed, "langevin", chain)
+                batches = self._minibatches(scene, random)
+                start = torch.zeros(scene.chart.frame.columns, dtype=torch.float64, device=scene.state.device)
+                u, rises, last, rest = start, [], None, 0.0
+                for draw in range(self.burn + self.draws):
+                    if draw % 10 == 0:
+                        scene.report(f"chain {chain + 1} of {self.chains}, step {draw}")
+                    batch = next(batches)
+                    slope, loss = _slope(scene, u, batch)
+                    if draw >= self.burn:
+                        if batch is not last:
+                            # The same rows at the minimum: what is random in both cancels.
+                            last, rest = batch, _loss(scene, start, batch)
+                        rises.append(loss - rest)
+                    noise = torch.randn(len(u), generator=random, dtype=torch.float64).to(u.device)
+                    u = u - step / 2 * (beta * slope + self.localisation * u) + math.sqrt(step) * noise
+                    if not bool(torch.isfinite(u).all()):
+                        raise UsageError("a chain of local_learning_coefficient ran away: raise localisation")
+                halves = torch.tensor(rises, dtype=torch.float64).tensor_split(2)
+                found.append(torch.stack([beta * half.mean() for half in halves]))
+        return torch.stack(found)
+
+    @staticmethod
+    def _curvature(scene: Scene) -> float:
+        """The largest, to a hundredth or so."""
+        route = choose(scene.risk, scene.state, scene.effort.check).route
+        hessian = Curvature(route(scene.risk, scene.state.to(dtype=torch.float64)))
+        solver = Lanczos(rtol=SIZE, certify=False)
+        return abs(solver(Pullback(hessian, scene.chart.frame), stream(scene.effort.seed, "langevin")).wanted.value)
+
+    def _minibatches(self, scene: Scene, random: torch.Generator) -> Iterator[Any]:
+        """Random rows without end; all of them, read once, where that is no more than a minibatch has."""
+        total, batches = scene.survey.rows, scene.risk.batches
+        if total <= self.rows:
+            yield from itertools.repeat(next(iter(batches.only(torch.arange(total), total))))
+        while True:
+            yield from batches.only(torch.randperm(total, generator=random)[: self.rows].sort().values, self.rows)
+
+
+def _slope(scene: Scene, u: Tensor, batch: Any) -> tuple[Tensor, float]:
+    """Mean gradient in the frame's coordinates, and mean loss, of a minibatch."""
+    leaves = leaf_state(_moved(scene, u))
+    term = scene.risk.term(leaves, batch)
+    parameters = list(leaves.parameters.values())
+    slope = joined(parameters, differentiate(term.total, parameters)).double()
+    count = _counted(term.count)
+    return scene.chart.frame.pull((slope / count)[:, None])[:, 0], float(term.total.detach()) / count
+
+
+def _loss(scene: Scene, u: Tensor, batch: Any) -> float:
+    """Mean loss of a minibatch."""
+    with torch.no_grad():
+        term = scene.risk.term(_moved(scene, u), batch)
+    return float(term.total) / _counted(term.count)
+
+
+def _counted(count: float) -> float:
+    if not count > 0:
+        raise UsageError("no target counts in a minibatch of local_learning_coefficient: raise its option rows")
+    return count
+
+
+def _moved(scene: Scene, u: Tensor) -> State:
+    """The state at θ* + E u."""
+    state = scene.state
+    moved = state.space.unflatten(state.vector.double() + scene.chart.frame.push(u[:, None])[:, 0])
+    return state.replace({name: tensor.to(state.dtype) for name, tensor in moved.items()})
+
+
+def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
+    chains, draws, burn, rows = (int(options[key]) for key in ("chains", "draws", "burn", "rows"))
+    if chains < 2 or draws < 2 or burn < 0 or rows < 1 or not options["localisation"] > 0:
+        raise UsageError(
+            "local_learning_coefficient takes chains and draws from 2 on, a burn-in that is not negative, rows from 1 on and "
+            f"a positive localisation, got {dict(options)}"
+        )
+    return (_Chains(chains, draws, burn, options["localisation"], rows),)
+
+
+def _evaluate(findings: Findings) -> Estimate:
+    halves: Tensor = findings.answers[0].result
+    samples = halves.mean(1)
+    chains, value = len(samples), float(samples.mean())
+    confidence = CONFIDENCE if findings.effort.confidence is None else findings.effort.confidence
+    error = float(samples.std()) / math.sqrt(chains)
+    width = float(student.isf((1 - confidence) / 2, chains - 1)) * error
+    trend = halves[:, 1] - halves[:, 0]
+    still = float(trend.mean()) <= 2 * float(trend.std()) / math.sqrt(chains)
+    notes = [] if still else ["the loss still rises from one half of the draws to the other: raise burn"]
+    if value < 0:
+        notes.append("negative: the chains found lower losses, so that this is no minimum")
+    return Estimate(
+        value=value,
+        lower=value - width,
+        upper=value + width,
+        confidence=confidence,
+        kind=Kind.STANDARD_ERROR,
+        converged=2 * width <= findings.effort.rtol * abs(value),
+        standard_error=error,
+        notes=tuple(notes),
+        samples=tuple(samples.tolist()),
+    )
+
+
+MEASURE = Measure(
+    name="local_learning_coefficient",
+    formula=r"n\beta\, (\mathbb{E}_\beta L - L(\theta^*)), \quad n\beta = N / \ln N",
+    definition="Mean rise of the loss in a tempered posterior around the minimum: half the number of directions that it feels.",
+    reference="lau2023, arXiv:2308.12108; watanabe2013",
+    units="none (half a number of directions)",
+    direction=Direction.LOWER_IS_FLATTER,
+    loss_degree=None,
+    needs=_needs,
+    evaluate=_evaluate,
+    options={"chains": 4, "draws": 200, "burn": 200, "localisation": 100.0, "rows": 512},
+    pitfalls=(
+        "The localisation γ keeps chains near the minimum and decides the value with it: compare equal γ only. "
+        "geometry='euclidean' is the usual estimator, which rescaling moves; in another geometry noise and localisation are "
+        "in its units, and it is invariant to what the geometry is. β counts all N examples: devinterp's default counts "
+        "those of a minibatch. Steps are a fifth of what the largest curvature at the point allows, and bias the value by "
+        "about a tenth; where that curvature vanishes only γ limits them. The interval is that of chains, not of the bias. "
+        "Each step reads the data once to find its minibatch: give tensors, not a loader that decodes."
+    ),
+)

@@ -1,0 +1,80 @@
+"""Curvature of every neuron in units of its own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import nn
+
+from isoflat.core.errors import UsageError
+from isoflat.core.estimate import Estimate
+from isoflat.curvature.block_trace import check_blocks
+from isoflat.geometry.base import Invariance
+from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.entries.readings import Diagonal
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose weight has a row for each neuron."""
+
+
+@final
+@dataclass(frozen=True)
+class _Neurons(Reading):
+    """`Σ_l Σ_j ‖w_j‖² tr H_jj`, and the matrices that have no neurons."""
+
+    framed = False
+
+    def answer(self, scene: Scene) -> tuple[float, tuple[str, ...]]:
+        """Sums over the Gauss-Newton matrix's diagonal, once the network is seen to be linear in each weight."""
+        state = scene.state
+        owners = {
+            f"{path}.weight" if path else "weight"
+            for path, module in scene.risk.network.module.named_modules()
+            if isinstance(module, LAYERS)
+        }
+        names = [name for name in state.parameters if name in owners]
+        if not names:
+            raise UsageError("neuronwise_flatness needs a trainable torch.nn.Linear or convolution: here there is none")
+        check_blocks(scene.risk, state, names)
+        diagonal = state.space.unflatten(scene.ask(Diagonal()))
+        total = 0.0
+        for name in names:
+            sizes = state.parameters[name].detach().double().square().flatten(1).sum(1)
+            total += float(sizes @ diagonal[name].flatten(1).sum(1))
+        rest = [name for name, tensor in state.parameters.items() if tensor.ndim > 1 and name not in owners]
+        return total, tuple(rest)
+
+
+def _needs(effort: Any, options: Mapping[str, float]) -> tuple[Reading, ...]:
+    return (_Neurons(),)
+
+
+def _evaluate(findings: Findings) -> Estimate:
+    value, rest = findings.answers[0].result
+    notes = [f"belongs to no linear layer or convolution, and is left out: {', '.join(rest)}"] if rest else []
+    return Estimate.exact(value, *notes)
+
+
+MEASURE = Measure(
+    name="neuronwise_flatness",
+    formula=r"\sum_l \sum_j \lVert w_j^l \rVert^2\, \mathrm{tr}\, H_{jj}^l",
+    definition="Trace of each neuron's own block of the Hessian in units of its incoming weights, over all neurons.",
+    reference="petzka2019, arXiv:1912.00058",
+    units="loss",
+    direction=Direction.LOWER_IS_FLATTER,
+    loss_degree=1,
+    needs=_needs,
+    evaluate=_evaluate,
+    geometry="euclidean",
+    claims=frozenset({Invariance.LAYERS, Invariance.NORMS, Invariance.ORDER}),
+    provisional=(
+        "written from memory of the paper: that neurons count by traces rather than largest eigenvalues, and layers all "
+        "alike, is unverified"
+    ),
+    pitfalls=(
+        "A neuron's own scale cancels, but not that of the single neurons it reads: rescaling units moves it, layers do not. "
+        "Exact for piecewise linear networks under softmax cross-entropy, and refused elsewhere. Biases do not enter."
+    ),
+)
