@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import stdev
@@ -31,7 +31,7 @@ from isoflat.geometry.preconditioned import Preconditioned
 from isoflat.geometry.traced import Traced
 from isoflat.measures.base import Measure
 from isoflat.measures.catalogue import find_geometry, find_measure
-from isoflat.measures.run import measure
+from isoflat.measures.run import measure_all
 from isoflat.measures.scribe import NOT_APPLICABLE
 from isoflat.symmetry.discover import symmetries
 from isoflat.symmetry.found import Found
@@ -56,10 +56,25 @@ SCALINGS = frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS})
 """Edits after which random numbers are where they were: a metric that follows a scaling has the coordinates it had before, so
 that a number that rests on the same draws is the same. Other edits deal coordinates out anew."""
 
+ADAPTIVE = "preconditioned_edge_of_stability"
+"""The measure whose geometry is an optimiser's (`preconditioned`) and has no name."""
+
 Place = str | Geometry | Callable[[nn.Module], Geometry]
 """A geometry, its name, or what makes one for a network: the edited copy is measured in that of the network itself."""
 
-__all__ = ["ARENAS", "Arena", "Drift", "Invariance", "Place", "check", "drifts", "preconditioned", "usable"]
+__all__ = [
+    "ADAPTIVE",
+    "ARENAS",
+    "Arena",
+    "Drift",
+    "Invariance",
+    "Place",
+    "check",
+    "drifts",
+    "drifts_of",
+    "preconditioned",
+    "usable",
+]
 
 
 @final
@@ -159,8 +174,19 @@ def drifts(entry: str | Measure, geometry: Place = "euclidean", seed: int = 0) -
         seed: of random probes and start vectors.
     """
     entry = find_measure(entry)
-    place = entry.geometry or geometry
-    return {kind: _drift(entry, place, kind, seed) for kind in Invariance}
+    return drifts_of([entry], geometry, seed)[entry.label]
+
+
+def drifts_of(
+    entries: Sequence[str | Measure], geometry: Place = "euclidean", seed: int = 0
+) -> dict[str, dict[Invariance, Drift]]:
+    """The same of several measures at once, which share their passes over the data; by their labels."""
+    measures = [find_measure(entry) for entry in entries]
+    found: dict[str, dict[Invariance, Drift]] = {entry.label: {} for entry in measures}
+    for kind in Invariance:
+        for label, drift in _drifts(measures, geometry, kind, seed).items():
+            found[label][kind] = drift
+    return found
 
 
 def check(entry: str | Measure, geometry: Place = "euclidean", seed: int = 0) -> dict[Invariance, Drift]:
@@ -176,39 +202,56 @@ def check(entry: str | Measure, geometry: Place = "euclidean", seed: int = 0) ->
     return found
 
 
-def _drift(entry: Measure, where: Place, kind: Invariance, seed: int) -> Drift:
-    entry = entry.with_options(**GLANCE) if kind in SCALINGS and "chains" in entry.options else entry
-    changes: list[tuple[float, bool]] = []
-    refused: list[str] = []
-    claimed = False
+def _drifts(entries: Sequence[Measure], where: Place, kind: Invariance, seed: int) -> dict[str, Drift]:
+    changes: dict[str, list[tuple[float, bool]]] = {entry.label: [] for entry in entries}
+    refused: dict[str, list[str]] = {entry.label: [] for entry in entries}
+    claimed: dict[str, bool] = {}
+    asked = {entry.label: _brief(entry, kind) for entry in entries}
     for arena in (arena for arena in ARENAS if arena.invariance is kind):
         net, twin, data = _networks(arena)
         place = where(net) if callable(where) else find_geometry(where)
-        known = _found(arena) if isinstance(place, Traced) else None
-        claimed = kind in entry.claimed(place)
+        before, after = (_numbers(list(asked.values()), model, data, place, arena, seed) for model in (net, twin))
+        for label, entry in asked.items():
+            claimed[label] = kind in entry.claimed(find_geometry(entry.geometry or place))
+            first, second = before[entry.label], after[entry.label]
+            if isinstance(first, str):
+                refused[label].append(f"{arena.name}: {first}")
+            else:  # an edit after which a number is refused has moved it
+                changes[label].append((math.inf, False) if isinstance(second, str) else _change(first, second, kind))
+    return {label: _drift(claimed[label], changes[label], refused[label]) for label in asked}
 
-        def number(
-            model: nn.Module,
-            data: Any = data,
-            place: Geometry = place,
-            known: Found | None = known,
-            arena: Arena = arena,
-        ) -> Estimate:
-            own = None if known is None else replace(known, model=model)
-            start = _start(arena) if entry.prior else None
-            options = {"measure": entry, "geometry": place, "symmetries": own, "rtol": TOLERANCE, "seed": seed}
-            return measure(model, data, nn.CrossEntropyLoss(), initial=start, **options)
 
-        try:
-            before = number(net)
-        except NOT_APPLICABLE as error:
-            refused.append(f"{arena.name}: {error}")
-            continue
-        # An edit after which a number is refused has moved it: that error is not caught.
-        changes.append(_change(before, number(twin), kind))
+def _drift(claimed: bool, changes: Sequence[tuple[float, bool]], refused: Sequence[str]) -> Drift:
     if not changes:
         return Drift(claimed, None, True, tuple(refused))
     return Drift(claimed, max(change for change, _ in changes), all(inside for _, inside in changes), tuple(refused))
+
+
+def _brief(entry: Measure, kind: Invariance) -> Measure:
+    return entry.with_options(**GLANCE) if kind in SCALINGS and "chains" in entry.options else entry
+
+
+def _numbers(
+    entries: Sequence[Measure], model: nn.Module, data: Any, place: Geometry, arena: Arena, seed: int
+) -> dict[str, Estimate | str]:
+    """The number of each measure, or why it does not apply."""
+    traced = any(isinstance(find_geometry(entry.geometry or place), Traced) for entry in entries)
+    start = _start(arena) if any(entry.prior for entry in entries) else None
+    known = replace(_found(arena), model=model) if traced else None
+    loss = nn.CrossEntropyLoss()
+    options: dict[str, Any] = {
+        "geometry": place,
+        "symmetries": known,
+        "rtol": TOLERANCE,
+        "seed": seed,
+        "initial": start,
+    }
+    try:
+        table = measure_all(model, data, loss, measures=list(entries), **options)
+    except NOT_APPLICABLE as error:
+        return {entry.label: str(error) for entry in entries}
+    numbers: dict[str, Estimate | str] = {row.measure: row.estimate for row in table}
+    return numbers | {omission.measure: omission.reason for omission in table.omitted}
 
 
 def _change(before: Estimate, after: Estimate, kind: Invariance) -> tuple[float, bool]:

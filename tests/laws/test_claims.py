@@ -7,32 +7,42 @@ from itertools import cycle
 import pytest
 
 from isoflat.measures.catalogue import find_measure, geometries, measures
-from isoflat.testing import ARENAS, Invariance, check, drifts, preconditioned, usable
+from isoflat.testing import ADAPTIVE, ARENAS, Invariance, check, drifts, drifts_of, preconditioned, usable
 
 QUICK = ("euclidean", "auto")
 
-PAIRS = [
-    pytest.param(name, place, marks=() if entry.geometry or place in QUICK else pytest.mark.slow)
-    for name, entry in measures().items()
-    for place in ([entry.geometry] if entry.geometry else geometries())
-    if name != "preconditioned_edge_of_stability"
+OWN = [usable(name) for name, entry in measures().items() if entry.geometry]
+"""Measures that are defined in one geometry only."""
+
+ANY = [usable(name) for name, entry in measures().items() if not entry.geometry and name != ADAPTIVE]
+
+BATCHES = [
+    pytest.param(
+        [*OWN, "relative_flatness(normalised=0)", "relative_flatness_max(normalised=0)"], "euclidean", id="own"
+    ),
+    pytest.param([ADAPTIVE], preconditioned, id="optimiser"),
+    *(pytest.param(ANY, place, id=place, marks=() if place in QUICK else pytest.mark.slow) for place in geometries()),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        *PAIRS,
-        ("preconditioned_edge_of_stability", preconditioned),
-        ("relative_flatness(normalised=0)", "euclidean"),
-        ("relative_flatness_max(normalised=0)", "euclidean"),
-    ],
-)
-def test_claims_hold_and_are_tight(name, place):
-    found = check(usable(name), place)
-    assert any(drift.worst is not None for drift in found.values()), "applies to no network at all"
-    silent = [kind for kind, drift in found.items() if drift.worst is None and drift.claimed]
-    assert not silent, f"claims what no network can refute: {silent}"
+@pytest.mark.parametrize(("entries", "place"), BATCHES)
+def test_claims_hold_and_are_tight(entries, place):
+    for label, found in drifts_of(entries, place).items():
+        wrong = {str(kind): str(drift) for kind, drift in found.items() if not drift.true}
+        assert not wrong, f"{label}: {wrong}"
+        assert any(drift.worst is not None for drift in found.values()), f"{label} applies to no network at all"
+        silent = [str(kind) for kind, drift in found.items() if drift.worst is None and drift.claimed]
+        assert not silent, f"{label} claims what no network can refute: {silent}"
+
+
+def test_every_measure_is_attacked():
+    assert len(OWN) + len(ANY) + 1 == len(measures())
+
+
+def test_several_at_once_drift_as_they_do_alone():
+    together = drifts_of(["gradient_norm", "hessian_trace", "fisher_rao_norm"], "euclidean")
+    for label in ("gradient_norm", "fisher_rao_norm"):
+        assert drifts(label) == together[label]
 
 
 def test_every_kind_of_edit_has_an_arena():

@@ -1,6 +1,7 @@
 """Scores scaled to a wanted loss: what grows with all weights of a network is taken out of every number."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ NUMBERS = (
     "gauss_newton_trace",
     "fisher_trace",
     "tic_diagonal",
+    "relative_flatness",
+    "relative_flatness_max",
+    "neuronwise_flatness",
+    "feature_robustness",
     "fisher_rao_norm",
     "gradient_norm",
 )
@@ -155,3 +160,10 @@ def test_compare_names_the_remedy_and_it_works():
     )
     assert not any("losses differ" in note for note in equal.notes)
     assert equal.between("grown", "one").ratio.value == pytest.approx(1.0, rel=1e-9)
+
+
+def test_the_page_prints_what_it_says(capsys):
+    page = (Path(__file__).parents[2] / "docs/howto/equal-loss.md").read_text(encoding="utf-8")
+    code, output = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "text"))
+    exec(compile(code, "equal-loss.md", "exec"), {})
+    assert capsys.readouterr().out == output

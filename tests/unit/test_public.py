@@ -1,6 +1,7 @@
 """The public face and the rules of the house, read from the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,18 +33,21 @@ def test_public_names():
     """A change here is a decision."""
     assert sorted(isoflat.__all__) == [
         "BatchLoss", "Budget", "CheckpointError", "Comparison", "Cost", "DataError", "Estimate", "Found", "IsoflatError", "Kind",
-        "LayerScale", "Measure", "NoInvariantGeometry", "NonFinite", "NondeterministicRisk", "Point", "Quotient",
+        "LayerScale", "Measure", "NoInvariantGeometry", "NonFinite", "NondeterministicRisk", "Point", "Preconditioned", "Quotient",
         "RankLost", "RanksDiffer", "Record", "Spectrum", "SymmetryViolated", "Table", "UnitScale", "UnknownName",
         "UnsupportedModel", "UsageError", "canonicalize", "compare",
         "measure", "measure_all", "reparametrize", "spectrum", "symmetries",
     ]  # fmt: skip
     assert sorted(measures()) == [
-        "critical_sharpness", "edge_of_stability", "fisher_rao_norm", "fisher_spectral_norm", "fisher_trace",
+        "critical_sharpness", "edge_of_stability", "feature_robustness", "fisher_rao_norm", "fisher_spectral_norm", "fisher_trace",
         "gauss_newton_spectral_norm", "gauss_newton_trace", "gradient_norm", "hessian_frobenius",
-        "hessian_spectral_norm", "hessian_trace", "minimum_sharpness",
-        "minimum_sharpness_unitwise", "normalized_sharpness", "quotient_effective_rank", "quotient_frobenius",
+        "hessian_spectral_norm", "hessian_trace", "local_learning_coefficient", "log_prior_volume", "minimum_sharpness",
+        "minimum_sharpness_unitwise", "neuronwise_flatness", "normalized_sharpness", "pac_bayes_curvature_posterior",
+        "pac_bayes_effective_curvature", "pac_bayes_rescaled", "preconditioned_edge_of_stability",
+        "quotient_effective_rank", "quotient_frobenius",
         "quotient_largest_eigenvalue", "quotient_sharpness", "quotient_smallest_eigenvalue", "quotient_spectral_norm",
-        "quotient_trace", "relative_flatness", "relative_flatness_max", "riemannian_hessian_spectral_norm", "tic",
+        "quotient_trace", "relative_flatness", "relative_flatness_conv", "relative_flatness_max", "riemannian_hessian_spectral_norm",
+        "sa_cms", "tic",
         "tic_diagonal", "tic_trace_ratio",
     ]  # fmt: skip
     assert sorted(geometries()) == ["auto", "elementwise", "euclidean", "layerwise"]
@@ -55,6 +59,20 @@ def test_every_measure_has_a_complete_card():
         for text in (measure.formula, measure.definition, measure.reference, measure.units):
             assert text.strip(), name
         assert measure.geometry is None or measure.geometry in geometries()
+
+
+def test_references_have_entries():
+    """Every key of a card is in `measures/references.bib`, with the card's arXiv number; nothing else is there."""
+    text = (SOURCE / "measures" / "references.bib").read_text(encoding="utf-8")
+    entries = dict(re.findall(r"^@\w+\{(\w+),(.*)\}$", text, flags=re.MULTILINE))
+    seen = set()
+    for name, measure in measures().items():
+        for key, _, number in re.findall(r"\b([a-z]+\d{4})\b(, arXiv:(\d{4}\.\d{5}))?", measure.reference):
+            assert key in entries, (name, key)
+            assert f"eprint = {{{number}}}" in entries[key] or not number, (name, key)
+            seen.add(key)
+        assert seen & set(re.findall(r"\b[a-z]+\d{4}\b", measure.reference)), name
+    assert seen == set(entries)
 
 
 def test_solvers_never_hear_of_networks():

@@ -25,12 +25,16 @@ def measures(
         bool, typer.Option("--table", help="Attack every claim of invariance, and print what each edit does.")
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Cards and table as a page.")] = False,
+    bibtex: Annotated[bool, typer.Option("--bibtex", help="What they come from, as BibTeX entries.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """List every measure with its formula, reference, units and invariances."""
     from isoflat.measures import catalogue
 
     chosen = catalogue.measures() if name is None else {name: catalogue.find_measure(name)}
+    if bibtex:
+        sys.stdout.write("".join(f"{entry}\n" for entry in catalogue.bibtex(chosen.values())))
+        return
     if table or markdown:
         _show_table(chosen, as_json, markdown)
         return
@@ -66,13 +70,22 @@ def _show_table(chosen: Mapping[str, Measure], as_json: bool, markdown: bool) ->
 
     from isoflat.measures.catalogue import geometries
     from isoflat.report.catalogue import cell, page
-    from isoflat.testing import Invariance, drifts, usable
+    from isoflat.testing import ADAPTIVE, Invariance, drifts_of, preconditioned, usable
 
-    cells = [(m, place) for m in chosen.values() for place in ([m.geometry] if m.geometry else list(geometries()))]
-    found = {
-        (entry.name, place): drifts(usable(entry), place)
-        for entry, place in tqdm(cells, desc="attacking", leave=False, disable=as_json or not sys.stderr.isatty())
-    }
+    places = list(geometries())
+    batches: list[tuple[list[Measure], Any, str]] = [
+        ([usable(m) for m in chosen.values() if not m.geometry and m.name != ADAPTIVE], place, place)
+        for place in places
+    ]
+    batches.append(([usable(m) for m in chosen.values() if m.geometry], "euclidean", ""))
+    batches.append(([usable(m) for m in chosen.values() if m.name == ADAPTIVE], preconditioned, "preconditioned"))
+    found = {}
+    for entries, place, shown in tqdm(
+        batches, desc="attacking", leave=False, disable=as_json or not sys.stderr.isatty()
+    ):
+        for entry, row in zip(entries, drifts_of(entries, place).values(), strict=True):
+            found[entry.name, shown or str(entry.geometry)] = row
+    found = dict(sorted(found.items()))
     if as_json:
         rows = [
             {"measure": name, "geometry": place, "drifts": {str(kind): vars(drift) for kind, drift in row.items()}}

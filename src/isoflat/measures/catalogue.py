@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from functools import cache
+from importlib import resources
 from importlib.metadata import entry_points
 
 from isoflat.core.catalogue import entries
@@ -38,6 +40,18 @@ def measures() -> dict[str, Measure]:
             continue
         found[entry.name] = entry
     return dict(sorted(found.items()))
+
+
+def bibtex(chosen: Iterable[Measure]) -> tuple[str, ...]:
+    """BibTeX entries of the works that measures name, each once; those of other packages' measures are their own affair.
+
+    >>> [entry.partition(",")[0] for entry in bibtex([find_measure("quotient_sharpness")])]
+    ['@misc{rangamani2019', '@inproceedings{keskar2017']
+    """
+    text = resources.files("isoflat.measures").joinpath("references.bib").read_text(encoding="utf-8")
+    known = {entry.partition("{")[2].partition(",")[0]: entry for entry in text.splitlines() if entry.startswith("@")}
+    named = (key for entry in chosen for key in re.findall(r"\b[a-z]+\d{4}\b", entry.reference))
+    return tuple(known[key] for key in dict.fromkeys(named) if key in known)
 
 
 def geometries() -> dict[str, Geometry]:

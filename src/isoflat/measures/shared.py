@@ -71,6 +71,7 @@ def _facts(target: Subject, effort: Effort, plan: Plan) -> Mapping[str, str]:
         "modules": fingerprint(*modules),
         "names of parameters in order": fingerprint(*state.parameters, "", *state.frozen),
         **{f"'{name}'": _hash(state, name) for name in state.tensors},
+        "initial weights": "none" if target.initial is None else State({"initial": target.initial}).fingerprint(),
         "number of batches": str(len(risk.batches.digests or ())),
         "data": fingerprint(*(risk.batches.digests or ())),
     }

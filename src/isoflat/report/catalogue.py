@@ -24,6 +24,14 @@ Small networks before and after edits that keep their function (`isoflat.testing
 within the intervals of numbers with random probes. The others are not claimed, and are seen to move. – does not apply.
 """
 
+ABSENT = """## What is not here
+
+- *l-CFS* (Chatterjee and Mishchenko 2019, arXiv:1907.01991): training accuracy less that after flipping every signal value
+  seen at most l times, in a logic circuit. A network of floating-point numbers has no such signals: any choice of bits and
+  gates would make the number, not the network.
+- Perturbation measures (SAM, box and PAC-Bayes sharpness by search) follow in a later part.
+"""
+
 
 def page(
     measures: Sequence[Measure],
@@ -39,7 +47,7 @@ def page(
     """
     parts = [INTRODUCTION, "## Geometries\n"]
     parts.append("\n".join(f"- `{place.name}`: {place.title}. Invariant to: {place.group}." for place in geometries))
-    parts += ["\n## Measures\n", *map(_card, measures), TABLE, _table(found), ""]
+    parts += ["\n## Measures\n", *map(_card, measures), TABLE, _table(found), ABSENT]
     return "\n".join(parts)
 
 

@@ -119,6 +119,7 @@ class TargetLoss(Loss):
         claimed_mean: a function of the user's that must prove to be a mean over rows (`check_mean`).
         criterion: the torch criterion it was made from; None for a function of the user's.
         scores: what the model's output becomes before it is the output that all of this speaks of.
+        gain: what it is multiplied by there; None where that is no single number.
         wanted: what the loss is to be once scores are scaled (`risk.temperature`); None for what it is.
     """
 
@@ -128,6 +129,7 @@ class TargetLoss(Loss):
     claimed_mean: Callable[[Tensor, Tensor], Tensor] | None = None
     criterion: nn.Module | None = None
     scores: Callable[[Tensor], Tensor] | None = None
+    gain: float | None = 1.0
     wanted: float | None = None
 
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
@@ -195,6 +197,7 @@ class TargetLoss(Loss):
         return replace(
             self,
             scores=self._before(_directions_of),
+            gain=None,
             logits="normalised",
             notes=(*self.notes, "scores were normalised"),
         )
@@ -210,7 +213,7 @@ class TargetLoss(Loss):
 
     def scaled(self, factor: float) -> TargetLoss:
         """The loss of scores times a factor."""
-        return replace(self, scores=self._before(lambda scores: factor * scores))
+        return replace(self, scores=self._before(lambda scores: factor * scores), gain=factor)
 
     def _before(self, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """A change of scores, which for a loss of log-probabilities are brought to such again."""

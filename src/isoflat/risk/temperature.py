@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from scipy.optimize import brentq, minimize_scalar
@@ -39,27 +40,26 @@ def scaled(risk: EmpiricalRisk, state: State, loss: TargetLoss, wanted: float) -
             f"logits='{loss.logits}' cannot be had: equal scores for all classes have a loss of {wanted + excess(0.0):.4g}. Ask "
             "for less"
         )
-    below = _below(excess)
-    if below is None:
-        least = wanted + min(excess(2.0**k) for k in range(-SPAN, SPAN + 1))
+    below, least = _below(excess)
+    if least > 0:
         raise UsageError(
             f"logits='{loss.logits}' cannot be had: whatever its scores are multiplied by, the loss of this network stays at "
-            f"{least:.4g} or above. Ask for more"
+            f"{wanted + least:.4g} or above. Ask for more"
         )
     precision = max(torch.finfo(state.dtype).eps, 4 * sys.float_info.epsilon)
-    factor = float(brentq(excess, 0.0, below, xtol=sys.float_info.min, rtol=precision))
+    found: Any = brentq(excess, 0.0, below, xtol=sys.float_info.min, rtol=precision)
+    factor = float(found)
     note = f"scores were multiplied by {factor:.6g}, which brings the loss to {wanted:g}"
     return replace(risk, loss=loss.scaled(factor)), note
 
 
-def _below(excess: Callable[[float], float]) -> float | None:
-    """A factor at which the loss is at most what is wanted; None where there is none."""
+def _below(excess: Callable[[float], float]) -> tuple[float, float]:
+    """A factor at which the loss is at most what is wanted, or lowest, and by how much it is above."""
     for k in range(SPAN + 1):
         for factor in (2.0**k, 2.0**-k):
             if excess(factor) <= 0:
-                return factor
+                return factor, excess(factor)
     best = min(range(-SPAN, SPAN + 1), key=lambda k: excess(2.0**k))
-    found = minimize_scalar(
-        lambda log: excess(math.exp(log)), bounds=((best - 1) * math.log(2), (best + 1) * math.log(2))
-    )
-    return math.exp(found.x) if found.fun <= 0 else None
+    ends = ((best - 1) * math.log(2), (best + 1) * math.log(2))
+    found = minimize_scalar(lambda log: excess(math.exp(log)), bounds=ends)
+    return math.exp(found.x), float(found.fun)

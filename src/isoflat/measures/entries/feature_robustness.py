@@ -17,7 +17,7 @@ from isoflat.core.streams import stream
 from isoflat.geometry.base import Invariance
 from isoflat.linalg.trace.base import deviation, mean, quantile
 from isoflat.measures.base import Direction, Effort, Findings, Measure, Reading, Scene
-from isoflat.measures.entries.last_layer import MEMORY, LastLayer, features_of
+from isoflat.measures.entries.last_layer import MEMORY, LastLayer, features_of, gain
 from isoflat.measures.entries.stochastic import CONFIDENCE
 from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
@@ -65,7 +65,7 @@ class _Changes(Reading):
             features, count = features_of(scene, batch, head.name)
             target = risk.target(state, batch)
             target = target.double() if target.is_floating_point() else target
-            z = F.linear(features, head.weight, None if bias is None else bias.detach().double())
+            z = F.linear(features, head.weight, None if bias is None else gain(scene) * bias.detach().double())
 
             def total(scores: Tensor) -> Tensor:
                 return loss.by_row(scores, target).sum()

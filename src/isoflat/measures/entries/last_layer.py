@@ -20,6 +20,7 @@ from isoflat.curvature.sweeps import check_softmax
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import Findings, Reading, Scene
 from isoflat.risk.likelihood import likelihood
+from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Part
 from isoflat.risk.routes.output import output_of
@@ -35,8 +36,8 @@ class Head:
 
     Attributes:
         name: of its weight.
-        weight: W, shape `(classes, features)`, float64, its columns times the features' deviations if these are
-            normalised.
+        weight: W, shape `(classes, features)`, float64, times what scores are multiplied by, and its columns times the
+            features' deviations if these are normalised.
         scale: what features are divided by, shape `(features,)`, float64: ones if they are not normalised, infinite for
             those that never change.
         notes: what a reader must know.
@@ -68,7 +69,7 @@ class LastLayer(Reading):
             weight = scene.state.parameters.get(name)
             if weight is None:
                 raise UsageError(f"the last layer's {name} is held fixed: nothing is measured there")
-            weight, scale = weight.detach().double(), torch.ones(weight.shape[1], dtype=torch.float64)
+            weight, scale = gain(scene) * weight.detach().double(), torch.ones(weight.shape[1], dtype=torch.float64)
             if not self.normalised:
                 return Head(name, weight, scale.to(weight.device), ())
             deviation = _deviations(scene, name)
@@ -166,6 +167,21 @@ def _deviations(scene: Scene, name: str) -> Tensor:
     return torch.where(variance > fine * square, variance, 0.0).sqrt()
 
 
+def gain(scene: Scene) -> float:
+    """What the layer's output is multiplied by before the loss.
+
+    Raises:
+        UsageError: it is not multiplied by a number.
+    """
+    loss = scene.risk.loss
+    found = loss.gain if isinstance(loss, TargetLoss) else 1.0
+    if found is None:
+        raise UsageError(
+            "known in closed form for the scores as a linear layer gives them: leave logits='normalised' out"
+        )
+    return found
+
+
 def _features(scene: Scene, batches: Any, name: str | None) -> Iterator[tuple[str, Tensor, Tensor, Any]]:
     """Name of the last layer's weight, scores, what goes into the layer, and the term of each batch.
 
@@ -182,7 +198,8 @@ def _features(scene: Scene, batches: Any, name: str | None) -> Iterator[tuple[st
                     stack.callback(module.register_forward_hook(_watch(calls, own)).remove)
             term = risk.term(scene.state, batch)
         z = output_of(term)
-        last = next((call for call in reversed(calls) if call[2] is z), None)
+        factor = gain(scene)
+        last = next((c for c in reversed(calls) if c[2] is z or (factor != 1 and torch.equal(factor * c[2], z))), None)
         if last is None or z.ndim != 2 or last[1].ndim != 2:
             raise UsageError(
                 "relative flatness is known in closed form where a torch.nn.Linear gives the scores, one row for each "

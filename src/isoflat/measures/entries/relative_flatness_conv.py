@@ -23,6 +23,7 @@ from isoflat.core.space import norm
 from isoflat.curvature.block_trace import check_blocks
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.entries.last_layer import gain
 from isoflat.risk.likelihood import likelihood
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Part
@@ -48,7 +49,7 @@ class _Layers:
         kernel: shape `(channels, in, *window)`.
         inputs: of the convolution, shape `(rows, in, *positions)`.
         output: of the convolution, shape `(rows, channels, *positions)`.
-        head: V, shape `(classes, channels)`.
+        head: V, shape `(classes, channels)`, times what scores are multiplied by.
         z: scores, shape `(rows, classes)`.
         count: counted targets or their weights.
     """
@@ -120,10 +121,11 @@ def _layers(scene: Scene, batch: Any) -> _Layers:
     if module.groups > 1 or output.ndim != kernel.ndim or z.ndim != 2 or output.shape[1] != head.shape[1]:
         raise UsageError(f"{_KNOWN}, in one group, and inputs in batches: {path} is not of this kind")
     pooled = output.relu().flatten(2).mean(2)
-    scores = F.linear(pooled, head, tensors.get(_inside(linear[-1], "bias")))
+    factor = gain(scene)
+    scores = factor * F.linear(pooled, head, tensors.get(_inside(linear[-1], "bias")))
     if scores.shape != z.shape or norm(scores - z) > ROUNDING * torch.finfo(z.dtype).eps * norm(z):
         raise UsageError(f"{_KNOWN}: from {path} on, that does not give the scores of this network")
-    return _Layers(_inside(path, "weight"), module, kernel, inputs, output, head, z, term.count)
+    return _Layers(_inside(path, "weight"), module, kernel, inputs, output, factor * head, z, term.count)
 
 
 def _inside(path: str, name: str) -> str:
