@@ -376,3 +376,38 @@ def test_critical_sharpness_near_a_minimum_in_float32():
         slope.net.weight.copy_(torch.linalg.lstsq(slope.inputs, slope.targets).solution.T)
     with pytest.raises(isoflat.UsageError, match="this is a minimum"):
         number(slope, "critical_sharpness")
+
+
+def dense(product, n: int) -> torch.Tensor:
+    return torch.stack([torch.as_tensor(product(row)).double().reshape(-1) for row in torch.eye(n, dtype=DOUBLE)], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["curvlinops", "hessian_eigenthings"])
+def test_numbers_of_other_libraries(library):
+    """Every matrix that they have, as they compute it, and the numbers that follow from it."""
+    theirs = pytest.importorskip(library, reason="run by `make test-oracles`")
+    case = mlp((6, 8, 8, 3), bias=True, seed=7, rows=40)
+    batches = [(case.inputs[:20], case.targets[:20]), (case.inputs[20:], case.targets[20:])]
+    parameters, n = list(case.net.parameters()), sum(case.sizes)
+    if library == "curvlinops":
+        kinds = {"hessian": "Hessian", "gauss_newton": "GGN", "fisher": "EF"}
+        made = {
+            name: getattr(theirs, f"{kind}LinearOperator")(case.net, case.criterion, parameters, batches).__matmul__
+            for name, kind in kinds.items()
+        }
+    else:
+        loss = theirs.supervised_loss(case.criterion)
+        made = {"hessian": theirs.HessianOperator(case.net, batches, loss).matvec}
+    for name, product in made.items():
+        matrix = dense(product, n)
+        truths = {
+            f"{name}_trace": float(matrix.trace()),
+            f"{name}_spectral_norm": float(torch.linalg.eigvalsh((matrix + matrix.T) / 2).abs().max()),
+        }
+        if name == "hessian":
+            truths["hessian_frobenius"] = float(matrix.norm())
+        for measure, truth in truths.items():
+            found = number(case, measure, rtol=1e-8)
+            slack = 1e-6 * truth
+            assert found.lower - slack <= truth <= found.upper + slack, (measure, truth, found)

@@ -97,3 +97,41 @@ def test_what_makes_no_sense_is_refused():
     alone = parabola(rows=1, solved=False)
     with pytest.raises(isoflat.UsageError, match="1 example"):
         number(alone, "rows=1")
+
+
+def learning_coefficient(inputs: int, hidden: int, outputs: int, rank: int) -> float:
+    """Of reduced-rank regression (Aoyagi and Watanabe 2005): λ of `‖B A x − B₀ A₀ x‖²/2`, B₀ A₀ of this rank."""
+    m, h, n, r = inputs, hidden, outputs, rank
+    if m + h < n + r:
+        return (h * m - h * r + n * r) / 2
+    if n + h < m + r:
+        return (h * n - h * r + m * r) / 2
+    if m + n < h + r:
+        return m * n / 2
+    return (2 * (h + r) * (m + n) + 2 * m * n - (h + r) ** 2 - m**2 - n**2 + (m + n + h + r) % 2) / 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((5, 3, 5), 3), ((5, 3, 5), 1), pytest.param((4, 3, 8), 1, marks=pytest.mark.slow)]
+)
+def test_reduced_rank_regression(shape, rank):
+    """Regular up to a change of basis at full rank, singular below it; labels are the network's own, so that this is a minimum."""
+    generator = torch.Generator().manual_seed(1)
+    m, h, n = shape
+    net = nn.Sequential(nn.Linear(m, h, bias=False), nn.Linear(h, n, bias=False)).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        net[0].weight[rank:] = 0
+        net[1].weight[:, rank:] = 0
+        x = torch.randn(500, m, generator=generator, dtype=torch.float64)
+        data = x, net(x)
+    found = isoflat.measure(
+        net, data, lambda z, y: 0.5 * (z - y).square().sum(1).mean(), geometry="euclidean",
+        measure="local_learning_coefficient(chains=6, draws=150, burn=150, localisation=1, rows=500)",
+    )  # fmt: skip
+    truth = learning_coefficient(*shape, rank)
+    # Steps of finite length add about a tenth; localisation takes one where the minimum is singular.
+    assert found.lower <= 1.1 * truth
+    assert 0.9 * truth <= found.upper
+    assert found.upper - found.lower < truth / 2
