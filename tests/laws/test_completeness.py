@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases.transformers import TRANSFORMERS, Scores, llama
-from cases.zoo import TOKENS, ZOO, randomised
+from cases.zoo import TOKENS, ZOO, randomised, thinned
 from isoflat.core.state import State
 from isoflat.symmetry.discover import symmetries
 from isoflat.symmetry.found import Found
@@ -85,7 +85,14 @@ LEFT = {
 NAMES = sorted(set(ZOO) - ELSEWHERE - TRANSFORMERS)
 
 
-@pytest.mark.parametrize("name", sorted(set(LEFT) & set(ZOO)))
+HEAVY = {
+    "normless", "hugging-llama", "hugging-vit", "hugging-bert", "attention-separate", "decoder-rms", "decoder-layer",
+    "adapters-random", "multihead-cross", "multihead-zero", "mobilenet-relu",
+}  # fmt: skip
+"""Left to the slow tests."""
+
+
+@pytest.mark.parametrize("name", thinned(sorted(set(LEFT) & set(ZOO)), HEAVY))
 def test_null_space_of_all_parameters_is_what_was_found(name):
     """Every generator at once: scalings, shifts, common vectors, and changes of basis."""
     net, inputs = _whole(name)
@@ -116,7 +123,7 @@ def _whole(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return _lively(name, 0.1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thinned(NAMES, HEAVY))
 def test_null_space_is_what_was_found(name):
     net, inputs = _lively(name)
     found = symmetries(net, ZOO[name].inputs(), verify=False)
