@@ -413,3 +413,17 @@ def test_fixed_tensors_that_the_frame_reaches_have_no_prior():
 
     best = scipy.optimize.minimize(cost, np.zeros(size), method="BFGS", options={"gtol": 1e-6})
     assert sandwiched(estimate.value, rows, 0.05, 1.0) == pytest.approx(best.fun, rel=1e-7)
+
+
+def test_bounds_of_several_networks_from_one_start():
+    case = mlp((5, 6, 4, 3), bias=True, seed=3)
+    start, far = copy.deepcopy(case.net), copy.deepcopy(case.net)
+    with torch.no_grad():
+        for parameter in far.parameters():
+            parameter.mul_(3.0)
+    name = "pac_bayes_curvature_posterior"
+    found = isoflat.compare(
+        {"near": case.net, "far": far}, case.data, case.criterion, measures=[name], geometry="euclidean", initial=start
+    )
+    alone = [isoflat.measure(net, case.data, case.criterion, measure=name, initial=start) for net in (case.net, far)]
+    assert [found[label][0].estimate.value for label in ("near", "far")] == [row.value for row in alone]

@@ -49,6 +49,7 @@ def compare(  # noqa: PLR0913
             help="The checkpoint that the others are set against. Default: the first.",
         ),
     ] = None,
+    initial: options.Initial = None,
     loss: options.Loss = "cross_entropy",
     names: options.Numbers = None,
     geometry: options.Geometry = None,
@@ -86,6 +87,7 @@ def compare(  # noqa: PLR0913
     Exit code 0: every value converged, ties or not. 3: measured, but not to --rtol. 2: refused, with the reason, before
     anything is measured where a file is bad. 4: a process is lost.
     """
+    from isoflat.cli.load.initial import before
     from isoflat.cli.load.inputs import Inputs, device_of, within_memory
     from isoflat.cli.load.inputs import check as known
     from isoflat.core.errors import UsageError
@@ -125,6 +127,8 @@ def compare(  # noqa: PLR0913
         loaded = ranks.together(
             lambda: load(inputs, files, {"params": params or None, "dtype": dtype, "device": where})
         )
+        start, further = ranks.together(lambda: before(inputs, initial))
+        notes = (*loaded.notes, *further)
         with within_memory():
             found = compared(
                 loaded.models,
@@ -134,6 +138,7 @@ def compare(  # noqa: PLR0913
                 measures=numbers,
                 geometry=places,
                 logits=logits,
+                initial=start,
                 params=params or None,
                 dtype=dtype,
                 check=check,
@@ -145,8 +150,10 @@ def compare(  # noqa: PLR0913
     if not ranks.first:
         return
     subject = inputs.described() | {"weights": {label: str(path) for label, path in files.items()}}
-    content = {"subject": subject | {"notes": list(loaded.notes)}, **found.to_dict()}
-    deliver(content, lambda screen: show(screen, inputs, found, loaded.notes), as_json, out, force)
+    subject |= {"initial": None if initial is None else str(initial), "notes": list(notes)}
+    deliver(
+        {"subject": subject, **found.to_dict()}, lambda screen: show(screen, inputs, found, notes), as_json, out, force
+    )
     if not found.converged:
         raise typer.Exit(NOT_CONVERGED)
 

@@ -16,8 +16,6 @@ from isoflat.cli.save import claim, deliver
 from isoflat.cli.terminal import facts, plain
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from isoflat.cli.load.inputs import Inputs
     from isoflat.core.record import Record
     from isoflat.core.table import Table
@@ -143,6 +141,7 @@ def evaluate(
         IsoflatError: something is refused; names and limits are checked before a file is opened.
     """
     from isoflat.cli.attack import watched
+    from isoflat.cli.load.initial import before
     from isoflat.cli.load.inputs import check, device_of, prepare, within_memory
     from isoflat.experiments.orbit import Plan
     from isoflat.measures.prepare import symmetries_of
@@ -155,7 +154,7 @@ def evaluate(
     loaded, target = Ranks.here().together(
         lambda: prepare(inputs, settings["params"], settings["dtype"], settings["device"])
     )
-    settings["initial"], further = Ranks.here().together(lambda: _before(inputs, initial))
+    settings["initial"], further = Ranks.here().together(lambda: before(inputs, initial))
     notes = (*loaded.notes, *further)
     with within_memory():
         # Found first: a network without a traceable orbit is refused before the data is read.
@@ -175,18 +174,6 @@ def evaluate(
         names, places = tuple(settings["measures"]), tuple(settings["geometry"])
         plan = Plan(names, places, points=orbit, search=0, seed=settings["seed"], settings=shared)
         return table, notes, watched(loaded, found, plan, hidden=not settings["progress"])
-
-
-def _before(inputs: Inputs, file: Path | None) -> tuple[nn.Module | None, tuple[str, ...]]:
-    """The network before training, if there is a file, and what a reader must know of it."""
-    if file is None:
-        return None, ()
-    from isoflat.cli.load.fit import fit
-    from isoflat.cli.load.model import build
-    from isoflat.cli.load.weights import read_weights
-
-    model = build(inputs.model, inputs.seed)
-    return model, fit(model, read_weights(file, inputs.weights_key), inputs.strip_prefix)
 
 
 def show(screen: Console, inputs: Inputs, table: Table, notes: tuple[str, ...], orbit: Orbit | None = None) -> None:

@@ -70,6 +70,7 @@ def compare(  # noqa: PLR0913
     probes: int = 64,
     sample: str | None = None,
     logits: str | None = None,
+    initial: torch.nn.Module | Mapping[str, torch.Tensor] | None = None,
     budget: Budget | int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -99,6 +100,7 @@ def compare(  # noqa: PLR0913
         probes: random probes of stochastic estimates; the same for all networks.
         sample: as for `isoflat.measure`.
         logits: as for `isoflat.measure`.
+        initial: as for `isoflat.measure`, the same for all networks.
         budget: as for `isoflat.measure`, for each network.
         seed: of the random start vectors and probes.
         dtype: as for `isoflat.measure`.
@@ -157,6 +159,7 @@ def compare(  # noqa: PLR0913
                 probes=probes,
                 sample=sample,
                 logits=logits,
+                initial=initial,
                 budget=budget,
                 seed=seed,
                 dtype=dtype,
