@@ -47,7 +47,7 @@ def page(
     """
     parts = [INTRODUCTION, "## Geometries\n"]
     parts.append("\n".join(f"- `{place.name}`: {place.title}. Invariant to: {place.group}." for place in geometries))
-    parts += ["\n## Measures\n", *map(_card, measures), TABLE, _table(found), ABSENT]
+    parts += ["\n## Measures\n", *map(_card, measures), TABLE, _table(found), "", ABSENT]
     return "\n".join(parts)
 
 
