@@ -30,7 +30,6 @@ CHEAP = (
     "critical_sharpness",
     "pac_bayes_effective_curvature",
     "pac_bayes_curvature_posterior",
-    "hessian_trace",
 )
 """Measures without eigenvalues; of these the ten that prove cheapest are measured together."""
 
