@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import stdev
@@ -30,7 +30,7 @@ from isoflat.geometry.base import Geometry, Invariance
 from isoflat.geometry.preconditioned import Preconditioned
 from isoflat.geometry.traced import Traced
 from isoflat.measures.base import Measure
-from isoflat.measures.catalogue import find_geometry, find_measure
+from isoflat.measures.catalogue import find_geometry, find_measure, geometries
 from isoflat.measures.run import measure_all
 from isoflat.measures.scribe import NOT_APPLICABLE
 from isoflat.symmetry.discover import symmetries
@@ -63,12 +63,12 @@ Place = str | Geometry | Callable[[nn.Module], Geometry]
 """A geometry, its name, or what makes one for a network: the edited copy is measured in that of the network itself."""
 
 __all__ = [
-    "ADAPTIVE",
     "ARENAS",
     "Arena",
     "Drift",
     "Invariance",
     "Place",
+    "batches",
     "check",
     "drifts",
     "drifts_of",
@@ -187,6 +187,24 @@ def drifts_of(
         for label, drift in _drifts(measures, geometry, kind, seed).items():
             found[label][kind] = drift
     return found
+
+
+def batches(entries: Iterable[Measure]) -> list[tuple[str, Place, list[Measure]]]:
+    """Measures that can be attacked at once, with the geometry and its name: "" where each has its own.
+
+    >>> [(name, len(some)) for name, _, some in batches([find_measure("tic"), find_measure("gradient_norm")])]
+    [('', 1), ('auto', 1), ('elementwise', 1), ('euclidean', 1), ('layerwise', 1)]
+    """
+    made = [usable(entry) for entry in entries]
+    own = [entry for entry in made if entry.geometry]
+    adaptive = [entry for entry in made if entry.name == ADAPTIVE]
+    free = [entry for entry in made if entry not in own and entry not in adaptive]
+    found: list[tuple[str, Place, list[Measure]]] = [
+        ("", "euclidean", own),
+        ("preconditioned", preconditioned, adaptive),
+    ]
+    found += [(place, place, free) for place in geometries()]
+    return [batch for batch in found if batch[2]]
 
 
 def check(entry: str | Measure, geometry: Place = "euclidean", seed: int = 0) -> dict[Invariance, Drift]:

@@ -6,26 +6,21 @@ from itertools import cycle
 
 import pytest
 
-from isoflat.measures.catalogue import find_measure, geometries, measures
-from isoflat.testing import ADAPTIVE, ARENAS, Invariance, check, drifts, drifts_of, preconditioned, usable
+from isoflat.measures.catalogue import find_measure, measures
+from isoflat.testing import ARENAS, Invariance, batches, check, drifts, drifts_of
 
-QUICK = ("euclidean", "auto")
-
-OWN = [usable(name) for name, entry in measures().items() if entry.geometry]
-"""Measures that are defined in one geometry only."""
-
-ANY = [usable(name) for name, entry in measures().items() if not entry.geometry and name != ADAPTIVE]
+SLOW = ("layerwise", "elementwise")
 
 BATCHES = [
-    pytest.param(
-        [*OWN, "relative_flatness(normalised=0)", "relative_flatness_max(normalised=0)"], "euclidean", id="own"
-    ),
-    pytest.param([ADAPTIVE], preconditioned, id="optimiser"),
-    *(pytest.param(ANY, place, id=place, marks=() if place in QUICK else pytest.mark.slow) for place in geometries()),
+    pytest.param(entries, place, id=name or "own", marks=pytest.mark.slow if name in SLOW else ())
+    for name, place, entries in batches(measures().values())
 ]
+UNNORMALISED = ["relative_flatness(normalised=0)", "relative_flatness_max(normalised=0)"]
 
 
-@pytest.mark.parametrize(("entries", "place"), BATCHES)
+@pytest.mark.parametrize(
+    ("entries", "place"), [*BATCHES, pytest.param(UNNORMALISED, "euclidean", id="without normalisation")]
+)
 def test_claims_hold_and_are_tight(entries, place):
     for label, found in drifts_of(entries, place).items():
         wrong = {str(kind): str(drift) for kind, drift in found.items() if not drift.true}
@@ -36,7 +31,7 @@ def test_claims_hold_and_are_tight(entries, place):
 
 
 def test_every_measure_is_attacked():
-    assert len(OWN) + len(ANY) + 1 == len(measures())
+    assert {entry.name for _, _, entries in batches(measures().values()) for entry in entries} == set(measures())
 
 
 def test_several_at_once_drift_as_they_do_alone():

@@ -167,3 +167,14 @@ def test_the_page_prints_what_it_says(capsys):
     code, output = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "text"))
     exec(compile(code, "equal-loss.md", "exec"), {})
     assert capsys.readouterr().out == output
+
+
+def test_a_spectrum_at_an_equal_loss():
+    case = small()
+    top = isoflat.measure(
+        case.net, case.data, case.criterion, measure="quotient_largest_eigenvalue", logits="loss=1", rtol=1e-8
+    )
+    found = isoflat.spectrum(case.net, case.data, case.criterion, logits="loss=1")
+    raw = isoflat.spectrum(case.net, case.data, case.criterion)
+    assert found.density.largest == pytest.approx(top.value, rel=1e-7)
+    assert raw.density.largest != pytest.approx(top.value, rel=1e-2)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import isoflat
 from cases.networks import Case, mlp
 from isoflat.cli.main import app
+from isoflat.measures import session
 
 DOUBLE = torch.float64
 NAME = "preconditioned_edge_of_stability"
@@ -208,3 +209,32 @@ def test_the_page_runs():
     for block in PAGE.read_text(encoding="utf-8").split("```python\n")[1:]:
         exec(compile(block.partition("```")[0], PAGE.name, "exec"), names)
     assert 0.8 < names["edge"].value < 1.2
+
+
+def test_no_solver_runs_for_what_is_refused(monkeypatch):
+    """Without an optimiser's metric the number is refused before its eigenvalue is sought."""
+
+    def never(*args):
+        raise AssertionError("a solver ran")
+
+    monkeypatch.setattr(session, "together", lambda operator, jobs, report: never() if jobs else [])
+    case = mlp((4, 5, 3), bias=True, seed=1)
+    table = isoflat.measure_all(
+        case.net, case.data, case.criterion, measures=[NAME, "gradient_norm"], geometry="euclidean"
+    )
+    assert [row.measure for row in table] == ["gradient_norm"]
+    assert "Preconditioned.of" in table.omitted[0].reason
+    with pytest.raises(AssertionError, match="a solver ran"):
+        isoflat.measure(case.net, case.data, case.criterion, measure="hessian_spectral_norm", geometry="euclidean")
+
+
+def test_a_metric_that_stands_still_has_no_covariant_hessian():
+    case = mlp((4, 5, 3), bias=True, seed=1)
+    adam = torch.optim.Adam(case.net.parameters(), lr=0.01)
+    case.criterion(case.net(case.inputs), case.targets).backward()
+    adam.step()
+    (row,) = isoflat.measure_all(
+        case.net, case.data, case.criterion, measures=[NAME], geometry=isoflat.Preconditioned.of(adam, case.net)
+    )
+    assert row.stationarity_ratio is None
+    assert not any("b/value" in note for note in row.estimate.notes)

@@ -70,21 +70,13 @@ def _show_table(chosen: Mapping[str, Measure], as_json: bool, markdown: bool) ->
 
     from isoflat.measures.catalogue import geometries
     from isoflat.report.catalogue import cell, page
-    from isoflat.testing import ADAPTIVE, Invariance, drifts_of, preconditioned, usable
+    from isoflat.testing import Invariance, batches, drifts_of
 
-    places = list(geometries())
-    batches: list[tuple[list[Measure], Any, str]] = [
-        ([usable(m) for m in chosen.values() if not m.geometry and m.name != ADAPTIVE], place, place)
-        for place in places
-    ]
-    batches.append(([usable(m) for m in chosen.values() if m.geometry], "euclidean", ""))
-    batches.append(([usable(m) for m in chosen.values() if m.name == ADAPTIVE], preconditioned, "preconditioned"))
     found = {}
-    for entries, place, shown in tqdm(
-        batches, desc="attacking", leave=False, disable=as_json or not sys.stderr.isatty()
-    ):
+    bar = tqdm(batches(chosen.values()), desc="attacking", leave=False, disable=as_json or not sys.stderr.isatty())
+    for name, place, entries in bar:
         for entry, row in zip(entries, drifts_of(entries, place).values(), strict=True):
-            found[entry.name, shown or str(entry.geometry)] = row
+            found[entry.name, name or str(entry.geometry)] = row
     found = dict(sorted(found.items()))
     if as_json:
         rows = [

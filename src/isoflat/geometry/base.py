@@ -83,6 +83,7 @@ class Geometry(ABC):
         group: reparametrisations its spectra are invariant to, in words.
         version: raised whenever its numbers change.
         claims: the same, for the law suite; none unless it says so.
+        constant: whether the metric is the same at every point, so that the plain Hessian is the covariant one.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Geometry(ABC):
     group: str
     version: int
     claims: frozenset[Invariance] = field(default=frozenset(), kw_only=True)
+    constant: bool = field(default=False, kw_only=True)
 
     @abstractmethod
     def chart(self, state: State) -> Chart:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from torch import Tensor
@@ -22,6 +22,7 @@ class Euclidean(Geometry):
     title: str = "plain weights"
     group: str = "none (rescaling the layers moves it without bound)"
     version: int = 1
+    constant: bool = field(default=True, kw_only=True)
     claims: frozenset[Invariance] = frozenset({Invariance.ORDER})
 
     def chart(self, state: State) -> Chart:

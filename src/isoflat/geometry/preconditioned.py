@@ -44,6 +44,7 @@ class Preconditioned(Geometry):
     title: str = "the metric of an adaptive optimiser's steps (Cohen et al. 2022)"
     group: str = "none (the preconditioner stays where it is when the weights are moved)"
     version: int = 1
+    constant: bool = field(default=True, kw_only=True)
     optimizer: str = field(kw_only=True)
     rate: float = field(kw_only=True)
     limit: float = field(kw_only=True)

@@ -98,7 +98,8 @@ class Scribe:
         """One number, or why there is none."""
         try:
             questions = measure.questions(self.effort)
-            answers = [self.answers[geometry, question] for question in questions]
+            # What a measure is refused for is known before its solvers run: their answers may be missing.
+            answers = [self.answers.get((geometry, question)) for question in questions]
             if errors := [answer for answer in answers if isinstance(answer, IsoflatError)]:
                 return Refusal(measure, geometry, errors[0])
             given = tuple(answer for answer in answers if isinstance(answer, Outcome))
@@ -125,7 +126,7 @@ class Scribe:
             peak_memory=peak_memory(subject.state.device),
         )
         size = None if measure.curvature is None else measure.curvature(findings)
-        ratio = self._stationarity(geometry) / size if size and geometry.name != "euclidean" else None
+        ratio = self._stationarity(geometry) / size if size and not geometry.constant else None
         matrices = matrices_of([(geometry, question) for question in questions])
         used = place.products[matrices[0]] if matrices else None
         notes = self._notes(geometry, ratio, place, used)

@@ -111,17 +111,24 @@ class Session:
         setup = time.monotonic() - started
         answers: Answers = {}
         for key, place in places.items():
-            for matrix, products in place.products.items():
-                jobs = self.jobs(here[key], place, matrix)
-                answers |= dict(zip(jobs, together(products.operator, list(jobs.values()), self.report), strict=True))
-            for geometry, question in self.asked(here[key]):
-                if isinstance(question, Spectral) and question.matrix in place.refused:
-                    answers[geometry, question] = place.refused[question.matrix]
             made: dict[tuple[Geometry | None, Reading], Any] = {}
             for geometry, chart in here[key].items():
                 answers |= self._readings(geometry, chart, place, made)
+            for geometry, question in self.asked(here[key]):
+                if isinstance(question, Spectral) and question.matrix in place.refused:
+                    answers[geometry, question] = place.refused[question.matrix]
+            left = self._applying(answers)
+            for matrix, products in place.products.items():
+                jobs = left.jobs(here[key], place, matrix)
+                answers |= dict(zip(jobs, together(products.operator, list(jobs.values()), self.report), strict=True))
         scribe = Scribe(self.subject, self.effort, self.label, charts, places, answers, setup / len(self.plan))
         return tuple(scribe.result(measure, geometry) for measure, geometry in self.plan)
+
+    def _applying(self, answers: Answers) -> Session:
+        """What is left once measures that have been refused an answer are out: no solver runs for them."""
+        refused = {key for key, answer in answers.items() if isinstance(answer, IsoflatError)}
+        plan = ((m, g) for m, g in self.plan if not any((g, question) in refused for question in self.questions(m)))
+        return replace(self, plan=tuple(plan))
 
     def _readings(
         self, geometry: Geometry, chart: Chart, place: Place, made: dict[tuple[Geometry | None, Reading], Any]

@@ -44,6 +44,7 @@ def spectrum(  # noqa: PLR0913
     params: Selector = None,
     symmetries: Found | Sequence[Symmetry] | None = None,
     budget: Budget | int | None = None,
+    logits: str | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -71,6 +72,7 @@ def spectrum(  # noqa: PLR0913
         params: as for `isoflat.measure`.
         symmetries: as for `isoflat.measure`.
         budget: number of products in all, or a `Budget`; fewer steps are taken where it is too small for all.
+        logits: as for `isoflat.measure`.
         seed: of the random probes.
         dtype: "float32" or "float64"; default the weights' own. Rounding in float32 hides eigenvalues below about 1e-5 of
             the largest that is not taken out.
@@ -103,7 +105,7 @@ def spectrum(  # noqa: PLR0913
     ranks = Ranks.here(reproducible_sum)
 
     def prepare() -> Subject:
-        return subject(model, data, loss, params, dtype, device)
+        return subject(model, data, loss, params, dtype, device, logits)
 
     with opened(prepare, planned([entry], [geometry]), effort, symmetries, ranks, label, progress) as session:
         (result,) = session.results()

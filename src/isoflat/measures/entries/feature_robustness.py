@@ -12,13 +12,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.estimate import Estimate
 from isoflat.core.streams import stream
 from isoflat.geometry.base import Invariance
-from isoflat.linalg.trace.base import deviation, mean, quantile
 from isoflat.measures.base import Direction, Effort, Findings, Measure, Reading, Scene
 from isoflat.measures.entries.last_layer import MEMORY, LastLayer, features_of, gain
-from isoflat.measures.entries.stochastic import CONFIDENCE
+from isoflat.measures.entries.stochastic import mean_of
 from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Part
@@ -100,22 +99,7 @@ def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Reading, ...]:
 
 def _evaluate(findings: Findings) -> Estimate:
     samples, name = findings.answers[0].result
-    confidence = CONFIDENCE if findings.effort.confidence is None else findings.effort.confidence
-    value, error = mean(samples), deviation(samples) / math.sqrt(len(samples))
-    half = quantile(confidence, len(samples) - 1) * error
-    converged = 2 * half <= findings.effort.rtol * abs(value)
-    notes = () if converged else (f"{len(samples)} draws do not reach the tolerance; raise draws",)
-    return Estimate(
-        value=value,
-        lower=value - half,
-        upper=value + half,
-        confidence=confidence,
-        kind=Kind.STANDARD_ERROR,
-        converged=converged,
-        standard_error=error,
-        notes=(f"features are those that {name} reads", *notes),
-        samples=samples,
-    )
+    return mean_of(findings, samples, f"features are those that {name} reads", remedy="raise the option draws")
 
 
 MEASURE = Measure(

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.estimate import Estimate
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.curvature.matrix import Curvature
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.operator import Pullback
 from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Reading, Scene
-from isoflat.measures.entries.stochastic import CONFIDENCE
+from isoflat.measures.entries.stochastic import mean_of
 from isoflat.risk.empirical import differentiate, leaf_state
 from isoflat.risk.linearise import choose
 from isoflat.risk.network import exactly
@@ -145,27 +144,12 @@ def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]
 
 def _evaluate(findings: Findings) -> Estimate:
     halves: Tensor = findings.answers[0].result
-    samples = halves.mean(1)
-    chains, value = len(samples), float(samples.mean())
-    confidence = CONFIDENCE if findings.effort.confidence is None else findings.effort.confidence
-    error = float(samples.std()) / math.sqrt(chains)
-    width = float(student.isf((1 - confidence) / 2, chains - 1)) * error
     trend = halves[:, 1] - halves[:, 0]
-    still = float(trend.mean()) <= 2 * float(trend.std()) / math.sqrt(chains)
+    still = float(trend.mean()) <= 2 * float(trend.std()) / math.sqrt(len(trend))
     notes = [] if still else ["the loss still rises from one half of the draws to the other: raise burn"]
-    if value < 0:
+    if float(halves.mean()) < 0:
         notes.append("negative: the chains found lower losses, so that this is no minimum")
-    return Estimate(
-        value=value,
-        lower=value - width,
-        upper=value + width,
-        confidence=confidence,
-        kind=Kind.STANDARD_ERROR,
-        converged=2 * width <= findings.effort.rtol * abs(value),
-        standard_error=error,
-        notes=tuple(notes),
-        samples=tuple(samples.tolist()),
-    )
+    return mean_of(findings, halves.mean(1).tolist(), *notes, remedy="raise the option chains")
 
 
 MEASURE = Measure(

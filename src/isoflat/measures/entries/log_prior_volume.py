@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
-from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.estimate import Estimate
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Reading, Scene
-from isoflat.measures.entries.stochastic import CONFIDENCE
+from isoflat.measures.entries.stochastic import mean_of
 from isoflat.risk.batches import move
 from isoflat.risk.losses import call, split
 from isoflat.risk.network import Network, exactly
@@ -157,30 +156,12 @@ def _evaluate(findings: Findings) -> Estimate:
 
     # The jackknife's pseudo-values: their mean lacks the bias of first order that a kernel of few draws has.
     whole = GROUPS * density(total)
-    samples = torch.tensor(
-        [whole - (GROUPS - 1) * density(total - kernel) for kernel in prior.kernels], dtype=torch.float64
-    )
-    value, error = float(samples.mean()), float(samples.std()) / math.sqrt(GROUPS)
-    confidence = CONFIDENCE if findings.effort.confidence is None else findings.effort.confidence
-    width = float(student.isf((1 - confidence) / 2, GROUPS - 1)) * error
-    converged = 2 * width <= findings.effort.rtol * abs(value)
+    samples = [whole - (GROUPS - 1) * density(total - kernel) for kernel in prior.kernels]
     rows, rank = len(prior.labels), draws * prior.classes
-    notes = [] if converged else [f"{draws} draws of the weights do not reach the tolerance; raise the option draws"]
-    if rank < rows:
-        notes.append(
-            f"the kernel has rank {rank} at most, of {rows} examples: the noise stands for the rest; raise the option draws"
-        )
-    return Estimate(
-        value=value,
-        lower=value - width,
-        upper=value + width,
-        confidence=confidence,
-        kind=Kind.STANDARD_ERROR,
-        converged=converged,
-        standard_error=error,
-        notes=tuple(notes),
-        samples=tuple(samples.tolist()),
+    short = (
+        f"the kernel has rank {rank} at most, of {rows} examples: the noise stands for the rest; raise the option draws"
     )
+    return mean_of(findings, samples, *([short] if rank < rows else []), remedy="raise the option draws")
 
 
 MEASURE = Measure(

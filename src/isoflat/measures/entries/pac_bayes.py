@@ -54,7 +54,7 @@ class FromInitial(Reading):
         """The curvature's passes; nothing where there are no weights before training."""
         if scene.initial is None:
             raise UsageError(
-                "the prior is centred at the weights before training, which were not given: pass initial=, a copy of the "
+                "the prior is centred at the weights before training, which were not given: pass initial= (--initial), a copy of the "
                 "network from before training or its state_dict"
             )
         check_mean(scene)

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from isoflat.core.errors import NonFinite, UsageError
-from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.estimate import Estimate
 from isoflat.core.streams import stream
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Reading, Scene
-from isoflat.measures.entries.stochastic import CONFIDENCE
+from isoflat.measures.entries.stochastic import mean_of
 from isoflat.risk.network import exactly
 
 
@@ -74,21 +73,7 @@ def _evaluate(findings: Findings) -> Estimate:
     others = torch.stack([_root_moment(torch.cat([losses[:i], losses[i + 1 :]]), order) for i in range(draws)])
     # The jackknife's pseudo-values: their mean lacks the bias of first order in 1/draws, and they tell its error.
     samples = draws * _root_moment(losses, order) - (draws - 1) * others
-    value, error = float(samples.mean()), float(samples.std()) / math.sqrt(draws)
-    confidence = CONFIDENCE if findings.effort.confidence is None else findings.effort.confidence
-    width = float(student.isf((1 - confidence) / 2, draws - 1)) * error
-    converged = 2 * width <= findings.effort.rtol * abs(value)
-    return Estimate(
-        value=value,
-        lower=value - width,
-        upper=value + width,
-        confidence=confidence,
-        kind=Kind.STANDARD_ERROR,
-        converged=converged,
-        standard_error=error,
-        notes=() if converged else (f"{draws} draws do not reach the tolerance; raise the option draws",),
-        samples=tuple(samples.tolist()),
-    )
+    return mean_of(findings, samples.tolist(), remedy="raise the option draws")
 
 
 MEASURE = Measure(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.curvature.matrix import Matrix
-from isoflat.linalg.trace.base import TraceEstimate
+from isoflat.linalg.trace.base import TraceEstimate, deviation, quantile
 from isoflat.linalg.trace.frobenius import Frobenius, FrobeniusEstimate
 from isoflat.linalg.trace.hutchinson import Hutchinson
 from isoflat.measures.base import Effort, Findings, Question, Spectral
@@ -46,6 +48,32 @@ def frobenius(findings: Findings) -> Estimate:
     """The Frobenius norm that the first question asked for."""
     found: FrobeniusEstimate = findings.answers[0].result
     return _estimate(findings, found, found.interval(), ())
+
+
+def mean_of(findings: Findings, samples: Sequence[float], *notes: str, remedy: str) -> Estimate:
+    """The mean of independent samples with Student's interval.
+
+    Args:
+        findings: whose effort says how wide it may be, and with what confidence it is to hold.
+        samples: two or more.
+        notes: to print with it.
+        remedy: what narrows it, where it is too wide.
+    """
+    confidence, count = _confidence(findings.effort), len(samples)
+    value, error = fmean(samples), deviation(samples) / math.sqrt(count)
+    width = quantile(confidence, count - 1) * error
+    converged = 2 * width <= findings.effort.rtol * abs(value)
+    return Estimate(
+        value=value,
+        lower=value - width,
+        upper=value + width,
+        confidence=confidence,
+        kind=Kind.STANDARD_ERROR,
+        converged=converged,
+        standard_error=error,
+        notes=notes if converged else (*notes, f"{count} samples do not reach the tolerance; {remedy}"),
+        samples=tuple(samples),
+    )
 
 
 def _estimate(
