@@ -18,10 +18,9 @@ from isoflat.core.space import ParameterSpace
 from isoflat.core.state import State
 from isoflat.curvature.fisher import row_counts
 from isoflat.curvature.rows import MEMORY, Output, per_row
-from isoflat.curvature.sweeps import Directions, Sweeps, check_softmax, classes, pulled, residual
-from isoflat.risk.batches import pieces, rows_of
-from isoflat.risk.empirical import EmpiricalRisk, Part
-from isoflat.risk.network import exactly
+from isoflat.curvature.sweeps import Directions, Pass, Sweeps, accumulated, check_softmax, classes, pulled, residual
+from isoflat.risk.batches import pieces
+from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.routes.output import check_output
 from isoflat.risk.rows import row_loss
 
@@ -57,8 +56,8 @@ def gauss_newton_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMOR
 
 def diagonal_of(risk: EmpiricalRisk, state: State, names: Sequence[str], memory: int = MEMORY) -> dict[str, Tensor]:
     """The same of some tensors, by name, in their shapes."""
-    check_softmax(risk, state)
-    return _squares(risk, state, names, classes(risk.loss), memory, shared=False)
+    wanted, space = diagonal_pass(risk, state, names, memory), _space(state, names)
+    return space.unflatten(accumulated(risk, state, [wanted])[0])
 
 
 def moment_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> Tensor:
@@ -74,21 +73,41 @@ def moment_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> 
         UsageError: rows have no losses of their own.
         UnsupportedModel: nor gradients.
     """
+    return accumulated(risk, state, [moment_pass(risk, state, memory)])[0]
+
+
+def diagonal_pass(risk: EmpiricalRisk, state: State, names: Sequence[str] | None = None, memory: int = MEMORY) -> Pass:
+    """What `gauss_newton_diagonal` wants of a pass over the data, of all trainable tensors or some of them.
+
+    Raises:
+        UsageError: the loss is not softmax cross-entropy of the model's output.
+    """
+    check_softmax(risk, state)
+    return _squares(
+        risk, state, list(state.parameters if names is None else names), classes(risk.loss), memory, shared=False
+    )
+
+
+def moment_pass(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> Pass:
+    """What `moment_diagonal` wants of a pass over the data.
+
+    Raises:
+        UsageError: rows have no losses of their own.
+    """
     check_output(risk, state)
-    names = list(state.parameters)
-    return state.space.flatten(_squares(risk, state, names, residual(row_loss(risk)), memory, shared=True))
+    return _squares(risk, state, list(state.parameters), residual(row_loss(risk)), memory, shared=True)
 
 
-def _squares(
-    risk: EmpiricalRisk, state: State, names: Sequence[str], along: Directions, memory: int, shared: bool
-) -> dict[str, Tensor]:
+def _space(state: State, names: Sequence[str]) -> ParameterSpace:
+    return ParameterSpace(tuple(names), tuple(tuple(state.parameters[name].shape) for name in names))
+
+
+def _squares(risk: EmpiricalRisk, state: State, names: list[str], along: Directions, memory: int, shared: bool) -> Pass:
     """`Σ_i (J_iᵀ r)²` by tensor, each row's over its count where this is shared among its targets."""
-    shapes = tuple(tuple(state.parameters[name].shape) for name in names)
-    space = ParameterSpace(tuple(names), shapes)
+    space = _space(state, names)
 
-    def per_batch(index: int, batch: Any) -> Part:
-        sweeps = Sweeps.record(risk, state, batch)
-        shares = torch.ones(rows_of(batch), dtype=torch.float64)
+    def part(sweeps: Sweeps) -> Tensor:
+        shares = torch.ones(len(sweeps.z), dtype=torch.float64)
         if shared:
             counts = row_counts(risk.loss, sweeps.z.detach(), sweeps.target)
             shares = torch.where(counts > 0, 1 / counts, 0)
@@ -96,13 +115,10 @@ def _squares(
         found = _through_layers(sweeps, names, along, shares)
         rest = [name for name in names if name not in found]
         if rest:
-            found |= _row_by_row(risk, state, batch, rest, along, shares, memory)
-        return Part(space.flatten(found), sweeps.count)
+            found |= _row_by_row(risk, state, sweeps.batch, rest, along, shares, memory)
+        return space.flatten(found)
 
-    with exactly(state.device):
-        return space.unflatten(
-            risk.accumulate(per_batch, torch.zeros(space.size, dtype=torch.int8, device=state.device))
-        )
+    return Pass(part, space.size)
 
 
 def _through_layers(sweeps: Sweeps, names: Sequence[str], along: Directions, shares: Tensor) -> dict[str, Tensor]:

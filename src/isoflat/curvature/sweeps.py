@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any, final
 
@@ -25,6 +26,8 @@ from isoflat.curvature.rows import Output
 from isoflat.risk.empirical import EmpiricalRisk, leaf_state
 from isoflat.risk.likelihood import class_axis, likelihood
 from isoflat.risk.losses import Loss, TargetLoss
+from isoflat.risk.network import exactly
+from isoflat.risk.ranks import Part
 from isoflat.risk.routes.output import check_output, output_of
 
 
@@ -49,14 +52,14 @@ Directions = Callable[[Tensor, Tensor], Iterator[Tensor]]
 @final
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer that was called once, on one vector per row.
+    """A call of a linear layer.
 
     Attributes:
         weight: name.
         bias: name it would have.
-        inputs: a, shape `(rows, in)`, without a graph.
+        inputs: a, shape `(rows, in)` where it acts on one vector per row, without a graph.
         output: y, shape `(rows, out)`, with one.
-        own: which of the two names act through this layer alone.
+        own: which of the two names act through this call alone.
     """
 
     weight: str
@@ -69,18 +72,20 @@ class Layer:
 @final
 @dataclass(frozen=True)
 class Sweeps:
-    """One batch's output with its graph, and the layers seen on the way.
+    """One batch's output with its graph, and the layers called on the way.
 
     Attributes:
+        batch: of the data.
         leaves: the trainable tensors.
-        seen: linear layers that were called once.
+        calls: of linear layers, in turn.
         z: the output.
         target: what the loss compares it with.
         count: counted targets or their weights.
     """
 
+    batch: Any
     leaves: Mapping[str, Tensor]
-    seen: tuple[Layer, ...]
+    calls: tuple[Layer, ...]
     z: Tensor
     target: Tensor
     count: float
@@ -88,13 +93,12 @@ class Sweeps:
     @staticmethod
     def record(risk: EmpiricalRisk, state: State, batch: Any) -> Sweeps:
         """One forward pass under watch."""
-        calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        calls: list[Layer] = []
         leaves = leaf_state(state)
         with ExitStack() as stack:
             for path, module in risk.network.module.named_modules():
-                if type(module) is nn.Linear:
-                    calls[path] = []
-                    stack.callback(module.register_forward_hook(_watch(calls[path]), with_kwargs=True).remove)
+                if isinstance(module, nn.Linear):
+                    stack.callback(module.register_forward_hook(_watch(calls, path), with_kwargs=True).remove)
             term = risk.term(leaves, batch)
         z = output_of(term)
         if z.ndim < 2 or len(z) != term.rows:
@@ -102,21 +106,12 @@ class Sweeps:
                 f"the output's shape {tuple(z.shape)} does not begin with the batch's {term.rows} rows: return outputs "
                 "with the rows along dimension 0 and the classes along dimension 1"
             )
-        seen = []
-        for path, made in calls.items():
-            prefix = f"{path}." if path else ""
-            if len(made) == 1 and made[0][1].ndim == 2 and len(made[0][1]) == term.rows and made[0][1].requires_grad:
-                seen.append(Layer(f"{prefix}weight", f"{prefix}bias", *made[0]))
-        return Sweeps(leaves.parameters, tuple(seen), z, risk.target(state, batch), term.count)
+        return Sweeps(batch, leaves.parameters, tuple(calls), z, risk.target(state, batch), term.count)
 
     def layers(self, names: Sequence[str]) -> tuple[Layer, ...]:
-        """Layers that the named tensors belong to, with the names of those that belong to nothing else."""
-        wanted = self._own(names)
-        return tuple(
-            replace(layer, own=frozenset({layer.weight, layer.bias} & wanted))
-            for layer in self.seen
-            if {layer.weight, layer.bias} & wanted
-        )
+        """Layers called once on one vector per row, those that named tensors act through, with the names of these."""
+        found = (replace(layer, own=layer.own & set(names)) for layer in self._alone)
+        return tuple(layer for layer in found if layer.own)
 
     def backward(self, layers: Sequence[Layer], along: Directions) -> Iterator[tuple[Tensor | None, ...]]:
         """∂y of each layer, for every direction in turn; None where the output does not depend on it."""
@@ -126,11 +121,21 @@ class Sweeps:
         for cotangent in along(self.z.detach(), self.target):
             yield torch.autograd.grad(self.z, outputs, cotangent, retain_graph=True, allow_unused=True)
 
-    def _own(self, names: Sequence[str]) -> set[str]:
-        """Those of the names that act through one seen layer only: gradients along a random cotangent tell."""
-        layers = {name: layer for layer in self.seen for name in (layer.weight, layer.bias) if name in names}
+    @cached_property
+    def _alone(self) -> tuple[Layer, ...]:
+        """Layers with the names that act through nothing else: gradients along a random cotangent tell."""
+        names = [layer.weight for layer in self.calls]
+        single = [
+            layer
+            for layer in self.calls
+            if names.count(layer.weight) == 1
+            and layer.output.ndim == 2
+            and len(layer.output) == len(self.z)
+            and layer.output.requires_grad
+        ]
+        layers = {name: layer for layer in single for name in (layer.weight, layer.bias) if name in self.leaves}
         if not layers:
-            return set()
+            return ()
         drawn = torch.randn(self.z.shape, generator=stream(0, "cotangent"), dtype=torch.float64).to(self.z)
         asked = [*(self.leaves[name] for name in layers), *(layer.output for layer in layers.values())]
         found = torch.autograd.grad(self.z, asked, drawn, retain_graph=True, allow_unused=True)
@@ -141,12 +146,42 @@ class Sweeps:
             made = part.T @ layer.inputs if name == layer.weight else part.sum(0)
             if norm(whole - made) <= 1000 * torch.finfo(whole.dtype).eps * norm(whole):
                 own.add(name)
-        return own
+        return tuple(replace(layer, own=frozenset({layer.weight, layer.bias} & own)) for layer in single)
 
 
-def _watch(calls: list[tuple[Tensor, Tensor]]) -> Any:
+@final
+@dataclass(frozen=True)
+class Pass:
+    """A mean over the data of something of each batch's output and what led to it.
+
+    Attributes:
+        part: a batch's share of the sum, shape `(entries,)`.
+        entries: how many numbers it is.
+    """
+
+    part: Callable[[Sweeps], Tensor]
+    entries: int
+
+
+def accumulated(risk: EmpiricalRisk, state: State, passes: Sequence[Pass]) -> list[Tensor]:
+    """All of them from a single forward pass over the data: each of shape `(entries,)`, float64."""
+
+    def per_batch(index: int, batch: Any) -> Part:
+        sweeps = Sweeps.record(risk, state, batch)
+        return Part(torch.cat([wanted.part(sweeps).double() for wanted in passes]), sweeps.count)
+
+    sizes = [wanted.entries for wanted in passes]
+    with exactly(state.device):
+        like = torch.zeros(sum(sizes), dtype=torch.int8, device=state.device)
+        return list(risk.accumulate(per_batch, like).split(sizes))
+
+
+def _watch(calls: list[Layer], path: str) -> Any:
+    prefix = f"{path}." if path else ""
+
     def hook(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-        calls.append(((args[0] if args else named["input"]).detach(), output))
+        given = (args[0] if args else named["input"]).detach()
+        calls.append(Layer(f"{prefix}weight", f"{prefix}bias", given, output))
 
     return hook
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.record import Point
 from isoflat.core.state import State
 from isoflat.curvature.matrix import Matrix
+from isoflat.curvature.sweeps import Pass
 from isoflat.geometry.base import Chart, Geometry, Invariance
 from isoflat.linalg.solver import Outcome, Solver
 from isoflat.risk.empirical import EmpiricalRisk, Survey
@@ -126,7 +127,7 @@ class Reading(ABC):
 
     @abstractmethod
     def answer(self, scene: Scene) -> Any:
-        """Read it.
+        """The answer; or a coroutine, which yields other readings and passes over the data and is sent what they give.
 
         Raises:
             UsageError: there is no such thing for this loss, or with what was given.
@@ -146,7 +147,6 @@ class Scene:
         survey: loss and gradient there.
         effort: how hard.
         report: called with a status line at each pass over the data.
-        ask: the answer to another reading, which is made once.
         initial: the weights before training, as they were given: shape `(n,)`, float64, in the order of the user's own
             trainable tensors, which are those of `state` in the Euclidean geometry; None where there are none.
     """
@@ -157,7 +157,6 @@ class Scene:
     survey: Survey
     effort: Effort
     report: Callable[[str], None]
-    ask: Callable[[Reading], Any]
     initial: Tensor | None = None
 
     @property
@@ -168,6 +167,11 @@ class Scene:
 
 Question = Spectral | Reading
 """What several measures may share: equal questions in one geometry are asked once."""
+
+T = TypeVar("T")
+
+Asking = Generator[Reading | Pass, Any, T]
+"""An answer under way: a reading or a pass over the data is yielded, and what it gives is sent."""
 
 
 @final

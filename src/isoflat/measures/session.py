@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, final
+from typing import final
 
 from isoflat.core.errors import IsoflatError
 from isoflat.core.state import State
@@ -15,7 +15,8 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.linalg.maps import Identity as Identical
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Job, Outcome, Probe, together
+from isoflat.linalg.solver import Job, Probe, together
+from isoflat.measures.asking import answered
 from isoflat.measures.base import Effort, Measure, Question, Reading, Scene, Spectral, Subject
 from isoflat.measures.place import Place, Products
 from isoflat.measures.scribe import NOT_APPLICABLE, Answers, Refusal, Result, Scribe, matrices_of
@@ -111,9 +112,7 @@ class Session:
         setup = time.monotonic() - started
         answers: Answers = {}
         for key, place in places.items():
-            made: dict[tuple[Geometry | None, Reading], Any] = {}
-            for geometry, chart in here[key].items():
-                answers |= self._readings(geometry, chart, place, made)
+            answers |= self._readings(here[key], place)
             for geometry, question in self.asked(here[key]):
                 if isinstance(question, Spectral) and question.matrix in place.refused:
                     answers[geometry, question] = place.refused[question.matrix]
@@ -130,27 +129,15 @@ class Session:
         plan = ((m, g) for m, g in self.plan if not any((g, question) in refused for question in self.questions(m)))
         return replace(self, plan=tuple(plan))
 
-    def _readings(
-        self, geometry: Geometry, chart: Chart, place: Place, made: dict[tuple[Geometry | None, Reading], Any]
-    ) -> Answers:
-        """Answers that need no solver, each made once; what several of them need is billed to the first."""
-
-        def ask(question: Reading) -> Any:
-            key = (geometry if question.framed else None, question)
-            if key not in made:
-                made[key] = question.answer(scene)
-            return made[key]
-
-        scene = Scene(place.risk, geometry, chart, place.survey, self.effort, self.report, ask, self.subject.initial)
-        answers: Answers = {}
-        for _, question in self.asked({geometry}):
-            if isinstance(question, Reading):
-                started = time.monotonic()
-                try:
-                    answers[geometry, question] = Outcome(ask(question), 0, time.monotonic() - started)
-                except NOT_APPLICABLE as error:
-                    answers[geometry, question] = error
-        return answers
+    def _readings(self, charts: Mapping[Geometry, Chart], place: Place) -> Answers:
+        """Answers that need no solver."""
+        scenes = {
+            geometry: Scene(place.risk, geometry, chart, place.survey, self.effort, self.report, self.subject.initial)
+            for geometry, chart in charts.items()
+        }
+        asked = [(geometry, question) for geometry, question in self.asked(charts) if isinstance(question, Reading)]
+        found = answered([(scenes[geometry], question) for geometry, question in asked])
+        return dict(zip(asked, found, strict=True))
 
     def placed(
         self,

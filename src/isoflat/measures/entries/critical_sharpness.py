@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.space import inner
 from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
+from isoflat.risk.empirical import differentiate, leaf_state
 from isoflat.risk.network import exactly
-from isoflat.risk.routes.base import gradient
+from isoflat.risk.ranks import Part
+from isoflat.risk.routes.base import joined
 
 TRIES = 60
 """Doublings of the first guess, and halvings, at most."""
@@ -35,12 +37,12 @@ class _Crossing(Reading):
 
     def answer(self, scene: Scene) -> tuple[float, float]:
         """Half a dozen forward passes: doubling until the loss has risen, then interpolation until the ends are rtol apart."""
-        slope = scene.chart.frame.pull(self._gradient(scene)[:, None])[:, 0]
+        start, gradient = self._start(scene)
+        slope = scene.chart.frame.pull(gradient[:, None])[:, 0]
         direction = scene.chart.frame.push(slope[:, None])[:, 0]
         fall = float(inner([slope], slope)[0])
         if not fall:
             raise UsageError("critical sharpness is a step along the gradient, which is zero here")
-        start = self._loss(scene, direction, 0.0)
 
         def change(step: float) -> float:
             """Of the loss; infinite where it overflows."""
@@ -53,14 +55,22 @@ class _Crossing(Reading):
         return _crossing(change, fall, first, ROUNDING * torch.finfo(torch.float64).eps * abs(start), scene.effort.rtol)
 
     @staticmethod
-    def _gradient(scene: Scene) -> Tensor:
+    def _start(scene: Scene) -> tuple[float, Tensor]:
+        """Loss and gradient in float64: those of the survey, or a pass of their own."""
         risk, state = scene.risk, scene.state
         if state.dtype == torch.float64:
-            return scene.survey.gradient
+            return scene.survey.loss, scene.survey.gradient
         precise = state.to(dtype=torch.float64)
-        like = torch.zeros(state.space.size, dtype=torch.int8, device=state.device)
+
+        def per_batch(index: int, batch: Any) -> Part:
+            leaves = leaf_state(precise)
+            term, parameters = risk.term(leaves, batch), list(leaves.parameters.values())
+            slope = joined(parameters, differentiate(term.total, parameters))
+            return Part(torch.cat([term.total.detach().reshape(1), slope]), term.count)
+
         with exactly(state.device):
-            return risk.accumulate(lambda _, batch: gradient(risk, precise, batch), like)
+            found = risk.accumulate(per_batch, torch.zeros(1 + state.space.size, dtype=torch.int8, device=state.device))
+        return float(found[0]), found[1:]
 
     @staticmethod
     def _loss(scene: Scene, direction: Tensor, step: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,13 +14,12 @@ from torch import Tensor
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.streams import stream
+from isoflat.curvature.sweeps import Pass, Sweeps
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Effort, Findings, Measure, Reading, Scene
-from isoflat.measures.entries.last_layer import MEMORY, LastLayer, features_of, gain
+from isoflat.measures.base import Asking, Direction, Effort, Findings, Measure, Reading, Scene
+from isoflat.measures.entries.last_layer import MEMORY, LastLayer, gain, last_of
 from isoflat.measures.entries.stochastic import mean_of
 from isoflat.risk.losses import TargetLoss
-from isoflat.risk.network import exactly
-from isoflat.risk.ranks import Part
 
 
 @final
@@ -42,10 +41,10 @@ class _Changes(Reading):
     seed: int
     framed = False
 
-    def answer(self, scene: Scene) -> tuple[tuple[float, ...], str]:
+    def answer(self, scene: Scene) -> Asking[tuple[tuple[float, ...], str]]:
         """One forward pass."""
         risk, state = scene.risk, scene.state
-        head = scene.ask(LastLayer(False))
+        head = yield LastLayer(False)
         classes, width = head.weight.shape
         if 8 * self.draws * classes * width > MEMORY:
             raise UsageError(
@@ -60,9 +59,8 @@ class _Changes(Reading):
         steps = self.delta / math.sqrt(width) * (_root(head.weight) @ drawn)
         bias = state.tensors.get(f"{head.name.removesuffix('weight')}bias")
 
-        def per_batch(index: int, batch: Any) -> Part:
-            features, count = features_of(scene, batch, head.name)
-            target = risk.target(state, batch)
+        def part(sweeps: Sweeps) -> Tensor:
+            features, target = last_of(scene, sweeps).inputs.double(), sweeps.target
             target = target.double() if target.is_floating_point() else target
             z = F.linear(features, head.weight, None if bias is None else gain(scene) * bias.detach().double())
 
@@ -73,12 +71,11 @@ class _Changes(Reading):
             for step in steps:
                 moved = features @ step.T
                 changes.append((total(z + moved) + total(z - moved)) / 2 - start)
-            return Part(torch.stack(changes), count)
+            return torch.stack(changes)
 
         scene.report("changed features")
-        with exactly(state.device), torch.no_grad():
-            like = torch.zeros(self.draws, dtype=torch.int8, device=state.device)
-            return tuple(risk.accumulate(per_batch, like).tolist()), head.name
+        found = yield Pass(part, self.draws)
+        return tuple(found.tolist()), head.name
 
 
 def _root(weight: Tensor) -> Tensor:

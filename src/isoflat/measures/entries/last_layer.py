@@ -6,24 +6,21 @@ With `z = W φ (+ b)` and probabilities p the Hessian's block of rows s and s' o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
-from isoflat.curvature.sweeps import check_softmax
+from isoflat.curvature.sweeps import Layer, Pass, Sweeps, check_softmax
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Findings, Reading, Scene
+from isoflat.measures.base import Asking, Findings, Reading, Scene
 from isoflat.risk.likelihood import likelihood
 from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
-from isoflat.risk.ranks import Part
-from isoflat.risk.routes.output import output_of
 
 MEMORY = 1 << 30
 """Bytes that the Gram matrices of all classes may take."""
@@ -61,18 +58,19 @@ class LastLayer(Reading):
     normalised: bool
     framed = False
 
-    def answer(self, scene: Scene) -> Head:
+    def answer(self, scene: Scene) -> Asking[Head]:
         """One forward pass where features are normalised; a batch otherwise."""
-        check_softmax(scene.risk, scene.state)
-        with exactly(scene.state.device), torch.no_grad():
-            name = next(_features(scene, scene.risk.batches, None))[0]
-            weight = scene.state.parameters.get(name)
-            if weight is None:
-                raise UsageError(f"the last layer's {name} is held fixed: nothing is measured there")
-            weight, scale = gain(scene) * weight.detach().double(), torch.ones(weight.shape[1], dtype=torch.float64)
-            if not self.normalised:
-                return Head(name, weight, scale.to(weight.device), ())
-            deviation = _deviations(scene, name)
+        risk, state = scene.risk, scene.state
+        check_softmax(risk, state)
+        with exactly(state.device), torch.no_grad():
+            name = last_of(scene, Sweeps.record(risk, state, next(iter(risk.batches)))).weight
+        weight = state.parameters.get(name)
+        if weight is None:
+            raise UsageError(f"the last layer's {name} is held fixed: nothing is measured there")
+        weight, scale = gain(scene) * weight.detach().double(), torch.ones(weight.shape[1], dtype=torch.float64)
+        if not self.normalised:
+            return Head(name, weight, scale.to(weight.device), ())
+        deviation = _deviations(scene, (yield _moments(scene, weight.shape[1])))
         still = deviation == 0
         notes = (
             [f"{int(still.sum())} features never change and, like biases, are left out"] if bool(still.any()) else []
@@ -88,16 +86,16 @@ class LastTrace(Reading):
     normalised: bool
     framed = False
 
-    def answer(self, scene: Scene) -> tuple[float, Head]:
+    def answer(self, scene: Scene) -> Asking[tuple[float, Head]]:
         """One forward pass."""
-        head = scene.ask(LastLayer(self.normalised))
+        head = yield LastLayer(self.normalised)
         sizes = head.weight.square().sum(1)
 
         def part(p: Tensor, features: Tensor) -> Tensor:
             spread = p @ sizes - (p @ head.weight).square().sum(1)
             return (spread * features.square().sum(1)).sum().reshape(1)
 
-        return float(_forward(scene, head, part, 1)), head
+        return float((yield _mean(scene, head, part, 1))), head
 
 
 @final
@@ -108,9 +106,9 @@ class LastBlocks(Reading):
     normalised: bool
     framed = False
 
-    def answer(self, scene: Scene) -> tuple[float, Head]:
+    def answer(self, scene: Scene) -> Asking[tuple[float, Head]]:
         """One forward pass, and an eigenvalue problem for each class."""
-        head = scene.ask(LastLayer(self.normalised))
+        head = yield LastLayer(self.normalised)
         classes, size = head.weight.shape
         if classes * size * size * 8 > MEMORY:
             raise UsageError(
@@ -119,50 +117,42 @@ class LastBlocks(Reading):
             )
 
         def part(p: Tensor, features: Tensor) -> Tensor:
-            return torch.stack([features.T @ (features * (q * (1 - q))[:, None]) for q in p.T]).reshape(-1)
+            # The matrix products are the cost, and are made as those of the network are; sums over batches are float64.
+            shares, rows = (p * (1 - p)).to(scene.state.dtype), features.to(scene.state.dtype)
+            return torch.stack([rows.T @ (rows * share[:, None]) for share in shares.T]).reshape(-1)
 
-        blocks = _forward(scene, head, part, classes * size * size).view(classes, size, size)
+        blocks = (yield _mean(scene, head, part, classes * size * size)).view(classes, size, size)
         tops = torch.linalg.eigvalsh(blocks)[:, -1]
         return float(head.weight.square().sum(1) @ tops), head
 
 
-def _forward(scene: Scene, head: Head, part: Any, entries: int) -> Tensor:
+def _mean(scene: Scene, head: Head, part: Callable[[Tensor, Tensor], Tensor], entries: int) -> Pass:
     """A mean over the data of something of probabilities and features, as the loss takes it."""
-    risk, state = scene.risk, scene.state
 
-    def per_batch(index: int, batch: Any) -> Part:
-        with torch.no_grad():
-            ((_, z, features, term),) = _features(scene, [batch], head.name)
-        mass = likelihood(risk.loss, z, risk.target(state, batch)).mass.double()
-        return Part(part(z.double().softmax(1), features.double() / head.scale * mass.sqrt()[:, None]), term.count)
+    def of_batch(sweeps: Sweeps) -> Tensor:
+        features, z = last_of(scene, sweeps).inputs.double(), sweeps.z.detach()
+        mass = likelihood(scene.risk.loss, z, sweeps.target).mass.double()
+        return part(z.double().softmax(1), features / head.scale * mass.sqrt()[:, None])
 
     scene.report("last layer")
-    with exactly(state.device):
-        return risk.accumulate(per_batch, torch.zeros(entries, dtype=torch.int8, device=state.device))
+    return Pass(of_batch, entries)
 
 
-def features_of(scene: Scene, batch: Any, name: str) -> tuple[Tensor, float]:
-    """What goes into the last layer, shape `(rows, features)`, float64, and what a mean of the batch divides by."""
-    with torch.no_grad():
-        ((_, _, features, term),) = _features(scene, [batch], name)
-    return features.double(), term.count
+def _moments(scene: Scene, width: int) -> Pass:
+    """First and second moments of the features, and how many rows there are."""
+
+    def of_batch(sweeps: Sweeps) -> Tensor:
+        wide = last_of(scene, sweeps).inputs.double()
+        return torch.cat([wide.sum(0), wide.square().sum(0), wide.new_full((1,), len(wide))])
+
+    return Pass(of_batch, 2 * width + 1)
 
 
-def _deviations(scene: Scene, name: str) -> Tensor:
-    """Standard deviation of each feature over the rows of the data."""
-    risk, state = scene.risk, scene.state
-
-    def per_batch(index: int, batch: Any) -> Part:
-        ((_, z, features, term),) = _features(scene, [batch], name)
-        wide = features.double()
-        return Part(torch.cat([wide.sum(0), wide.square().sum(0), wide.new_full((1,), len(z))]), term.count)
-
-    width = scene.state.parameters[name].shape[1]
-    found = risk.accumulate(per_batch, torch.zeros(2 * width + 1, dtype=torch.int8, device=state.device))
-    # Over rows, whatever the loss divides by.
-    mean, square = (found[:-1] / found[-1]).split(width)
+def _deviations(scene: Scene, moments: Tensor) -> Tensor:
+    """Standard deviation of each feature over the rows of the data, whatever the loss divides by."""
+    mean, square = (moments[:-1] / moments[-1]).chunk(2)
     # Below lies the rounding of the features, and of the difference.
-    fine = max((10 * torch.finfo(state.dtype).eps) ** 2, 100 * torch.finfo(torch.float64).eps)
+    fine = max((10 * torch.finfo(scene.state.dtype).eps) ** 2, 100 * torch.finfo(torch.float64).eps)
     variance = square - mean.square()
     return torch.where(variance > fine * square, variance, 0.0).sqrt()
 
@@ -182,37 +172,24 @@ def gain(scene: Scene) -> float:
     return found
 
 
-def _features(scene: Scene, batches: Any, name: str | None) -> Iterator[tuple[str, Tensor, Tensor, Any]]:
-    """Name of the last layer's weight, scores, what goes into the layer, and the term of each batch.
+def last_of(scene: Scene, sweeps: Sweeps) -> Layer:
+    """The layer that gives the scores.
 
     Raises:
         UsageError: the scores are not what a linear layer gives.
     """
-    risk = scene.risk
-    for batch in batches:
-        calls: list[tuple[str, Tensor, Tensor]] = []
-        with ExitStack() as stack:
-            for path, module in risk.network.module.named_modules():
-                own = f"{path}.weight" if path else "weight"
-                if isinstance(module, nn.Linear) and name in (None, own):
-                    stack.callback(module.register_forward_hook(_watch(calls, own)).remove)
-            term = risk.term(scene.state, batch)
-        z = output_of(term)
-        factor = gain(scene)
-        last = next((c for c in reversed(calls) if c[2] is z or (factor != 1 and torch.equal(factor * c[2], z))), None)
-        if last is None or z.ndim != 2 or last[1].ndim != 2:
-            raise UsageError(
-                "relative flatness is known in closed form where a torch.nn.Linear gives the scores, one row for each "
-                f"example; here the output has shape {tuple(z.shape)} and is not what a linear layer returns"
-            )
-        yield last[0], z, last[1], term
+    factor, z = gain(scene), sweeps.z
 
+    def gives(layer: Layer) -> bool:
+        return layer.output is z or (factor != 1 and torch.equal(factor * layer.output, z))
 
-def _watch(calls: list[tuple[str, Tensor, Tensor]], name: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append((name, args[0], output))
-
-    return hook
+    last = next((layer for layer in reversed(sweeps.calls) if gives(layer)), None)
+    if last is None or z.ndim != 2 or last.inputs.ndim != 2:
+        raise UsageError(
+            "relative flatness is known in closed form where a torch.nn.Linear gives the scores, one row for each "
+            f"example; here the output has shape {tuple(z.shape)} and is not what a linear layer returns"
+        )
+    return last
 
 
 PITFALLS = (

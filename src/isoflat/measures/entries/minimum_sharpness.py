@@ -14,7 +14,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.base import Asking, Direction, Findings, Measure, Reading, Scene
 from isoflat.measures.entries.readings import BlockTraces
 from isoflat.measures.prepare import outputs
 from isoflat.symmetry.base import verify
@@ -29,7 +29,7 @@ class _Least(Reading):
 
     framed = False
 
-    def answer(self, scene: Scene) -> float:
+    def answer(self, scene: Scene) -> Asking[float]:
         """Block traces by backward passes; then a few Newton steps, without data."""
         state = scene.state
         chain = LayerScale.sequential(state)
@@ -42,7 +42,7 @@ class _Least(Reading):
                 "minimum_sharpness is for chains of layers with positively homogeneous activations between them, which "
                 "this network is not: minimum_sharpness_unitwise takes any"
             ) from error
-        traces = scene.ask(BlockTraces())
+        traces = yield BlockTraces()
         return least(list(_masses(chain, traces, state)), chain.dimension)[0]
 
 

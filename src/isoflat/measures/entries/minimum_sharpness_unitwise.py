@@ -8,7 +8,7 @@ from typing import final
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.geometry.traced import Traced
-from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.base import Asking, Direction, Findings, Measure, Reading, Scene
 from isoflat.measures.entries.readings import Diagonal
 from isoflat.symmetry.potential import Mass, least
 
@@ -18,12 +18,12 @@ from isoflat.symmetry.potential import Mass, least
 class _Least(Reading):
     """`min Σ_j G_jj / s_j²` over all scalings s of units that keep the function: convex in their logarithms."""
 
-    def answer(self, scene: Scene) -> tuple[float, tuple[str, ...]]:
+    def answer(self, scene: Scene) -> Asking[tuple[float, tuple[str, ...]]]:
         """The diagonal by backward passes; then Newton's method, without data."""
         assert isinstance(scene.geometry, Traced)
         assert scene.geometry.found is not None
         group = scene.geometry.found.scaling
-        diagonal = scene.state.space.unflatten(scene.ask(Diagonal()))
+        diagonal = scene.state.space.unflatten((yield Diagonal()))
         masses, seen = [], set()
         for e in group.tensors:
             if e.name in diagonal:

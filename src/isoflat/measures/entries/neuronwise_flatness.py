@@ -12,7 +12,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.curvature.block_trace import check_blocks
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.base import Asking, Direction, Findings, Measure, Reading, Scene
 from isoflat.measures.entries.readings import Diagonal
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,7 +26,7 @@ class _Neurons(Reading):
 
     framed = False
 
-    def answer(self, scene: Scene) -> tuple[float, tuple[str, ...]]:
+    def answer(self, scene: Scene) -> Asking[tuple[float, tuple[str, ...]]]:
         """Sums over the Gauss-Newton matrix's diagonal, once the network is seen to be linear in each weight."""
         state = scene.state
         owners = {
@@ -38,7 +38,7 @@ class _Neurons(Reading):
         if not names:
             raise UsageError("neuronwise_flatness needs a trainable torch.nn.Linear or convolution: here there is none")
         check_blocks(scene.risk, state, names)
-        diagonal = state.space.unflatten(scene.ask(Diagonal()))
+        diagonal = state.space.unflatten((yield Diagonal()))
         total = 0.0
         for name in names:
             sizes = state.parameters[name].detach().double().square().flatten(1).sum(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.base import Asking, Direction, Findings, Measure, Reading, Scene
 from isoflat.measures.entries.readings import Diagonal
 from isoflat.symmetry.potential import Mass, least
 
@@ -23,9 +23,9 @@ class _Balanced(Reading):
 
     framed = False
 
-    def answer(self, scene: Scene) -> dict[str, float]:
+    def answer(self, scene: Scene) -> Asking[dict[str, float]]:
         """The diagonal by backward passes; then Newton's method, without data."""
-        diagonal = scene.state.space.unflatten(scene.ask(Diagonal()))
+        diagonal = scene.state.space.unflatten((yield Diagonal()))
         weights = {name: tensor for name, tensor in scene.state.parameters.items() if tensor.ndim >= 2}
         if not weights:
             raise UsageError("normalized_sharpness is a sum over weight matrices, and no trainable tensor is one")

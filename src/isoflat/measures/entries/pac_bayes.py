@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.measures.base import Reading, Scene
+from isoflat.measures.base import Asking, Reading, Scene
 from isoflat.measures.entries.readings import Diagonal
 
 BOUNDED = (
@@ -50,7 +50,7 @@ class FromInitial(Reading):
 
     framed = False
 
-    def answer(self, scene: Scene) -> Terms:
+    def answer(self, scene: Scene) -> Asking[Terms]:
         """The curvature's passes; nothing where there are no weights before training."""
         if scene.initial is None:
             raise UsageError(
@@ -59,7 +59,7 @@ class FromInitial(Reading):
             )
         check_mean(scene)
         distance = float((scene.state.vector.double() - scene.initial).square().sum())
-        return Terms(scene.ask(Diagonal()), distance, scene.survey.rows)
+        return Terms((yield Diagonal()), distance, scene.survey.rows)
 
 
 def check_mean(scene: Scene) -> None:

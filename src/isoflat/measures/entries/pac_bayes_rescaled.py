@@ -28,7 +28,7 @@ from isoflat.core.errors import UnsupportedModel
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.geometry.traced import Traced
-from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Reading, Scene
+from isoflat.measures.base import Asking, Direction, Effort, Findings, Measure, Question, Reading, Scene
 from isoflat.measures.entries.pac_bayes import BOUNDED, catoni, check_mean, check_options
 from isoflat.measures.entries.readings import Diagonal
 from isoflat.symmetry.units import Exponents
@@ -129,14 +129,14 @@ class _Least(Reading):
     sigma: float
     beta: float
 
-    def answer(self, scene: Scene) -> tuple[float, int]:
+    def answer(self, scene: Scene) -> Asking[tuple[float, int]]:
         """The diagonal by backward passes; then Newton's method, without data."""
         assert isinstance(scene.geometry, Traced)
         assert scene.geometry.found is not None
         check_mean(scene)
         group, space, rows = scene.geometry.found.scaling, scene.state.space, scene.survey.rows
         factor = self.beta * rows * self.sigma**2
-        diagonal = space.unflatten(scene.ask(Diagonal()))
+        diagonal = space.unflatten((yield Diagonal()))
         moving = {e.name: e for e in group.tensors}
         # Fixed tensors that the frame reaches come last: no prior is over them.
         own = [name for name, where in space.slices.items() if where.stop <= scene.chart.frame.columns]

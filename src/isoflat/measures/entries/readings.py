@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from isoflat.curvature.block_trace import check_blocks
-from isoflat.curvature.diagonal import gauss_newton_diagonal, moment_diagonal
+from isoflat.curvature.diagonal import diagonal_pass, moment_pass
 from isoflat.curvature.fisher import counts_of
 from isoflat.curvature.rows import row_gradients
 from isoflat.linalg.maps import Diagonal as Scaled
 from isoflat.linalg.maps import Identity
-from isoflat.measures.base import Reading, Scene
+from isoflat.measures.base import Asking, Reading, Scene
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Part
 from isoflat.risk.rows import derivative
@@ -37,10 +37,10 @@ class RowMoments(Reading):
 
     framed = False
 
-    def answer(self, scene: Scene) -> Tensor:
+    def answer(self, scene: Scene) -> Asking[Tensor]:
         """A backward pass, and gradients of single rows for what is no linear layer."""
         scene.report("gradients of single rows")
-        return moment_diagonal(scene.risk, scene.state)
+        return (yield moment_pass(scene.risk, scene.state))
 
 
 @final
@@ -48,12 +48,12 @@ class RowMoments(Reading):
 class FramedMoments(Reading):
     """The diagonal of `Eᵀ C E`, C the second moment of the rows' gradients: shape `(m,)`, float64."""
 
-    def answer(self, scene: Scene) -> Tensor:
+    def answer(self, scene: Scene) -> Asking[Tensor]:
         """That of C where E is diagonal; else the gradient of each row through E."""
         risk, state, frame = scene.risk, scene.state, scene.chart.frame
         if isinstance(frame, Identity | Scaled):
             units = frame.pull(torch.ones(frame.rows, 1, dtype=torch.float64, device=state.device))[:, 0]
-            return units.square() * scene.ask(RowMoments())
+            return units.square() * (yield RowMoments())
 
         def per_batch(index: int, batch: Any) -> Part:
             total, count = torch.zeros(frame.columns, dtype=torch.float64, device=state.device), 0.0
@@ -75,10 +75,10 @@ class Diagonal(Reading):
 
     framed = False
 
-    def answer(self, scene: Scene) -> Tensor:
+    def answer(self, scene: Scene) -> Asking[Tensor]:
         """A backward pass for each class."""
         scene.report("diagonal of the Gauss-Newton matrix")
-        return gauss_newton_diagonal(scene.risk, scene.state)
+        return (yield diagonal_pass(scene.risk, scene.state))
 
 
 @final
@@ -88,11 +88,11 @@ class BlockTraces(Reading):
 
     framed = False
 
-    def answer(self, scene: Scene) -> dict[str, float]:
+    def answer(self, scene: Scene) -> Asking[dict[str, float]]:
         """Sums over the diagonal, once the network is seen to be linear in each tensor."""
         state = scene.state
         check_blocks(scene.risk, state, list(state.parameters))
-        parts = state.space.unflatten(scene.ask(Diagonal()))
+        parts = state.space.unflatten((yield Diagonal()))
         return {name: float(part.sum()) for name, part in parts.items()}
 
 
