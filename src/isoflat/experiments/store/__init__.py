@@ -1,0 +1,17 @@
+"""Finished cells of an experiment on disk: found by what they are of, whole or not there at all.
+
+```
+folder/isoflat-store.json              what this folder is, and the version of its layout
+folder/cells/<address>.json            settings and result, with the SHA-256 of the weights
+folder/cells/<address>.safetensors     weights, where the cell has some; written first
+folder/under-way/<address>/            a cell's own checkpoints, until it is finished
+folder/locks/                          empty files to lock; one that is left behind holds nothing
+folder/index.sqlite                    made from the cells, to look them up; never believed, always replaceable
+```
+"""
+
+from isoflat.experiments.store.cell import Cell, Refused
+from isoflat.experiments.store.main import Store
+from isoflat.experiments.store.strict import address
+
+__all__ = ["Cell", "Refused", "Store", "address"]
