@@ -14,7 +14,7 @@ from isoflat.cli.main import app
 from isoflat.core.errors import DataError, UsageError
 from isoflat.experiments.data import LETTERS, characters
 from isoflat.experiments.families import decoder
-from isoflat.experiments.loop import Recipe, train
+from isoflat.experiments.loop import Regime, train
 from isoflat.experiments.numbers import CANONICAL, NUMBERS, PAPER
 from isoflat.experiments.study import verdicts
 from isoflat.experiments.transformer import Plan, extremes
@@ -164,14 +164,14 @@ def test_a_learning_rate_replaces_the_usual_one():
 
     def weights(rate):
         net = decoder.build(len(data.vocabulary), 8, 8, 2, 1)
-        recipe = Recipe(4, target=1e-3, max_epochs=2, rate=rate)
-        train(net, data.train, recipe, torch.Generator().manual_seed(0))
+        regime = Regime(4, target=1e-3, max_epochs=2, rate=rate)
+        train(net, data.train, regime, torch.Generator().manual_seed(0))
         return nn.utils.parameters_to_vector(net.parameters())
 
     assert torch.equal(weights(None), weights(1e-3))
     assert not torch.equal(weights(None), weights(1e-2))
     with pytest.raises(UsageError, match="learning rate must be positive"):
-        Recipe(4, rate=0.0)
+        Regime(4, rate=0.0)
 
 
 @pytest.mark.parametrize(

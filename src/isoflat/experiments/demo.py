@@ -16,7 +16,7 @@ from isoflat.core.streams import stream
 from isoflat.experiments.attack import Victim, rescale_layers, rescale_units, shift_constants
 from isoflat.experiments.data import Split
 from isoflat.experiments.families import mlp, normed
-from isoflat.experiments.loop import Recipe, train
+from isoflat.experiments.loop import Regime, train
 from isoflat.experiments.numbers import PLAIN
 from isoflat.experiments.outcome import DemoResult
 from isoflat.experiments.study import Arm, Report, Setting, one_thread, train_arms, verdicts
@@ -32,12 +32,12 @@ class Plan:
     Attributes:
         seeds: networks per arm.
         seed: all randomness follows from it.
-        optimizer: see `Recipe`.
+        optimizer: see `Regime`.
         target: training loss at which networks are compared.
         widths: of the fully connected network, without biases.
         factors: how strongly the attacks rescale.
         shifts: constants that the last attack moves about.
-        max_epochs: see `Recipe`.
+        max_epochs: see `Regime`.
     """
 
     seeds: int = 5
@@ -106,7 +106,7 @@ def _normed(data: Split, plan: Plan, report: Report) -> nn.Sequential:
     """A smaller network with biases and batch normalisation, trained with small batches to the same loss."""
     report("training batch-normalised", 0.0)
     model = normed.build((plan.widths[0], *plan.widths[2:]), seed=stream(plan.seed, "normed").initial_seed())
-    recipe = Recipe(SMALL.batch, plan.target, plan.optimizer, plan.max_epochs)
-    train(model, data.train, recipe, stream(plan.seed, "order", "normed"))
+    regime = Regime(SMALL.batch, plan.target, plan.optimizer, plan.max_epochs)
+    train(model, data.train, regime, stream(plan.seed, "order", "normed"))
     report("trained batch-normalised", 2.0)
     return model

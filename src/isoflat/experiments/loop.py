@@ -1,10 +1,11 @@
-"""Training to a given loss: minima are compared at the same height."""
+"""Training to a given loss, or for a given time: minima are compared at the same height, or as the paper reached them."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import final
@@ -13,50 +14,82 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from isoflat.core.errors import NonFinite, UnknownName, UsageError
+from isoflat.core.errors import DataError, NonFinite, UnknownName, UsageError
+from isoflat.core.fingerprint import fingerprint
+from isoflat.core.streams import stream
+from isoflat.experiments.checkpoint import Checkpoint, Keeper, Way, content_of
 
-OPTIMIZERS: Mapping[str, Callable[[Iterator[nn.Parameter], float | None], torch.optim.Optimizer]] = MappingProxyType(
+VERSION = 1
+"""Raised whenever the same regime no longer gives the same weights."""
+
+OPTIMIZERS: Mapping[str, Callable[[Iterator[nn.Parameter], Regime], torch.optim.Optimizer]] = MappingProxyType(
     {
-        "sgd": lambda parameters, rate: torch.optim.SGD(parameters, lr=rate or 0.02, momentum=0.9),
-        "adam": lambda parameters, rate: torch.optim.Adam(parameters, lr=rate or 1e-3),
+        "sgd": lambda parameters, regime: torch.optim.SGD(
+            parameters, lr=regime.rate or 0.02, momentum=regime.momentum, weight_decay=regime.weight_decay
+        ),
+        "adam": lambda parameters, regime: torch.optim.Adam(
+            parameters, lr=regime.rate or 1e-3, weight_decay=regime.weight_decay
+        ),
     }
 )
-"""By name: made from the parameters and a learning rate, or the usual one."""
+"""By name: made from the parameters and a regime."""
+
+MOMENTUM = 0.9
+"""The usual one."""
 
 CLOSE = 1.5
 """Within this multiple of the target the training loss is looked at after every step."""
 
 LOOKS = 8
-"""Before that, so many times per epoch."""
+"""Before that, so many times per epoch; without a target, once."""
+
+ROWS = 2000
+"""At most so many are evaluated at a time."""
 
 
 @final
 @dataclass(frozen=True)
-class Recipe:
+class Regime:
     """How a network is trained.
 
     Attributes:
         batch: rows per step; None for all of them.
-        target: loss over the whole training set at which training stops.
-        optimizer: "sgd" (step 0.02, momentum 0.9) or "adam" (step 0.001).
+        target: loss over the whole training set, as evaluated, at which training stops; None to train all epochs.
+        optimizer: "sgd" (step 0.02) or "adam" (step 0.001).
         max_epochs: passes over the data after which training stops anyway.
         rate: another step than the optimizer's own.
+        momentum: of "sgd".
+        weight_decay: this multiple of the weights is added to their gradient.
+        halve_every: epochs after which the step is halved, again and again; None to keep it.
     """
 
     batch: int | None
-    target: float = 0.01
+    target: float | None = 0.01
     optimizer: str = "adam"
     max_epochs: int = 4000
     rate: float | None = None
+    momentum: float = MOMENTUM
+    weight_decay: float = 0.0
+    halve_every: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse recipes without meaning."""
+        """Refuse regimes without meaning."""
         if self.optimizer not in OPTIMIZERS:
             raise UnknownName("optimizer", self.optimizer, OPTIMIZERS)
-        if (self.batch is not None and self.batch < 1) or self.max_epochs < 1 or not self.target > 0:
-            raise UsageError(f"batch, max_epochs and target must be positive, got {self}")
+        for name in ("batch", "max_epochs", "halve_every"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise UsageError(f"{name} must be at least 1, got {number}")
+        if self.target is not None and not 0 < self.target < math.inf:
+            raise UsageError(f"target must be positive, or None to train all epochs, got {self.target}")
         if self.rate is not None and not 0 < self.rate < math.inf:
             raise UsageError(f"a learning rate must be positive, got {self.rate}")
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"momentum must be at least 0 and less than 1, got {self.momentum}")
+        if self.optimizer != "sgd" and self.momentum != MOMENTUM:
+            raise UsageError(f"momentum is set for sgd only, got {self.momentum} with {self.optimizer}: leave it out")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"weight_decay must not be negative, got {self.weight_decay}")
 
 
 @final
@@ -66,10 +99,12 @@ class Training:
 
     Attributes:
         loss: mean cross-entropy over the whole training set at the end.
-        reached: whether that is at or below the target; a network that misses it is reported, not hidden.
+        reached: whether that is at or below the target; a network that misses it is reported, not hidden. True where
+            there is no target.
         steps: updates made.
         epochs: passes over the data, in rows seen.
-        seconds: wall-clock time.
+        seconds: wall-clock time, of all processes that had a part in it.
+        history: epochs and the loss after them; where there is a target, nothing.
     """
 
     loss: float
@@ -77,82 +112,170 @@ class Training:
     steps: int
     epochs: float
     seconds: float
+    history: tuple[tuple[int, float], ...] = ()
 
 
 def train(
     model: nn.Module,
     data: tuple[Tensor, Tensor],
-    recipe: Recipe,
+    regime: Regime,
     shuffling: torch.Generator,
     progress: Callable[[float], None] = lambda share: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Training:
     """Train in place until the loss over the whole training set, as evaluated, is at or below the target.
 
-    The model ends in evaluation mode. The loss is checked often enough that training stops just below it. The global
-    random state is not touched.
+    The model ends in evaluation mode. The loss is checked often enough that training stops just below the target; where
+    there is none, all epochs are trained. The global random state is not touched and plays no part: dropout draws from
+    a stream of its own that follows from `shuffling`.
+
+    Where a checkpoint is there, training goes on from it. On a CPU, a training that was killed, started again with the
+    same arguments and so ended gives bit for bit what it would have given undisturbed, but for the seconds.
 
     Args:
-        model: changed in place.
+        model: changed in place; on the device of the data.
         data: inputs and class targets, one per row or one per place of a row.
-        recipe: how.
-        shuffling: draws the order of the rows.
-        progress: told the share of the way to the target, on a logarithmic scale, at each look.
+        regime: how.
+        shuffling: a CPU generator that draws the order of the rows.
+        progress: told the share of the way at each look: to the target, on a logarithmic scale, or of the epochs.
+        checkpoint: where to save what has been done; None for nowhere.
 
     Raises:
         NonFinite: the training diverged.
+        DataError: there is nothing to train on; or the checkpoint is damaged or another training's, and then neither
+            the file nor the model is changed.
+        UsageError: the checkpoint cannot be written.
+
+    >>> data = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
+    >>> training = train(nn.Linear(2, 2), data, Regime(1, None, "sgd", max_epochs=3), torch.Generator().manual_seed(0))
+    >>> training.steps, training.epochs, [epoch for epoch, _ in training.history]
+    (6, 3.0, [1, 2, 3])
     """
     started = time.monotonic()
-    inputs, targets = data
-    rows = len(targets)
-    batch = min(recipe.batch or rows, rows)
-    optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe.rate)
-    look = max(1, math.ceil(rows / batch) // LOOKS)
-    first = loss = full_loss(model, data)
-    steps = seen = 0
-    for chosen in _order(rows, batch, recipe.max_epochs, shuffling):
-        if loss <= recipe.target:
-            break
-        optimizer.zero_grad(set_to_none=True)
-        model.train()
-        F.cross_entropy(model(inputs[chosen]), targets[chosen]).backward()
-        optimizer.step()
-        steps, seen = steps + 1, seen + len(chosen)
-        if loss <= CLOSE * recipe.target or steps % look == 0:
-            loss = full_loss(model, data)
-            progress(_share(first, loss, recipe.target))
+    rows = len(data[1])
+    if not rows:
+        raise DataError("training needs at least one row, got none")
+    batch = min(regime.batch or rows, rows)
+    epoch = math.ceil(rows / batch)
+    target = -math.inf if regime.target is None else regime.target
+    look = epoch if regime.target is None else max(1, epoch // LOOKS)
+    origin = fingerprint(shuffling.get_state().numpy().tobytes())
+    optimizer = OPTIMIZERS[regime.optimizer](model.parameters(), regime)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, regime.halve_every or regime.max_epochs + 1, gamma=0.5)
+    with _dropout(_device(model), stream(0, "dropout", origin).initial_seed()):
+        first = full_loss(model, data)
+        way, keeper = Way(first, first), None
+        if checkpoint is not None:
+            identity = _identity(model, data, regime, origin)
+            keeper = Keeper(checkpoint, identity, model, optimizer, schedule, shuffling)
+            way = keeper.resume() or way
+        before = way.seconds
+        for chosen in _order(rows, batch, regime.max_epochs - way.steps // epoch, shuffling, data[0].device):
+            if way.loss <= target:
+                break
+            _step(model, (data[0][chosen], data[1][chosen]), optimizer)
+            way.steps, way.seen = way.steps + 1, way.seen + len(chosen)
+            done, rest = divmod(way.steps, epoch)
+            if way.loss <= CLOSE * target or way.steps % look == 0:
+                way.loss = full_loss(model, data)
+                progress(_share(way, regime.target, done / regime.max_epochs))
+            if rest:
+                continue
+            schedule.step()
+            if regime.target is None:
+                way.history.append((done, way.loss))
+            if keeper is not None and done % keeper.checkpoint.every == 0:
+                way.seconds = before + time.monotonic() - started
+                keeper.save(way)
     loss = full_loss(model, data)
     progress(1.0)
-    return Training(loss, loss <= recipe.target, steps, seen / rows, time.monotonic() - started)
+    reached = regime.target is None or loss <= regime.target
+    seconds = before + time.monotonic() - started
+    return Training(loss, reached, way.steps, way.seen / rows, seconds, tuple(way.history))
+
+
+def _step(model: nn.Module, rows: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    model.train()
+    F.cross_entropy(model(rows[0]), rows[1]).backward()
+    optimizer.step()
 
 
 def full_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Mean cross-entropy over all rows; the model is put in evaluation mode.
+    """Mean cross-entropy over all rows, a piece at a time; the model is put in evaluation mode.
 
     Raises:
         NonFinite: it is NaN or infinite.
+
+    >>> round(full_loss(nn.Identity(), (torch.zeros(5, 10), torch.arange(5))), 4)  # log 10
+    2.3026
     """
-    model.eval()
-    with torch.no_grad():
-        loss = float(F.cross_entropy(model(data[0]), data[1]))
-    if not math.isfinite(loss):
-        raise NonFinite(f"the training loss is {loss}: the training diverged; take a smaller step")
-    return loss
+    rows = len(data[1])
+    pieces = [(float(F.cross_entropy(scores, targets)), len(targets)) for scores, targets in _evaluated(model, data)]
+    if not all(math.isfinite(loss) for loss, _ in pieces):
+        raise NonFinite(
+            f"the training loss is {sum(loss for loss, _ in pieces)}: the training diverged; take a smaller step"
+        )
+    return math.fsum(loss * (count / rows) for loss, count in pieces)
 
 
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Share of targets at which the largest output is."""
-    with torch.no_grad():
-        return float((model(data[0]).argmax(dim=1) == data[1]).double().mean())
+    """Share of targets at which the largest output is; the model is put in evaluation mode.
+
+    >>> accuracy(nn.Identity(), (torch.eye(4), torch.tensor([0, 1, 2, 0])))
+    0.75
+    """
+    right = sum(int((scores.argmax(dim=1) == targets).sum()) for scores, targets in _evaluated(model, data))
+    return right / data[1].numel()
 
 
-def _order(rows: int, batch: int, epochs: int, shuffling: torch.Generator) -> Iterator[Tensor]:
+def _evaluated(model: nn.Module, data: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs and targets of a piece of the rows at a time."""
+    model.eval()
+    for inputs, targets in zip(data[0].split(ROWS), data[1].split(ROWS), strict=True):
+        with torch.no_grad():
+            yield model(inputs), targets
+
+
+def _order(rows: int, batch: int, epochs: int, shuffling: torch.Generator, device: torch.device) -> Iterator[Tensor]:
     """Rows of each step: every epoch in a new order, the last batch as long as what is left; all rows unshuffled."""
     for _ in range(epochs):
-        whole = batch == rows
-        yield from (torch.arange(rows) if whole else torch.randperm(rows, generator=shuffling)).split(batch)
+        order = torch.arange(rows) if batch == rows else torch.randperm(rows, generator=shuffling)
+        yield from order.to(device).split(batch)
 
 
-def _share(first: float, loss: float, target: float) -> float:
-    if first <= target or loss >= first:
+def _share(way: Way, target: float | None, epochs: float) -> float:
+    """Of the way to the target; of the epochs where there is none."""
+    if target is None:
+        return epochs
+    if way.first <= target or way.loss >= way.first:
         return 0.0
-    return min(1.0, math.log(first / loss) / math.log(first / target))
+    return min(1.0, math.log(way.first / way.loss) / math.log(way.first / target))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def _dropout(device: torch.device, seed: int) -> Iterator[None]:
+    """Let dropout draw from a stream of its own; afterwards the global random state is as it was."""
+    cards = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cards):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed cards that nobody restores
+        for card in cards:
+            with torch.cuda.device(card):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _identity(model: nn.Module, data: tuple[Tensor, Tensor], regime: Regime, origin: str) -> dict[str, str]:
+    """Everything that a training depends on."""
+    return {
+        "version": str(VERSION),
+        "regime": repr(regime),
+        "data": content_of({"inputs": data[0], "targets": data[1]}),
+        "initial weights": content_of(model.state_dict()),
+        "order of the rows": origin,
+        "device": _device(model).type,
+    }

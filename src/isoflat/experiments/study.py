@@ -14,7 +14,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.streams import stream
 from isoflat.core.table import Table
 from isoflat.experiments.data import Split
-from isoflat.experiments.loop import Recipe, Training, accuracy, train
+from isoflat.experiments.loop import Regime, Training, accuracy, train
 from isoflat.experiments.numbers import GEOMETRIES, MEASURES, NUMBERS, Number
 from isoflat.experiments.verdict import Verdict, compare
 from isoflat.measures.run import measure_all
@@ -38,7 +38,7 @@ class Plan(Protocol):
 
     @property
     def optimizer(self) -> str:
-        """See `Recipe`."""
+        """See `Regime`."""
         ...
 
     @property
@@ -48,7 +48,7 @@ class Plan(Protocol):
 
     @property
     def max_epochs(self) -> int:
-        """See `Recipe`."""
+        """See `Regime`."""
         ...
 
     @property
@@ -196,7 +196,7 @@ def train_arms(
 
 def _trained(model: nn.Module, data: Split, plan: Plan, arm: Arm, seed: int, report: Report) -> Trained:
     """One network, from its initial weights to its numbers."""
-    recipe = Recipe(arm.batch, plan.target, plan.optimizer, plan.max_epochs, arm.rate)
+    regime = Regime(arm.batch, plan.target, plan.optimizer, plan.max_epochs, arm.rate)
     label = f"{arm.name} {seed}"
     reached = 0.0
 
@@ -206,7 +206,7 @@ def _trained(model: nn.Module, data: Split, plan: Plan, arm: Arm, seed: int, rep
         reached = max(reached, share)
 
     report(f"training {label}", 0.0)
-    training = train(model, data.train, recipe, stream(plan.seed, "order", arm.name, seed), progress)
+    training = train(model, data.train, regime, stream(plan.seed, "order", arm.name, seed), progress)
     report(f"measuring {label}", 0.0)
     model.eval()
     table = measure_all(

@@ -27,7 +27,7 @@ class Plan:
     Attributes:
         seeds: networks per arm.
         seed: all randomness follows from it.
-        optimizer: see `Recipe`; only Adam's learning rates are compared.
+        optimizer: see `Regime`; only Adam's learning rates are compared.
         target: training loss at which networks are compared.
         rates: the two learning rates, the smaller one first.
         batch: windows per step.
@@ -37,7 +37,7 @@ class Plan:
         heads: of each attention.
         layers: blocks.
         spreads: of the random elements that the attacks apply, growing from zero; see `attack.reparametrize_all`.
-        max_epochs: see `Recipe`.
+        max_epochs: see `Regime`.
     """
 
     seeds: int = 5
