@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,10 +14,13 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.processes import sharing
-from isoflat.cli.save import claim, deliver
+from isoflat.cli.save import claim, deliver, save
 from isoflat.cli.terminal import facts, plain
+from isoflat.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from isoflat.cli.load.inputs import Inputs
     from isoflat.core.record import Record
     from isoflat.core.table import Table
@@ -60,6 +65,7 @@ def measure(  # noqa: PLR0913
     check: options.Check = "refuse",
     device: options.Device = None,
     out: options.Out = None,
+    witness: options.Witness = False,
     force: options.Force = False,
     as_json: options.AsJson = False,
     reproducible_sum: options.ReproducibleSum = False,
@@ -87,8 +93,18 @@ def measure(  # noqa: PLR0913
         loss=loss,
         seed=seed,
     )
+    beside = witness_path(out, (weights, initial)) if witness else None
+    kept: list[tuple[Record, Tensor]] = []
+
+    def keep(record: Record, vector: Tensor) -> None:
+        kept.append((record, vector))
+
+    def claimed() -> None:
+        claim(out, force)
+        claim(beside, force, "--witness")
+
     with sharing(device, timeout) as ranks:
-        ranks.together(lambda: claim(out if ranks.first else None, force))
+        ranks.together(lambda: claimed() if ranks.first else None)
         table, notes, over = evaluate(
             inputs,
             orbit,
@@ -109,18 +125,54 @@ def measure(  # noqa: PLR0913
             device=device,
             progress=sys.stderr.isatty() and not as_json and ranks.first,
             reproducible_sum=reproducible_sum,
+            keep=keep if witness else None,
         )
     if not ranks.first:
         return
     content = {
-        "subject": inputs.described() | {"initial": None if initial is None else str(initial), "notes": list(notes)},
+        "subject": inputs.described()
+        | {"params": params or None, "initial": None if initial is None else str(initial), "notes": list(notes)},
         **table.to_dict(),
     }
     if over is not None:
         content["orbit"] = over.to_dict()
-    deliver(content, lambda screen: show(screen, inputs, table, notes, over), as_json, out, force)
+    packed = b""
+    if beside is not None:
+        from isoflat.measures.sealed import packed as pack
+
+        packed = pack(kept)
+        content["witness"] = {"file": beside.name, "sha256": hashlib.sha256(packed).hexdigest()}
+
+    def also() -> None:
+        if beside is not None:
+            save(beside, packed, force, "--witness")
+
+    deliver(content, lambda screen: show(screen, inputs, table, notes, over), as_json, out, force, also)
     if not all(row.estimate.converged for row in table):
         raise typer.Exit(NOT_CONVERGED)
+
+
+def witness_path(out: Path | None, used: Sequence[Path | None]) -> Path:
+    """Where the witnesses of a result go: beside it.
+
+    Args:
+        out: the file of the result.
+        used: files that are read, and must not be replaced.
+
+    Raises:
+        UsageError: there is no result on disk, or the place is that of another file.
+
+    >>> witness_path(Path("runs/result.json"), []).name
+    'result.safetensors'
+    """
+    if out is None:
+        raise UsageError("--witness writes a file beside the result: name the result with --out result.json")
+    beside = out.with_suffix(".safetensors")
+    if any(beside.absolute() == file.resolve() or beside.resolve() == file.resolve() for file in (out, *used) if file):
+        raise UsageError(
+            f"--witness would write {beside}, which is another file of this measurement: choose another name for --out"
+        )
+    return beside
 
 
 def evaluate(

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from isoflat.core.errors import SymmetryViolated, UsageError
 from isoflat.core.estimate import Estimate
+from isoflat.core.record import Record
 from isoflat.core.streams import stream
 from isoflat.core.table import Omission, Table
 from isoflat.geometry.base import Geometry
@@ -155,6 +156,7 @@ def measure_all(  # noqa: PLR0913
     check: Check | str = Check.REFUSE,
     reproducible_sum: bool = False,
     label: str = "",
+    keep: Callable[[Record, torch.Tensor], None] | None = None,
 ) -> Table:
     """Several measures in several geometries with shared passes over the data; arguments as for `measure`.
 
@@ -181,6 +183,8 @@ def measure_all(  # noqa: PLR0913
         check: as for `measure`.
         reproducible_sum: as for `measure`.
         label: what to call this network in tables.
+        keep: called with each record that is one extreme eigenvalue and with the vector that carries it, by which
+            `isoflat.measures.witness.verify` checks it again.
 
     Returns:
         One record per measure and geometry; a measure that does not apply is listed with the reason.
@@ -205,6 +209,9 @@ def measure_all(  # noqa: PLR0913
         refused = [result for result in found if isinstance(result, Refusal)]
         if not rows:
             raise refused[0].error
+        for result in found:
+            if keep is not None and isinstance(result, Result) and result.witness is not None:
+                keep(result.record, result.witness)
         omitted = tuple(Omission(r.measure.label, r.geometry.name, str(r.error), label) for r in refused)
         # From the first process: costs and all.
         return ranks.from_first(Table(rows, omitted))

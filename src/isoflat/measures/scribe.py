@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from isoflat.core.errors import IsoflatError, SymmetryViolated, UnsupportedModel, UsageError
 from isoflat.core.estimate import Cost, Kind
@@ -19,6 +20,7 @@ from isoflat.core.space import inner, norm
 from isoflat.core.state import State
 from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Chart, Geometry
+from isoflat.linalg.eigen.extremes import Extremes
 from isoflat.linalg.solver import Outcome, Probe
 from isoflat.measures.base import Effort, Findings, Measure, Question, Spectral, Subject
 from isoflat.measures.place import Place, Products
@@ -53,6 +55,12 @@ class Result:
 
     record: Record
     findings: Findings
+
+    @property
+    def witness(self) -> Tensor | None:
+        """The vector that the number is the Rayleigh quotient of, shape `(n,)`; None where it is no single eigenvalue."""
+        answers = [answer.result for answer in self.findings.answers]
+        return answers[0].wanted.vector if len(answers) == 1 and isinstance(answers[0], Extremes) else None
 
 
 @final
@@ -132,7 +140,7 @@ class Scribe:
         notes = self._notes(geometry, ratio, place, used)
         if Matrix.HESSIAN in matrices:
             notes += self._checked(geometry, size)
-        group, group_hash = _group(measure, chart)
+        group, group_hash = group_of(measure, chart)
         record = Record(
             measure=measure.label,
             geometry=geometry.name,
@@ -255,7 +263,7 @@ def _ways(used: Products) -> dict[str, Any]:
     }
 
 
-def _group(measure: Measure, chart: Chart) -> tuple[str, str]:
+def group_of(measure: Measure, chart: Chart) -> tuple[str, str]:
     """What a number is invariant to, in words and as a hash: as the geometry is, unless the measure claims its own."""
     if measure.own is None:
         return chart.group, chart.group_hash
