@@ -400,8 +400,8 @@ def test_a_planted_relation_is_found_and_noise_is_not():
     assert "pairs weighted by the noise between replicates" in sharpness.sentence
     assert sharpness.p_holm == pytest.approx(3 * sharpness.permutation.p)
     assert not noise.found
-    assert noise.sentence.startswith("There is no evidence that noise is related to the generalisation gap (")
-    assert constant.sentence.startswith("Nothing can be said of constant")
+    assert noise.sentence.startswith("There is no evidence that the noise is related to the generalisation gap (")
+    assert constant.sentence.startswith("Nothing can be said of the constant")
     for relation in (sharpness, noise, constant):
         assert json.loads(json.dumps(relation.to_dict(), allow_nan=False))["sentence"] == relation.sentence
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.processes import sharing
-from isoflat.cli.save import claim, deliver
+from isoflat.cli.save import claim, deliver, save
 from isoflat.cli.terminal import plain, visible
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def compare(  # noqa: PLR0913
     check: options.Check = "refuse",
     device: options.Device = None,
     out: options.Out = None,
+    report: options.Report = None,
     force: options.Force = False,
     as_json: options.AsJson = False,
     reproducible_sum: options.ReproducibleSum = False,
@@ -122,7 +123,7 @@ def compare(  # noqa: PLR0913
     files = dict(zip(labels(checkpoints), checkpoints, strict=True))
     base = _chosen(reference, files)
     with sharing(device, timeout) as ranks:
-        ranks.together(lambda: claim(out if ranks.first else None, force))
+        ranks.together(lambda: claimed(out, report, force) if ranks.first else None)
         where = device_of(device)
         loaded = ranks.together(
             lambda: load(inputs, files, {"params": params or None, "dtype": dtype, "device": where})
@@ -151,9 +152,13 @@ def compare(  # noqa: PLR0913
         return
     subject = inputs.described() | {"weights": {label: str(path) for label, path in files.items()}}
     subject |= {"initial": None if initial is None else str(initial), "notes": list(notes)}
-    deliver(
-        {"subject": subject, **found.to_dict()}, lambda screen: show(screen, inputs, found, notes), as_json, out, force
-    )
+
+    def also() -> None:
+        if report is not None:
+            save(report, written(found, subject), force, "--report")
+
+    content = {"subject": subject, **found.to_dict()}
+    deliver(content, lambda screen: show(screen, inputs, found, notes), as_json, out, force, also)
     if not found.converged:
         raise typer.Exit(NOT_CONVERGED)
 
@@ -271,6 +276,28 @@ def _chosen(reference: str | None, files: Mapping[str, Path]) -> str | None:
     if not found:
         raise UsageError(f"--reference {reference} is none of the checkpoints: {', '.join(map(str, files.values()))}")
     return found[0]
+
+
+def claimed(out: Path | None, report: Path | None, force: bool) -> None:
+    """Refuse outputs that could not be written, or would replace each other, before anything is measured.
+
+    Raises:
+        UsageError: as `claim`, or both are the same file.
+    """
+    from isoflat.core.errors import UsageError
+
+    claim(out, force)
+    claim(report, force, "--report")
+    if out is not None and report is not None and out.resolve() == report.resolve():
+        raise UsageError(f"--out and --report name the same file, {out}: choose another for one of them")
+
+
+def written(comparison: Comparison, subject: Mapping[str, Any]) -> str:
+    """The comparison as a page."""
+    from isoflat.cli.compare_report import page
+    from isoflat.report.html import render
+
+    return render(page(comparison, subject))
 
 
 def show(screen: Console, inputs: Inputs, comparison: Comparison, notes: Sequence[str]) -> None:

@@ -20,6 +20,9 @@ NOT_CONVERGED = 3
 LOST = 4
 """One of the processes that share a measurement ended, or hangs."""
 
+DOES_NOT_HOLD = 5
+"""What was stored is not found again."""
+
 
 def refusing(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb, whose refusals end it with one line on standard error and exit code 2; lost processes with 4."""

@@ -9,6 +9,7 @@ Exit codes of every verb:
 | 2 | a wrong argument, or anything isoflat refuses: one line on standard error says why and what to do |
 | 3 | measured, but not to the tolerance asked for within the budget |
 | 4 | one of the processes that share a measurement ended, or hangs |
+| 5 | a stored number or result does not hold (verify, reproduce --check) |
 | 130 | interrupted from the keyboard |
 
 With `--json`, standard output holds strict JSON and nothing else; it is empty where the exit code is 2 and the verb had
@@ -30,8 +31,12 @@ from isoflat.cli.doctor import doctor
 from isoflat.cli.exits import refusing
 from isoflat.cli.measure import measure
 from isoflat.cli.measures import measures
+from isoflat.cli.report import report
+from isoflat.cli.reproduce import reproduce
 from isoflat.cli.spectrum import spectrum
+from isoflat.cli.study import study
 from isoflat.cli.symmetries import symmetries
+from isoflat.cli.verify import verify
 
 app = typer.Typer(name="isoflat", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,7 +51,21 @@ def isoflat(
         raise typer.Exit
 
 
-for verb in (demo, measure, compare, spectrum, attack, symmetries, canonicalize, measures, doctor):
+for verb in (
+    demo,
+    reproduce,
+    study,
+    measure,
+    verify,
+    compare,
+    spectrum,
+    attack,
+    symmetries,
+    canonicalize,
+    report,
+    measures,
+    doctor,
+):
     app.command(verb.__name__)(refusing(verb))
 
 

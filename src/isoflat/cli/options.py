@@ -202,7 +202,22 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="FILE", help="Also write the result there, as JSON.", rich_help_panel=OUT),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing --out file.", rich_help_panel=OUT)]
+Witness = Annotated[
+    bool,
+    typer.Option(
+        "--witness",
+        help="Also write the eigenvectors that carry the numbers, beside --out as .safetensors: isoflat verify checks the "
+        "numbers by them.",
+        rich_help_panel=OUT,
+    ),
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE.html", help="Also write a page there that needs nothing else.", rich_help_panel=OUT
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing output files.", rich_help_panel=OUT)]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.", rich_help_panel=OUT)
 ]

@@ -59,6 +59,7 @@ def save(path: Path, content: str | bytes, force: bool, option: str = "--out") -
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_masked())  # as any file of the user's, and not for the owner alone
         temporary.replace(path)
     except OSError as error:
         raise UsageError(
@@ -67,6 +68,13 @@ def save(path: Path, content: str | bytes, force: bool, option: str = "--out") -
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _masked() -> int:
+    """Permissions that this process leaves out of new files."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def deliver(

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from isoflat.cli import options
-from isoflat.cli.exits import REFUSED
+from isoflat.cli.exits import DOES_NOT_HOLD, REFUSED
 from isoflat.cli.terminal import complain, console, facts, plain
 from isoflat.core.errors import IsoflatError, UsageError
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from isoflat.core.record import Record
     from isoflat.measures.sealed import Kept
     from isoflat.measures.witness import Check
-
-DOES_NOT_HOLD = 5
-"""A stored number was found to be wrong."""
 
 _RECORDED = "Default: as the result says."
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import import_module
 from typing import final
 
@@ -13,6 +14,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from isoflat.core.errors import DataError, UsageError
+from isoflat.core.fingerprint import fingerprint
+from isoflat.core.streams import stream
 
 SPLIT = 0
 """Seed of the one split everybody gets."""
@@ -40,6 +43,44 @@ class Split:
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     vocabulary: str = ""
+
+    @cached_property
+    def hash(self) -> str:
+        """Of everything in it."""
+        tensors = (*self.train, *self.test)
+        return fingerprint(
+            self.name, *(part for t in tensors for part in (repr((t.dtype, t.shape)), t.cpu().numpy().tobytes()))
+        )
+
+    def first(self, train: int | None, test: int | None) -> Split:
+        """Its first rows.
+
+        Raises:
+            DataError: there are fewer.
+        """
+        for what, wanted, there in (("training", train, self.train), ("held-out", test, self.test)):
+            if wanted is not None and wanted > len(there[1]):
+                raise DataError(f"{self.name} has {len(there[1])} {what} rows, {wanted} are asked for")
+        (inputs, targets), (others, rest) = self.train, self.test
+        return replace(self, train=(inputs[:train], targets[:train]), test=(others[:test], rest[:test]))
+
+    def to(self, device: torch.device | str) -> Split:
+        """On a device."""
+        (inputs, targets), (others, rest) = self.train, self.test
+        return replace(self, train=(inputs.to(device), targets.to(device)), test=(others.to(device), rest.to(device)))
+
+
+def gaussian(rows: int, features: int, classes: int, seed: int = 0) -> Split:
+    """Independent normal inputs with labels that have nothing to do with them: binomial with an even chance.
+
+    >>> data = gaussian(500, 50, 10)
+    >>> tuple(data.train[0].shape), int(data.train[1].max()) < 10, len(data.test[1])
+    ((500, 50), True, 0)
+    """
+    drawing = stream(seed, "gaussian", rows, features, classes)
+    inputs = torch.randn(rows, features, generator=drawing)
+    targets = torch.randint(2, (rows, classes - 1), generator=drawing).sum(1)
+    return Split("Gaussian inputs, binomial labels", (inputs, targets), (inputs[:0], targets[:0]))
 
 
 def digits() -> Split:

@@ -1,4 +1,4 @@
-"""The three numbers that demonstrations compare."""
+"""Numbers that experiments compare, and the three of every demonstration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import final
 
 from isoflat.core.record import Record
 from isoflat.core.table import Table
+from isoflat.measures.base import Direction
+from isoflat.measures.catalogue import find_measure
 
 
 @final
@@ -20,6 +22,7 @@ class Number:
         geometry: catalogue name.
         words: in a sentence, without article.
         title: over a figure.
+        logits: what scores become before the loss; None for as they are.
     """
 
     name: str
@@ -27,6 +30,12 @@ class Number:
     geometry: str
     words: str
     title: str
+    logits: str | None = None
+
+    @property
+    def sign(self) -> int:
+        """1 where a higher number is sharper, −1 where it is flatter."""
+        return 1 if find_measure(self.measure).direction is Direction.LOWER_IS_FLATTER else -1
 
     def of(self, table: Table) -> Record:
         """Its record in a table."""

@@ -39,6 +39,7 @@ _STYLE = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
     "legend.frameon": False,
+    "text.parse_math": False,  # names come from users: a dollar begins no formula
 }
 
 

@@ -28,10 +28,12 @@ class Panel:
     Attributes:
         title: what is on the axis.
         groups: each group's name and estimates.
+        colours: after so many groups they begin anew.
     """
 
     title: str
     groups: tuple[tuple[str, tuple[Estimate, ...]], ...]
+    colours: int = 3
 
 
 @final
@@ -84,7 +86,7 @@ def strips(panels: Sequence[Panel]) -> Figure:
 
 
 def _strip(axes: Axes, panel: Panel) -> None:
-    colours = (drawing.FIRST, drawing.SECOND, drawing.THIRD)
+    colours = (drawing.FIRST, drawing.SECOND, drawing.THIRD)[: panel.colours]
     for row, (_, group) in enumerate(panel.groups):
         colour = colours[row % len(colours)]
         values = np.array([estimate.value for estimate in group])
@@ -100,10 +102,10 @@ def _strip(axes: Axes, panel: Panel) -> None:
     axes.spines["left"].set_visible(False)
     axes.set_title(panel.title)
     every = [estimate.value for _, group in panel.groups for estimate in group]
-    _logarithmic(axes, min(every), max(every))
+    logarithmic(axes, min(every), max(every))
 
 
-def _logarithmic(axes: Axes, low: float, high: float) -> None:
+def logarithmic(axes: Axes, low: float, high: float) -> None:
     """A logarithmic axis with round numbers at readable distances, however narrow or wide its range is."""
     low, high = low / 1.15, high * 1.15
     axes.set_xscale("log")

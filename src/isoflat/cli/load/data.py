@@ -61,22 +61,38 @@ def load_data(
         UsageError: `module:name` cannot be found.
     """
     apply = None if transform is None else function(transform, "--transform")
-    path = Path(source)
-    if source == "digits":
-        found: Any = _digits(split, examples)
-    elif path.suffix == ".npz":
-        found = read_npz(_file(path), split, examples)
-    elif path.suffix == ".parquet" or path.is_dir():
-        found = _images(source, path, split, examples)
-    elif ":" in source and not path.exists():
-        found = _made(source, split, examples)
-    else:
-        raise DataError(f"--data {source}: no such data; expected {_KNOWN}" if not path.exists() else _unknown(path))
+    found = _found(source, split, examples)
     if isinstance(found, Rows):
         return Data(found.batches(batch_size, apply), (*found.notes, *_conversion(found, transform)))
     if apply is not None:
         raise DataError(f"--transform does not apply to the batches of --data {source}: transform them in the factory")
     return Data(as_batches(found, batch_size), ())
+
+
+def load_rows(source: str, split: str) -> Rows:
+    """All rows of a split, as the file stores them.
+
+    Raises:
+        DataError: as for `load_data`, or the source gives batches.
+    """
+    found = _found(source, split, None)
+    if not isinstance(found, Rows):
+        raise DataError(f"--data {source} gives batches, and rows are wanted here: name a file")
+    return found
+
+
+def _found(source: str, split: str | None, examples: int | None) -> Any:
+    """Rows, or whatever a factory makes."""
+    path = Path(source)
+    if source == "digits":
+        return _digits(split, examples)
+    if path.suffix == ".npz":
+        return read_npz(_file(path), split, examples)
+    if path.suffix == ".parquet" or path.is_dir():
+        return _images(source, path, split, examples)
+    if ":" in source and not path.exists():
+        return _made(source, split, examples)
+    raise DataError(f"--data {source}: no such data; expected {_KNOWN}" if not path.exists() else _unknown(path))
 
 
 def _digits(split: str | None, examples: int | None) -> Rows:

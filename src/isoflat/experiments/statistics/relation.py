@@ -70,9 +70,9 @@ class Relation:
         """The finding in one clause."""
         tau = self.kendall.tau
         if tau is None:
-            return f"Nothing can be said of {self.measure}: all its values, or all outcomes, are equal"
+            return f"Nothing can be said of the {self.measure}: all its values, or all outcomes, are equal"
         if not self.found:
-            return f"There is no evidence that {self.measure} is related to the {self.outcome}"
+            return f"There is no evidence that the {self.measure} is related to the {self.outcome}"
         strength = next(name for least, name in STRENGTHS if abs(tau) >= least)
         larger = "larger" if tau > 0 else "smaller, not larger,"
         return f"A higher {self.measure} goes with a {larger} {self.outcome}: a {strength} relation"

@@ -1,0 +1,172 @@
+"""Whether an experiment, run again, finds what a stored result says.
+
+Weights that are trained on another processor, or by another version, differ from the first rounding on, and rounding grows
+in training. So two things are asked. Networks whose training and data agree bit for bit must have numbers whose enclosures
+overlap. For all others means must agree within their standard errors, and the verdicts must be the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from pydantic import ValidationError
+
+from isoflat.core.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from isoflat.experiments.recipe import Recipe
+    from isoflat.experiments.reproduction import Reproduction
+
+ERRORS = 4.0
+"""Standard errors of a difference of means that chance explains: of a few networks one arm may lie this far off."""
+
+
+@final
+@dataclass(frozen=True)
+class Line:
+    """One thing that was compared.
+
+    Attributes:
+        what: in words.
+        stored: value, or finding.
+        found: the same now.
+        allowed: how far apart they may be, in words.
+        holds: whether they are not farther.
+    """
+
+    what: str
+    stored: str
+    found: str
+    allowed: str
+    holds: bool
+
+
+@final
+@dataclass(frozen=True)
+class Checked:
+    """What a comparison with a stored result found."""
+
+    lines: tuple[Line, ...]
+    same: int
+    networks: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether everything was found again."""
+        return all(line.holds for line in self.lines)
+
+    @property
+    def sentence(self) -> str:
+        """In words."""
+        failed = sum(not line.holds for line in self.lines)
+        told = "everything was found again" if not failed else f"{failed} of {len(self.lines)} were not found again"
+        return f"Compared with the stored result: {told}; {self.same} of {self.networks} networks have the same weights, bit for bit."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {"holds": self.holds, "sentence": self.sentence, "lines": [dict(vars(line)) for line in self.lines]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A stored result.
+
+    Raises:
+        DataError: it is missing, damaged, or no result of `isoflat reproduce`.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"--check {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise DataError(f"--check {path} is no JSON ({error}): fetch or write it again") from error
+    if not isinstance(stored, dict) or not {"recipe", "summaries", "verdicts", "networks"} <= stored.keys():
+        raise DataError(f"--check {path} is no result.json of isoflat reproduce")
+    return stored
+
+
+def recipe(stored: Mapping[str, Any], name: str | None) -> Recipe:
+    """The recipe that was followed.
+
+    Raises:
+        UsageError: it is another one than named, or is none of this version.
+    """
+    from isoflat.experiments.recipe import Recipe
+
+    try:
+        found = Recipe.model_validate(stored["recipe"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"the stored recipe is none of this version: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from error
+    if name not in (None, found.name):
+        raise UsageError(f"--check names a result of the recipe {found.name}, not {name}")
+    return found
+
+
+def compared(stored: Mapping[str, Any], result: Reproduction) -> Checked:
+    """Line by line."""
+    before = {_key(row): row for row in stored["networks"]}
+    after = {_key(row): row for row in result.rows()}
+    same = {key for key in before.keys() & after.keys() if before[key]["model_hash"] == after[key]["model_hash"]}
+    lines = [*_numbers(before, after, same), *_means(stored, result), *_verdicts(stored, result)]
+    networks = {(key[0], key[1]) for key in after}
+    return Checked(tuple(lines), len({(key[0], key[1]) for key in same}), len(networks))
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("arm", "replicate", "point", "measure", "geometry", "logits"))
+
+
+def _numbers(before: Mapping[Any, Any], after: Mapping[Any, Any], same: set[Any]) -> Iterator[Line]:
+    """Numbers of the same weights."""
+    for key in after:
+        if key in same:
+            old, new = before[key], after[key]
+            ends = [(row["lower"], row["upper"]) for row in (old, new)]
+            if any(end is None for pair in ends for end in pair):  # a number without an enclosure
+                continue
+            holds = ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]
+            first, second = (f"[{row['lower']:.6g}, {row['upper']:.6g}]" for row in (old, new))
+            what = f"{key[3]} ({key[4]}) of {key[0]} {key[1]}, point {key[2]}"
+            yield Line(what, first, second, "enclosures overlap", holds)
+
+
+def _means(stored: Mapping[str, Any], result: Reproduction) -> Iterator[Line]:
+    before = {(row["arm"], row["number"]): row for row in stored["summaries"]}
+    for summary in result.summaries:
+        old = before.get((summary.arm, summary.number))
+        what = f"mean of {summary.number} over {summary.arm}"
+        if old is None:
+            yield Line(what, "none", f"{summary.mean:.4g}", "both there", False)
+            continue
+        error = math.hypot(old["error"] or 0.0, summary.error or 0.0)
+        # Widths of enclosures count as well: numbers are known no better.
+        room = ERRORS * error + old["width"] * abs(old["mean"]) + summary.width * abs(summary.mean)
+        holds = abs(old["mean"] - summary.mean) <= room
+        allowed = f"{room:.2g} apart ({ERRORS:g} standard errors, and widths of enclosures)"
+        yield Line(what, f"{old['mean']:.4g}", f"{summary.mean:.4g}", allowed, holds)
+
+
+def _verdicts(stored: Mapping[str, Any], result: Reproduction) -> Iterator[Line]:
+    for name, verdict in result.verdicts().items():
+        old = stored["verdicts"].get(name, {}).get("finding", "none")
+        yield Line(f"verdict by {name}", old, str(verdict.finding), "the same", old == str(verdict.finding))
+
+
+def show(checked: Checked) -> None:
+    """On the terminal: what differs, and the sentence."""
+    from isoflat.cli.terminal import console, plain
+
+    screen = console()
+    for line in checked.lines:
+        if not line.holds:
+            screen.print(
+                plain(f"{line.what}: stored {line.stored}, found {line.found}; allowed: {line.allowed}", style="red")
+            )
+    screen.print(plain(checked.sentence, style="bold"))

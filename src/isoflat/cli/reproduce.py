@@ -1,0 +1,295 @@
+"""`isoflat reproduce`: experiments of the literature, one command each."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isoflat.cli import options
+from isoflat.cli.exits import DOES_NOT_HOLD, NOT_CONVERGED
+
+if TYPE_CHECKING:
+    from rich.table import Table as Grid
+
+    from isoflat.experiments.recipe import Recipe
+    from isoflat.experiments.reproduction import Reproduction
+
+WHERE = "Where it runs"
+"""Panel of the help."""
+
+
+def reproduce(  # noqa: PLR0913
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A recipe. Without one, all are listed.", show_default=False)
+    ] = None,
+    scale: Annotated[
+        str,
+        typer.Option(
+            help="small: minutes on two processor cores. paper: as published, unattended on a GPU; it goes on where it "
+            "was stopped."
+        ),
+    ] = "small",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="SOURCE", help="The recipe's data, where it does not come with isoflat: a path."
+        ),
+    ] = None,
+    replicates: Annotated[int | None, typer.Option(min=1, help="Networks per arm. Default: the recipe's.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--measure", metavar="NAME", help="Instead of the recipe's numbers; can be repeated."),
+    ] = None,
+    geometry: Annotated[
+        list[str] | None,
+        typer.Option("--geometry", metavar="NAME", help="With --measure; can be repeated. Default: auto."),
+    ] = None,
+    orbit: Annotated[
+        int | None, typer.Option(min=0, help="Random points of each network's orbit. Default: the recipe's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="All randomness follows from it. Default: the recipe's.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For report, tables and the store of networks. Default: isoflat-NAME."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes. Default: one for each core; one on a GPU.", rich_help_panel=WHERE),
+    ] = None,
+    device: options.Device = None,
+    submit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="slurm|local",
+            help="Hand --jobs workers to Slurm, or to processes of this machine, and wait (pip install 'isoflat[slurm]').",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Compare with a stored result.json, within stated tolerances; its recipe is followed."
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Train, measure, compare, and say what came out: the paper's experiments, and those that question them.
+
+    Every network is kept in the folder as soon as it is there: stopped at any point, the same command goes on. The same
+    command on another machine that shares the folder helps.
+
+    Exit code 0: done. 3: a number did not converge. 5: --check found a difference.
+    """
+    from isoflat.cli import checking
+    from isoflat.cli.demo import prepare
+    from isoflat.experiments.recipe import recipes
+
+    if name is None and check is None:
+        listing(as_json)
+        return
+    stored = None if check is None else checking.read(check)
+    changes = {"replicates": replicates, "orbit": orbit, "seed": seed, "numbers": _numbers(names, geometry)}
+    recipe = _recipe(name, scale, changes) if stored is None else checking.recipe(stored, name)
+    folder = out or Path(f"isoflat-{recipe.name}")
+    prepare(folder)
+    result = followed(recipe, data, folder, jobs, device, submit, hidden=not sys.stderr.isatty())
+    write(result, folder, _command(recipes() if name is None else (name,), recipe, data))
+    verdict = None if stored is None else checking.compared(stored, result)
+    if as_json:
+        extra = {} if verdict is None else {"check": verdict.to_dict()}
+        sys.stdout.write(json.dumps({**result.to_dict(), **extra}, allow_nan=False) + "\n")
+    else:
+        show(result, folder)
+        if verdict is not None:
+            checking.show(verdict)
+    if verdict is not None and not verdict.holds:
+        raise typer.Exit(DOES_NOT_HOLD)
+    if any(not record.estimate.converged for record in result.records):
+        raise typer.Exit(NOT_CONVERGED)
+
+
+def _recipe(name: str | None, scale: str, changes: dict[str, Any]) -> Recipe:
+    from isoflat.core.errors import UnknownName
+    from isoflat.experiments.recipe import Scale, read
+
+    if scale not in list(Scale):
+        raise UnknownName("scale", scale, list(Scale))
+    return read(name or "", Scale(scale), **changes)
+
+
+def _numbers(names: list[str] | None, places: list[str] | None) -> list[dict[str, str]] | None:
+    """What to measure instead of the recipe's numbers."""
+    from isoflat.core.errors import UsageError
+    from isoflat.measures.catalogue import find_geometry, find_measure
+
+    if not names:
+        if places:
+            raise UsageError("--geometry says where --measure is measured: name measures too")
+        return None
+    made = []
+    for name in names:
+        single = find_measure(name).geometry is not None
+        made += [
+            {"measure": name, "geometry": find_geometry(place).name}
+            for place in (places or [options.PLACE])[: 1 if single else None]
+        ]
+    return made
+
+
+def _command(names: tuple[str, ...], recipe: Recipe, data: str | None) -> str:
+    parts = ["isoflat reproduce", recipe.name, "--scale", str(recipe.scale), "--replicates", str(recipe.replicates)]
+    return " ".join([*parts, "--seed", str(recipe.seed), *(["--data", data] if data else [])])
+
+
+def followed(
+    recipe: Recipe,
+    source: str | None,
+    folder: Path,
+    jobs: int | None = None,
+    device: str | None = None,
+    submit: str | None = None,
+    hidden: bool = True,
+) -> Reproduction:
+    """Every network of a recipe trained and measured, under a progress bar.
+
+    Args:
+        recipe: what to do.
+        source: of the data, where it does not come with isoflat.
+        folder: whose store is used.
+        jobs: processes.
+        device: where networks live.
+        submit: "slurm" or "local", where submitit is to run the workers.
+        hidden: show no progress.
+    """
+    import time
+
+    import torch
+
+    from isoflat.cli.load.inputs import device_of
+    from isoflat.cli.load.splits import load_split
+    from isoflat.experiments.reproduction import Reproduction
+    from isoflat.experiments.store import Store
+    from isoflat.experiments.sweep import sweep, tasks
+
+    started = time.monotonic()
+    place = device_of(device) or torch.device("cpu")
+    split = load_split(recipe.data, source).to(place)
+    numbers = tuple(quantity.number for quantity in recipe.numbers)
+    store, todo = Store.open(folder / "store"), tasks(recipe)
+    workers = jobs or (min(len(todo), os.cpu_count() or 1) if place.type == "cpu" else 1)
+    if submit is not None:
+        from isoflat.cli.submission import submitted
+
+        submitted(submit, recipe, source, folder, workers, device)
+        workers = 1
+    with bar(len(todo), hidden) as report:
+        networks = sweep(todo, split, numbers, store, report, workers)
+    return Reproduction(recipe, split.name, numbers, networks, time.monotonic() - started)
+
+
+@contextmanager
+def bar(total: float, hidden: bool) -> Iterator[Callable[[str, float], None]]:
+    """Networks that are done, what is being done, and how long the rest will take."""
+    from tqdm import tqdm
+
+    layout = "{desc:<44} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
+    with tqdm(total=total, disable=hidden, bar_format=layout, leave=False, smoothing=0.1) as line:
+
+        def report(text: str, done: float) -> None:
+            line.set_description_str(text, refresh=False)
+            line.update(done)
+
+        yield report
+
+
+def write(result: Reproduction, folder: Path, command: str) -> None:
+    """The report, the result and the tables; earlier ones of the same names are replaced, nothing else is touched."""
+    from isoflat.cli.reproduce_report import page
+    from isoflat.cli.save import save
+    from isoflat.integrations.tables import to_csv
+    from isoflat.report.html import render
+
+    content = {**result.to_dict(), "command": command}
+    save(folder / "result.json", json.dumps(content, allow_nan=False, indent=1) + "\n", force=True)
+    save(folder / "networks.csv", to_csv(result.rows()), force=True)
+    save(folder / "records.jsonl", "".join(f"{record.to_json()}\n" for record in result.records), force=True)
+    save(folder / "report.html", render(page(result, command)), force=True)
+
+
+def listing(as_json: bool) -> None:
+    """All recipes with their questions."""
+    from rich.table import Table as Grid
+
+    from isoflat.cli.terminal import console, plain
+    from isoflat.experiments.recipe import read, recipes
+
+    found = [read(name) for name in recipes()]
+    if as_json:
+        sys.stdout.write(json.dumps([recipe.model_dump(mode="json") for recipe in found], allow_nan=False) + "\n")
+        return
+    grid = Grid(header_style="bold")
+    for head in ("recipe", "what", "question", "data"):
+        grid.add_column(head)
+    for recipe in found:
+        grid.add_row(*map(plain, (recipe.name, recipe.title, recipe.question, recipe.data.source)))
+    console().print(grid)
+
+
+def show(result: Reproduction, folder: Path) -> None:
+    """Tables and sentences on the terminal."""
+    from isoflat.cli.terminal import console, plain
+
+    screen = console()
+    recipe = result.recipe
+    screen.print(plain(f"{recipe.title}, scale {recipe.scale}. {recipe.question}", style="bold"))
+    if recipe.differs:
+        screen.print(plain(f"Not as in {recipe.reference}: {recipe.differs}"))
+    screen.print(_networks(result))
+    screen.print(_summaries(result))
+    for sentence in result.sentences:
+        screen.print(plain(sentence), end="\n\n")
+    spent = f"{result.seconds:.0f} s; training and measuring these networks took {result.cost:.0f} s in all"
+    screen.print(plain(f"{spent}. Report: {folder / 'report.html'}", style="bold"))
+
+
+def _networks(result: Reproduction) -> Grid:
+    """One line for each network: every number over its enclosure."""
+    from rich.table import Table as Grid
+
+    from isoflat.cli.demo import enclosed
+    from isoflat.cli.terminal import plain
+
+    grid = Grid(title="Networks", title_justify="left", header_style="bold")
+    for head in ("network", "training loss", "epochs", "test error", *(number.words for number in result.numbers)):
+        grid.add_column(head, justify="left" if head == "network" else "right")
+    for arm in result.recipe.arms:
+        for network in result.arm(arm, all_of_them=True):
+            loss = f"{network.training.loss:.4g}" + ("" if network.training.reached else " missed")
+            error = "–" if network.test_error is None else f"{100 * network.test_error:.2f} %"
+            rows = [network.record(number) for number in result.numbers]
+            cells = ["–" if row is None else enclosed(row.estimate) for row in rows]
+            grid.add_row(plain(network.label), loss, f"{network.training.epochs:.4g}", error, *cells)
+        grid.add_section()
+    return grid
+
+
+def _summaries(result: Reproduction) -> Grid:
+    """Mean and standard error over the networks of each arm."""
+    from rich.table import Table as Grid
+
+    from isoflat.cli.terminal import plain
+
+    grid = Grid(title="Mean ± standard error over networks", title_justify="left", header_style="bold")
+    for head in ("arm", *(number.words for number in result.numbers)):
+        grid.add_column(head, justify="left" if head == "arm" else "right")
+    for arm in result.recipe.arms:
+        found = {summary.number: summary.words for summary in result.summaries if summary.arm == arm.name}
+        grid.add_row(plain(arm.name), *(found.get(number.name, "–") for number in result.numbers))
+    return grid

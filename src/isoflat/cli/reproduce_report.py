@@ -1,0 +1,201 @@
+"""What an experiment found, as a page."""
+
+from __future__ import annotations
+
+from isoflat.core.table import interval
+from isoflat.experiments.cells import found
+from isoflat.experiments.recipe import Asks
+from isoflat.experiments.reproduction import Reproduction
+from isoflat.report import tables
+from isoflat.report.clouds import Cloud, clouds
+from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
+from isoflat.report.drawing import markup
+from isoflat.report.figures import Panel, strips
+
+READING = (
+    ("Mean ± standard error", "Over the networks of an arm that reached their target loss: how far the mean would move with "
+     "other seeds. It knows nothing of other data or architectures."),
+    ("Enclosure", "An interval that contains the exact number for these weights and these data, with the stated confidence "
+     "over the solver’s random start. The digit in brackets is the uncertainty of the last digit shown."),
+    ("Random point of the orbit", "The same function with other weights: a random element of every symmetry that was found "
+     "was applied. A number that changes there says something about the weights, not about the function."),
+    ("Rank test", "Two-sided Mann-Whitney test, exact where there are no ties: the permutation test of ranks. Networks, not "
+     "data points, are counted, so that the smallest p is limited by the number of seeds."),
+)  # fmt: skip
+
+
+def page(result: Reproduction, command: str) -> Page:
+    """Everything that was found, ready to be rendered.
+
+    Args:
+        result: what was found.
+        command: what was typed to find it.
+    """
+    recipe = result.recipe
+    return Page(
+        title=f"isoflat reproduce {recipe.name}",
+        headline=result.headline,
+        lead=(_setting(result),),
+        facts=(
+            ("Data", result.data),
+            ("Networks", str(len(result.networks))),
+            ("Scale", str(recipe.scale)),
+            ("Seed", str(recipe.seed)),
+            ("Time", f"{result.cost:.0f} s"),
+        ),
+        sections=(
+            Section(recipe.question, (*map(Prose, result.sentences), *_figures(result), _summaries(result))),
+            Section("Every network", (_networks(result), *_moved(result))),
+            Section("How to read this", (Terms(READING),)),
+            Section("Every number with its enclosure and cost", tuple(_numbers(result))),
+            Section("Warnings", _warnings(result)),
+            Section("Provenance", (Terms(_provenance(result, command)),)),
+        ),
+        colophon="Made by isoflat. This file is complete in itself: it loads nothing and runs nothing.",
+    )
+
+
+def _setting(result: Reproduction) -> str:
+    recipe = result.recipe
+    differs = f" Not as there: {recipe.differs}" if recipe.differs else ""
+    return f"{recipe.title}. After {recipe.reference}.{differs}"
+
+
+def _figures(result: Reproduction) -> tuple[Plate, ...]:
+    arms = [(arm, result.arm(arm)) for arm in result.recipe.arms]
+    if result.recipe.asks is Asks.TREND:
+        return _scatter(result)
+    panels = []
+    for number in result.numbers:
+        groups = [
+            (arm.name, tuple(row.estimate for network in networks if (row := network.record(number)) is not None))
+            for arm, networks in arms
+        ]
+        groups += [
+            (
+                f"{arm.name}, moved" if len(arms) == 1 else f"{arm.name}, other weights",
+                tuple(row.estimate for n in networks for table in n.moved if (row := found(table, number)) is not None),
+            )
+            for arm, networks in arms
+        ]
+        groups = [(name, estimates) for name, estimates in groups if estimates]
+        if groups and all(estimate.value > 0 for _, estimates in groups for estimate in estimates):
+            panels.append(Panel(number.title, tuple(groups), colours=len(arms)))
+    if not panels:
+        return ()
+    return (
+        Plate(
+            caption="Every dot is a network, with its enclosure (mostly narrower than the dot); the bar is the geometric mean. "
+            "Further right is sharper. “Other weights”: the same networks at other points of their orbits, the same functions.",
+            alternative=" ".join(result.sentences),
+            svg=markup(strips(panels), "strips"),
+        ),
+    )
+
+
+def _scatter(result: Reproduction) -> tuple[Plate, ...]:
+    panels = []
+    for number in result.numbers:
+        groups = []
+        for arm in result.recipe.arms:
+            known = [
+                (row.estimate.value, 100 * network.test_error)
+                for network in result.arm(arm)
+                if (row := network.record(number)) is not None and network.test_error is not None
+            ]
+            if known:
+                groups.append((arm.name, tuple(x for x, _ in known), tuple(y for _, y in known)))
+        if groups and all(x > 0 for _, xs, _ in groups for x in xs):
+            panels.append(Cloud(number.words, "sharper →", "test error, %", tuple(groups)))
+    if not panels:
+        return ()
+    return (
+        Plate(
+            caption="Every dot is a network: its number and its test error. Later arms are darker.",
+            alternative=" ".join(result.sentences),
+            svg=markup(clouds(panels), "clouds"),
+        ),
+    )
+
+
+def _summaries(result: Reproduction) -> Grid:
+    heads = ("arm", "networks", *(number.words for number in result.numbers))
+    rows = []
+    for arm in result.recipe.arms:
+        own = {summary.number: summary for summary in result.summaries if summary.arm == arm.name}
+        cells = [own[number.name].words if number.name in own else "–" for number in result.numbers]
+        rows.append((arm.name, str(len(result.arm(arm))), *cells))
+    widest = max((summary.width for summary in result.summaries), default=0.0)
+    note = f"The widest enclosure of a single number is {widest:.1e} of its value."
+    return Grid("Mean ± standard error over networks.", heads, tuple(rows), note=note)
+
+
+def _networks(result: Reproduction) -> Grid:
+    heads = ("network", "training loss", "train error", "test error", "epochs", *(n.words for n in result.numbers))
+    rows = []
+    for arm in result.recipe.arms:
+        for network in result.arm(arm, all_of_them=True):
+            records = [network.record(number) for number in result.numbers]
+            rows.append(
+                (
+                    network.label,
+                    f"{network.training.loss:.5f}" + ("" if network.training.reached else " (missed)"),
+                    f"{100 * network.train_error:.2f} %",
+                    "–" if network.test_error is None else f"{100 * network.test_error:.2f} %",
+                    f"{network.training.epochs:.4g}",
+                    *("–" if row is None else interval(row.estimate) for row in records),
+                )
+            )
+    return Grid("Every network, with the enclosures of its numbers.", heads, tuple(rows))
+
+
+def _moved(result: Reproduction) -> tuple[Grid, ...]:
+    """The same at other weights."""
+    rows = [
+        (network.label, str(place + 1), *("–" if row is None else interval(row.estimate) for row in records))
+        for network in result.networks
+        for place, table in enumerate(network.moved)
+        for records in [[found(table, number) for number in result.numbers]]
+    ]
+    if not rows:
+        return ()
+    what = (
+        "After the edit." if result.recipe.edit is not None else "At random points of the orbits: the same functions."
+    )
+    return (Grid(what, ("network", "point", *(number.words for number in result.numbers)), tuple(rows)),)
+
+
+def _numbers(result: Reproduction) -> list[Grid]:
+    return list(tables.measurements([row for network in result.networks for row in network.table], "Networks"))
+
+
+def _warnings(result: Reproduction) -> tuple[Prose, ...]:
+    told = [f"{network.label} missed the target loss: {network.training.loss:.4g}." for network in result.missed]
+    told += [
+        f"{row.label}, {row.measure} did not converge: {interval(row.estimate)}."
+        for row in result.records
+        if not row.estimate.converged
+    ]
+    told += [str(part) for network in result.networks for part in network.table.omitted]
+    told += tables.warnings(result.records)
+    return tuple(Prose(text) for text in dict.fromkeys(told)) or (
+        Prose("None: every network reached its target, every number converged."),
+    )
+
+
+def _provenance(result: Reproduction, command: str) -> tuple[tuple[str, str], ...]:
+    recipe, records = result.recipe, result.records
+    hashes = ", ".join(dict.fromkeys(row.data_hash for row in records))
+    return (
+        ("Command", command),
+        ("Network", ", ".join(f"{key} {value}" for key, value in recipe.network.model_dump().items())),
+        ("Training", "; ".join(f"{arm.name}: {_told(arm.training.model_dump())}" for arm in recipe.arms)),
+        ("Data", f"{result.data}, hash of what was measured on {hashes}"),
+        ("Settings", ", ".join(f"{key} {value}" for key, value in records[0].settings.items())),
+        ("Groups", "; ".join(dict.fromkeys(f"{row.geometry}: {row.group_hash}" for row in records))),
+        *tables.versions(records),
+    )
+
+
+def _told(settings: dict[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)

@@ -1,0 +1,149 @@
+"""What comes from files, made fit for a page: visible, of a readable length, and never an instruction to the drawing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from isoflat.cli.terminal import visible
+from isoflat.core.estimate import Estimate
+from isoflat.core.record import Record
+from isoflat.report.document import Plate
+from isoflat.report.drawing import markup
+from isoflat.report.figures import Panel, strips
+
+NAME, TEXT = 48, 600
+"""Characters of a name and of a text that a page shows."""
+
+DRAWN, TITLE = 26, 64
+"""Characters of a name beside a figure, and of what stands over it."""
+
+STRIPS, PANELS = 40, 6
+"""So many strips fit into a panel, and so many panels into a figure."""
+
+MARGIN, ROOM = 1.05, 3.0
+"""What an axis has beside the ends of intervals, and how far it is stretched for them, as factors."""
+
+SMALLEST, LARGEST = 1e-100, 1e100
+"""What lies between can be drawn on a logarithmic axis."""
+
+
+def brief(text: object, most: int = NAME) -> str:
+    r"""The text without control characters, and without its middle where it is long.
+
+    >>> brief("a" * 200, 11), brief("small\nbatch")
+    ('aaaaa…aaaaa', 'small\\nbatch')
+    """
+    whole = visible(str(text))
+    half = (most - 1) // 2
+    return whole if len(whole) <= most else f"{whole[:half]}…{whole[-half:]}"
+
+
+def names(labels: Sequence[str]) -> dict[str, str]:
+    """Brief names, each once.
+
+    >>> names(["b" * 200 + "x" * 60, "b" * 201 + "x" * 60])["b" * 201 + "x" * 60][-4:]
+    ' (2)'
+    """
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for label in dict.fromkeys(labels):
+        short = brief(label)
+        name, count = short, 1
+        while name in taken:
+            count += 1
+            name = f"{short} ({count})"
+        taken.add(name)
+        found[label] = name
+    return found
+
+
+def tame(record: Record, label: str) -> Record:
+    """The record with texts that a page can show.
+
+    Args:
+        record: as read.
+        label: what its network is called there.
+    """
+    return replace(
+        record,
+        label=label,
+        measure=brief(record.measure),
+        geometry=brief(record.geometry),
+        group=brief(record.group, TEXT),
+        group_hash=brief(record.group_hash),
+        model_hash=brief(record.model_hash),
+        data_hash=brief(record.data_hash),
+        settings={brief(key): brief(value) for key, value in record.settings.items()},
+        versions={brief(key): brief(value) for key, value in record.versions.items()},
+        estimate=replace(record.estimate, notes=tuple(brief(note, TEXT) for note in record.estimate.notes)),
+    )
+
+
+def drawable(estimate: Estimate) -> bool:
+    """Whether a number can stand on a logarithmic axis."""
+    return SMALLEST < estimate.value < LARGEST
+
+
+@contextmanager
+def literally() -> Iterator[None]:
+    """Within it, letters that Matplotlib's own font lacks are no fault: the page's fonts show them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="matplotlib")
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+        yield
+
+
+def plates(panels: Sequence[Panel], caption: str, alternative: str) -> tuple[Plate, ...]:
+    """Figures of strips, as high as their names need.
+
+    Args:
+        panels: all numbers of which are `drawable`.
+        caption: of each figure.
+        alternative: the same for those who cannot see it.
+    """
+    made = []
+    for start in range(0, len(panels), PANELS):
+        shown = [_short(panel) for panel in panels[start : start + PANELS]]
+        heights = [max(1.45, 0.7 + 0.24 * len(panel.groups)) for panel in shown]
+        with literally():
+            figure = strips(shown)
+            for axes, panel in zip(figure.axes, shown, strict=True):
+                axes.set_xlim(*_reach(panel, axes.get_xlim()))
+            gridspec = figure.axes[0].get_gridspec()
+            if gridspec is not None:
+                gridspec.set_height_ratios(heights)
+            figure.set_size_inches(7.2, 0.55 + sum(heights))
+            made.append(Plate(caption, alternative, markup(figure, f"strips{start}")))
+    return tuple(made)
+
+
+def _reach(panel: Panel, limits: tuple[float, float]) -> tuple[float, float]:
+    """Limits of an axis that hold the intervals as well, as far as they leave the numbers room."""
+    low, high = limits
+    every = [estimate for _, group in panel.groups for estimate in group]
+    ends = [end for estimate in every for end in (estimate.lower / MARGIN, estimate.upper * MARGIN)]
+    near = [end for end in ends if low / ROOM <= end <= high * ROOM]
+    return min([low, *near]), max([high, *near])
+
+
+def _short(panel: Panel) -> Panel:
+    """Names that leave room for the dots; one strip for all where there are too many; ends that run out of the figure."""
+    groups = panel.groups
+    values = [estimate.value for _, group in groups for estimate in group]
+    low, high = min(values) / ROOM**2, max(values) * ROOM**2
+    if len(groups) > STRIPS:
+        groups = (("all networks", tuple(estimate for _, group in groups for estimate in group)),)
+    return Panel(
+        brief(panel.title, TITLE),
+        tuple(
+            (brief(name, DRAWN), tuple(_within(estimate, low, high) for estimate in group)) for name, group in groups
+        ),
+    )
+
+
+def _within(estimate: Estimate, low: float, high: float) -> Estimate:
+    """With ends that an axis can hold: none is infinite, zero or negative."""
+    return replace(estimate, lower=max(estimate.lower, low), upper=min(estimate.upper, high))

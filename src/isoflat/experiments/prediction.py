@@ -1,0 +1,287 @@
+"""Whether flatness predicts generalization: numbers of many trained networks beside what became of these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, final
+
+from isoflat.core.record import Record
+from isoflat.core.table import Table
+from isoflat.experiments.cells import found
+from isoflat.experiments.numbers import Number
+from isoflat.experiments.statistics.relation import Relation, relations
+from isoflat.experiments.statistics.sample import LEAST, Level, Sample
+from isoflat.experiments.verdict import SIGNIFICANCE
+from isoflat.measures.catalogue import find_measure
+
+DRAWS = 4999
+"""Of bootstraps and permutations."""
+
+_GUESSING = 0.5
+"""Share of pairs that guessing orders wrongly."""
+
+_PROPER = {name.lower(): name for name in ("Hessian", "Fisher", "Rao", "Gauss", "Newton", "PAC", "Bayes")}
+
+
+@final
+@dataclass(frozen=True)
+class Observed:
+    """A trained network: what was measured of it, and how well it generalizes.
+
+    Attributes:
+        label: what it is called.
+        table: its numbers.
+        outcome: larger is worse: a generalisation gap, a test error or a test loss.
+        loss: of training.
+        factors: hyper-parameters by name; networks alike in all of them are replicates.
+    """
+
+    label: str
+    table: Table
+    outcome: float
+    loss: float
+    factors: Mapping[str, Level] = field(default_factory=dict)
+
+    def value(self, number: Number) -> float | None:
+        """One of its numbers; None where it does not apply, or is not finite."""
+        row = found(self.table, number)
+        return row.estimate.value if row is not None and math.isfinite(row.estimate.value) else None
+
+
+@final
+@dataclass(frozen=True)
+class Prediction:
+    """What numbers say about the outcomes of many networks.
+
+    Attributes:
+        numbers: what was measured.
+        networks: in their order.
+        outcome: what was predicted, in words.
+        seed: random draws follow from it.
+        left_out: networks that are not among them, each with the reason.
+        draws: resamples and permutations.
+    """
+
+    numbers: tuple[Number, ...]
+    networks: tuple[Observed, ...]
+    outcome: str
+    seed: int = 0
+    left_out: tuple[tuple[str, str], ...] = ()
+    draws: int = DRAWS
+
+    @property
+    def factors(self) -> dict[str, tuple[Level, ...]]:
+        """Hyper-parameters that differ between networks, with their levels: numbers before words, each in order."""
+        names = dict.fromkeys(name for network in self.networks for name in network.factors)
+        levels = {name: {network.factors.get(name, "none") for network in self.networks} for name in names}
+        return {
+            name: tuple(sorted(there, key=lambda level: (isinstance(level, str), level)))
+            for name, there in levels.items()
+            if len(there) > 1
+        }
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Every measured number."""
+        return tuple(row for network in self.networks for row in network.table)
+
+    @cached_property
+    def samples(self) -> dict[str, Sample]:
+        """By number in words, so turned that a higher one is sharper; without those known of too few networks."""
+        made: dict[str, Sample] = {}
+        for number in self.numbers:
+            known = self._known(number)
+            if len(known) >= LEAST:
+                sign = number.sign
+                made[sharpness(number)] = Sample(
+                    values=tuple(sign * value for value, _ in known),
+                    outcomes=tuple(network.outcome for _, network in known),
+                    factors={
+                        name: tuple(network.factors.get(name, "none") for _, network in known) for name in self.factors
+                    },
+                    losses=tuple(network.loss for _, network in known),
+                    labels=tuple(network.label for _, network in known),
+                )
+        return made
+
+    def _known(self, number: Number) -> list[tuple[float, Observed]]:
+        pairs = ((network.value(number), network) for network in self.networks)
+        return [(value, network) for value, network in pairs if value is not None]
+
+    @cached_property
+    def relations(self) -> tuple[Relation, ...]:
+        """Of each number with the outcome, corrected for all numbers."""
+        return relations(self.samples, self.seed, self.draws, outcome=self.outcome) if self.samples else ()
+
+    @property
+    def strongest(self) -> Relation | None:
+        """The relation with the largest τ among those for which there is evidence; None where there is none."""
+        shown = [relation for relation in self.relations if relation.found]
+        return max(shown, key=lambda relation: abs(relation.kendall.tau or 0.0), default=None)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What came out, in words: the answer first, then every number, then what to know of them."""
+        return (
+            self.headline,
+            *self.cautions,
+            *(relation.sentence for relation in self.relations),
+            *self.notes,
+        )
+
+    @property
+    def headline(self) -> str:
+        """The answer, in a sentence."""
+        networks, tried, best = len(self.networks), len(self.relations), self.strongest
+        if not tried:
+            return f"Nothing can be said: a relation needs at least {LEAST} networks with a number, of {networks} here."
+        if len({network.outcome for network in self.networks}) == 1:
+            return f"Nothing can be said: all {networks} networks have the same {self.outcome}."
+        each = f"any of the {tried} numbers" if tried > 1 else f"the {self.relations[0].measure}"
+        if best is None:
+            p, floor = (min(part) for part in zip(*((r.p_holm, r.floor_holm) for r in self.relations), strict=True))
+            if floor >= SIGNIFICANCE:
+                return (
+                    f"With {networks} networks nothing can be shown of {each}: no p below {floor:.2g} is possible after "
+                    "correction. Train more networks."
+                )
+            return (
+                f"There is no evidence that {each} is related to the {self.outcome} over {networks} networks (smallest "
+                f"corrected p = {p:.2g}); a weaker relation than so many networks can show is not ruled out."
+            )
+        count = sum(relation.found for relation in self.relations)
+        larger = "larger" if (tau := best.kendall.tau or 0.0) > 0 else "smaller"
+        against = "" if tau > 0 else ", against what flatness promises"
+        how_many = f"{count} of {tried} numbers {'is' if count == 1 else 'are'} related to the {self.outcome}"
+        first = f"{how_many}, most strongly the {best.measure}" if tried > 1 else f"The {best.measure} is related"
+        to = "" if tried > 1 else f" to the {self.outcome}"
+        return (
+            f"{first}{to}: sharper networks have a {larger} one{against} (Kendall's τ {tau:+.2f} over {best.networks} "
+            "networks)."
+        )
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What speaks against what was found: the training loss, and hyper-parameters whose effect is not predicted."""
+        return tuple(self._cautions())
+
+    def _cautions(self) -> Iterator[str]:
+        shown, best = [relation for relation in self.relations if relation.found], self.strongest
+        left = [r.measure for r in shown if r.partial_holm is not None and r.partial_holm < SIGNIFICANCE]
+        if left:
+            yield f"Given the training loss there is still evidence of {_listed(left)}."
+        elif shown:
+            yield "Given the training loss there is no evidence left after correction: it may explain what was found."
+        if best is not None and (worst := best.robust.worst) is not None and worst.error > _GUESSING:
+            yield (
+                f"What a change of a hyper-parameter does is not always predicted: where {worst.factor} is {worst.levels[0]} "
+                f"against {worst.levels[1]}, the {best.measure} orders {100 * worst.error:.0f} % of pairs wrongly."
+            )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of the relations."""
+        return tuple(self._notes())
+
+    def _notes(self) -> Iterator[str]:
+        for number in self.numbers:
+            known, words = self._known(number), sharpness(number)
+            if len(known) < LEAST:
+                yield f"The {words} is known of {len(known)} networks: too few for a relation."
+            elif len(known) < len(self.networks):
+                missing = _listed([network.label for network in self.networks if network.value(number) is None])
+                yield f"The {words} is known of {len(known)} of {len(self.networks)} networks, not of {missing}."
+            groups = {row.group_hash for network in self.networks if (row := found(network.table, number)) is not None}
+            if len(groups) > 1:
+                yield (
+                    f"The {words} is set side by side over {len(groups)} architectures with other symmetries: a difference "
+                    "between these counts as one of flatness."
+                )
+        if loose := [row for row in self.records if not row.estimate.converged]:
+            yield f"{len(loose)} of {len(self.records)} numbers are not known to the width asked for."
+        for label, reason in self.left_out:
+            yield f"Left out: {label}, {reason}."
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row for each network and number."""
+        return [
+            {
+                "label": network.label,
+                "outcome": network.outcome,
+                "training_loss": network.loss,
+                **{f"factor.{name}": level for name, level in network.factors.items()},
+                **_flat(row),
+            }
+            for network in self.networks
+            for row in network.table
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "outcome": self.outcome,
+            "seed": self.seed,
+            "draws": self.draws,
+            "numbers": {number.name: sharpness(number) for number in self.numbers},
+            "factors": {name: list(levels) for name, levels in self.factors.items()},
+            "sentences": list(self.sentences),
+            "relations": [relation.to_dict() for relation in self.relations],
+            "networks": self.rows(),
+            "omitted": [dict(vars(part)) for network in self.networks for part in network.table.omitted],
+            "left_out": [{"label": label, "reason": reason} for label, reason in self.left_out],
+        }
+
+
+def words(number: Number) -> str:
+    """A number in a sentence, without article: by its name in the catalogue, as a study sets many side by side.
+
+    >>> from isoflat.experiments.numbers import PAPER, PLAIN
+    >>> words(PAPER), words(PLAIN)
+    ('quotient spectral norm (layerwise)', 'Hessian spectral norm')
+    >>> words(Number("", "relative_flatness(normalised=0)", "euclidean", "", ""))
+    'relative flatness (normalised=0)'
+    """
+    entry = find_measure(number.measure)
+    usual = entry.options == find_measure(entry.name).options
+    name = entry.name if usual else entry.label.replace("(", " (")
+    text = " ".join(_PROPER.get(word, word) for word in name.split("_"))
+    for pair in ("Fisher Rao", "Gauss Newton", "PAC Bayes"):
+        text = text.replace(pair, pair.replace(" ", "-"))
+    place = f" ({number.geometry})" if entry.geometry is None else ""
+    return f"{text}{place}" + (f", {number.logits} scores" if number.logits else "")
+
+
+def sharpness(number: Number) -> str:
+    """The same, of the number turned so that a higher one is sharper.
+
+    >>> sharpness(Number("", "quotient_effective_rank", "auto", "", ""))
+    'negated quotient effective rank (auto)'
+    """
+    return words(number) if number.sign > 0 else f"negated {words(number)}"
+
+
+def _flat(row: Record) -> dict[str, Any]:
+    estimate = row.estimate.to_dict()  # infinite ends as text
+    return {
+        "measure": row.measure,
+        "geometry": row.geometry,
+        "logits": row.settings.get("logits"),
+        **{name: estimate[name] for name in ("value", "lower", "upper", "confidence", "converged")},
+        "products": row.estimate.cost.products,
+        "gradient_passes": row.estimate.cost.gradient_passes,
+        "loss": row.point.loss,
+        "accuracy": row.point.accuracy,
+        "gradient_norm": row.point.gradient_norm,
+        "stationarity_ratio": row.stationarity_ratio,
+        "group_hash": row.group_hash,
+        "model_hash": row.model_hash,
+        "data_hash": row.data_hash,
+    }
+
+
+def _listed(names: list[str]) -> str:
+    """The first few, and how many more."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,0 +1,359 @@
+"""What an experiment found, as numbers and in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean, stdev
+from typing import Any, final
+
+from scipy.stats import mannwhitneyu
+
+from isoflat.core.estimate import Estimate
+from isoflat.core.record import Record
+from isoflat.experiments.cells import Measured, found
+from isoflat.experiments.numbers import Number
+from isoflat.experiments.recipe import Arm, Asks, Recipe
+from isoflat.experiments.statistics.relation import Relation, relations
+from isoflat.experiments.statistics.sample import Sample
+from isoflat.experiments.verdict import SIGNIFICANCE, Finding, Verdict, compare
+
+DRAWS = 2000
+"""Of bootstraps and permutations."""
+
+
+@final
+@dataclass(frozen=True)
+class Summary:
+    """A number over the networks of an arm.
+
+    Attributes:
+        arm: name.
+        number: name.
+        networks: how many it is known of.
+        mean: over them.
+        error: standard error of the mean; None of a single network.
+        width: the widest enclosure, relative to its value.
+        unconverged: how many enclosures are wider than asked for.
+    """
+
+    arm: str
+    number: str
+    networks: int
+    mean: float
+    error: float | None
+    width: float
+    unconverged: int
+
+    @property
+    def words(self) -> str:
+        """Mean ± standard error."""
+        return f"{self.mean:.4g}" if self.error is None else f"{self.mean:.4g} ± {self.error:.2g}"
+
+
+@final
+@dataclass(frozen=True)
+class Reproduction:
+    """What an experiment found.
+
+    Attributes:
+        recipe: that was followed.
+        data: name of the data.
+        numbers: what was measured.
+        networks: by arm and replicate, those that missed their target included.
+        seconds: wall-clock time of this call; cells that were there already took none of it.
+    """
+
+    recipe: Recipe
+    data: str
+    numbers: tuple[Number, ...]
+    networks: tuple[Measured, ...]
+    seconds: float
+
+    @property
+    def missed(self) -> tuple[Measured, ...]:
+        """Networks above their target loss: shown, but left out of comparisons."""
+        return tuple(network for network in self.networks if not network.training.reached)
+
+    @property
+    def cost(self) -> float:
+        """Seconds that all networks took when they were trained and measured."""
+        return sum(network.seconds for network in self.networks)
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Every measured number."""
+        return tuple(row for network in self.networks for table in (network.table, *network.moved) for row in table)
+
+    def arm(self, arm: Arm, all_of_them: bool = False) -> tuple[Measured, ...]:
+        """Networks of one arm that reached their target, or all of them."""
+        return tuple(
+            network
+            for network in self.networks
+            if network.task.arm == arm and (all_of_them or network.training.reached)
+        )
+
+    @cached_property
+    def summaries(self) -> tuple[Summary, ...]:
+        """Every number in every arm."""
+        return tuple(
+            summary
+            for arm in self.recipe.arms
+            for number in self.numbers
+            if (summary := _summary(arm, number, self.arm(arm))) is not None
+        )
+
+    def verdicts(self, point: int | None = None) -> dict[str, Verdict]:
+        """The second of two arms against the first by every number.
+
+        Args:
+            point: a random point of each network's orbit; None for the weights as trained.
+
+        Returns:
+            By name of the number; without those that are not known of two networks in each arm, or are not positive.
+        """
+        if len(self.recipe.arms) != 2:
+            return {}
+        made: dict[str, Verdict] = {}
+        for number in self.numbers:
+            groups = []
+            for arm in self.recipe.arms:
+                tables = [n.table if point is None else n.moved[point] for n in self.arm(arm)]
+                rows = [row for table in tables if (row := found(table, number)) is not None]
+                groups.append((arm.minima, [row.estimate for row in rows]))
+            if min(len(group) for _, group in groups) >= 2 and all(e.value > 0 for _, g in groups for e in g):
+                made[number.name] = compare(f"the {number.words}", *groups)
+        return made
+
+    @property
+    def points(self) -> int:
+        """Of each network's orbit."""
+        return min((len(network.moved) for network in self.networks), default=0)
+
+    def drift(self, number: Number) -> float | None:
+        """Largest relative change of a number at the other weights of the same networks; None where it is not known."""
+        changes = [
+            abs(after.estimate.value - before.estimate.value) / abs(before.estimate.value)
+            for network in self.networks
+            if (before := network.record(number)) is not None and before.estimate.value
+            for table in network.moved
+            if (after := found(table, number)) is not None
+        ]
+        return max(changes) if changes else None
+
+    @cached_property
+    def relations(self) -> tuple[Relation, ...]:
+        """Of each number with the test error, over all networks that reached their target."""
+        return self._related(_test_error, "test error")
+
+    @cached_property
+    def trends(self) -> tuple[Relation, ...]:
+        """Of each number with the place along the arms."""
+        return self._related(_place, "place along the arms")
+
+    @property
+    def told(self) -> tuple[Relation, ...]:
+        """What this recipe asks for."""
+        return (*self.trends, *self.relations) if self.recipe.asks is Asks.TREND else ()
+
+    def _related(self, outcome: Callable[[Measured], float | None], words: str) -> tuple[Relation, ...]:
+        samples = {
+            number.words if number.sign > 0 else f"negated {number.words}": sample
+            for number in self.numbers
+            if (sample := self._sample(number, outcome)) is not None
+        }
+        return relations(samples, self.recipe.seed, DRAWS, outcome=words) if samples else ()
+
+    def _sample(self, number: Number, outcome: Callable[[Measured], float | None]) -> Sample | None:
+        """A number beside an outcome, turned so that more of it should go with more of that; None where too few are known."""
+        known = [
+            (number.sign * row.estimate.value, float(after), network)
+            for network in self.networks
+            if network.training.reached
+            and (row := network.record(number)) is not None
+            and (after := outcome(network)) is not None
+        ]
+        if len(known) < 3 or len({after for _, after, _ in known}) < 2:
+            return None
+        return Sample(
+            values=tuple(value for value, _, _ in known),
+            outcomes=tuple(after for _, after, _ in known),
+            losses=tuple(network.training.loss for _, _, network in known),
+            labels=tuple(network.label for _, _, network in known),
+        )
+
+    @property
+    def headline(self) -> str:
+        """The answer, as short as it can be said."""
+        verdicts = [verdict.claim for verdict in self.verdicts().values()]
+        claims = verdicts or [relation.claim for relation in self.told]
+        return f"{claims[0]}." if claims else next(iter(self.sentences), "Nothing could be compared.")
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What came out, in words, the answer first."""
+        return tuple(self._sentences())
+
+    def _sentences(self) -> Iterator[str]:
+        match self.recipe.asks:
+            case Asks.CONTRAST:
+                yield from self._contrast()
+            case Asks.TREND:
+                yield from (relation.sentence for relation in self.told)
+            case Asks.DISSENT:
+                yield from self._contrast()
+                yield from self._generalization()
+        yield from self._moved()
+        if self.missed:
+            names = ", ".join(f"{network.label} ({network.training.loss:.3g})" for network in self.missed)
+            yield f"Left out of the comparison, because they missed the target loss: {names}."
+
+    def _contrast(self) -> Iterator[str]:
+        made = self.verdicts()
+        if not made:
+            yield "No comparison: fewer than two networks of an arm reached the target loss."
+        yield from (verdict.sentence for verdict in made.values())
+        for point in range(self.points):
+            for name, verdict in self.verdicts(point).items():
+                before = made.get(name)
+                if before is not None:
+                    same = "the same" if verdict.finding == before.finding else "another"
+                    yield (
+                        f"At a random point of every network's orbit ({point + 1} of {self.points}), where the weights are "
+                        f"others and the functions the same, {verdict.number} gives {same} verdict: {verdict.claim}, "
+                        f"p = {verdict.p:.2g}."
+                    )
+
+    def _generalization(self) -> Iterator[str]:
+        """Test errors of the two arms, and whether flatness says the same."""
+        first, second = ([n.test_error for n in self.arm(arm) if n.test_error is not None] for arm in self.recipe.arms)
+        if min(len(first), len(second)) < 2:
+            return
+        test = mannwhitneyu(second, first, alternative="two-sided")
+        names = [arm.minima for arm in self.recipe.arms]
+        errors = (
+            f"test error {100 * fmean(second):.2f} % of {names[1]}, {100 * fmean(first):.2f} % of {names[0]}, two-sided "
+            f"Mann-Whitney p = {test.pvalue:.2g}"
+        )
+        if test.pvalue >= SIGNIFICANCE:
+            yield f"There is no evidence that one generalizes better ({errors})."
+            return
+        worse = 1 if fmean(second) > fmean(first) else 0
+        yield f"{names[1 - worse][0].upper()}{names[1 - worse][1:]} generalize better ({errors})."
+        for verdict in self.verdicts().values():
+            if verdict.finding is not Finding.NO_EVIDENCE:
+                sharper = 1 if verdict.finding is Finding.SHARPER else 0
+                friend = "a true friend here" if sharper == worse else "a false friend here"
+                yield f"{verdict.number[0].upper()}{verdict.number[1:]} is {friend}: it calls {names[sharper]} sharper."
+
+    def _moved(self) -> Iterator[str]:
+        if not self.points:
+            return
+        how = (
+            "Rescaling the layers"
+            if self.recipe.edit is not None
+            else "Other weights with the same function, at random,"
+        )
+        for number in self.numbers:
+            change = self.drift(number)
+            if change is not None:
+                moved = f"by {change:.1e} of itself" if change < 0.5 else f"by {change:.2g} times itself"
+                verb = "moves" if self.recipe.edit is not None else "move"
+                yield f"{how} {verb} the {number.words} {moved} at most, over {len(self.networks)} networks."
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row for each network, point and number."""
+        return [
+            {
+                "recipe": self.recipe.name,
+                "scale": str(self.recipe.scale),
+                "arm": network.task.arm.name,
+                "replicate": network.task.replicate,
+                "point": place,
+                "training_loss": network.training.loss,
+                "reached": network.training.reached,
+                "train_error": network.train_error,
+                "test_error": network.test_error,
+                "test_loss": network.test_loss,
+                "epochs": network.training.epochs,
+                "steps": network.training.steps,
+                "seconds": network.seconds,
+                **_flat(row),
+            }
+            for network in self.networks
+            for place, table in enumerate((network.table, *network.moved))
+            for row in table
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "data": self.data,
+            "sentences": list(self.sentences),
+            "summaries": [dict(vars(summary)) for summary in self.summaries],
+            "verdicts": {name: verdict.to_dict() for name, verdict in self.verdicts().items()},
+            "moved": [
+                {name: verdict.to_dict() for name, verdict in self.verdicts(point).items()}
+                for point in range(self.points)
+            ],
+            "drift": {number.name: self.drift(number) for number in self.numbers},
+            "relations": [relation.to_dict() for relation in self.told],
+            "networks": self.rows(),
+            "cost_seconds": self.cost,
+            "seconds": self.seconds,
+        }
+
+
+def _summary(arm: Arm, number: Number, networks: Sequence[Measured]) -> Summary | None:
+    rows = [row.estimate for network in networks if (row := network.record(number)) is not None]
+    if not rows:
+        return None
+    values = [row.value for row in rows]
+    return Summary(
+        arm.name,
+        number.name,
+        len(rows),
+        fmean(values),
+        stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
+        max((_width(row) for row in rows), default=0.0),
+        sum(not row.converged for row in rows),
+    )
+
+
+def _width(estimate: Estimate) -> float:
+    """Of an enclosure, relative to the value; zero where there is none."""
+    width = estimate.upper - estimate.lower
+    return width / abs(estimate.value) if estimate.value and math.isfinite(width) else 0.0
+
+
+def _flat(row: Record) -> dict[str, Any]:
+    estimate = row.estimate
+    return {
+        "measure": row.measure,
+        "geometry": row.geometry,
+        "logits": row.settings.get("logits"),
+        "value": estimate.value,
+        "lower": estimate.lower if math.isfinite(estimate.lower) else None,
+        "upper": estimate.upper if math.isfinite(estimate.upper) else None,
+        "confidence": estimate.confidence,
+        "converged": estimate.converged,
+        "products": estimate.cost.products,
+        "gradient_passes": estimate.cost.gradient_passes,
+        "loss": row.point.loss,
+        "gradient_norm": row.point.gradient_norm,
+        "stationarity_ratio": row.stationarity_ratio,
+        "group_hash": row.group_hash,
+        "model_hash": row.model_hash,
+        "data_hash": row.data_hash,
+    }
+
+
+def _test_error(network: Measured) -> float | None:
+    return network.test_error
+
+
+def _place(network: Measured) -> float | None:
+    return network.task.arm.value

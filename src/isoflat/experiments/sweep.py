@@ -1,0 +1,127 @@
+"""Many networks: each trained and measured once, by whichever worker comes to it first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from joblib import Parallel, delayed
+
+from isoflat.core.errors import UsageError
+from isoflat.experiments.cells import Measured, Report, Task, run
+from isoflat.experiments.data import Split
+from isoflat.experiments.numbers import Number
+from isoflat.experiments.recipe import Recipe
+from isoflat.experiments.store import Store
+from isoflat.experiments.study import one_thread
+
+PAUSE = 1.0
+"""Seconds between two looks at a cell that another process is at."""
+
+
+def tasks(recipe: Recipe) -> tuple[Task, ...]:
+    """Every network of an experiment; arms alternate, so that the time left is foreseen well."""
+    return tuple(Task(recipe, arm, replicate) for replicate in range(recipe.replicates) for arm in recipe.arms)
+
+
+def sweep(
+    todo: Sequence[Task],
+    data: Split,
+    numbers: Sequence[Number],
+    store: Store,
+    report: Report = lambda text, done: None,
+    jobs: int = 1,
+) -> tuple[Measured, ...]:
+    """All of them, in order.
+
+    On a processor every worker has one thread, so that results do not depend on how many workers there are.
+
+    Args:
+        todo: which networks.
+        data: what to train and measure on.
+        numbers: what to measure.
+        store: where results are kept; other processes may be at work in it.
+        report: told what is being done, and how many networks have been done since the last call.
+        jobs: processes.
+
+    Raises:
+        IsoflatError: as for `cells.run`.
+    """
+    if jobs < 1:
+        raise UsageError(f"the number of jobs must be positive, got {jobs}")
+    if jobs > 1 and data.train[0].device.type != "cpu":
+        raise UsageError(f"{jobs} jobs on one {data.train[0].device.type} device would share its memory: take one")
+    left = list(enumerate(todo))
+    done: dict[int, Measured] = {}
+    while left:
+        found = _side_by_side if jobs > 1 and len(left) > 1 else _in_turn
+        for place, network in found(left, data, numbers, store, report, jobs):
+            if network is not None:
+                done[place] = network
+        left = [(place, task) for place, task in left if place not in done]
+        if left:
+            report(f"waiting for {left[0][1].label}, which another process is at", 0.0)
+            time.sleep(PAUSE)
+    return tuple(done[place] for place in range(len(todo)))
+
+
+Found = Iterator[tuple[int, Measured | None]]
+
+
+def _in_turn(
+    left: Sequence[tuple[int, Task]],
+    data: Split,
+    numbers: Sequence[Number],
+    store: Store,
+    report: Report,
+    jobs: int,
+) -> Found:
+    for place, task in left:
+        told = 0.0
+
+        def progress(text: str, done: float) -> None:
+            nonlocal told
+            told += done
+            report(text, done)
+
+        with one_thread():
+            network = run(task, data, numbers, store, progress)
+        if network is not None:
+            report(f"{task.label} is there", max(0.0, 1 - told))
+        yield place, network
+
+
+def _side_by_side(
+    left: Sequence[tuple[int, Task]],
+    data: Split,
+    numbers: Sequence[Number],
+    store: Store,
+    report: Report,
+    jobs: int,
+) -> Found:
+    arrays = [part.numpy() for pair in (data.train, data.test) for part in pair]
+    # Copies on writing: workers share one copy of the data in memory.
+    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c")
+    calls = (delayed(_worker)(place, task, data.name, data.vocabulary, arrays, numbers, store) for place, task in left)
+    report(f"{len(left)} networks, {jobs} at a time", 0.0)
+    for place, network in parallel(calls):
+        if network is not None:
+            report(f"{network.label} is there", 1.0)
+        yield place, network
+
+
+def _worker(
+    place: int,
+    task: Task,
+    name: str,
+    vocabulary: str,
+    arrays: Sequence[Any],
+    numbers: Sequence[Number],
+    store: Store,
+) -> tuple[int, Measured | None]:
+    inputs, targets, others, rest = (torch.from_numpy(array) for array in arrays)
+    data = Split(name, (inputs, targets), (others, rest), vocabulary)
+    with one_thread():
+        return place, run(task, data, numbers, store, lambda text, done: None)
