@@ -40,9 +40,6 @@ MOMENTUM = 0.9
 CLOSE = 1.5
 """Within this multiple of the target the training loss is looked at after every step."""
 
-LOOKS = 8
-"""Before that, so many times per epoch; without a target, once."""
-
 ROWS = 2000
 """At most so many are evaluated at a time."""
 
@@ -61,6 +58,8 @@ class Regime:
         momentum: of "sgd".
         weight_decay: this multiple of the weights is added to their gradient.
         halve_every: epochs after which the step is halved, again and again; None to keep it.
+        looks: at the training loss per epoch, far from the target; near it there is one after every step, and without a
+            target one per epoch. Each costs as much as a third of an epoch.
     """
 
     batch: int | None
@@ -71,12 +70,13 @@ class Regime:
     momentum: float = MOMENTUM
     weight_decay: float = 0.0
     halve_every: int | None = None
+    looks: int = 8
 
     def __post_init__(self) -> None:
         """Refuse regimes without meaning."""
         if self.optimizer not in OPTIMIZERS:
             raise UnknownName("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("batch", "max_epochs", "halve_every"):
+        for name in ("batch", "max_epochs", "halve_every", "looks"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise UsageError(f"{name} must be at least 1, got {number}")
@@ -158,7 +158,7 @@ def train(
     batch = min(regime.batch or rows, rows)
     epoch = math.ceil(rows / batch)
     target = -math.inf if regime.target is None else regime.target
-    look = epoch if regime.target is None else max(1, epoch // LOOKS)
+    look = epoch if regime.target is None else max(1, epoch // regime.looks)
     origin = fingerprint(shuffling.get_state().numpy().tobytes())
     optimizer = OPTIMIZERS[regime.optimizer](model.parameters(), regime)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, regime.halve_every or regime.max_epochs + 1, gamma=0.5)

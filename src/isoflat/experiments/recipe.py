@@ -103,6 +103,7 @@ class Training(_Strict):
         epochs: at most so many.
         target: training loss at which training stops; None to train all epochs.
         noise: share of the training labels that are drawn anew, uniformly.
+        looks: at the training loss per epoch, fewer than a regime's own: on networks of any size they cost.
     """
 
     batch: Positive | None = None
@@ -114,6 +115,7 @@ class Training(_Strict):
     epochs: Positive = 4000
     target: float | None = None
     noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    looks: Positive = 2
 
     @model_validator(mode="after")
     def _known(self) -> Training:
@@ -134,6 +136,7 @@ class Training(_Strict):
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             halve_every=self.halve_every,
+            looks=self.looks,
         )
 
 
@@ -290,7 +293,7 @@ def read(name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe:
 
 
 def parse(text: str, name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe:
-    """A recipe from the text of a file: the table `[small]` or `[paper]` stands over the rest.
+    """A recipe from the text of a file: the table `[small]` or `[paper]` stands over the rest; what differs adds up.
 
     In each arm stands what differs from the table `[training]`; a table `[grid]` of lists makes an arm of each combination.
 
@@ -302,7 +305,10 @@ def parse(text: str, name: str, scale: Scale = Scale.SMALL, **changes: Any) -> R
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {name} is no TOML: {error}") from error
     scales = {str(each): given.pop(str(each), {}) for each in Scale}
-    whole = _over(given, scales[scale])
+    own = scales[scale]
+    whole = _over(given, own)
+    if "differs" in own and "differs" in given:
+        whole["differs"] = f"{given['differs']} At this scale: {own['differs']}"
     usual = whole.pop("training", {})
     arms = [_arm(arm, usual) for arm in whole.pop("arms", [])] + list(_grid(whole.pop("grid", {}), usual))
     set_by_user = {key: value for key, value in changes.items() if value is not None}
