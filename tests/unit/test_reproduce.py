@@ -1,7 +1,12 @@
 """Recipes, cells and sweeps: what is asked is checked first, trained once, and said honestly."""
 
+import csv
 import json
 import math
+import random
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,15 +16,18 @@ from isoflat.cli import checking
 from isoflat.cli.exits import DOES_NOT_HOLD
 from isoflat.cli.load.splits import load_split
 from isoflat.cli.main import app
+from isoflat.cli.rebuilt import rebuild
+from isoflat.cli.reproduce import followed, show, write
 from isoflat.cli.reproduce_report import page
-from isoflat.core.errors import DataError, UnknownName, UsageError
+from isoflat.core.errors import DataError, IsoflatError, NoInvariantGeometry, RankLost, UnknownName, UsageError
 from isoflat.experiments import cells, families
 from isoflat.experiments.cells import Task, labelled
 from isoflat.experiments.data import Split, digits, gaussian
 from isoflat.experiments.recipe import Asks, Data, Scale, parse, read, recipes
 from isoflat.experiments.reproduction import Reproduction
-from isoflat.experiments.store import Store
+from isoflat.experiments.store import Store, address
 from isoflat.experiments.sweep import sweep, tasks
+from isoflat.measures.run import measure_all
 from isoflat.report.html import render
 
 SMALL = """
@@ -29,11 +37,14 @@ reference = "r"
 asks = "contrast"
 data = { source = "digits", train = 120, test = 60 }
 network = { family = "mlp", widths = [64, 12, 8, 10], bias = false }
-training = { optimizer = "adam", rate = 0.01, target = 0.3, epochs = 200 }
+training = { optimizer = "adam", rate = 0.01, target = 0.3, epochs = 200, looks = 2.0 }
 arms = [{ name = "small batch", batch = 8 }, { name = "large batch" }]
 replicates = 2
 numbers = [{ measure = "quotient_spectral_norm" }, { measure = "hessian_spectral_norm" }]
 """
+
+
+DIVERGING = SMALL.replace('{ name = "large batch" }', '{ name = "large batch", optimizer = "sgd", rate = 1e6 }')
 
 
 def _followed(recipe, folder, jobs=1):
@@ -188,6 +199,173 @@ def test_networks_that_miss_their_target_are_reported_and_left_out(tmp_path):
     assert len(found.missed) == 4 and not found.verdicts()
     assert any("missed the target" in sentence for sentence in found.sentences)
     assert "No comparison" in found.sentences[0]
+
+
+@pytest.fixture(scope="module")
+def diverged(folder):
+    return _followed(parse(DIVERGING, "tiny"), folder)
+
+
+def test_networks_that_diverge_are_told_and_left_out_and_the_others_measured(diverged, result):
+    assert [network.label for network in diverged.diverged] == ["large batch 0", "large batch 1"]
+    assert not diverged.missed and not diverged.verdicts()
+    told = " ".join(diverged.sentences)
+    assert "diverged: large batch 0" in told and "take a smaller step" in told
+    assert {summary.arm for summary in diverged.summaries} == {"small batch"}
+    for own, other in zip(diverged.networks[::2], result.networks[::2], strict=True):
+        assert own.table == other.table and own.moved == other.moved
+    assert diverged.points == 1 and diverged.drift(diverged.numbers[0]) < 0.02
+
+
+def test_networks_that_diverge_are_in_every_file(diverged, folder, tmp_path):
+    write(diverged, tmp_path, "isoflat reproduce tiny")
+    show(diverged, tmp_path)
+    stored = json.loads((tmp_path / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert [part["label"] for part in stored["diverged"]] == ["large batch 0", "large batch 1"]
+    rows = [row for row in stored["networks"] if row["arm"] == "large batch"]
+    assert [(row["replicate"], row["reached"], row["training_loss"], row["value"]) for row in rows] == [
+        (0, False, None, None),
+        (1, False, None, None),
+    ]
+    assert all(row.keys() - {"diverged"} == stored["networks"][0].keys() for row in rows)
+    with (tmp_path / "networks.csv").open(encoding="utf-8") as file:
+        lines = [row for row in csv.DictReader(file) if row["arm"] == "large batch"]
+    assert [line["training_loss"] for line in lines] == ["", ""] and all(
+        "diverged" in line["diverged"] for line in lines
+    )
+    assert ">diverged<" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert checking.compared(stored, diverged).holds
+    again = rebuild(stored, Store.open(folder).cells()[0])
+    assert not again.warnings and again.result.rows() == diverged.rows()
+
+
+def test_a_network_that_diverged_is_not_trained_again(diverged, folder, monkeypatch):
+    monkeypatch.setattr(cells, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    again = _followed(diverged.recipe, folder)
+    assert again.rows() == diverged.rows() and again.sentences == diverged.sentences
+
+
+def test_what_cannot_be_measured_of_one_network_is_omitted_there(result, folder, monkeypatch):
+    recipe = result.recipe.model_copy(update={"rtol": 0.02})
+    refused = ("small batch 1", "large batch 0")
+
+    def measured(model, *args, measures, geometry, label, **settings):
+        # The first has a number that is refused, the second has nothing else.
+        if label == refused[1] or (label == refused[0] and "auto" in geometry):
+            raise NoInvariantGeometry(f"no metric for {label}")
+        return measure_all(model, *args, measures=measures, geometry=geometry, label=label, **settings)
+
+    monkeypatch.setattr(cells, "measure_all", measured)
+    found = _followed(recipe, folder)
+    counts = {network.label: (len(network.table), len(network.table.omitted)) for network in found.networks}
+    assert counts == {
+        "small batch 0": (2, 0),
+        "small batch 1": (1, 1),
+        "large batch 0": (0, 2),
+        "large batch 1": (2, 0),
+    }
+    assert "Not known of small batch 1: quotient_spectral_norm (auto): no metric for small batch 1." in found.sentences
+    html = render(page(found, "isoflat reproduce tiny"))
+    assert "no metric for large batch 0" in html
+    assert [row["value"] for row in found.rows() if (row["arm"], row["replicate"]) == ("large batch", 0)] == [None]
+    monkeypatch.setattr(cells, "measure_all", lambda *args, **kwargs: pytest.fail("measured again"))
+    assert _followed(recipe, folder).rows() == found.rows()
+
+
+def test_orbits_that_cannot_be_found_are_omitted(result, folder, monkeypatch):
+    monkeypatch.setattr(cells, "symmetries", _raising(NoInvariantGeometry("no orbit here")))
+    found = _followed(result.recipe.model_copy(update={"spread": 0.5}), folder)
+    assert all(len(network.table) == 2 and len(network.moved[0]) == 0 for network in found.networks)
+    assert any("no orbit here" in sentence for sentence in found.sentences)
+
+
+def test_that_a_process_is_lost_is_no_result(result, folder, monkeypatch):
+    monkeypatch.setattr(cells, "measure_all", _raising(RankLost("gone")))
+    with pytest.raises(RankLost):
+        _followed(result.recipe.model_copy(update={"rtol": 0.03}), folder)
+
+
+def _raising(error):
+    def call(*args, **kwargs):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (
+            '{ measure = "hessian_spectral_norm" }',
+            '{ measure = "hessian_spectral_norm", logits = "loss=-1" }',
+            "logits",
+        ),
+        ("replicates = 2", "replicates = 2\nrtol = 1e-9", "rounding"),
+        ('{ name = "large batch" }', '{ name = "large batch", network = { depth = 3 } }', "cannot be built"),
+        ("spectral_norm", "spectral_norms", "unknown measure"),
+        ("widths = [64, 12", "widths = [60, 12", "does not run on digits"),
+    ],
+)
+def test_what_holds_for_all_networks_is_refused_before_any_is_trained(old, new, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    assert old in SMALL
+    with pytest.raises(IsoflatError, match=told):
+        followed(parse(SMALL.replace(old, new, 1), "tiny"), None, tmp_path, jobs=1)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_read_back_is_the_same_to_the_store(name):
+    recipe, data = read(name), digits()
+    again = checking.recipe(json.loads(json.dumps({"recipe": recipe.model_dump(mode="json")})), name)
+    for own, other in zip(tasks(recipe), tasks(again), strict=True):
+        assert address(own.training(data)) == address(other.training(data))
+
+
+def test_bounds_around_the_initial_weights_are_given_them(result, folder):
+    name = "pac_bayes_effective_curvature"
+    found = _followed(parse(SMALL, "tiny", orbit=0, numbers=[{"measure": name}]), folder)
+    task, data = found.networks[0].task, load_split(result.recipe.data, None)
+    trained, initial = cells.network(task, data), cells.network(task, data)
+    trained.load_state_dict(Store.open(folder).get(address(task.training(data))).tensors())
+    settings = {"measures": [name], "rtol": task.recipe.rtol, "initial": initial}
+    alone = measure_all(trained.eval(), data.train, torch.nn.CrossEntropyLoss(), **settings)
+    row = found.networks[0].table[0]
+    assert row.estimate.value == pytest.approx(alone[0].estimate.value, rel=1e-5)
+    assert row.settings["initial"] == alone[0].settings["initial"] is not None
+    assert all(record.settings["initial"] is None for record in result.records)
+
+
+MOMENTS = 100
+"""Reports of a run that a kill may follow; it makes more."""
+
+KILLED = """
+import sys
+from pathlib import Path
+
+from isoflat.cli.load.splits import load_split
+from isoflat.experiments.recipe import parse
+from isoflat.experiments.store import Store
+from isoflat.experiments.sweep import sweep, tasks
+
+recipe = parse(sys.argv[1], "tiny", orbit=0, replicates=1)
+numbers = tuple(quantity.number for quantity in recipe.numbers)
+store = Store.open(Path(sys.argv[2]))
+sweep(tasks(recipe), load_split(recipe.data, None), numbers, store, lambda text, done: print(text, flush=True))
+"""
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_numbers(result, tmp_path):
+    moment = random.randint(1, MOMENTS)
+    with subprocess.Popen([sys.executable, "-c", KILLED, SMALL, tmp_path], stdout=subprocess.PIPE, text=True) as child:
+        for _ in range(moment):
+            child.stdout.readline()
+        child.kill()
+    assert child.returncode == -signal.SIGKILL, moment
+    again = _followed(parse(SMALL, "tiny", orbit=0, replicates=1), tmp_path)
+    for own, other in zip(again.networks, result.networks[:2], strict=True):
+        assert own.label == other.label
+        values = [[(row.model_hash, row.estimate.value) for row in network.table] for network in (own, other)]
+        assert values[0] == values[1], moment
 
 
 def test_an_edit_moves_what_it_should(tmp_path):

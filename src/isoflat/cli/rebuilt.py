@@ -66,7 +66,8 @@ def rebuild(content: Mapping[str, Any], store: Sequence[Cell]) -> Rebuilt:
         try:
             network = _sound(cells.read(task, trained, measured), numbers)
         except MALFORMED as error:
-            warnings.append(f"{task.label}: cells {trained.address} and {measured.address} are refused: {why(error)}")
+            places = trained.address if measured is None else f"{trained.address} and {measured.address}"
+            warnings.append(f"{task.label}: cells {places} are refused: {why(error)}")
             continue
         place = (task.replicate, recipe.arms.index(task.arm))
         agrees = all(row in told for row in replace(empty, networks=(network,)).rows())
@@ -79,8 +80,10 @@ def rebuild(content: Mapping[str, Any], store: Sequence[Cell]) -> Rebuilt:
     return Rebuilt(replace(empty, networks=found) if found else None, tuple(warnings))
 
 
-def _pairs(recipe: Recipe, numbers: Sequence[Number], store: Sequence[Cell]) -> Iterator[tuple[Task, Cell, Cell]]:
-    """Cells of each network, by their settings."""
+def _pairs(
+    recipe: Recipe, numbers: Sequence[Number], store: Sequence[Cell]
+) -> Iterator[tuple[Task, Cell, Cell | None]]:
+    """Cells of each network, by their settings; one where the training diverged."""
     nothing = (torch.empty(0), torch.empty(0, dtype=torch.int64))
     data = Split("", nothing, nothing)  # its hash is the one thing that is asked of it, and is not compared
     arms = {arm.name: arm for arm in recipe.arms}
@@ -94,6 +97,8 @@ def _pairs(recipe: Recipe, numbers: Sequence[Number], store: Sequence[Cell]) -> 
             continue
         task = Task(recipe, arm, replicate)
         if _same(cell.settings, task.training(data)):
+            if "diverged" in cell.result:
+                yield task, cell, None
             for other in measured.get(cell.address, ()):
                 if _same(other.settings, task.measurement(data, numbers)):
                     yield task, cell, other
@@ -109,16 +114,23 @@ def _sound(network: Measured, numbers: Sequence[Number]) -> Measured:
     """The network, every part of which is of its kind.
 
     Raises:
-        ValueError: one is not, or none of the numbers is there.
+        ValueError: one is not, or neither a number is there nor why there is none.
         KeyError: a record lacks a setting.
     """
 
     def sound(table: Table) -> Table:
         made = replace(table, rows=tuple(checked(row) for row in table))
-        if all(cells.found(made, number) is None for number in numbers):
+        if not made.omitted and all(cells.found(made, number) is None for number in numbers):
             raise DataError("none of its numbers is there")
         return made
 
+    if network.diverged:
+        return replace(
+            network,
+            training=TypeAdapter(Training).validate_python(asdict(network.training)),
+            seconds=TypeAdapter(float).validate_python(network.seconds),
+            diverged=TypeAdapter(str).validate_python(network.diverged),
+        )
     share = TypeAdapter(float | None)
     return replace(
         network,

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 WHERE = "Where it runs"
 """Panel of the help."""
 
+PATIENCE = 3600.0
+"""Seconds that a process waits for the others: they train apart, and one may go on from a checkpoint that others lack."""
+
 
 def reproduce(  # noqa: PLR0913
     name: Annotated[
@@ -78,28 +81,35 @@ def reproduce(  # noqa: PLR0913
             metavar="FILE", help="Compare with a stored result.json, within stated tolerances; its recipe is followed."
         ),
     ] = None,
+    timeout: options.Timeout = PATIENCE,
     as_json: options.AsJson = False,
 ) -> None:
     """Train, measure, compare, and say what came out: the paper's experiments, and those that question them.
 
     Every network is kept in the folder as soon as it is there: stopped at any point, the same command goes on. The same
-    command on another machine that shares the folder helps.
+    command on another machine that shares the folder helps. Several processes share each network's measurement: torchrun
+    --nproc-per-node 2 -m isoflat reproduce ...
 
-    Exit code 0: done. 3: a number did not converge. 5: --check found a difference.
+    Exit code 0: done. 3: a number did not converge. 5: --check found a difference. 4: a process is lost.
     """
     from isoflat.cli import checking
     from isoflat.cli.demo import prepare
+    from isoflat.cli.processes import sharing
     from isoflat.experiments.recipe import recipes
 
-    if name is None and check is None:
-        listing(as_json)
+    with sharing(device, timeout) as ranks:
+        if name is None and check is None:
+            if ranks.first:
+                listing(as_json)
+            return
+        stored = None if check is None else ranks.together(lambda: checking.read(check))
+        changes = {"replicates": replicates, "orbit": orbit, "seed": seed, "numbers": _numbers(names, geometry)}
+        recipe = _recipe(name, scale, changes) if stored is None else checking.recipe(stored, name)
+        folder = out or Path(f"isoflat-{recipe.name}")
+        ranks.together(lambda: prepare(folder) if ranks.first else None)
+        result = followed(recipe, data, folder, jobs, device, submit, hidden=not sys.stderr.isatty())
+    if not ranks.first:
         return
-    stored = None if check is None else checking.read(check)
-    changes = {"replicates": replicates, "orbit": orbit, "seed": seed, "numbers": _numbers(names, geometry)}
-    recipe = _recipe(name, scale, changes) if stored is None else checking.recipe(stored, name)
-    folder = out or Path(f"isoflat-{recipe.name}")
-    prepare(folder)
-    result = followed(recipe, data, folder, jobs, device, submit, hidden=not sys.stderr.isatty())
     write(result, folder, _command(recipes() if name is None else (name,), recipe, data))
     verdict = None if stored is None else checking.compared(stored, result)
     if as_json:
@@ -159,6 +169,8 @@ def followed(
 ) -> Reproduction:
     """Every network of a recipe trained and measured, under a progress bar.
 
+    In a process group the first process alone writes and shows progress.
+
     Args:
         recipe: what to do.
         source: of the data, where it does not come with isoflat.
@@ -167,6 +179,9 @@ def followed(
         device: where networks live.
         submit: "slurm" or "local", where submitit is to run the workers.
         hidden: show no progress.
+
+    Raises:
+        IsoflatError: something is refused; what would be of all networks alike, before any is trained.
     """
     import time
 
@@ -174,22 +189,29 @@ def followed(
 
     from isoflat.cli.load.inputs import device_of
     from isoflat.cli.load.splits import load_split
+    from isoflat.core.errors import UsageError
+    from isoflat.experiments.cells import decided
     from isoflat.experiments.reproduction import Reproduction
     from isoflat.experiments.store import Store
-    from isoflat.experiments.sweep import sweep, tasks
+    from isoflat.experiments.sweep import check, sweep, tasks
+    from isoflat.risk.ranks import Ranks
 
-    started = time.monotonic()
+    started, ranks = time.monotonic(), Ranks.here()
+    if ranks.world > 1 and ((jobs or 1) > 1 or submit is not None):
+        raise UsageError("under torchrun all processes are at the same network: leave out --jobs and --submit")
     place = device_of(device) or torch.device("cpu")
-    split = load_split(recipe.data, source).to(place)
+    split = ranks.together(lambda: load_split(recipe.data, source), lambda split: {"data": split.hash}).to(place)
     numbers = tuple(quantity.number for quantity in recipe.numbers)
-    store, todo = Store.open(folder / "store"), tasks(recipe)
-    workers = jobs or (min(len(todo), os.cpu_count() or 1) if place.type == "cpu" else 1)
+    ranks.together(lambda: check(recipe, split, numbers))
+    store, todo = decided(ranks, lambda: Store.open(folder / "store")), tasks(recipe)
+    alone = place.type == "cpu" and ranks.world == 1
+    workers = jobs or (min(len(todo), os.cpu_count() or 1) if alone else 1)
     if submit is not None:
         from isoflat.cli.submission import submitted
 
         submitted(submit, recipe, source, folder, workers, device)
         workers = 1
-    with bar(len(todo), hidden) as report:
+    with bar(len(todo), hidden or not ranks.first) as report:
         networks = sweep(todo, split, numbers, store, report, workers)
     return Reproduction(recipe, split.name, numbers, networks, time.monotonic() - started)
 
@@ -271,11 +293,15 @@ def _networks(result: Reproduction) -> Grid:
         grid.add_column(head, justify="left" if head == "network" else "right")
     for arm in result.recipe.arms:
         for network in result.arm(arm, all_of_them=True):
-            loss = f"{network.training.loss:.4g}" + ("" if network.training.reached else " missed")
+            loss, epochs = f"{network.training.loss:.4g}", f"{network.training.epochs:.4g}"
+            if network.diverged:
+                loss, epochs = "diverged", "–"
+            elif not network.training.reached:
+                loss += " missed"
             error = "–" if network.test_error is None else f"{100 * network.test_error:.2f} %"
             rows = [network.record(number) for number in result.numbers]
             cells = ["–" if row is None else enclosed(row.estimate) for row in rows]
-            grid.add_row(plain(network.label), loss, f"{network.training.epochs:.4g}", error, *cells)
+            grid.add_row(plain(network.label), loss, epochs, error, *cells)
         grid.add_section()
     return grid
 

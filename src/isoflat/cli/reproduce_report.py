@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from isoflat.core.table import interval
-from isoflat.experiments.cells import found
+from isoflat.experiments.cells import Measured, found
 from isoflat.experiments.recipe import Asks
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.report import tables
@@ -139,14 +141,24 @@ def _networks(result: Reproduction) -> Grid:
             rows.append(
                 (
                     network.label,
-                    f"{network.training.loss:.5f}" + ("" if network.training.reached else " (missed)"),
-                    f"{100 * network.train_error:.2f} %",
-                    "–" if network.test_error is None else f"{100 * network.test_error:.2f} %",
-                    f"{network.training.epochs:.4g}",
+                    _loss(network),
+                    _share(network.train_error),
+                    _share(network.test_error),
+                    f"{network.training.epochs:.4g}" if math.isfinite(network.training.loss) else "–",
                     *("–" if row is None else interval(row.estimate) for row in records),
                 )
             )
     return Grid("Every network, with the enclosures of its numbers.", heads, tuple(rows))
+
+
+def _loss(network: Measured) -> str:
+    if not math.isfinite(network.training.loss):
+        return "diverged"
+    return f"{network.training.loss:.5f}" + ("" if network.training.reached else " (missed)")
+
+
+def _share(error: float | None) -> str:
+    return "–" if error is None else f"{100 * error:.2f} %"
 
 
 def _moved(result: Reproduction) -> tuple[Grid, ...]:
@@ -171,12 +183,19 @@ def _numbers(result: Reproduction) -> list[Grid]:
 
 def _warnings(result: Reproduction) -> tuple[Prose, ...]:
     told = [f"{network.label} missed the target loss: {network.training.loss:.4g}." for network in result.missed]
+    diverged = [network for network in result.networks if not math.isfinite(network.training.loss)]
+    told += [f"{network.label} diverged: {network.diverged}." for network in diverged]
     told += [
         f"{row.label}, {row.measure} did not converge: {interval(row.estimate)}."
         for row in result.records
         if not row.estimate.converged
     ]
-    told += [str(part) for network in result.networks for part in network.table.omitted]
+    told += [
+        f"{part.label}: {part}"
+        for network in result.networks
+        for table in (network.table, *network.moved)
+        for part in table.omitted
+    ]
     told += tables.warnings(result.records)
     return tuple(Prose(text) for text in dict.fromkeys(told)) or (
         Prose("None: every network reached its target, every number converged."),
@@ -191,7 +210,7 @@ def _provenance(result: Reproduction, command: str) -> tuple[tuple[str, str], ..
         ("Network", ", ".join(f"{key} {value}" for key, value in recipe.network.model_dump().items())),
         ("Training", "; ".join(f"{arm.name}: {_told(arm.training.model_dump())}" for arm in recipe.arms)),
         ("Data", f"{result.data}, hash of what was measured on {hashes}"),
-        ("Settings", ", ".join(f"{key} {value}" for key, value in records[0].settings.items())),
+        *(("Settings", ", ".join(f"{key} {value}" for key, value in row.settings.items())) for row in records[:1]),
         ("Groups", "; ".join(dict.fromkeys(f"{row.geometry}: {row.group_hash}" for row in records))),
         *tables.versions(records),
     )

@@ -403,10 +403,18 @@ def trained(
             },
         )
         for network in made.networks
-        if network.training.reached
+        if network.training.reached and len(network.table)
     )
-    missed = tuple((n.label, f"which missed its target: training loss {n.training.loss:.3g}") for n in made.missed)
-    result = Prediction(made.numbers, networks, OUTCOMES[chosen], recipe.seed, missed)
+    left_out = (
+        *((n.label, f"which missed its target: training loss {n.training.loss:.3g}") for n in made.missed),
+        *((n.label, f"which diverged: {n.diverged}") for n in made.diverged),
+        *(
+            (n.label, f"which cannot be measured: {n.table.omitted[0]}")
+            for n in made.networks
+            if n.training.reached and not len(n.table)
+        ),
+    )
+    result = Prediction(made.numbers, networks, OUTCOMES[chosen], recipe.seed, left_out)
     explained = {"gap": ", test error less training error"}.get(chosen, "")
     return result, (
         (
@@ -426,9 +434,9 @@ TRAINED_OUTCOMES = ("gap", "test_error", "test_loss")
 
 
 def _outcome(network: Measured, chosen: str) -> float:
-    """Of a network whose data has held-out rows."""
+    """Of a network whose data has held-out rows, and whose training did not diverge."""
     found = network.test_loss if chosen == "test_loss" else network.test_error
-    return (found or 0.0) - (network.train_error if chosen == "gap" else 0.0)
+    return (found or 0.0) - ((network.train_error or 0.0) if chosen == "gap" else 0.0)
 
 
 def read_grid(path: Path, scale: str, asked: Sequence[tuple[str, str]], changes: Mapping[str, Any]) -> Recipe:

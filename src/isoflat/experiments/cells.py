@@ -6,16 +6,18 @@ a measurement knows the training it is of, so that asking for another number tra
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
-from isoflat.core.errors import UsageError
+from isoflat.core.errors import IsoflatError, NonFinite, RankLost, RanksDiffer, UsageError
 from isoflat.core.record import Record
 from isoflat.core.streams import stream
 from isoflat.core.table import Omission, Table
@@ -26,10 +28,14 @@ from isoflat.experiments.loop import VERSION, Training, accuracy, full_loss, tra
 from isoflat.experiments.numbers import Number
 from isoflat.experiments.recipe import Arm, Recipe
 from isoflat.experiments.store import Cell, Store, address
+from isoflat.measures.catalogue import find_measure
 from isoflat.measures.run import measure_all
+from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.canonical import reparametrize
 from isoflat.symmetry.discover import symmetries
 from isoflat.symmetry.found import VERSION as RULES
+
+T = TypeVar("T")
 
 Report = Callable[[str, float], None]
 """Told what is being done, and which share of the cell has been done since the last call."""
@@ -105,23 +111,25 @@ class Measured:
 
     Attributes:
         task: how it was made.
-        training: how that went.
-        train_error: share of the training rows, as labelled in training, that it gets wrong.
+        training: how that went; of one that diverged the loss is infinite, and steps and epochs are not known: 0.
+        train_error: share of the training rows, as labelled in training, that it gets wrong; None where it diverged.
         test_error: share of the held-out rows; NaN-free: None where nothing is held out.
         test_loss: mean cross-entropy there.
-        table: every number at the weights as trained.
+        table: every number at the weights as trained; what cannot be measured of this network is omitted, with the reason.
         moved: the same at other weights with the same function: random points of the orbit, or after the recipe's edit.
         seconds: that training and measuring took when they were done.
+        diverged: what was said when its training diverged, and then there are no numbers; empty where it did not.
     """
 
     task: Task
     training: Training
-    train_error: float
+    train_error: float | None
     test_error: float | None
     test_loss: float | None
     table: Table
     moved: tuple[Table, ...]
     seconds: float
+    diverged: str = ""
 
     @property
     def label(self) -> str:
@@ -139,8 +147,21 @@ def found(table: Table, number: Number) -> Record | None:
     return next((row for row in table if (row.measure, row.geometry, row.settings["logits"]) == key), None)
 
 
+def decided(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What the first of several processes does alone; all go on with its outcome, or raise its error.
+
+    >>> decided(Ranks(), lambda: 3)
+    3
+    """
+    [outcome] = ranks.from_first(ranks.together(lambda: [work()] if ranks.first else []))
+    return outcome
+
+
 def run(task: Task, data: Split, numbers: Sequence[Number], store: Store, report: Report) -> Measured | None:
     """Train and measure, or read what was done before.
+
+    In a process group every process trains the same, all go on with the weights of the first, and share the measurement;
+    the first alone uses the store. A training that diverges, and a number that cannot be measured, are results as well.
 
     Args:
         task: which network.
@@ -153,22 +174,28 @@ def run(task: Task, data: Split, numbers: Sequence[Number], store: Store, report
         The network's numbers; None where another process is at it.
 
     Raises:
-        NonFinite: the training diverged.
         DataError: a cell of the store is damaged.
+        RankLost: a process of the group is gone.
     """
-    wanted = task.measurement(data, numbers)
-    with store.claim(wanted["of"]) as mine:
-        if not mine:
+    wanted, ranks = task.measurement(data, numbers), Ranks.here()
+    with ExitStack() as held:
+        if not decided(ranks, lambda: held.enter_context(store.claim(wanted["of"]))):
             return None
-        trained = store.get(wanted["of"]) or _trained(task, data, store, report)
-        measured = store.get(address(wanted)) or _measured(task, data, numbers, trained, store, report)
+        trained = decided(ranks, lambda: store.get(wanted["of"])) or _trained(task, data, store, report)
+        measured = None
+        if "diverged" not in trained.result:
+            there = decided(ranks, lambda: store.get(address(wanted)))
+            measured = there or _measured(task, data, numbers, trained, store, report)
     report(f"{task.label} is there", 0.0)
     return read(task, trained, measured)
 
 
-def read(task: Task, trained: Cell, measured: Cell) -> Measured:
-    """From what is kept."""
+def read(task: Task, trained: Cell, measured: Cell | None) -> Measured:
+    """From what is kept; of a network whose training diverged that is one cell."""
     result = trained.result
+    if measured is None:
+        training = Training(math.inf, reached=False, steps=0, epochs=0.0, seconds=result["seconds"])
+        return Measured(task, training, None, None, None, Table(()), (), training.seconds, result["diverged"])
     told: dict[str, Any] = {**result["training"], "history": tuple(map(tuple, result["training"]["history"]))}
     training = Training(**told)
     tables = [_table(rows) for rows in measured.result["points"]]
@@ -207,49 +234,70 @@ def _trained(task: Task, data: Split, store: Store, report: Report) -> Cell:
     recipe, arm = task.recipe, task.arm
     settings = task.training(data)
     model, noisy = network(task, data), labelled(data, arm.training.noise, recipe.seed)
-    reached = 0.0
+    ranks, reached, started = Ranks.here(), 0.0, time.monotonic()
 
     def progress(share: float) -> None:
         nonlocal reached
         report(f"training {task.label}", TRAINING * max(0.0, share - reached))
         reached = max(reached, share)
 
+    def trained(checkpoint: Checkpoint | None) -> dict[str, Any]:
+        if recipe.edit is None:
+            order = stream(recipe.seed, "order", arm.name, task.replicate)
+            training = train(model, noisy, arm.training.regime(), order, progress, checkpoint)
+        else:
+            model.eval()
+            training = Training(full_loss(model, noisy), True, 0, 0.0, 0.0)
+        held = len(data.test[1]) > 0
+        return {
+            "training": dict(vars(training)),
+            "train_error": 1 - accuracy(model, noisy),
+            "test_error": 1 - accuracy(model, data.test) if held else None,
+            "test_loss": full_loss(model, data.test) if held else None,
+        }
+
     report(f"training {task.label}", 0.0)
-    if recipe.edit is None:
-        checkpoint = Checkpoint(store.scratch(address(settings)) / "training.pt", EPOCHS)
-        order = stream(recipe.seed, "order", arm.name, task.replicate)
-        training = train(model, noisy, arm.training.regime(), order, progress, checkpoint)
-    else:
-        model.eval()
-        training = Training(full_loss(model, noisy), True, 0, 0.0, 0.0)
-    held = len(data.test[1]) > 0
-    result = {
-        "training": dict(vars(training)),
-        "train_error": 1 - accuracy(model, noisy),
-        "test_error": 1 - accuracy(model, data.test) if held else None,
-        "test_loss": full_loss(model, data.test) if held else None,
-    }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return store.put(settings, result, tensors)
+    checkpoint = None if recipe.edit is not None else _checkpoint(task, address(settings), store, ranks)
+    try:
+        result = ranks.together(lambda: trained(checkpoint))
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    except NonFinite as error:
+        result, tensors = {"diverged": str(error), "seconds": time.monotonic() - started}, None
+    return decided(ranks, lambda: store.put(settings, result, tensors))
+
+
+def _checkpoint(task: Task, where: str, store: Store, ranks: Ranks) -> Checkpoint | None:
+    """Written by the first process; the others only read it, where they see its folder, so as not to fall behind."""
+    folder = decided(ranks, lambda: store.scratch(where))
+    if not folder.is_dir():
+        return None
+    return Checkpoint(folder / "training.pt", EPOCHS if ranks.first else task.arm.training.epochs + 1)
 
 
 def _measured(task: Task, data: Split, numbers: Sequence[Number], trained: Cell, store: Store, report: Report) -> Cell:
-    recipe = task.recipe
+    recipe, ranks = task.recipe, Ranks.here()
     model = network(task, data)
-    model.load_state_dict(trained.tensors())
+    model.load_state_dict(decided(ranks, trained.tensors))
     model.eval().to(getattr(torch, recipe.dtype))
     rows = slice(recipe.data.measured)
     inputs, targets = (part[rows] for part in labelled(data, task.arm.training.noise, recipe.seed))
     inputs = inputs.to(getattr(torch, recipe.dtype)) if inputs.is_floating_point() else inputs
+    before = network(task, data) if any(find_measure(number.measure).prior for number in numbers) else None
     started = time.monotonic()
-    twins = tuple(_twins(task, model, inputs))
+    twins: Sequence[nn.Module] = ()
+    lost: list[Table] = []
+    try:
+        twins = _twins(task, model, inputs)
+    except IsoflatError as error:
+        gone = Table((), tuple(_omission(number, error, task.label) for number in numbers))
+        lost = [gone] * (recipe.orbit or 1)
     points = []
     for place, twin in enumerate((model, *twins)):
         report(f"measuring {task.label}" + (f", moved {place}" if place else ""), 0.0)
-        points.append(_numbers(twin, (inputs, targets), numbers, recipe, task.label))
+        points.append(_numbers(twin, (inputs, targets), numbers, task, before))
         report(f"measured {task.label}", (1 - TRAINING) / (1 + len(twins)))
-    result = {"points": points, "seconds": time.monotonic() - started}
-    return store.put(task.measurement(data, numbers), result, None)
+    result = {"points": [table.to_dict() for table in (*points, *lost)], "seconds": time.monotonic() - started}
+    return decided(ranks, lambda: store.put(task.measurement(data, numbers), result, None))
 
 
 def _twins(task: Task, model: nn.Module, inputs: Tensor) -> Sequence[nn.Module]:
@@ -306,29 +354,57 @@ def labelled(data: Split, noise: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(
-    model: nn.Module, data: tuple[Tensor, Tensor], numbers: Sequence[Number], recipe: Recipe, label: str
-) -> dict[str, Any]:
-    """Every number of one network as JSON: those with the same scores share their passes over the data."""
-    batches = list(zip(data[0].split(ROWS), data[1].split(ROWS), strict=True))
-    rows: list[Any] = []
-    omitted: list[Any] = []
+    model: nn.Module, data: tuple[Tensor, Tensor], numbers: Sequence[Number], task: Task, before: nn.Module | None
+) -> Table:
+    """Every number of one network: those with the same scores share their passes over the data."""
+    recipe = task.recipe
+    rows = min(ROWS, -(-len(data[1]) // Ranks.here().world))  # some for every process
+    batches = list(zip(data[0].split(rows), data[1].split(rows), strict=True))
+
+    def measured(chosen: Sequence[Number]) -> Table:
+        """Together; where that is refused each by itself, and what is refused then is omitted."""
+        try:
+            return measure_all(
+                model,
+                batches,
+                nn.CrossEntropyLoss(),
+                measures=list(dict.fromkeys(number.measure for number in chosen)),
+                geometry=list(dict.fromkeys(number.geometry for number in chosen)),
+                rtol=recipe.rtol,
+                logits=chosen[0].logits,
+                initial=before,
+                seed=recipe.seed,
+                label=task.label,
+            )
+        except (RankLost, RanksDiffer):
+            raise
+        except IsoflatError as error:
+            if len(chosen) == 1:
+                return Table((), (_omission(chosen[0], error, task.label),))
+        return _joined(measured([number]) for number in chosen)
+
+    tables = []
     for logits in dict.fromkeys(number.logits for number in numbers):
         chosen = [number for number in numbers if number.logits == logits]
-        table = measure_all(
-            model,
-            batches,
-            nn.CrossEntropyLoss(),
-            measures=list(dict.fromkeys(number.measure for number in chosen)),
-            geometry=list(dict.fromkeys(number.geometry for number in chosen)),
-            rtol=recipe.rtol,
-            logits=logits,
-            seed=recipe.seed,
-            label=label,
+        table, asked = measured(chosen), {(number.measure, number.geometry) for number in chosen}
+        tables.append(
+            Table(
+                tuple(row for row in table if (row.measure, row.geometry) in asked),
+                tuple(part for part in table.omitted if (part.measure, part.geometry) in asked),
+            )
         )
-        asked = {(number.measure, number.geometry) for number in chosen}
-        rows += [row.to_dict() for row in table if (row.measure, row.geometry) in asked]
-        omitted += [dict(vars(part)) for part in table.omitted if (part.measure, part.geometry) in asked]
-    return {"rows": rows, "omitted": omitted}
+    return _joined(tables)
+
+
+def _joined(tables: Iterable[Table]) -> Table:
+    tables = tuple(tables)
+    return Table(
+        tuple(row for table in tables for row in table), tuple(part for table in tables for part in table.omitted)
+    )
+
+
+def _omission(number: Number, error: IsoflatError, label: str) -> Omission:
+    return Omission(number.measure, number.geometry, str(error), label)
 
 
 def _table(stored: Mapping[str, Any]) -> Table:

@@ -58,8 +58,8 @@ class Regime:
         momentum: of "sgd".
         weight_decay: this multiple of the weights is added to their gradient.
         halve_every: epochs after which the step is halved, again and again; None to keep it.
-        looks: at the training loss per epoch, far from the target; near it there is one after every step, and without a
-            target one per epoch. Each costs as much as a third of an epoch.
+        looks: at the training loss per epoch, or part of one for several epochs without, far from the target. Near it
+            there is one after every step; without a target one per epoch. Each costs as much as a third of an epoch.
     """
 
     batch: int | None
@@ -70,18 +70,20 @@ class Regime:
     momentum: float = MOMENTUM
     weight_decay: float = 0.0
     halve_every: int | None = None
-    looks: int = 8
+    looks: float = 8
 
     def __post_init__(self) -> None:
         """Refuse regimes without meaning."""
         if self.optimizer not in OPTIMIZERS:
             raise UnknownName("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("batch", "max_epochs", "halve_every", "looks"):
+        for name in ("batch", "max_epochs", "halve_every"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise UsageError(f"{name} must be at least 1, got {number}")
         if self.target is not None and not 0 < self.target < math.inf:
             raise UsageError(f"target must be positive, or None to train all epochs, got {self.target}")
+        if not 0 < self.looks < math.inf:
+            raise UsageError(f"looks at the loss per epoch must be positive, got {self.looks}")
         if self.rate is not None and not 0 < self.rate < math.inf:
             raise UsageError(f"a learning rate must be positive, got {self.rate}")
         if not 0 <= self.momentum < 1:
@@ -158,7 +160,7 @@ def train(
     batch = min(regime.batch or rows, rows)
     epoch = math.ceil(rows / batch)
     target = -math.inf if regime.target is None else regime.target
-    look = epoch if regime.target is None else max(1, epoch // regime.looks)
+    look = epoch if regime.target is None else max(1, int(epoch / regime.looks))
     origin = fingerprint(shuffling.get_state().numpy().tobytes())
     optimizer = OPTIMIZERS[regime.optimizer](model.parameters(), regime)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, regime.halve_every or regime.max_epochs + 1, gamma=0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, stdev
@@ -13,6 +13,7 @@ from scipy.stats import mannwhitneyu
 
 from isoflat.core.estimate import Estimate
 from isoflat.core.record import Record
+from isoflat.core.table import Omission
 from isoflat.experiments.cells import Measured, found
 from isoflat.experiments.numbers import Number
 from isoflat.experiments.recipe import Arm, Asks, Recipe
@@ -62,7 +63,7 @@ class Reproduction:
         recipe: that was followed.
         data: name of the data.
         numbers: what was measured.
-        networks: by arm and replicate, those that missed their target included.
+        networks: by arm and replicate, those that missed their target, and those that diverged, included.
         seconds: wall-clock time of this call; cells that were there already took none of it.
     """
 
@@ -75,7 +76,18 @@ class Reproduction:
     @property
     def missed(self) -> tuple[Measured, ...]:
         """Networks above their target loss: shown, but left out of comparisons."""
-        return tuple(network for network in self.networks if not network.training.reached)
+        return tuple(network for network in self.networks if not network.training.reached and not network.diverged)
+
+    @property
+    def diverged(self) -> tuple[Measured, ...]:
+        """Networks whose training diverged: there is nothing to measure."""
+        return tuple(network for network in self.networks if network.diverged)
+
+    @property
+    def omitted(self) -> tuple[Omission, ...]:
+        """Numbers that were asked for and are not there, with the reasons; of networks that diverged nothing was asked."""
+        tables = (table for network in self.networks for table in (network.table, *network.moved))
+        return tuple(dict.fromkeys(part for table in tables for part in table.omitted))
 
     @property
     def cost(self) -> float:
@@ -130,18 +142,24 @@ class Reproduction:
     @property
     def points(self) -> int:
         """Of each network's orbit."""
-        return min((len(network.moved) for network in self.networks), default=0)
+        return min((len(network.moved) for network in self.networks if not network.diverged), default=0)
 
     def drift(self, number: Number) -> float | None:
         """Largest relative change of a number at the other weights of the same networks; None where it is not known."""
-        changes = [
-            abs(after.estimate.value - before.estimate.value) / abs(before.estimate.value)
+        return max(self._changes(number), default=None)
+
+    def _changes(self, number: Number) -> tuple[float, ...]:
+        """The largest relative change of a number in each network of which it is known here and elsewhere."""
+        each = (
+            [
+                abs(after.estimate.value - before.estimate.value) / abs(before.estimate.value)
+                for table in network.moved
+                if (after := found(table, number)) is not None
+            ]
             for network in self.networks
             if (before := network.record(number)) is not None and before.estimate.value
-            for table in network.moved
-            if (after := found(table, number)) is not None
-        ]
-        return max(changes) if changes else None
+        )
+        return tuple(max(changes) for changes in each if changes)
 
     @cached_property
     def relations(self) -> tuple[Relation, ...]:
@@ -209,11 +227,20 @@ class Reproduction:
         if self.missed:
             names = ", ".join(f"{network.label} ({network.training.loss:.3g})" for network in self.missed)
             yield f"Left out of the comparison, because they missed the target loss: {names}."
+        for message, names in _grouped((network.diverged, network.label) for network in self.diverged).items():
+            yield f"Left out of the comparison, because they diverged: {names} ({message})."
+        for reason, labels in _grouped((str(part), part.label) for part in self.omitted).items():
+            yield f"Not known of {labels}: {reason}."
 
     def _contrast(self) -> Iterator[str]:
         made = self.verdicts()
         if not made:
-            yield "No comparison: fewer than two networks of an arm reached the target loss."
+            few = min(len(self.arm(arm)) for arm in self.recipe.arms) < 2
+            yield (
+                "No comparison: fewer than two networks of an arm reached the target loss."
+                if few
+                else "No comparison: no number is known, and positive, of two networks of each arm."
+            )
         yield from (verdict.sentence for verdict in made.values())
         for point in range(self.points):
             for name, verdict in self.verdicts(point).items():
@@ -257,14 +284,15 @@ class Reproduction:
             else "Other weights with the same function, at random,"
         )
         for number in self.numbers:
-            change = self.drift(number)
-            if change is not None:
+            changes = self._changes(number)
+            if changes:
+                change = max(changes)
                 moved = f"by {change:.1e} of itself" if change < 0.5 else f"by {change:.2g} times itself"
                 verb = "moves" if self.recipe.edit is not None else "move"
-                yield f"{how} {verb} the {number.words} {moved} at most, over {len(self.networks)} networks."
+                yield f"{how} {verb} the {number.words} {moved} at most, over {len(changes)} networks."
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row for each network, point and number."""
+        """One flat row for each network, point and number; of a network without any there is one, too."""
         return [
             {
                 "recipe": self.recipe.name,
@@ -272,19 +300,20 @@ class Reproduction:
                 "arm": network.task.arm.name,
                 "replicate": network.task.replicate,
                 "point": place,
-                "training_loss": network.training.loss,
+                "training_loss": None if network.diverged else network.training.loss,
                 "reached": network.training.reached,
                 "train_error": network.train_error,
                 "test_error": network.test_error,
                 "test_loss": network.test_loss,
-                "epochs": network.training.epochs,
-                "steps": network.training.steps,
+                "epochs": None if network.diverged else network.training.epochs,
+                "steps": None if network.diverged else network.training.steps,
                 "seconds": network.seconds,
-                **_flat(row),
+                **(_flat(row) if row is not None else dict.fromkeys(FLAT)),
+                **({"diverged": network.diverged} if network.diverged else {}),
             }
             for network in self.networks
             for place, table in enumerate((network.table, *network.moved))
-            for row in table
+            for row in (table.rows or (() if place else (None,)))
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -302,9 +331,19 @@ class Reproduction:
             "drift": {number.name: self.drift(number) for number in self.numbers},
             "relations": [relation.to_dict() for relation in self.told],
             "networks": self.rows(),
+            "diverged": [{"label": network.label, "reason": network.diverged} for network in self.diverged],
+            "omitted": [dict(vars(part)) for part in self.omitted],
             "cost_seconds": self.cost,
             "seconds": self.seconds,
         }
+
+
+def _grouped(told: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Labels by what is said of them."""
+    groups: dict[str, list[str]] = {}
+    for what, label in told:
+        groups.setdefault(what, []).append(label)
+    return {what: ", ".join(dict.fromkeys(labels)) for what, labels in groups.items()}
 
 
 def _summary(arm: Arm, number: Number, networks: Sequence[Measured]) -> Summary | None:
@@ -327,6 +366,13 @@ def _width(estimate: Estimate) -> float:
     """Of an enclosure, relative to the value; zero where there is none."""
     width = estimate.upper - estimate.lower
     return width / abs(estimate.value) if estimate.value and math.isfinite(width) else 0.0
+
+
+FLAT = (
+    "measure", "geometry", "logits", "value", "lower", "upper", "confidence", "converged", "products", "gradient_passes",
+    "loss", "gradient_norm", "stationarity_ratio", "group_hash", "model_hash", "data_hash",
+)  # fmt: skip
+"""What a row tells of its number, in this order."""
 
 
 def _flat(row: Record) -> dict[str, Any]:

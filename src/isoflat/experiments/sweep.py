@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from joblib import Parallel, delayed
+from torch import nn
 
 from isoflat.core.errors import UsageError
+from isoflat.experiments import cells
 from isoflat.experiments.cells import Measured, Report, Task, run
 from isoflat.experiments.data import Split
 from isoflat.experiments.numbers import Number
 from isoflat.experiments.recipe import Recipe
 from isoflat.experiments.store import Store
 from isoflat.experiments.study import one_thread
+from isoflat.measures.base import Effort
+from isoflat.measures.catalogue import find_measure
+from isoflat.measures.prepare import subject
+from isoflat.measures.run import opened, planned
+from isoflat.risk.ranks import Ranks
+from isoflat.symmetry.discover import symmetries
+
+FEW = 4
+"""Rows that a network is traced and tried on."""
 
 PAUSE = 1.0
 """Seconds between two looks at a cell that another process is at."""
@@ -24,6 +36,47 @@ PAUSE = 1.0
 def tasks(recipe: Recipe) -> tuple[Task, ...]:
     """Every network of an experiment; arms alternate, so that the time left is foreseen well."""
     return tuple(Task(recipe, arm, replicate) for replicate in range(recipe.replicates) for arm in recipe.arms)
+
+
+def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
+    """Refuse, before anything is trained, what would be refused of all networks of an arm alike.
+
+    Every architecture is built, traced where that is needed, and prepared for its numbers on a few rows; nothing is measured.
+
+    Args:
+        recipe: of the experiment.
+        data: what to train and measure on.
+        numbers: what to measure.
+
+    Raises:
+        IsoflatError: a network cannot be built or traced, or a setting has no meaning.
+    """
+    effort, dtype = Effort(recipe.rtol, seed=recipe.seed), getattr(torch, recipe.dtype)
+    for number in numbers:
+        find_measure(number.measure).questions(effort)
+    inputs, targets = (part[:FEW] for part in data.train)
+    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    seen: list[dict[str, Any]] = []
+    for task in (Task(recipe, arm, 0) for arm in recipe.arms):
+        if task.arm.network in seen:
+            continue
+        seen.append(task.arm.network)
+        model = cells.network(task, data).eval().to(dtype)
+        try:
+            nn.CrossEntropyLoss()(model(inputs), targets)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # as torch refuses shapes and types
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UsageError(f"recipe {recipe.name}: {task.label} does not run on {data.name}: {line}") from error
+        if recipe.edit is not None:
+            cells.edited(model, recipe.edit.weights, recipe.edit.biases)
+        elif recipe.orbit:
+            symmetries(model, inputs)
+        for logits in dict.fromkeys(number.logits for number in numbers):
+            subject(model, [(inputs, targets)], nn.CrossEntropyLoss(), logits=logits)
+        plan = planned([number.measure for number in numbers], [number.geometry for number in numbers])
+        prepare = partial(subject, model, [(inputs, targets)], nn.CrossEntropyLoss())
+        with opened(prepare, plan, effort, None, Ranks(), task.label, progress=False):
+            pass  # opening traces the network for the geometries that are asked for
 
 
 def sweep(
@@ -36,7 +89,8 @@ def sweep(
 ) -> tuple[Measured, ...]:
     """All of them, in order.
 
-    On a processor every worker has one thread, so that results do not depend on how many workers there are.
+    On a processor every worker has one thread, so that results do not depend on how many workers there are. In a process
+    group of torch.distributed all processes are at the same network, one after the other.
 
     Args:
         todo: which networks.
@@ -51,6 +105,8 @@ def sweep(
     """
     if jobs < 1:
         raise UsageError(f"the number of jobs must be positive, got {jobs}")
+    if jobs > 1 and Ranks.here().world > 1:
+        raise UsageError(f"processes that share every network have one job, got {jobs}")
     if jobs > 1 and data.train[0].device.type != "cpu":
         raise UsageError(f"{jobs} jobs on one {data.train[0].device.type} device would share its memory: take one")
     left = list(enumerate(todo))
