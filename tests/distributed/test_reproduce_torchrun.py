@@ -6,9 +6,15 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
-REPRODUCE = ["-m", "isoflat", "reproduce", "synthetic-invariance", "--replicates", "1"]
+from isoflat.cli.main import app
+from isoflat.cli.reproduce import followed
+from isoflat.experiments.recipe import parse
+
+REPRODUCE = ["reproduce", "synthetic-invariance", "--replicates", "1"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ISOFLAT = [*TORCHRUN, "-m", "isoflat"]
 
 WORKER = """
 import sys
@@ -63,9 +69,9 @@ def _agree(one, other):
 
 
 def test_two_processes_find_what_one_finds_and_write_it_once(tmp_path):
-    one = _run(tmp_path, *REPRODUCE, "--json", "--out", "one", "--jobs", "1")
-    two = _run(tmp_path, *TORCHRUN, *REPRODUCE, "--json", "--out", "two")
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    one = CliRunner().invoke(app, [*REPRODUCE, "--json", "--out", str(tmp_path / "one"), "--jobs", "1"])
+    two = _run(tmp_path, *ISOFLAT, *REPRODUCE, "--json", "--out", "two")
+    assert one.exit_code == two.returncode == 0, one.stderr + two.stderr
     single, shared = (json.loads(run.stdout) for run in (one, two))
     assert len(single["networks"]) == len(shared["networks"]) > 0
     for own, other in zip(single["networks"], shared["networks"], strict=True):
@@ -75,15 +81,15 @@ def test_two_processes_find_what_one_finds_and_write_it_once(tmp_path):
     record = next(cell for cell in both.values() if "points" in cell["result"])["result"]["points"][0]["rows"][0]
     assert record["settings"]["processes"] == 2
     assert not any("no batch" in note for note in record["estimate"]["notes"])
-    again = _run(tmp_path, *REPRODUCE, "--json", "--out", "two", "--jobs", "1")
+    again = CliRunner().invoke(app, [*REPRODUCE, "--json", "--out", str(tmp_path / "two"), "--jobs", "1"])
     assert json.loads(again.stdout)["networks"] == shared["networks"]
 
 
 def test_what_trains_has_the_weights_of_one_process_and_what_diverges_does_so_for_all(tmp_path):
-    for name, start in (("one", []), ("two", TORCHRUN)):
-        (tmp_path / "worker.py").write_text(WORKER)
-        run = _run(tmp_path, *start, "worker.py", RECIPE, tmp_path / name)
-        assert run.returncode == 0, run.stderr
+    followed(parse(RECIPE, "tiny"), None, tmp_path / "one", jobs=1)
+    (tmp_path / "worker.py").write_text(WORKER)
+    run = _run(tmp_path, *TORCHRUN, "worker.py", RECIPE, tmp_path / "two")
+    assert run.returncode == 0, run.stderr
     one, two = _cells(tmp_path / "one"), _cells(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 3
     assert [cell["weights"] for cell in one.values()] == [cell["weights"] for cell in two.values()]
@@ -93,6 +99,6 @@ def test_what_trains_has_the_weights_of_one_process_and_what_diverges_does_so_fo
 
 @pytest.mark.parametrize("more", [("--jobs", "2"), pytest.param(("--submit", "local"), marks=pytest.mark.slow)])
 def test_workers_of_workers_are_refused_in_one_line(tmp_path, more):
-    run = _run(tmp_path, *TORCHRUN, *REPRODUCE, *more)
+    run = _run(tmp_path, *ISOFLAT, *REPRODUCE, *more)
     assert run.returncode and not run.stdout
     assert run.stderr.count("error: under torchrun") == 1

@@ -363,6 +363,17 @@ def test_networks_that_miss_their_target_are_named_and_left_out(folder):
     assert "which missed its target" in " ".join(found["sentences"])
 
 
+def test_networks_that_diverge_are_named_and_left_out(folder):
+    text = GRID.replace("replicates = 2", "replicates = 1").replace("[0.01, 0.1]", "[0.01, 0.1, 1e30]")
+    (folder / "small.toml").write_text(text)
+    result = CliRunner().invoke(app, ["study", "--grid", "small.toml", "--jobs", "1", *MEASURES, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {entry["label"] for entry in found["left_out"]} == {"batch 10, rate 1e+30 0", "batch 50, rate 1e+30 0"}
+    assert {relation["networks"] for relation in found["relations"]} == {4}
+    assert "rate 1e+30 0, which diverged: the training loss is" in " ".join(found["sentences"])
+
+
 def test_grids_without_meaning_are_refused(folder):
     for text, told in (
         ("asks = 'relation'", "a table [grid]"),

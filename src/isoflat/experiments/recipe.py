@@ -115,7 +115,7 @@ class Training(_Strict):
     epochs: Positive = 4000
     target: float | None = None
     noise: Annotated[float, Field(ge=0, le=1)] = 0.0
-    looks: float = 2
+    looks: int | float = 2  # an address tells 2 from 2.0
 
     @model_validator(mode="after")
     def _known(self) -> Training:
