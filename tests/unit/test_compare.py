@@ -666,12 +666,12 @@ def test_the_same_file_twice_is_identical(folder):
 
 
 def test_the_verb_has_the_options_of_measure():
-    """All of them, by the same definitions; weights are its arguments, and an orbit is measure's own."""
+    """All of them, by the same definitions; orbits and witnesses are measure's own, checkpoints and a report compare's."""
     own, theirs = (inspect.signature(verb).parameters for verb in (compare_verb, measure_verb))
-    for name in theirs.keys() - {"weights", "orbit"}:
+    for name in theirs.keys() - {"weights", "orbit", "witness"}:
         assert own[name].annotation == theirs[name].annotation
         assert own[name].default == theirs[name].default
-    assert own.keys() - theirs.keys() == {"checkpoints", "reference"}
+    assert own.keys() - theirs.keys() == {"checkpoints", "reference", "report"}
 
 
 def test_labels_tell_files_apart(tmp_path):
