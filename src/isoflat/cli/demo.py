@@ -112,8 +112,9 @@ def write(result: DemoResult, folder: Path, command: str) -> Path:
     """
     from isoflat.cli.demo_report import page
     from isoflat.cli.save import save
+    from isoflat.integrations.tables import to_csv
     from isoflat.report.html import render
-    from isoflat.report.tables import to_csv
+    from isoflat.report.tables import flat
 
     further = {
         network.label: {
@@ -127,7 +128,8 @@ def write(result: DemoResult, folder: Path, command: str) -> Path:
         for network in result.networks
     }
     save(folder / "records.jsonl", "".join(f"{record.to_json()}\n" for record in result.records), force=True)
-    save(folder / "records.csv", to_csv(result.records, further), force=True)
+    rows = [{**flat(record), **further.get(record.label, {})} for record in result.records]
+    save(folder / "records.csv", to_csv(rows), force=True)
     save(folder / "report.html", render(page(result, command)), force=True)
     return folder / "report.html"
 

@@ -93,7 +93,6 @@ def reproduce(  # noqa: PLR0913
     Exit code 0: done. 3: a number did not converge. 5: --check found a difference. 4: a process is lost.
     """
     from isoflat.cli import checking
-    from isoflat.cli.demo import prepare
     from isoflat.cli.processes import sharing
     from isoflat.experiments.recipe import recipes
 
@@ -106,7 +105,6 @@ def reproduce(  # noqa: PLR0913
         changes = {"replicates": replicates, "orbit": orbit, "seed": seed, "numbers": _numbers(names, geometry)}
         recipe = _recipe(name, scale, changes) if stored is None else checking.recipe(stored, name)
         folder = out or Path(f"isoflat-{recipe.name}")
-        ranks.together(lambda: prepare(folder) if ranks.first else None)
         result = followed(recipe, data, folder, jobs, device, submit, hidden=not sys.stderr.isatty())
     if not ranks.first:
         return
@@ -187,6 +185,7 @@ def followed(
 
     import torch
 
+    from isoflat.cli.demo import prepare
     from isoflat.cli.load.inputs import device_of
     from isoflat.cli.load.splits import load_split
     from isoflat.core.errors import UsageError
@@ -203,6 +202,7 @@ def followed(
     split = ranks.together(lambda: load_split(recipe.data, source), lambda split: {"data": split.hash}).to(place)
     numbers = tuple(quantity.number for quantity in recipe.numbers)
     ranks.together(lambda: check(recipe, split, numbers))
+    ranks.together(lambda: prepare(folder) if ranks.first else None)  # what is refused leaves no folder behind
     store, todo = decided(ranks, lambda: Store.open(folder / "store")), tasks(recipe)
     alone = place.type == "cpu" and ranks.world == 1
     workers = jobs or (min(len(todo), os.cpu_count() or 1) if alone else 1)

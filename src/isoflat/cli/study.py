@@ -374,7 +374,6 @@ def trained(
     Raises:
         IsoflatError: something is refused.
     """
-    from isoflat.cli.demo import prepare
     from isoflat.cli.load.listed import OUTCOMES, whole
     from isoflat.cli.load.splits import load_split
     from isoflat.cli.reproduce import followed
@@ -389,7 +388,6 @@ def trained(
         raise UsageError(f"--grid: a relation needs at least {LEAST} networks: give more values, or --replicates")
     if data is None and not len(load_split(recipe.data, None).test[1]):
         raise DataError(f"--grid: the data {recipe.data.source} has no held-out rows to generalize to")
-    prepare(folder)
     made = followed(recipe, data, folder, jobs, device, None, hidden)
     networks = tuple(
         Observed(

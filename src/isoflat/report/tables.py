@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from isoflat.core.record import Record
 from isoflat.core.table import interval
@@ -61,26 +59,8 @@ def versions(records: Sequence[Record]) -> tuple[tuple[str, str], ...]:
     return tuple((what, ", ".join(dict.fromkeys(each))) for what, each in sorted(found.items()))
 
 
-def to_csv(records: Sequence[Record], further: Mapping[str, Mapping[str, object]] | None = None) -> str:
-    """One line per record for spreadsheets; numbers in full.
-
-    Args:
-        records: what to write.
-        further: more columns, by the records' labels.
-    """
-    further = further or {}
-    more = list(dict.fromkeys(key for row in further.values() for key in row))
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    lines = [_flat(record) for record in records]
-    writer.writerow([*(lines[0] if lines else ()), *more])
-    for record, line in zip(records, lines, strict=True):
-        extra = further.get(record.label, {})
-        writer.writerow([_cell(value) for value in (*line.values(), *(extra.get(key, "") for key in more))])
-    return buffer.getvalue()
-
-
-def _flat(record: Record) -> dict[str, object]:
+def flat(record: Record) -> dict[str, object]:
+    """A record as one row for spreadsheets; numbers in full."""
     estimate = record.estimate
     return {
         "label": record.label,
@@ -106,8 +86,3 @@ def _flat(record: Record) -> dict[str, object]:
         "data_hash": record.data_hash,
         "notes": "; ".join(estimate.notes),
     }
-
-
-def _cell(value: object) -> object:
-    """Text that a spreadsheet would take for a formula is marked as text."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value else value
