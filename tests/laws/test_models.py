@@ -1,8 +1,10 @@
 """Networks as people have them: each is measured as its dense Hessian says, comes back as it was, or is refused in words."""
 
 import copy
+import math
 from dataclasses import replace
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -277,6 +279,35 @@ CUT_OUT = {
     "backward of its own": WrongBackward.apply,
 }
 """With gradients that are not the loss's."""
+
+
+def _sure(activation):
+    """A network that has every class right, and a loss of about 1e-11: slopes are differences of numbers next to 1."""
+    net = _hidden(activation)
+    inputs, _ = _data()
+    with torch.no_grad():
+        net.head.weight.mul_(2e3)
+        scores = net(inputs)
+        apart = scores.sort().values.diff()[:, -1].min()
+        net.head.weight.mul_(25 / apart)
+        net.head.bias.zero_()
+        scores = net(inputs)
+    return net, (inputs, scores.argmax(1))
+
+
+def test_a_network_that_is_sure_of_its_classes_is_not_taken_for_a_broken_one():
+    net, data = _sure(torch.tanh)
+    assert LOSS(net(data[0]), data[1]).item() < 1e-9
+    risk, state = _risk(net, data)
+    assert choose(risk, state).notes == ()
+    with mock.patch("isoflat.risk.check.SURE", math.inf), pytest.raises(isoflat.UnsupportedModel):
+        choose(risk, state)  # as it was: differences of rounding errors
+
+
+@pytest.mark.parametrize("name", CUT_OUT)
+def test_a_broken_network_that_is_sure_of_its_classes_is_refused(name):
+    with pytest.raises(isoflat.UnsupportedModel, match="from central differences of gradients"):
+        choose(*_risk(*_sure(CUT_OUT[name])))
 
 
 @pytest.mark.parametrize("name", CUT_OUT)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy.stats import kendalltau
@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from isoflat.cli.load import listed
 from isoflat.cli.load.listed import read_listing
 from isoflat.cli.main import app
+from isoflat.cli.rebuilt_study import rebuild
 from isoflat.cli.study import quantities
 from isoflat.cli.study_report import page
 from isoflat.core.errors import DataError, UsageError
@@ -387,6 +388,84 @@ def test_grids_without_meaning_are_refused(folder):
         result = CliRunner().invoke(app, ["study", "--grid", "small.toml", "--jobs", "1"])
         assert result.exit_code == 2, result.output
         assert told in " ".join(result.stderr.split())
+
+
+# The page, written again from the folder
+
+
+def _again(*more):
+    done = CliRunner().invoke(app, ["report", "isoflat-study", "--out", "again.html", "--force", *more])
+    assert done.exit_code == 0, done.output
+    return done.stderr, Path("again.html").read_text(encoding="utf-8")
+
+
+def _edit(change):
+    path = Path("isoflat-study/result.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_the_page_of_a_list_is_written_again(folder, norms):
+    _write(norms, label=[EVIL, *(f"net {i}" for i in range(1, COUNT))], optimizer=["sgd", "adam", "sgd"] * 3)
+    _found()
+    told, html = _again()
+    assert told == ""
+    assert html == Path("isoflat-study/report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_of_a_grid_is_written_again_with_what_was_left_out(folder):
+    text = GRID.replace("epochs = 3", "epochs = 12, target = 1.0").replace("replicates = 2", "replicates = 1")
+    (folder / "small.toml").write_text(text.replace("[0.01, 0.1]", "[0.0001, 0.1, 0.2, 0.3]"))
+    result = CliRunner().invoke(app, ["study", "--grid", "small.toml", "--jobs", "1", *MEASURES])
+    assert result.exit_code == 0, result.output
+    told, html = _again()
+    assert told == ""
+    first, found, _ = html.partition("Other numbers in this folder")  # of those that were left out
+    assert found
+    assert "which missed its target" in first
+    written = Path("isoflat-study/report.html").read_text(encoding="utf-8")
+    assert written.startswith(first[: first.rindex("<section>")])
+
+
+def test_an_edited_study_is_not_believed(folder, norms):
+    _write(norms)
+    _found()
+    whole = Path("isoflat-study/report.html").read_text(encoding="utf-8")
+    _edit(lambda content: content["sentences"].__setitem__(0, "Flatness explains everything."))
+    told, html = _again()
+    assert "says other sentences than its numbers" in told
+    assert "Flatness explains everything" not in html
+    assert whole.count("<svg") == html.count("<svg")
+    _edit(lambda content: content["networks"][1].__setitem__("value", 1e9))
+    told, html = _again()
+    assert "is not among the numbers of the folder, or is another there" in told
+    assert "1e+09" not in html
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_part_of_a_study_may_be_wrong(studied, data):
+    written, records = studied
+    content = json.loads(written)
+    place = content
+    while isinstance(place, dict | list) and place:
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        within, place = place, place[key]
+        if data.draw(st.booleans()):
+            break
+    within[key] = data.draw(st.sampled_from([None, -1, 0.5, True, "", EVIL, [], {}, [None], {"a": 1}, "nan"]))
+    found = rebuild(content, records)  # never an exception
+    assert found.result is not None or found.warnings
+
+
+@pytest.fixture
+def studied(folder, norms):
+    _write(norms, optimizer=["sgd", "adam", "sgd"] * 3)
+    assert _run("--measure", "gradient_norm", "--geometry", "layerwise").exit_code == 0
+    content = json.loads(Path("isoflat-study/result.json").read_text(encoding="utf-8")) | {"draws": 99}
+    lines = Path("isoflat-study/records.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.dumps(content), [Record.from_dict(json.loads(line)) for line in lines]
 
 
 # What is said of the numbers

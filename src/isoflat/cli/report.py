@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from isoflat.cli.terminal import complain, console, plain
 
 if TYPE_CHECKING:
     from isoflat.cli.results import Results
+    from isoflat.core.record import Record
     from isoflat.experiments.recipe import Recipe
     from isoflat.report.document import Page
 
@@ -126,7 +128,7 @@ def _log(rows: Sequence[Mapping[str, Any]], experiment: str | None, project: str
 def shown(results: Results, command: str) -> tuple[Page | None, tuple[str, ...]]:
     """The page of a folder, and what could not be read in it; no page where nothing could.
 
-    A folder of `isoflat reproduce` has the page that reproduce made of it.
+    A folder of `isoflat reproduce` or `study` has the page that these made of it.
 
     Args:
         results: what was read.
@@ -135,8 +137,10 @@ def shown(results: Results, command: str) -> tuple[Page | None, tuple[str, ...]]
     from isoflat.cli.records_report import page, refusals, with_warnings
 
     warnings = list(refusals(results))
-    for reproduced in results.reproduced[:1]:
-        made, told = _again(results, reproduced.content)
+    again = [partial(_reproduced, results, each.content) for each in results.reproduced[:1]]
+    again += [partial(_studied, results, each.content) for each in results.studied[:1]]
+    for attempt in again:
+        made, told = attempt()
         warnings += told
         if made is not None:
             return with_warnings(made, warnings), tuple(warnings)
@@ -145,28 +149,49 @@ def shown(results: Results, command: str) -> tuple[Page | None, tuple[str, ...]]
     return with_warnings(page(results, command), warnings[len(refusals(results)) :]), tuple(warnings)
 
 
-def _again(results: Results, content: Mapping[str, Any]) -> tuple[Page | None, tuple[str, ...]]:
+def _reproduced(results: Results, content: Mapping[str, Any]) -> tuple[Page | None, tuple[str, ...]]:
     """The page of a reproduction, if its networks are in the store."""
-    from dataclasses import replace
-
     from isoflat.cli.rebuilt import rebuild
-    from isoflat.cli.records_report import measured, tamed
     from isoflat.cli.reproduce_report import page
-    from isoflat.cli.results import identity
     from isoflat.cli.shown import literally
-    from isoflat.report.document import Section
 
     found = rebuild(content, results.cells)
     if found.result is None:
         return None, (*found.warnings, "The experiment of result.json is shown by its numbers only.")
     with literally():
         made = page(found.result, _typed(content, found.result.recipe))
-    own = {identity(record) for record in found.result.records}
-    others = [number for number in results.found if identity(number.record) not in own]
-    if others:
-        section = Section("Other numbers in this folder", measured(tamed(others)))
-        made = replace(made, sections=(*made.sections, section))
-    return made, found.warnings
+    return _with_others(made, results, found.result.records), found.warnings
+
+
+def _studied(results: Results, content: Mapping[str, Any]) -> tuple[Page | None, tuple[str, ...]]:
+    """The page of a study, if its numbers are in the folder."""
+    from isoflat.cli.rebuilt_study import rebuild
+    from isoflat.cli.shown import literally
+    from isoflat.cli.study_report import page
+
+    found = rebuild(content, [number.record for number in results.found])
+    if found.result is None:
+        return None, found.warnings
+    command = content.get("command")
+    with literally():
+        made = page(found.result, command if isinstance(command, str) else "isoflat study", found.facts)
+    return _with_others(made, results, found.result.records), found.warnings
+
+
+def _with_others(made: Page, results: Results, own: Sequence[Record]) -> Page:
+    """The page, with the numbers of the folder that are not its own."""
+    from dataclasses import replace
+
+    from isoflat.cli.records_report import measured, tamed
+    from isoflat.cli.results import identity
+    from isoflat.report.document import Section
+
+    known = {identity(record) for record in own}
+    others = [number for number in results.found if identity(number.record) not in known]
+    if not others:
+        return made
+    section = Section("Other numbers in this folder", measured(tamed(others)))
+    return replace(made, sections=(*made.sections, section))
 
 
 def _typed(content: Mapping[str, Any], recipe: Recipe) -> str:

@@ -99,11 +99,13 @@ class Studied:
         sentences: what it said.
         left_out: networks that it did not use, with reasons.
         source: file that holds it.
+        content: of the file.
     """
 
     sentences: tuple[str, ...]
     left_out: tuple[str, ...]
     source: str
+    content: Mapping[str, Any]
 
 
 Item = Found | Contest | Reproduced | Studied | Omission | Refused
@@ -297,7 +299,7 @@ def _study(content: Mapping[str, Any], path: Path, folder: Path) -> Studied | Re
         json.dumps([sentences, gone], ensure_ascii=False).encode()
     except MALFORMED as error:
         return Refused(path, f"{path} is refused, as a study: {why(error)}")
-    return Studied(sentences, tuple(gone), _name(path, folder))
+    return Studied(sentences, tuple(gone), _name(path, folder), content)
 
 
 def _within(content: Any, path: Path, folder: Path) -> Iterator[Found | Omission | Refused]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from isoflat.cli.load.inputs import Inputs
     from isoflat.cli.load.listed import Plan, Ready
+    from isoflat.cli.rebuilt_study import Facts
     from isoflat.experiments.cells import Measured
     from isoflat.experiments.numbers import Number
     from isoflat.experiments.prediction import Observed, Prediction
@@ -178,18 +179,13 @@ def study(  # noqa: PLR0913
         result, facts = trained(recipe, outcome, data, out, jobs, device, hidden)
     write(result, out, _command(context), facts)
     if as_json:
-        sys.stdout.write(json.dumps({"subject": _subject(facts), **result.to_dict()}, allow_nan=False) + "\n")
+        from isoflat.cli.rebuilt_study import subject
+
+        sys.stdout.write(json.dumps({"subject": subject(facts), **result.to_dict()}, allow_nan=False) + "\n")
     else:
         show(result, out, facts)
     if any(not record.estimate.converged for record in result.records):
         raise typer.Exit(NOT_CONVERGED)
-
-
-NOTE = "Note"
-"""What was chosen while loading goes by this name; there may be several."""
-
-Facts = tuple[tuple[str, str], ...]
-"""Names and values that say what was studied."""
 
 
 def quantities(names: Sequence[str] | None, places: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
@@ -295,6 +291,7 @@ def listed(path: Path, outcome: str | None, plan: Plan, folder: Path, hidden: bo
     """
     from isoflat.cli.demo import prepare
     from isoflat.cli.load.listed import read_listing, ready
+    from isoflat.cli.rebuilt_study import NOTE
     from isoflat.experiments.prediction import Prediction
     from isoflat.experiments.store import Store
 
@@ -485,22 +482,17 @@ def read_grid(path: Path, scale: str, asked: Sequence[tuple[str, str]], changes:
 
 def write(result: Prediction, folder: Path, command: str, facts: Facts) -> None:
     """The report, the result and the tables; earlier ones of the same names are replaced, nothing else is touched."""
+    from isoflat.cli.rebuilt_study import subject
     from isoflat.cli.save import save
     from isoflat.cli.study_report import page
     from isoflat.integrations.tables import to_csv
     from isoflat.report.html import render
 
-    content = {"command": command, "subject": _subject(facts), **result.to_dict()}
+    content = {"command": command, "subject": subject(facts), **result.to_dict()}
     save(folder / "result.json", json.dumps(content, allow_nan=False, indent=1) + "\n", force=True)
     save(folder / "networks.csv", to_csv(result.rows()), force=True)
     save(folder / "records.jsonl", "".join(f"{record.to_json()}\n" for record in result.records), force=True)
     save(folder / "report.html", render(page(result, command, facts)), force=True)
-
-
-def _subject(facts: Facts) -> dict[str, Any]:
-    """The same for a result; there may be several notes."""
-    named = {name.lower().replace(" ", "_"): value for name, value in facts if name != NOTE}
-    return {**named, "notes": [value for name, value in facts if name == NOTE]}
 
 
 def show(result: Prediction, folder: Path, facts: Facts) -> None:

@@ -19,7 +19,7 @@ from isoflat.core.fingerprint import fingerprint
 from isoflat.core.streams import stream
 from isoflat.experiments.checkpoint import Checkpoint, Keeper, Way, content_of
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same regime no longer gives the same weights."""
 
 OPTIMIZERS: Mapping[str, Callable[[Iterator[nn.Parameter], Regime], torch.optim.Optimizer]] = MappingProxyType(
@@ -42,6 +42,10 @@ CLOSE = 1.5
 
 ROWS = 2000
 """At most so many are evaluated at a time."""
+
+PIECE = 500
+"""At most so many rows of a step go through the network at a time on a processor: what they need fits its caches, and the
+allocator hands no memory back between steps. A LeNet's step on 5 000 rows takes half the time."""
 
 
 @final
@@ -197,10 +201,19 @@ def train(
 
 
 def _step(model: nn.Module, rows: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad(set_to_none=True)
+    """One update; the gradient of the mean over all rows is summed piece by piece where that changes no output."""
+    inputs, targets = rows
     model.train()
-    F.cross_entropy(model(rows[0]), rows[1]).backward()
+    optimizer.zero_grad(set_to_none=True)
+    size = PIECE if inputs.device.type == "cpu" and not _mixes_rows(model) else len(inputs)
+    for some, wanted in zip(inputs.split(size), targets.split(size), strict=True):
+        (F.cross_entropy(model(some), wanted) * (len(some) / len(inputs))).backward()
     optimizer.step()
+
+
+def _mixes_rows(model: nn.Module) -> bool:
+    """Whether outputs of a row depend on the other rows of its batch, as they do where batches are normalised."""
+    return any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in model.modules())
 
 
 def full_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:

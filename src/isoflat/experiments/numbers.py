@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 from isoflat.core.record import Record
 from isoflat.core.table import Table
@@ -68,3 +69,27 @@ NUMBERS = (CANONICAL, PAPER, PLAIN)
 MEASURES = ("quotient_spectral_norm", "hessian_spectral_norm")
 GEOMETRIES = ("auto", "layerwise")
 """What to ask `measure_all` for: the plain norm has a geometry of its own."""
+
+
+def flat(record: Record) -> dict[str, Any]:
+    """A record as part of a row of a table; an end of an enclosure that is infinite is None."""
+    estimate = record.estimate
+    return {
+        "measure": record.measure,
+        "geometry": record.geometry,
+        "logits": record.settings.get("logits"),
+        "value": estimate.value,
+        "lower": estimate.lower if math.isfinite(estimate.lower) else None,
+        "upper": estimate.upper if math.isfinite(estimate.upper) else None,
+        "confidence": estimate.confidence,
+        "converged": estimate.converged,
+        "products": estimate.cost.products,
+        "gradient_passes": estimate.cost.gradient_passes,
+        "loss": record.point.loss,
+        "accuracy": record.point.accuracy,
+        "gradient_norm": record.point.gradient_norm,
+        "stationarity_ratio": record.stationarity_ratio,
+        "group_hash": record.group_hash,
+        "model_hash": record.model_hash,
+        "data_hash": record.data_hash,
+    }

@@ -11,7 +11,7 @@ from typing import Any, final
 from isoflat.core.record import Record
 from isoflat.core.table import Table
 from isoflat.experiments.cells import found
-from isoflat.experiments.numbers import Number
+from isoflat.experiments.numbers import Number, flat
 from isoflat.experiments.statistics.relation import Relation, relations
 from isoflat.experiments.statistics.sample import LEAST, Level, Sample
 from isoflat.experiments.verdict import SIGNIFICANCE
@@ -213,7 +213,7 @@ class Prediction:
                 "outcome": network.outcome,
                 "training_loss": network.loss,
                 **{f"factor.{name}": level for name, level in network.factors.items()},
-                **_flat(row),
+                **flat(row),
             }
             for network in self.networks
             for row in network.table
@@ -261,25 +261,6 @@ def sharpness(number: Number) -> str:
     'negated quotient effective rank (auto)'
     """
     return words(number) if number.sign > 0 else f"negated {words(number)}"
-
-
-def _flat(row: Record) -> dict[str, Any]:
-    estimate = row.estimate.to_dict()  # infinite ends as text
-    return {
-        "measure": row.measure,
-        "geometry": row.geometry,
-        "logits": row.settings.get("logits"),
-        **{name: estimate[name] for name in ("value", "lower", "upper", "confidence", "converged")},
-        "products": row.estimate.cost.products,
-        "gradient_passes": row.estimate.cost.gradient_passes,
-        "loss": row.point.loss,
-        "accuracy": row.point.accuracy,
-        "gradient_norm": row.point.gradient_norm,
-        "stationarity_ratio": row.stationarity_ratio,
-        "group_hash": row.group_hash,
-        "model_hash": row.model_hash,
-        "data_hash": row.data_hash,
-    }
 
 
 def _listed(names: list[str]) -> str:

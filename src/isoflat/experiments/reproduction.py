@@ -15,7 +15,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.cells import Measured, found
-from isoflat.experiments.numbers import Number
+from isoflat.experiments.numbers import Number, flat
 from isoflat.experiments.recipe import Arm, Asks, Recipe
 from isoflat.experiments.statistics.relation import Relation, relations
 from isoflat.experiments.statistics.sample import Sample
@@ -308,7 +308,7 @@ class Reproduction:
                 "epochs": None if network.diverged else network.training.epochs,
                 "steps": None if network.diverged else network.training.steps,
                 "seconds": network.seconds,
-                **(_flat(row) if row is not None else dict.fromkeys(FLAT)),
+                **(flat(row) if row is not None else dict.fromkeys(FLAT)),
                 **({"diverged": network.diverged} if network.diverged else {}),
             }
             for network in self.networks
@@ -373,28 +373,6 @@ FLAT = (
     "loss", "gradient_norm", "stationarity_ratio", "group_hash", "model_hash", "data_hash",
 )  # fmt: skip
 """What a row tells of its number, in this order."""
-
-
-def _flat(row: Record) -> dict[str, Any]:
-    estimate = row.estimate
-    return {
-        "measure": row.measure,
-        "geometry": row.geometry,
-        "logits": row.settings.get("logits"),
-        "value": estimate.value,
-        "lower": estimate.lower if math.isfinite(estimate.lower) else None,
-        "upper": estimate.upper if math.isfinite(estimate.upper) else None,
-        "confidence": estimate.confidence,
-        "converged": estimate.converged,
-        "products": estimate.cost.products,
-        "gradient_passes": estimate.cost.gradient_passes,
-        "loss": row.point.loss,
-        "gradient_norm": row.point.gradient_norm,
-        "stationarity_ratio": row.stationarity_ratio,
-        "group_hash": row.group_hash,
-        "model_hash": row.model_hash,
-        "data_hash": row.data_hash,
-    }
 
 
 def _test_error(network: Measured) -> float | None:

@@ -98,7 +98,7 @@ def sweep(
         numbers: what to measure.
         store: where results are kept; other processes may be at work in it.
         report: told what is being done, and how many networks have been done since the last call.
-        jobs: processes.
+        jobs: processes; on another device than a processor they share it and its memory.
 
     Raises:
         IsoflatError: as for `cells.run`.
@@ -107,8 +107,6 @@ def sweep(
         raise UsageError(f"the number of jobs must be positive, got {jobs}")
     if jobs > 1 and Ranks.here().world > 1:
         raise UsageError(f"processes that share every network have one job, got {jobs}")
-    if jobs > 1 and data.train[0].device.type != "cpu":
-        raise UsageError(f"{jobs} jobs on one {data.train[0].device.type} device would share its memory: take one")
     left = list(enumerate(todo))
     done: dict[int, Measured] = {}
     while left:
@@ -157,10 +155,14 @@ def _side_by_side(
     report: Report,
     jobs: int,
 ) -> Found:
-    arrays = [part.numpy() for pair in (data.train, data.test) for part in pair]
+    device = data.train[0].device
+    arrays = [part.numpy(force=True) for pair in (data.train, data.test) for part in pair]
     # Copies on writing: workers share one copy of the data in memory.
     parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c")
-    calls = (delayed(_worker)(place, task, data.name, data.vocabulary, arrays, numbers, store) for place, task in left)
+    calls = (
+        delayed(_worker)(place, task, (data.name, data.vocabulary, arrays, device), numbers, store)
+        for place, task in left
+    )
     report(f"{len(left)} networks, {jobs} at a time", 0.0)
     for place, network in parallel(calls):
         if network is not None:
@@ -171,13 +173,12 @@ def _side_by_side(
 def _worker(
     place: int,
     task: Task,
-    name: str,
-    vocabulary: str,
-    arrays: Sequence[Any],
+    content: tuple[str, str, Sequence[Any], torch.device],
     numbers: Sequence[Number],
     store: Store,
 ) -> tuple[int, Measured | None]:
-    inputs, targets, others, rest = (torch.from_numpy(array) for array in arrays)
+    name, vocabulary, arrays, device = content
+    inputs, targets, others, rest = (torch.from_numpy(array).to(device) for array in arrays)
     data = Split(name, (inputs, targets), (others, rest), vocabulary)
     with one_thread():
         return place, run(task, data, numbers, store, lambda text, done: None)

@@ -16,6 +16,7 @@ from isoflat.core.state import State
 from isoflat.core.streams import stream
 from isoflat.risk.batches import Batches, pieces
 from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.likelihood import class_axis
 from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Ranks
@@ -38,6 +39,10 @@ AGREEMENT = 1e-4
 
 STEPS = (1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 """Relative steps of the differences: the first that agrees is enough, since a network of ReLUs has kinks on the way."""
+
+SURE = 4.0
+"""Class scores are brought this close to their mean: where a network is surer of its classes, slopes are differences of
+numbers next to 1, and differences of slopes are rounding. What lies before the scores is the same."""
 
 DRAWN = 1_000_003
 """Random numbers of a direction; a prime, so that no two rows of a matrix get the same."""
@@ -79,7 +84,8 @@ class Sample:
         typical = torch.where(typical > 0, typical, (norm(center) or 1.0) / space.size**0.5)
         scales = space.spread(typical.to(center.device))
         beside = center + AWAY * scales * _drawn(space.size, "beside", center.device)
-        sample = Sample(alone, wide.replace(space.unflatten(beside)), scales)
+        moved = wide.replace(space.unflatten(beside))
+        sample = Sample(_unsure(alone, moved, batch), moved, scales)
         # What fails here is no question of routes.
         gradient = sample.gradient(beside)
         return replace(sample, scales=torch.where(gradient != 0, scales, 0.0)) if bool(gradient.any()) else sample
@@ -139,6 +145,19 @@ class Sample:
         moved = self.state.replace(self.state.space.unflatten(vector))
         with exactly(moved.device):
             return self.risk.accumulate(lambda _, batch: gradient(self.risk, moved, batch), vector)
+
+
+def _unsure(risk: EmpiricalRisk, state: State, batch: Any) -> EmpiricalRisk:
+    """The risk with class scores scaled down where they are far apart."""
+    loss = risk.loss
+    if not isinstance(loss, TargetLoss) or loss.classes is None or loss.gain is None:
+        return risk
+    with torch.no_grad(), exactly(state.device):
+        z = risk.term(state, batch).z
+    if z is None:
+        return risk
+    apart = largest(z - z.mean(class_axis(z), keepdim=True))
+    return replace(risk, loss=loss.scaled(loss.gain * SURE / apart)) if SURE < apart < math.inf else risk
 
 
 def _drawn(size: int, label: str | int, device: torch.device) -> Tensor:
