@@ -668,7 +668,7 @@ def test_the_same_file_twice_is_identical(folder):
 def test_the_verb_has_the_options_of_measure():
     """All of them, by the same definitions; orbits and witnesses are measure's own, checkpoints and a report compare's."""
     own, theirs = (inspect.signature(verb).parameters for verb in (compare_verb, measure_verb))
-    for name in theirs.keys() - {"weights", "orbit", "witness"}:
+    for name in theirs.keys() - {"model", "data", "weights", "orbit", "witness"}:
         assert own[name].annotation == theirs[name].annotation
         assert own[name].default == theirs[name].default
     assert own.keys() - theirs.keys() == {"checkpoints", "reference", "report"}

@@ -30,23 +30,29 @@ _ENDINGS = (".index.json", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 """Taken off the names of files to make labels, in this order."""
 
 
+STORED = ("checkpoints", "reference", "names", "geometry", "logits", "out", "report", "force", "as_json")
+"""Arguments that have a meaning where nothing is measured."""
+
+
 def compare(  # noqa: PLR0913
-    model: options.Model,
-    data: options.Data,
+    context: typer.Context,
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
             metavar="FILE",
-            help="Weights, two files or more, of the kinds that --weights of isoflat measure takes.",
+            help="Weights, two files or more, of the kinds that --weights of isoflat measure takes. Or what is measured "
+            "already: results of isoflat measure (*.json), or a folder of isoflat reproduce or study.",
             show_default=False,
         ),
     ],
+    model: options.SomeModel = None,
+    data: options.SomeData = None,
     reference: Annotated[
         str | None,
         typer.Option(
             "--reference",
             metavar="FILE",
-            help="The checkpoint that the others are set against. Default: the first.",
+            help="The checkpoint, or the name of the stored network, that the others are set against. Default: the first.",
         ),
     ] = None,
     initial: options.Initial = None,
@@ -91,10 +97,16 @@ def compare(  # noqa: PLR0913
     from isoflat.cli.load.initial import before
     from isoflat.cli.load.inputs import Inputs, device_of, within_memory
     from isoflat.cli.load.inputs import check as known
+    from isoflat.cli.stored import holds_results
     from isoflat.core.errors import UsageError
     from isoflat.measures.base import Budget
     from isoflat.measures.compare import compare as compared
 
+    if all(map(holds_results, checkpoints)):
+        _stored(context, checkpoints, reference)
+        return
+    if model is None or data is None:
+        raise UsageError("weights need --model module:factory, and --data that they are measured on")
     inputs = Inputs(
         model=model,
         data=data,
@@ -161,6 +173,45 @@ def compare(  # noqa: PLR0913
     deliver(content, lambda screen: show(screen, inputs, found, notes), as_json, out, force, also)
     if not found.converged:
         raise typer.Exit(NOT_CONVERGED)
+
+
+def _stored(context: typer.Context, paths: Sequence[Path], reference: str | None) -> None:
+    """Compare what is measured already."""
+    from isoflat.cli.stored import Wanted, compared
+    from isoflat.core.errors import UsageError
+    from isoflat.measures.catalogue import find_geometry, find_measure
+
+    given: Mapping[str, Any] = context.params
+    other = [each.opts[0] for each in context.command.params if each.name and _idle(context, each.name)]
+    if other:
+        raise UsageError(
+            f"{', '.join(other)}: {', '.join(map(str, paths))} holds numbers that are measured already; leave it out"
+        )
+    claimed(given["out"], given["report"], given["force"])
+    wanted = Wanted(
+        tuple(find_measure(name).label for name in given["names"] or ()),
+        tuple(find_geometry(name).name for name in given["geometry"] or ()),
+        given["logits"] or "raw",
+    )
+    found, subject = compared(paths, wanted, reference)
+
+    def also() -> None:
+        if given["report"] is not None:
+            save(given["report"], written(found, subject), given["force"], "--report")
+
+    def shown(screen: Console) -> None:
+        screen.print(found)
+        for note in subject["notes"]:
+            screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
+
+    deliver({"subject": subject, **found.to_dict()}, shown, given["as_json"], given["out"], given["force"], also)
+    if not found.converged:
+        raise typer.Exit(NOT_CONVERGED)
+
+
+def _idle(context: typer.Context, name: str) -> bool:
+    """Whether it was typed, and has no meaning for stored numbers."""
+    return name not in STORED and options.typed(context, name)
 
 
 @final

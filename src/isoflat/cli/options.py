@@ -19,15 +19,15 @@ HEADLINE = "quotient_spectral_norm"
 PLACE = "auto"
 """Where it is measured, if no --geometry is given."""
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        metavar="MODULE:FACTORY",
-        help="Function without arguments that builds the network; modules in the current folder are found.",
-        rich_help_panel=WHAT,
-    ),
-]
+_MODEL = typer.Option(
+    "--model",
+    metavar="MODULE:FACTORY",
+    help="Function without arguments that builds the network; modules in the current folder are found.",
+    rich_help_panel=WHAT,
+)
+Model = Annotated[str, _MODEL]
+SomeModel = Annotated[str | None, _MODEL]
+"""For verbs that can do without."""
 Weights = Annotated[
     Path | None,
     typer.Option(
@@ -54,7 +54,10 @@ DATA_HELP = (
     "Without --transform, integer images become float32 in 0..1 (divided by 255), channels first: (N,H,W) becomes "
     "(N,1,H,W), (N,H,W,C) becomes (N,C,H,W); float arrays are passed as they are."
 )
-Data = Annotated[str, typer.Option("--data", metavar="SOURCE", help=DATA_HELP, rich_help_panel=WHAT)]
+_DATA = typer.Option("--data", metavar="SOURCE", help=DATA_HELP, rich_help_panel=WHAT)
+Data = Annotated[str, _DATA]
+SomeData = Annotated[str | None, _DATA]
+"""For verbs that can do without."""
 Loss = Annotated[
     str,
     typer.Option(
@@ -239,3 +242,9 @@ def bytes_of(text: str | None) -> int | None:
         raise UsageError(f"--memory {text}: expected a number of bytes, for instance 4GB or 512MiB")
     unit = (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")
     return int(float(found[1]) * unit)
+
+
+def typed(context: typer.Context, name: str) -> bool:
+    """Whether the user set this option, by the name of its argument."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

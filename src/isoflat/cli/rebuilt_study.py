@@ -75,7 +75,9 @@ def rebuild(content: Mapping[str, Any], records: Sequence[Record]) -> Restudied:
         result, facts = _prediction(content, records), _facts(content.get("subject", {}))
         told = tuple(content["sentences"])
     except MALFORMED as error:
-        return Restudied(None, (), (f"The study of result.json is shown by its sentences and numbers only: {why(error)}",))
+        return Restudied(
+            None, (), (f"The study of result.json is shown by its sentences and numbers only: {why(error)}",)
+        )
     same = result.sentences == told
     changed = "result.json says other sentences than its numbers, which are believed."
     return Restudied(result, facts, () if same else (changed,))
@@ -92,7 +94,9 @@ def _prediction(content: Mapping[str, Any], records: Sequence[Record]) -> Predic
         key = _key(row)
         record = known.get((row["label"], *key))
         if record is None or any(row.get(name) != value for name, value in flat(record).items()):
-            raise DataError(f"{row['measure']} of {row['label']} is not among the numbers of the folder, or is another there")
+            raise DataError(
+                f"{row['measure']} of {row['label']} is not among the numbers of the folder, or is another there"
+            )
         numbers.setdefault(key, _number(*key))
         networks.setdefault(row["label"], []).append((row, record))
     order = list(_of(dict[str, str], content["numbers"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -152,7 +152,7 @@ def read(folder: Path) -> Results:
     except OSError as error:
         raise UsageError(f"{folder} cannot be read ({error.strerror or error}): check its permissions") from error
     files = [path for path in files if path.name != MARKER and not path.name.startswith(".")]
-    items = [item for path in files for item in _file(path, folder)]
+    items: list[Item] = [item for path in files for item in _file(path, folder)]
     cells: list[Cell] = []
     for place in (folder, folder / STORE):
         if place.is_dir() and (place == folder) <= (place / MARKER).exists():
@@ -160,6 +160,21 @@ def read(folder: Path) -> Results:
             cells += more
             items += refused
             items += [item for cell in more for item in _cell(cell, place, folder)]
+    return _results(folder, items, cells, files)
+
+
+def read_file(path: Path) -> Results:
+    """Results in one file.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} is no file: name a result of isoflat measure, compare, reproduce or study")
+    return _results(path.parent, list(_file(path, path.parent)), [], [path])
+
+
+def _results(folder: Path, items: Sequence[Item], cells: Sequence[Cell], files: Sequence[Path]) -> Results:
     return Results(
         folder,
         _once(item for item in items if isinstance(item, Found)),

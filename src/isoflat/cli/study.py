@@ -220,22 +220,17 @@ def _check_options(context: typer.Context, other: str) -> None:
     """
     from isoflat.core.errors import UsageError
 
-    typed = [name for name in ONLY[other] if _typed(context, name)]
+    typed = [name for name in ONLY[other] if options.typed(context, name)]
     if typed:
         listed = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
         raise UsageError(f"{listed} belongs to --{other}, which was not given: leave it out")
-
-
-def _typed(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _command(context: typer.Context) -> str:
     """What was typed, as it can be typed again."""
     words = ["isoflat", "study"]
     for option in context.command.params:
-        if option.name and _typed(context, option.name):
+        if option.name and options.typed(context, option.name):
             value = context.params[option.name]
             values = value if isinstance(value, list | tuple) else [value]
             words += [
