@@ -8,7 +8,7 @@ PEERS_ENV := $(PEERS)/.installed
 THREADS ?= 2
 MINUTES ?= 15
 
-.PHONY: demo test lint test-slow test-oracles bench bench-power bench-symmetries bench-gpt2 bench-products bench-catalogue bench-device catalogue clean
+.PHONY: demo test lint test-slow test-oracles bench bench-power bench-symmetries bench-gpt2 bench-products bench-catalogue bench-device catalogue results-page clean
 
 demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
 	$(BIN)/isoflat demo
@@ -64,6 +64,9 @@ $(PEERS_ENV): pyproject.toml constraints.txt benchmarks/requirements.txt
 
 catalogue: $(ENV)  ## docs/catalogue.md: every measure, and every claim of invariance attacked
 	$(BIN)/isoflat measures --table --markdown > docs/catalogue.md
+
+results-page: $(ENV)  ## docs/results/README.md, from the results beside it
+	$(BIN)/python benchmarks/results_page.py
 
 clean:
 	rm -rf $(VENV) $(PEERS)

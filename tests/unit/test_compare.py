@@ -671,7 +671,7 @@ def test_the_verb_has_the_options_of_measure():
     for name in theirs.keys() - {"model", "data", "weights", "orbit", "witness"}:
         assert own[name].annotation == theirs[name].annotation
         assert own[name].default == theirs[name].default
-    assert own.keys() - theirs.keys() == {"checkpoints", "reference", "report"}
+    assert own.keys() - theirs.keys() == {"context", "checkpoints", "reference", "report"}
 
 
 def test_labels_tell_files_apart(tmp_path):

@@ -131,7 +131,9 @@ def test_numbers_that_not_all_have_are_left_out_and_named():
 
 
 def test_scores_are_chosen_and_never_mixed():
-    write("all.jsonl", *(record(name, v, logits=s) for s, f in (("raw", 1), ("normalised", 7)) for name, v in (("a", f), ("b", 2.0 * f))))  # fmt: skip
+    raw = [record("a", 1.0), record("b", 2.0)]
+    normalised = [record(name, value, logits="normalised") for name, value in (("a", 7.0), ("b", 14.0))]
+    write("all.jsonl", *raw, *normalised)
     assert [row["estimate"]["value"] for row in found("all.jsonl")["rows"]] == [1.0, 2.0]
     chosen = found("all.jsonl", "--logits", "normalised")
     assert [row["estimate"]["value"] for row in chosen["rows"]] == [7.0, 14.0]

@@ -185,6 +185,7 @@ def followed(
 
     import torch
 
+    from isoflat.cli import submission
     from isoflat.cli.demo import prepare
     from isoflat.cli.load.inputs import device_of
     from isoflat.cli.load.splits import load_split
@@ -198,6 +199,8 @@ def followed(
     started, ranks = time.monotonic(), Ranks.here()
     if ranks.world > 1 and ((jobs or 1) > 1 or submit is not None):
         raise UsageError("under torchrun all processes are at the same network: leave out --jobs and --submit")
+    if submit is not None:
+        submission.check(submit)
     place = device_of(device) or torch.device("cpu")
     split = ranks.together(lambda: load_split(recipe.data, source), lambda split: {"data": split.hash}).to(place)
     numbers = tuple(quantity.number for quantity in recipe.numbers)
@@ -207,9 +210,7 @@ def followed(
     alone = place.type == "cpu" and ranks.world == 1
     workers = jobs or (min(len(todo), os.cpu_count() or 1) if alone else 1)
     if submit is not None:
-        from isoflat.cli.submission import submitted
-
-        submitted(submit, recipe, source, folder, workers, device)
+        submission.submitted(submit, recipe, source, folder, workers, device)
         workers = 1
     with bar(len(todo), hidden or not ranks.first) as report:
         networks = sweep(todo, split, numbers, store, report, workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,26 @@ HOURS = 24
 """That a worker may take; what it has not done by then, the next one does."""
 
 
+def check(cluster: str) -> None:
+    """Refuse what cannot be submitted to, before anything is written.
+
+    Raises:
+        UnknownName: no such cluster.
+        UsageError: submitit is not installed.
+    """
+    if cluster not in CLUSTERS:
+        raise UnknownName("cluster", cluster, CLUSTERS)
+    if find_spec("submitit") is None:
+        raise UsageError("--submit needs submitit: pip install 'isoflat[slurm]'")
+
+
 def submitted(cluster: str, recipe: Recipe, source: str | None, folder: Path, workers: int, device: str | None) -> None:
     """Run workers, and wait for all of them.
 
     Slurm's own settings (partition, account, memory) are taken from its environment variables, such as SBATCH_PARTITION.
 
     Args:
-        cluster: "slurm", or "local" for processes of this machine.
+        cluster: "slurm", or "local" for processes of this machine; it has been checked.
         recipe: whose networks are to be made.
         source: of the data.
         folder: that all of them see; logs go to its `jobs`.
@@ -31,15 +45,10 @@ def submitted(cluster: str, recipe: Recipe, source: str | None, folder: Path, wo
         device: where networks live.
 
     Raises:
-        UnknownName: no such cluster.
-        UsageError: submitit is not installed, or there is no Slurm.
+        UsageError: there is no Slurm.
     """
-    if cluster not in CLUSTERS:
-        raise UnknownName("cluster", cluster, CLUSTERS)
-    try:
-        import submitit
-    except ImportError as error:
-        raise UsageError("--submit needs submitit: pip install 'isoflat[slurm]'") from error
+    import submitit
+
     try:
         executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=cluster)
     except RuntimeError as error:

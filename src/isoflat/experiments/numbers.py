@@ -71,25 +71,20 @@ GEOMETRIES = ("auto", "layerwise")
 """What to ask `measure_all` for: the plain norm has a geometry of its own."""
 
 
+COLUMNS = (
+    "measure", "geometry", "logits", "value", "lower", "upper", "confidence", "converged", "products", "gradient_passes",
+    "loss", "accuracy", "gradient_norm", "stationarity_ratio", "group_hash", "model_hash", "data_hash",
+)  # fmt: skip
+"""What a row of a table tells of a number, in this order."""
+
+
 def flat(record: Record) -> dict[str, Any]:
     """A record as part of a row of a table; an end of an enclosure that is infinite is None."""
-    estimate = record.estimate
-    return {
-        "measure": record.measure,
-        "geometry": record.geometry,
-        "logits": record.settings.get("logits"),
-        "value": estimate.value,
-        "lower": estimate.lower if math.isfinite(estimate.lower) else None,
-        "upper": estimate.upper if math.isfinite(estimate.upper) else None,
-        "confidence": estimate.confidence,
-        "converged": estimate.converged,
-        "products": estimate.cost.products,
-        "gradient_passes": estimate.cost.gradient_passes,
-        "loss": record.point.loss,
-        "accuracy": record.point.accuracy,
-        "gradient_norm": record.point.gradient_norm,
-        "stationarity_ratio": record.stationarity_ratio,
-        "group_hash": record.group_hash,
-        "model_hash": record.model_hash,
-        "data_hash": record.data_hash,
-    }
+    estimate, point = record.estimate, record.point
+    ends = (end if math.isfinite(end) else None for end in (estimate.lower, estimate.upper))
+    what = (record.measure, record.geometry, record.settings.get("logits"))
+    found = (estimate.value, *ends, estimate.confidence, estimate.converged)
+    cost = (estimate.cost.products, estimate.cost.gradient_passes)
+    there = (point.loss, point.accuracy, point.gradient_norm, record.stationarity_ratio)
+    hashes = (record.group_hash, record.model_hash, record.data_hash)
+    return dict(zip(COLUMNS, (*what, *found, *cost, *there, *hashes), strict=True))

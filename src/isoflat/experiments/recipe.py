@@ -186,9 +186,11 @@ class Quantity(_Strict):
         known = next((n for n in NUMBERS if (n.measure, n.geometry) == (self.measure, place)), None)
         words = known.words if known else f"{self.measure.replace('_', ' ')} ({place})"
         title = known.title if known else f"{own.definition}"
-        suffix = f", {self.logits} scores" if self.logits else ""
+        if self.logits:
+            words += " of normalised scores" if self.logits == "normalised" else f" of scores scaled to {self.logits}"
+            title = f"The {words}"
         name = f"{self.measure}@{place}" + (f",logits={self.logits}" if self.logits else "")
-        return Number(name, own.label, place, f"{words}{suffix}", f"{title}{suffix}", self.logits)
+        return Number(name, own.label, place, words, title, self.logits)
 
 
 @final

@@ -15,7 +15,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.cells import Measured, found
-from isoflat.experiments.numbers import Number, flat
+from isoflat.experiments.numbers import COLUMNS, Number, flat
 from isoflat.experiments.recipe import Arm, Asks, Recipe
 from isoflat.experiments.statistics.relation import Relation, relations
 from isoflat.experiments.statistics.sample import Sample
@@ -205,6 +205,8 @@ class Reproduction:
     @property
     def headline(self) -> str:
         """The answer, as short as it can be said."""
+        if self.recipe.asks is Asks.DISSENT and (told := self._dissent()):
+            return told
         verdicts = [verdict.claim for verdict in self.verdicts().values()]
         claims = verdicts or [relation.claim for relation in self.told]
         return f"{claims[0]}." if claims else next(iter(self.sentences), "Nothing could be compared.")
@@ -221,8 +223,8 @@ class Reproduction:
             case Asks.TREND:
                 yield from (relation.sentence for relation in self.told)
             case Asks.DISSENT:
-                yield from self._contrast()
                 yield from self._generalization()
+                yield from self._contrast()
         yield from self._moved()
         if self.missed:
             names = ", ".join(f"{network.label} ({network.training.loss:.3g})" for network in self.missed)
@@ -253,27 +255,45 @@ class Reproduction:
                         f"p = {verdict.p:.2g}."
                     )
 
-    def _generalization(self) -> Iterator[str]:
-        """Test errors of the two arms, and whether flatness says the same."""
+    @cached_property
+    def _better(self) -> tuple[int | None, str] | None:
+        """Which arm generalizes better, if there is evidence, and test errors in words; None where these are not known."""
         first, second = ([n.test_error for n in self.arm(arm) if n.test_error is not None] for arm in self.recipe.arms)
         if min(len(first), len(second)) < 2:
-            return
+            return None
         test = mannwhitneyu(second, first, alternative="two-sided")
         names = [arm.minima for arm in self.recipe.arms]
         errors = (
             f"test error {100 * fmean(second):.2f} % of {names[1]}, {100 * fmean(first):.2f} % of {names[0]}, two-sided "
             f"Mann-Whitney p = {test.pvalue:.2g}"
         )
-        if test.pvalue >= SIGNIFICANCE:
+        return (None if test.pvalue >= SIGNIFICANCE else int(fmean(second) < fmean(first))), errors
+
+    def _generalization(self) -> Iterator[str]:
+        """Test errors of the two arms, and whether flatness says the same."""
+        if self._better is None:
+            return
+        better, errors = self._better
+        if better is None:
             yield f"There is no evidence that one generalizes better ({errors})."
             return
-        worse = 1 if fmean(second) > fmean(first) else 0
-        yield f"{names[1 - worse][0].upper()}{names[1 - worse][1:]} generalize better ({errors})."
+        names = [arm.minima for arm in self.recipe.arms]
+        yield f"{_capital(names[better])} generalize better ({errors})."
         for verdict in self.verdicts().values():
             if verdict.finding is not Finding.NO_EVIDENCE:
-                sharper = 1 if verdict.finding is Finding.SHARPER else 0
-                friend = "a true friend here" if sharper == worse else "a false friend here"
-                yield f"{verdict.number[0].upper()}{verdict.number[1:]} is {friend}: it calls {names[sharper]} sharper."
+                sharper = int(verdict.finding is Finding.SHARPER)
+                friend = "a false friend here" if sharper == better else "a true friend here"
+                yield f"{_capital(verdict.number)} is {friend}: it calls {names[sharper]} sharper."
+
+    def _dissent(self) -> str | None:
+        """Generalization and flatness in a sentence, where there is evidence on both."""
+        found = [verdict for verdict in self.verdicts().values() if verdict.finding is not Finding.NO_EVIDENCE]
+        if self._better is None or self._better[0] is None or not found:
+            return None
+        better = self._better[0]
+        sharper = int(found[0].finding is Finding.SHARPER) == better
+        minima, called = self.recipe.arms[better].minima, "sharper" if sharper else "flatter"
+        return f"{_capital(minima)} generalize better, and {found[0].number} calls them {called}."
 
     def _moved(self) -> Iterator[str]:
         if not self.points:
@@ -308,7 +328,7 @@ class Reproduction:
                 "epochs": None if network.diverged else network.training.epochs,
                 "steps": None if network.diverged else network.training.steps,
                 "seconds": network.seconds,
-                **(flat(row) if row is not None else dict.fromkeys(FLAT)),
+                **(flat(row) if row is not None else dict.fromkeys(COLUMNS)),
                 **({"diverged": network.diverged} if network.diverged else {}),
             }
             for network in self.networks
@@ -368,11 +388,8 @@ def _width(estimate: Estimate) -> float:
     return width / abs(estimate.value) if estimate.value and math.isfinite(width) else 0.0
 
 
-FLAT = (
-    "measure", "geometry", "logits", "value", "lower", "upper", "confidence", "converged", "products", "gradient_passes",
-    "loss", "gradient_norm", "stationarity_ratio", "group_hash", "model_hash", "data_hash",
-)  # fmt: skip
-"""What a row tells of its number, in this order."""
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _test_error(network: Measured) -> float | None:
