@@ -4,9 +4,11 @@ import csv
 import json
 import math
 import random
+import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +22,14 @@ from isoflat.cli.rebuilt import rebuild
 from isoflat.cli.reproduce import followed, show, write
 from isoflat.cli.reproduce_report import page
 from isoflat.core.errors import DataError, IsoflatError, NoInvariantGeometry, RankLost, UnknownName, UsageError
+from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.record import Point, Record
+from isoflat.core.table import Table
 from isoflat.experiments import cells, families
-from isoflat.experiments.cells import Task, labelled
+from isoflat.experiments.cells import Measured, Task, labelled
 from isoflat.experiments.data import Split, digits, gaussian
-from isoflat.experiments.recipe import Asks, Data, Scale, parse, read, recipes
+from isoflat.experiments.loop import Training
+from isoflat.experiments.recipe import Asks, Data, Quantity, Scale, parse, read, recipes
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.experiments.store import Store, address
 from isoflat.experiments.sweep import sweep, tasks
@@ -503,3 +509,84 @@ def test_data_with_too_few_rows_is_refused():
 
 def test_asks_are_all_used():
     assert {read(name).asks for name in recipes()} == set(Asks) - {Asks.RELATION}
+
+
+def _judged(errors, values):
+    """An experiment on generalization in which the second arm has these test errors and numbers, the first has ones."""
+    recipe = parse(SMALL.replace("contrast", "dissent").replace("replicates = 2", "replicates = 4"), "tiny")
+    point = Point(0.1, 0.9, 1e-3, 1e-4, 100, 100.0, 610, 0.1)
+    [number] = [quantity.number for quantity in recipe.numbers][:1]
+
+    def network(task):
+        second = task.arm == recipe.arms[1]
+        factor = 1 + task.replicate / 100
+        error, value = (errors, values) if second else (1.0, 1.0)
+        estimate = Estimate(value * factor, value * factor, value * factor, 0.999, Kind.ENCLOSURE, True)
+        row = Record(number.measure, number.geometry, "g", "g", estimate, point, settings={"logits": "raw"})
+        return Measured(task, Training(0.1, True, 1, 1.0, 1.0), 0.0, error * factor, 0.1, Table((row,)), (), 1.0)
+
+    return Reproduction(recipe, "digits", (number,), tuple(map(network, tasks(recipe))), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("errors", "values", "headline", "friend"),
+    [
+        (
+            0.5,
+            2.0,
+            "Large-batch minima generalize better, and the canonical number calls them sharper.",
+            "a false friend",
+        ),
+        (
+            0.5,
+            0.5,
+            "Large-batch minima generalize better, and the canonical number calls them flatter.",
+            "a true friend",
+        ),
+        (
+            2.0,
+            2.0,
+            "Small-batch minima generalize better, and the canonical number calls them flatter.",
+            "a true friend",
+        ),
+        (
+            2.0,
+            0.5,
+            "Small-batch minima generalize better, and the canonical number calls them sharper.",
+            "a false friend",
+        ),
+        (1.0, 2.0, "By the canonical number, large-batch minima are 2.0 times sharper than small-batch minima.", None),
+    ],
+)
+def test_a_false_friend_is_told_from_a_true_one(errors, values, headline, friend):
+    result = _judged(errors, values)
+    assert result.headline == headline
+    first, second = result.sentences[:2]
+    if friend is None:
+        assert first.startswith("There is no evidence that one generalizes better")
+    else:
+        assert first.startswith(headline.partition(",")[0])
+        assert friend in second
+
+
+def test_numbers_of_changed_scores_have_names_for_sentences():
+    words = [
+        Quantity(measure="hessian_spectral_norm", logits=logits).number.words
+        for logits in (None, "normalised", "loss=0.1")
+    ]
+    assert words[1:] == [f"{words[0]} of normalised scores", f"{words[0]} of scores scaled to loss=0.1"]
+
+
+def test_the_page_of_results_says_what_the_results_say():
+    root = Path(__file__).parents[2]
+    made = runpy.run_path(str(root / "benchmarks" / "results_page.py"))["page"]()
+    assert made == (root / "docs" / "results" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "docs" / "results").glob("*.json")), ids=lambda path: path.stem
+)
+def test_stored_results_follow_the_recipes_of_today(path):
+    stored = checking.read(path)
+    assert checking.recipe(stored, path.stem) == read(path.stem)
+    assert " /" not in stored["command"]

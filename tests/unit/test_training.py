@@ -27,6 +27,7 @@ from isoflat.experiments.loop import Checkpoint, Regime, accuracy, full_loss, tr
 CLASSES = 3
 BOTH = Regime(8, None, "sgd", 7, 0.05, momentum=0.8, weight_decay=0.01, halve_every=2)
 AIMED = Regime(8, 0.5, "adam", 30, 0.02, halve_every=5)
+SGD = Regime(None, None, "sgd", 7, 0.1, momentum=0.7, weight_decay=0.05, halve_every=3)
 WHOLE = Regime(None, None, "adam", 6, 0.02, weight_decay=0.001)
 
 
@@ -149,6 +150,25 @@ def test_a_short_last_piece_counts_for_less():
     assert loss == pytest.approx((36 * pieces[0] + pieces[1]) / 37, rel=1e-12)
 
 
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("piece", [7, 38])
+def test_a_step_in_pieces_is_the_step_on_the_whole(piece, normed):
+    """Also where the last piece is short; where batches are normalised there are no pieces."""
+
+    def trained(rows):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 9), *[nn.BatchNorm1d(9)] * normed, nn.ReLU(), nn.Linear(9, CLASSES)).double()
+        seen = []
+        net[0].register_forward_hook(lambda _, args, __: seen.append((len(args[0]), torch.is_grad_enabled())))
+        with patch.object(loop, "PIECE", rows):
+            train(net, _data(dtype=torch.float64), replace(SGD, max_epochs=3), _order())
+        return nn.utils.parameters_to_vector(net.parameters()).detach(), {rows for rows, learning in seen if learning}
+
+    whole, pieces = trained(1000), trained(piece)
+    assert torch.allclose(whole[0], pieces[0], rtol=1e-9, atol=0)
+    assert pieces[1] == ({38} if normed or piece == 38 else {7, 3})
+
+
 def _by_hand(regime, data):
     """SGD on all rows, by its formula."""
     model = _model(dtype=torch.float64)
@@ -162,9 +182,6 @@ def _by_hand(regime, data):
                 velocity.mul_(regime.momentum).add_(gradient + regime.weight_decay * p)
                 p.sub_(rate * velocity)
     return nn.utils.parameters_to_vector(parameters)
-
-
-SGD = Regime(None, None, "sgd", 7, 0.1, momentum=0.7, weight_decay=0.05, halve_every=3)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, final
 from pydantic import Field, TypeAdapter
 
 from isoflat.cli.results import MALFORMED, why
+from isoflat.cli.study_report import NOTE, Facts
 from isoflat.core.errors import DataError
 from isoflat.core.record import Record
 from isoflat.core.table import Omission, Table
@@ -16,12 +17,6 @@ from isoflat.experiments.numbers import Number
 from isoflat.experiments.prediction import Observed, Prediction, flat
 from isoflat.experiments.recipe import Quantity
 from isoflat.experiments.statistics.sample import Level
-
-NOTE = "Note"
-"""What was chosen while loading goes by this name; there may be several."""
-
-Facts = tuple[tuple[str, str], ...]
-"""Names and values that say what was studied."""
 
 FACTOR = "factor."
 """Before the name of a hyper-parameter, in rows."""
@@ -46,16 +41,6 @@ class Restudied:
     result: Prediction | None
     facts: Facts
     warnings: tuple[str, ...]
-
-
-def subject(facts: Facts) -> dict[str, Any]:
-    """What was studied, for a result.
-
-    >>> subject((("Training loss", "as measured"), ("Note", "float32")))
-    {'training_loss': 'as measured', 'notes': ['float32']}
-    """
-    named = {name.lower().replace(" ", "_"): value for name, value in facts if name != NOTE}
-    return {**named, "notes": [value for name, value in facts if name == NOTE]}
 
 
 def _facts(told: Mapping[str, Any]) -> Facts:

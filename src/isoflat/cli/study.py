@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from isoflat.cli.load.inputs import Inputs
     from isoflat.cli.load.listed import Plan, Ready
-    from isoflat.cli.rebuilt_study import Facts
+    from isoflat.cli.study_report import Facts
     from isoflat.experiments.cells import Measured
     from isoflat.experiments.numbers import Number
     from isoflat.experiments.prediction import Observed, Prediction
@@ -179,7 +179,7 @@ def study(  # noqa: PLR0913
         result, facts = trained(recipe, outcome, data, out, jobs, device, hidden)
     write(result, out, _command(context), facts)
     if as_json:
-        from isoflat.cli.rebuilt_study import subject
+        from isoflat.cli.study_report import subject
 
         sys.stdout.write(json.dumps({"subject": subject(facts), **result.to_dict()}, allow_nan=False) + "\n")
     else:
@@ -286,7 +286,7 @@ def listed(path: Path, outcome: str | None, plan: Plan, folder: Path, hidden: bo
     """
     from isoflat.cli.demo import prepare
     from isoflat.cli.load.listed import read_listing, ready
-    from isoflat.cli.rebuilt_study import NOTE
+    from isoflat.cli.study_report import NOTE
     from isoflat.experiments.prediction import Prediction
     from isoflat.experiments.store import Store
 
@@ -477,9 +477,8 @@ def read_grid(path: Path, scale: str, asked: Sequence[tuple[str, str]], changes:
 
 def write(result: Prediction, folder: Path, command: str, facts: Facts) -> None:
     """The report, the result and the tables; earlier ones of the same names are replaced, nothing else is touched."""
-    from isoflat.cli.rebuilt_study import subject
     from isoflat.cli.save import save
-    from isoflat.cli.study_report import page
+    from isoflat.cli.study_report import page, subject
     from isoflat.integrations.tables import to_csv
     from isoflat.report.html import render
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from isoflat.cli.terminal import visible
 from isoflat.core.table import interval
@@ -16,6 +16,12 @@ from isoflat.report import tables
 from isoflat.report.clouds import Cloud, clouds
 from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
 from isoflat.report.drawing import markup
+
+NOTE = "Note"
+"""What was chosen while loading goes by this name; there may be several."""
+
+Facts = tuple[tuple[str, str], ...]
+"""Names and values that say what was studied."""
 
 SHADES = 8
 """Levels of a hyper-parameter that can be told apart by shade."""
@@ -48,7 +54,7 @@ READING = (
 )  # fmt: skip
 
 
-def page(result: Prediction, command: str, facts: Sequence[tuple[str, str]]) -> Page:
+def page(result: Prediction, command: str, facts: Facts) -> Page:
     """Everything that was found, ready to be rendered.
 
     Args:
@@ -60,7 +66,7 @@ def page(result: Prediction, command: str, facts: Sequence[tuple[str, str]]) -> 
         title="isoflat study",
         headline=result.headline,
         lead=result.cautions,
-        facts=tuple(fact for fact in facts if fact[0] != "Note"),
+        facts=tuple(fact for fact in facts if fact[0] != NOTE),
         sections=(
             Section(
                 f"Does flatness predict the {result.outcome}?",
@@ -77,6 +83,16 @@ def page(result: Prediction, command: str, facts: Sequence[tuple[str, str]]) -> 
         ),
         colophon="Made by isoflat. This file is complete in itself: it loads nothing and runs nothing.",
     )
+
+
+def subject(facts: Facts) -> dict[str, Any]:
+    """What was studied, for a result.
+
+    >>> subject((("Training loss", "as measured"), ("Note", "float32")))
+    {'training_loss': 'as measured', 'notes': ['float32']}
+    """
+    named = {name.lower().replace(" ", "_"): value for name, value in facts if name != NOTE}
+    return {**named, "notes": [value for name, value in facts if name == NOTE]}
 
 
 def _figures(result: Prediction) -> tuple[Plate | Prose, ...]:
@@ -225,13 +241,13 @@ def _warnings(result: Prediction) -> tuple[Prose, ...]:
     return tuple(Prose(text) for text in dict.fromkeys(told)) or (Prose("None: every number converged."),)
 
 
-def _provenance(result: Prediction, command: str, facts: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def _provenance(result: Prediction, command: str, facts: Facts) -> tuple[tuple[str, str], ...]:
     records = result.records
     if not records:
         return (("Command", command), *facts)
     return (
         ("Command", command),
-        *(fact for fact in facts if fact[0] == "Note"),
+        *(fact for fact in facts if fact[0] == NOTE),
         ("Data measured on", ", ".join(dict.fromkeys(row.data_hash for row in records))),
         ("Draws", f"{result.draws} resamples and permutations, seed {result.seed}"),
         ("Settings", ", ".join(f"{key} {value}" for key, value in records[0].settings.items())),
