@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -567,6 +568,37 @@ def test_a_false_friend_is_told_from_a_true_one(errors, values, headline, friend
     else:
         assert first.startswith(headline.partition(",")[0])
         assert friend in second
+
+
+def test_a_trend_is_asked_for_again_at_other_weights():
+    arms = "[" + ", ".join(f'{{ name = "{size} rows", batch = {size}, value = {size} }}' for size in (8, 16, 32)) + "]"
+    text = SMALL.replace("contrast", "trend").replace("replicates = 2", "replicates = 4")
+    recipe = parse(text.replace(text[text.index("[{ name") : text.index("replicates")], f"{arms}\n"), "tiny")
+    numbers = tuple(quantity.number for quantity in recipe.numbers)
+
+    def table(task, values):
+        point = Point(0.1, 0.9, 1e-3, 1e-4, 100, 100.0, 610, 0.1)
+        rows = (
+            Record(n.measure, n.geometry, "g", "g", Estimate(v, v, v, 0.999, Kind.ENCLOSURE, True), point)
+            for n, v in zip(numbers, values, strict=True)
+        )
+        return Table(tuple(replace(row, settings={"logits": "raw"}) for row in rows))
+
+    def network(task):
+        size = task.arm.value + task.replicate / 10
+        own, moved = table(task, (size, size)), table(task, (size, -size))  # only the first number stays
+        return Measured(task, Training(0.1, True, 1, 1.0, 1.0), 0.0, size / 100, 0.1, own, (moved,), 1.0)
+
+    result = Reproduction(recipe, "digits", numbers, tuple(map(network, tasks(recipe))), 1.0)
+    assert [relation.finding for relation in result.told] == ["rises"] * 4
+    assert [relation.finding for relation in result.told_elsewhere[0]] == ["rises", "falls"] * 2
+    again = [sentence for sentence in result.sentences if "At a random point" in sentence]
+    assert [" gives the same verdict: " in sentence for sentence in again] == [True, False] * 2
+    stored = json.loads(json.dumps(result.to_dict()))
+    assert checking.compared(stored, result).holds
+    stored["relations"][1]["finding"] = "no evidence"
+    (line,) = (line for line in checking.compared(stored, result).lines if not line.holds)
+    assert (line.stored, line.found) == ("no evidence", "rises")
 
 
 def test_numbers_of_changed_scores_have_names_for_sentences():

@@ -84,7 +84,10 @@ def read(path: Path) -> dict[str, Any]:
         raise DataError(f"--check {path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise DataError(f"--check {path} is no JSON ({error}): fetch or write it again") from error
-    if not isinstance(stored, dict) or not {"recipe", "summaries", "verdicts", "networks"} <= stored.keys():
+    if (
+        not isinstance(stored, dict)
+        or not {"recipe", "summaries", "verdicts", "relations", "networks"} <= stored.keys()
+    ):
         raise DataError(f"--check {path} is no result.json of isoflat reproduce")
     return stored
 
@@ -162,6 +165,11 @@ def _verdicts(stored: Mapping[str, Any], result: Reproduction) -> Iterator[Line]
     for name, verdict in result.verdicts().items():
         old = stored["verdicts"].get(name, {}).get("finding", "none")
         yield Line(f"verdict by {name}", old, str(verdict.finding), "the same", old == str(verdict.finding))
+    before = {(row["measure"], row["outcome"]): row["finding"] for row in stored["relations"]}
+    for relation in result.told:
+        old = before.get((relation.measure, relation.outcome), "none")
+        what = f"relation of the {relation.measure} to the {relation.outcome}"
+        yield Line(what, old, relation.finding, "the same", old == relation.finding)
 
 
 def show(checked: Checked) -> None:

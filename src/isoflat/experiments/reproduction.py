@@ -162,35 +162,36 @@ class Reproduction:
         return tuple(max(changes) for changes in each if changes)
 
     @cached_property
-    def relations(self) -> tuple[Relation, ...]:
-        """Of each number with the test error, over all networks that reached their target."""
-        return self._related(_test_error, "test error")
+    def told(self) -> tuple[Relation, ...]:
+        """What a recipe for a trend asks for: of each number with the place along the arms, and with the test error."""
+        return self._told(None) if self.recipe.asks is Asks.TREND else ()
 
     @cached_property
-    def trends(self) -> tuple[Relation, ...]:
-        """Of each number with the place along the arms."""
-        return self._related(_place, "place along the arms")
+    def told_elsewhere(self) -> tuple[tuple[Relation, ...], ...]:
+        """The same at each random point of the networks' orbits."""
+        return tuple(self._told(point) for point in range(self.points)) if self.recipe.asks is Asks.TREND else ()
 
-    @property
-    def told(self) -> tuple[Relation, ...]:
-        """What this recipe asks for."""
-        return (*self.trends, *self.relations) if self.recipe.asks is Asks.TREND else ()
+    def _told(self, point: int | None) -> tuple[Relation, ...]:
+        outcomes = ((_place, "place along the arms"), (_test_error, "test error"))
+        return tuple(found for outcome, words in outcomes for found in self._related(outcome, words, point))
 
-    def _related(self, outcome: Callable[[Measured], float | None], words: str) -> tuple[Relation, ...]:
+    def _related(
+        self, outcome: Callable[[Measured], float | None], words: str, point: int | None
+    ) -> tuple[Relation, ...]:
         samples = {
             number.words if number.sign > 0 else f"negated {number.words}": sample
             for number in self.numbers
-            if (sample := self._sample(number, outcome)) is not None
+            if (sample := self._sample(number, outcome, point)) is not None
         }
         return relations(samples, self.recipe.seed, DRAWS, outcome=words) if samples else ()
 
-    def _sample(self, number: Number, outcome: Callable[[Measured], float | None]) -> Sample | None:
+    def _sample(self, number: Number, outcome: Callable[[Measured], float | None], point: int | None) -> Sample | None:
         """A number beside an outcome, turned so that more of it should go with more of that; None where too few are known."""
         known = [
             (number.sign * row.estimate.value, float(after), network)
             for network in self.networks
             if network.training.reached
-            and (row := network.record(number)) is not None
+            and (row := found(network.table if point is None else network.moved[point], number)) is not None
             and (after := outcome(network)) is not None
         ]
         if len(known) < 3 or len({after for _, after, _ in known}) < 2:
@@ -221,7 +222,7 @@ class Reproduction:
             case Asks.CONTRAST:
                 yield from self._contrast()
             case Asks.TREND:
-                yield from (relation.sentence for relation in self.told)
+                yield from self._trend()
             case Asks.DISSENT:
                 yield from self._generalization()
                 yield from self._contrast()
@@ -253,6 +254,21 @@ class Reproduction:
                         f"At a random point of every network's orbit ({point + 1} of {self.points}), where the weights are "
                         f"others and the functions the same, {verdict.number} gives {same} verdict: {verdict.claim}, "
                         f"p = {verdict.p:.2g}."
+                    )
+
+    def _trend(self) -> Iterator[str]:
+        yield from (relation.sentence for relation in self.told)
+        before = {(relation.measure, relation.outcome): relation for relation in self.told}
+        for point, told in enumerate(self.told_elsewhere, 1):
+            for relation in told:
+                same = before.get((relation.measure, relation.outcome))
+                if same is not None:
+                    how = "the same" if relation.finding == same.finding else "another"
+                    tau, p = relation.kendall.tau, relation.p_holm
+                    evidence = "" if tau is None else f" (τ-b {tau:+.2f}, p = {p:.2g} after correction)"
+                    yield (
+                        f"At a random point of every network's orbit ({point} of {self.points}), where the weights are others "
+                        f"and the functions the same, the {relation.measure} gives {how} verdict: {relation.claim}{evidence}."
                     )
 
     @cached_property
@@ -350,6 +366,7 @@ class Reproduction:
             ],
             "drift": {number.name: self.drift(number) for number in self.numbers},
             "relations": [relation.to_dict() for relation in self.told],
+            "relations_elsewhere": [[relation.to_dict() for relation in told] for told in self.told_elsewhere],
             "networks": self.rows(),
             "diverged": [{"label": network.label, "reason": network.diverged} for network in self.diverged],
             "omitted": [dict(vars(part)) for part in self.omitted],

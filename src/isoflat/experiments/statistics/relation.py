@@ -66,6 +66,12 @@ class Relation:
         return self.p_holm < SIGNIFICANCE
 
     @property
+    def finding(self) -> str:
+        """In a word: the measure rises or falls with the outcome, or there is no evidence."""
+        tau = self.kendall.tau
+        return "no evidence" if not self.found or tau is None else "rises" if tau > 0 else "falls"
+
+    @property
     def claim(self) -> str:
         """The finding in one clause."""
         tau = self.kendall.tau
@@ -145,7 +151,7 @@ class Relation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**asdict(self), "found": self.found, "sentence": self.sentence}
+        return {**asdict(self), "found": self.found, "finding": self.finding, "sentence": self.sentence}
 
 
 def relations(
