@@ -105,7 +105,7 @@ def _figures(result: Prediction) -> tuple[Plate | Prose, ...]:
             if known:
                 drawn.append((name, tuple(x for x, _ in known), tuple(y for _, y in known)))
         if drawn and all(x > 0 for _, xs, _ in drawn for x in xs):
-            panels.append(Cloud(_title(number), _axis(number), result.outcome, tuple(drawn)))
+            panels.append(Cloud(words(number), _axis(number), result.outcome, tuple(drawn)))
         elif drawn:
             undrawn.append(words(number))
     blocks: list[Plate | Prose] = []
@@ -139,11 +139,6 @@ def _drawn(text: str) -> str:
     """A name as a figure takes it: no formula, no command to leave it out of the legend."""
     shown = visible(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
-
-
-def _title(number: Number) -> str:
-    """In two lines, where there is a place."""
-    return words(number).replace(" (", "\n(", 1)
 
 
 def _axis(number: Number) -> str:

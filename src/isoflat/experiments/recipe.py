@@ -184,7 +184,9 @@ class Quantity(_Strict):
         own = find_measure(self.measure)
         place = own.geometry or find_geometry(self.geometry).name
         known = next((n for n in NUMBERS if (n.measure, n.geometry) == (self.measure, place)), None)
-        words = known.words if known else f"{self.measure.replace('_', ' ')} ({place})"
+        words = (
+            known.words if known else self.measure.replace("_", " ") + (f" ({place})" if own.geometry is None else "")
+        )
         title = known.title if known else f"{own.definition}"
         if self.logits:
             words += " of normalised scores" if self.logits == "normalised" else f" of scores scaled to {self.logits}"
@@ -218,6 +220,7 @@ class Recipe(_Strict):
         reference: whose experiment it is.
         differs: what is not as in the reference, in words.
         asks: what is asked of the networks.
+        along: what rises from arm to arm, where a trend is asked for.
         data: what is trained and measured on.
         network: what is trained.
         arms: the ways of training.
@@ -238,6 +241,7 @@ class Recipe(_Strict):
     reference: str
     differs: str = ""
     asks: Asks
+    along: str = "place along the arms"
     data: Data
     network: Network
     arms: tuple[Arm, ...]

@@ -163,7 +163,7 @@ class Reproduction:
 
     @cached_property
     def told(self) -> tuple[Relation, ...]:
-        """What a recipe for a trend asks for: of each number with the place along the arms, and with the test error."""
+        """What a recipe for a trend asks for: of each number with what rises along the arms, and with the test error."""
         return self._told(None) if self.recipe.asks is Asks.TREND else ()
 
     @cached_property
@@ -172,7 +172,7 @@ class Reproduction:
         return tuple(self._told(point) for point in range(self.points)) if self.recipe.asks is Asks.TREND else ()
 
     def _told(self, point: int | None) -> tuple[Relation, ...]:
-        outcomes = ((_place, "place along the arms"), (_test_error, "test error"))
+        outcomes = ((_place, self.recipe.along), (_test_error, "test error"))
         return tuple(found for outcome, words in outcomes for found in self._related(outcome, words, point))
 
     def _related(

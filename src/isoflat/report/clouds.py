@@ -17,6 +17,9 @@ from isoflat.report.figures import logarithmic
 ACROSS = 3
 """Panels beside each other."""
 
+LABELS = 4
+"""Numbers that fit below one of them."""
+
 
 @final
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Cloud:
     """One panel.
 
     Attributes:
-        title: above it.
+        title: above it; what stands in brackets gets a line of its own.
         abscissa: what is on the logarithmic axis.
         ordinate: what is on the other.
         groups: name, abscissae and ordinates of each, in an order that means something: later ones are drawn darker.
@@ -65,9 +68,9 @@ def _cloud(axes: Axes, panel: Cloud) -> None:
         shade = 0.25 + 0.75 * place / last
         axes.scatter(xs, ys, s=22, color=drawing.FIRST, alpha=shade, linewidth=0, label=name, zorder=3)
     every = [x for _, xs, _ in panel.groups for x in xs]
-    logarithmic(axes, min(every), max(every))
+    logarithmic(axes, min(every), max(every), LABELS)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y")
     axes.set_xlabel(panel.abscissa)
     axes.set_ylabel(panel.ordinate)
-    axes.set_title(panel.title)
+    axes.set_title(panel.title.replace(" (", "\n(", 1))

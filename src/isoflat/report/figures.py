@@ -105,8 +105,19 @@ def _strip(axes: Axes, panel: Panel) -> None:
     logarithmic(axes, min(every), max(every))
 
 
-def logarithmic(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic axis with round numbers at readable distances, however narrow or wide its range is."""
+STEPS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,))
+"""Round numbers of a decade, fewer and fewer."""
+
+
+def logarithmic(axes: Axes, low: float, high: float, room: int = 10) -> None:
+    """A logarithmic axis with round numbers at readable distances, however narrow or wide its range is.
+
+    Args:
+        axes: that get it.
+        low: least value that is drawn.
+        high: largest value.
+        room: numbers that fit below it.
+    """
     low, high = low / 1.15, high * 1.15
     axes.set_xscale("log")
     decades = math.log10(high / low)
@@ -114,10 +125,10 @@ def logarithmic(axes: Axes, low: float, high: float) -> None:
         axes.xaxis.set_major_locator(LogLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: drawing.power(value)))
     else:
-        steps = (1, 2, 5) if decades > 1.3 else (1, 1.5, 2, 3, 4, 5, 6, 8)
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [step * 10.0**exponent for exponent in exponents for step in steps]
-        axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+        decade = [[step * 10.0**exponent for exponent in exponents for step in steps] for steps in STEPS]
+        ticks = [[tick for tick in ticks if low <= tick <= high] for ticks in decade]
+        axes.xaxis.set_major_locator(FixedLocator(next((few for few in ticks if len(few) <= room), ticks[-1])))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", length=0)
