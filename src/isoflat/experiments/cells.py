@@ -40,6 +40,9 @@ T = TypeVar("T")
 Report = Callable[[str, float], None]
 """Told what is being done, and which share of the cell has been done since the last call."""
 
+POINTS = 2
+"""Raised whenever other points of the orbit are drawn."""
+
 EPOCHS = 10
 """Between two checkpoints of a training."""
 
@@ -101,7 +104,12 @@ class Task:
             "spread": recipe.spread,
             "edit": None if recipe.edit is None else recipe.edit.model_dump(mode="json"),
             "seed": recipe.seed,
-            "versions": {"isoflat": version("isoflat"), "torch": torch.__version__, "rules": str(RULES)},
+            "versions": {
+                "isoflat": version("isoflat"),
+                "torch": torch.__version__,
+                "rules": str(RULES),
+                "points": POINTS,
+            },
         }
 
 
@@ -310,7 +318,7 @@ def _twins(task: Task, model: nn.Module, inputs: Tensor) -> Sequence[nn.Module]:
         return []
     found = symmetries(model, inputs[:4])
     return [
-        reparametrize(model, found, seed=stream(recipe.seed, "orbit", task.replicate, place).initial_seed(), spread=recipe.spread)
+        reparametrize(model, found, seed=stream(recipe.seed, "orbit", task.arm.name, task.replicate, place).initial_seed(), spread=recipe.spread)
         for place in range(recipe.orbit)
     ]  # fmt: skip
 
