@@ -1,4 +1,4 @@
-"""Writes docs/results/README.md from the results beside it, so that no number in it was typed.
+"""Writes docs/results/README.md from the results beside it, and from further.md, which is about results elsewhere.
 
 python benchmarks/results_page.py
 """
@@ -43,13 +43,12 @@ def page(folder: Path = FOLDER) -> str:
     """The page as Markdown."""
     found = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ORDER}
     parts = [INTRODUCTION, *(_experiment(name, result) for name, result in found.items())]
-    further = folder / "paper-scale.md"
-    return "\n".join([*parts, further.read_text(encoding="utf-8")] if further.exists() else parts)
+    return "\n".join([*parts, (folder / "further.md").read_text(encoding="utf-8")])
 
 
 def _experiment(name: str, result: Mapping[str, Any]) -> str:
     recipe = result["recipe"]
-    cost = f"{result['seconds']:.0f} s on two cores; training and measuring take {result['cost_seconds']:.0f} s of one core."
+    cost = f"Training and measuring took {result['cost_seconds']:.0f} s of one core."
     lines = [f"## `{name}`: {recipe['title']}", "", f"{recipe['question']} {cost}", ""]
     if recipe["differs"]:
         lines += [f"Not as in {recipe['reference']}: {recipe['differs']}", ""]
