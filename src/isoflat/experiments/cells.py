@@ -317,10 +317,8 @@ def _twins(task: Task, model: nn.Module, inputs: Tensor) -> Sequence[nn.Module]:
     if not recipe.orbit:
         return []
     found = symmetries(model, inputs[:4])
-    return [
-        reparametrize(model, found, seed=stream(recipe.seed, "orbit", task.arm.name, task.replicate, place).initial_seed(), spread=recipe.spread)
-        for place in range(recipe.orbit)
-    ]  # fmt: skip
+    seeds = (stream(recipe.seed, "orbit", task.arm.name, task.replicate, k).initial_seed() for k in range(recipe.orbit))
+    return [reparametrize(model, found, seed=seed, spread=recipe.spread) for seed in seeds]
 
 
 def edited(model: nn.Module, weights: Sequence[float], biases: Sequence[float]) -> nn.Module:
