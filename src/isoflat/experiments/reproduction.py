@@ -249,12 +249,15 @@ class Reproduction:
             for name, verdict in self.verdicts(point).items():
                 before = made.get(name)
                 if before is not None:
-                    same = "the same" if verdict.finding == before.finding else "another"
-                    yield (
-                        f"At a random point of every network's orbit ({point + 1} of {self.points}), where the weights are "
-                        f"others and the functions the same, {verdict.number} gives {same} verdict: {verdict.claim}, "
-                        f"p = {verdict.p:.2g}."
-                    )
+                    how = self._elsewhere(point + 1, verdict.number, verdict.finding == before.finding)
+                    yield f"{how} {verdict.claim}, p = {verdict.p:.2g}."
+
+    def _elsewhere(self, point: int, number: str, same: bool) -> str:
+        """How a number judges at other weights of the same networks, as the start of a sentence."""
+        return (
+            f"At a random point of every network's orbit ({point} of {self.points}), where the weights are others and the "
+            f"functions the same, {number} gives {'the same' if same else 'another'} verdict:"
+        )
 
     def _trend(self) -> Iterator[str]:
         yield from (relation.sentence for relation in self.told)
@@ -263,13 +266,10 @@ class Reproduction:
             for relation in told:
                 same = before.get((relation.measure, relation.outcome))
                 if same is not None:
-                    how = "the same" if relation.finding == same.finding else "another"
+                    how = self._elsewhere(point, f"the {relation.measure}", relation.finding == same.finding)
                     tau, p = relation.kendall.tau, relation.p_holm
                     evidence = "" if tau is None else f" (τ-b {tau:+.2f}, p = {p:.2g} after correction)"
-                    yield (
-                        f"At a random point of every network's orbit ({point} of {self.points}), where the weights are others "
-                        f"and the functions the same, the {relation.measure} gives {how} verdict: {relation.claim}{evidence}."
-                    )
+                    yield f"{how} {relation.claim}{evidence}."
 
     @cached_property
     def _better(self) -> tuple[int | None, str] | None:
