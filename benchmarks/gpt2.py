@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 import isoflat
-from isoflat.symmetry.canonical import canonical
+from isoflat.symmetry.canonical.representative import canonical
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from problems import CRITERION, PROBLEMS, Case
 from torch import Tensor
 
 import isoflat
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.curvature.block_trace import block_traces
 from isoflat.geometry.layerwise import GEOMETRY as LAYERWISE
 from isoflat.linalg.eigen.lanczos import Lanczos

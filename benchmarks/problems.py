@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.experiments.data import characters, digits
 from isoflat.experiments.families import decoder, lenet, mlp
 from isoflat.experiments.loop import full_loss

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from problems import PROBLEMS, Case, Product, seconds, source, through, torchs_own, trained
 
+from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.curvature.block_trace import block_traces
 from isoflat.curvature.fisher import empirical_fisher, sampled_fisher
 from isoflat.curvature.gauss_newton import gauss_newton

@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from isoflat.symmetry.canonical import canonical
-from isoflat.symmetry.discover import discover, inputs_of
+from isoflat.symmetry.canonical.representative import canonical
+from isoflat.symmetry.finding.discover import discover, inputs_of
 
 T = TypeVar("T")
 

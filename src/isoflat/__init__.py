@@ -21,16 +21,16 @@ from isoflat.core.spectrum import Spectrum
 from isoflat.core.table import Table
 from isoflat.geometry.preconditioned import Preconditioned
 from isoflat.geometry.quotient import Quotient
+from isoflat.measurement.compare import compare
+from isoflat.measurement.run import measure, measure_all
+from isoflat.measurement.spectrum import spectrum
 from isoflat.measures.base import Budget, Measure
-from isoflat.measures.compare import compare
-from isoflat.measures.run import measure, measure_all
-from isoflat.measures.spectrum import spectrum
 from isoflat.risk.losses import BatchLoss
-from isoflat.symmetry.canonical import canonicalize, reparametrize
-from isoflat.symmetry.declared import UnitScale
-from isoflat.symmetry.discover import symmetries
+from isoflat.symmetry.canonical.representative import canonicalize, reparametrize
+from isoflat.symmetry.finding.discover import symmetries
 from isoflat.symmetry.found import Found
-from isoflat.symmetry.scaling import LayerScale
+from isoflat.symmetry.groups.declared import UnitScale
+from isoflat.symmetry.groups.scaling import LayerScale
 
 __all__ = [
     "BatchLoss",

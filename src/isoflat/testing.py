@@ -25,15 +25,15 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from isoflat.core.estimate import Estimate, Kind
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.geometry.base import Geometry, Invariance
 from isoflat.geometry.preconditioned import Preconditioned
 from isoflat.geometry.traced import Traced
+from isoflat.measurement.run import measure_all
+from isoflat.measurement.scribe import NOT_APPLICABLE
 from isoflat.measures.base import Measure
 from isoflat.measures.catalogue import find_geometry, find_measure, geometries
-from isoflat.measures.run import measure_all
-from isoflat.measures.scribe import NOT_APPLICABLE
-from isoflat.symmetry.discover import symmetries
+from isoflat.symmetry.finding.discover import symmetries
 from isoflat.symmetry.found import Found
 
 ROUNDING = 1e-6

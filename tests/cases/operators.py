@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense, Operator
 
 

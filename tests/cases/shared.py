@@ -13,9 +13,9 @@ from torch import nn
 import isoflat
 from cases.group import Answer, attempt
 from cases.networks import Case, mlp
+from isoflat.core.rng import stream
 from isoflat.core.space import norm
-from isoflat.core.streams import stream
-from isoflat.measures.prepare import subject
+from isoflat.measurement.prepare import subject
 from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.reverse import Rebuilt
 

@@ -20,7 +20,7 @@ WORKER = """
 import sys
 from pathlib import Path
 
-from isoflat.cli.load.splits import load_split
+from isoflat.experiments.splits import load_split
 from isoflat.cli.reproduce import followed
 from isoflat.experiments.recipe import parse
 from isoflat.risk.ranks import Ranks, joined

@@ -14,12 +14,12 @@ from isoflat.core.errors import SymmetryViolated
 from isoflat.core.precision import unrounded
 from isoflat.geometry.elementwise import GEOMETRY as ELEMENTWISE
 from isoflat.geometry.traced import Traced
-from isoflat.symmetry import discover
-from isoflat.symmetry.balance import cut
-from isoflat.symmetry.bases.rules import RULES
-from isoflat.symmetry.basis import BasisChange
-from isoflat.symmetry.canonical import Gauge
-from isoflat.symmetry.rules.elementwise import homogeneous
+from isoflat.symmetry.canonical.balance import cut
+from isoflat.symmetry.canonical.representative import Gauge
+from isoflat.symmetry.finding import discover
+from isoflat.symmetry.finding.bases.rules import RULES
+from isoflat.symmetry.finding.rules.elementwise import homogeneous
+from isoflat.symmetry.groups.basis import BasisChange
 
 DOUBLE = torch.float64
 LOSS = nn.CrossEntropyLoss()

@@ -15,9 +15,9 @@ from isoflat.core.precision import unrounded
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.geometry.canonical import GEOMETRY
 from isoflat.linalg.maps import Diagonal
-from isoflat.symmetry.basis import BasisChange
-from isoflat.symmetry.canonical import Epsilon, canonical
-from isoflat.symmetry.rules.elementwise import homogeneous
+from isoflat.symmetry.canonical.representative import Epsilon, canonical
+from isoflat.symmetry.finding.rules.elementwise import homogeneous
+from isoflat.symmetry.groups.basis import BasisChange
 
 ROWS = 24
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases.transformers import TRANSFORMERS, Scores, llama
 from cases.zoo import TOKENS, ZOO, randomised, thinned
 from isoflat.core.state import State
-from isoflat.symmetry.discover import symmetries
+from isoflat.symmetry.finding.discover import symmetries
 from isoflat.symmetry.found import Found
 
 aten = torch.ops.aten

@@ -11,9 +11,9 @@ from torch import nn
 
 import isoflat
 from cases.networks import Case, cnn, mlp, scale
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.risk.network import Network
-from isoflat.symmetry.base import verify
+from isoflat.symmetry.groups.base import verify
 
 MEASURES = ["quotient_spectral_norm", "quotient_sharpness", "quotient_trace", "riemannian_hessian_spectral_norm"]
 

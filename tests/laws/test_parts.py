@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import isoflat
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.risk.batches import as_batches, rows_of
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import as_loss

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import isoflat
 from cases.networks import mlp
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense
 from isoflat.risk.network import Network
 

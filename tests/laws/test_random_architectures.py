@@ -10,7 +10,7 @@ from torch import nn
 
 from cases.zoo import Apply, Joined, Product, RootMeanSquare, Total, randomised
 from isoflat.core.errors import SymmetryViolated, UnsupportedModel
-from isoflat.symmetry.discover import symmetries
+from isoflat.symmetry.finding.discover import symmetries
 
 F = nn.functional
 EPSILON = 1e-2

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from cases.transformers import Scores
 from cases.zoo import IMAGE, TOKENS, ZOO, Apply, batch_norm, head, layer_norm, randomised
 from isoflat.core.errors import SymmetryViolated
+from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.core.streams import stream
-from isoflat.symmetry.basis import BasisChange
-from isoflat.symmetry.discover import symmetries
+from isoflat.symmetry.finding.discover import symmetries
+from isoflat.symmetry.finding.rules.elementwise import homogeneous
 from isoflat.symmetry.found import Found
-from isoflat.symmetry.rules.elementwise import homogeneous
+from isoflat.symmetry.groups.basis import BasisChange
 
 NAMES = sorted(ZOO)
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import isoflat
 from cases.networks import Case, mlp
 from isoflat.cli.main import app
-from isoflat.measures import session
+from isoflat.measurement import session
 
 DOUBLE = torch.float64
 NAME = "preconditioned_edge_of_stability"

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import isoflat
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.curvature.matrix import Curvature
 from isoflat.experiments.families import lenet
 from isoflat.geometry.layerwise import GEOMETRY

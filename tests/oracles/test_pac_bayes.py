@@ -19,8 +19,8 @@ import isoflat
 from cases.networks import Case, cnn, mlp, scale
 from isoflat.cli.main import app
 from isoflat.curvature.diagonal import gauss_newton_diagonal
-from isoflat.measures.prepare import subject
-from isoflat.symmetry.canonical import install
+from isoflat.measurement.prepare import subject
+from isoflat.symmetry.canonical.representative import install
 
 DOUBLE = torch.float64
 EFFECTIVE, POSTERIOR, RESCALED = (

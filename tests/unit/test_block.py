@@ -8,7 +8,7 @@ import torch
 
 from cases.operators import rotated
 from isoflat.core import space
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.krylov.block import BlockRecurrence
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.operator import Dense

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import betainc
 from scipy.stats import binom
 
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.certificate import log_overlap, outer_bounds, posterior_bound, prior_bound
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.probes import sphere

@@ -32,8 +32,8 @@ from isoflat.core.comparison import Basis, Comparison, Difference, Ratio, Verdic
 from isoflat.core.errors import IsoflatError, NonFinite, UsageError
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Point, Record
-from isoflat.measures import compare as module
-from isoflat.measures.compare import contrast, difference
+from isoflat.measurement import compare as module
+from isoflat.measurement.compare import contrast, difference
 
 FINITE = st.floats(-1e9, 1e9)
 

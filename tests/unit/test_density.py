@@ -15,7 +15,7 @@ from scipy.stats import beta, binom
 
 from isoflat.core.density import Atoms, Density, Outlier, Quadrature
 from isoflat.core.errors import NonFinite, UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.density import lanczos as lanczos_module
 from isoflat.linalg.density.counts import counted, uniform_error
 from isoflat.linalg.density.gauss import Run, pooled

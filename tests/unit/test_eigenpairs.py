@@ -18,13 +18,13 @@ from torch import Tensor
 from cases.operators import Spectrum, rotated, spectrum
 from isoflat.core import space
 from isoflat.core.errors import NonFinite, UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.eigen.block_lanczos import Eigenpairs
+from isoflat.linalg.eigen.complement import Trial
 from isoflat.linalg.eigen.extremes import ROUNDING, Which
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.lobpcg import Lobpcg
 from isoflat.linalg.eigen.many import Many
-from isoflat.linalg.eigen.outside import Trial
 from isoflat.linalg.eigen.pairs import Pairs
 from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.maps import Diagonal, Identity

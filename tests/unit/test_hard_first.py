@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import Tensor
 
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
+from isoflat.linalg.eigen.complement import Trial
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.linalg.eigen.outside import Trial
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Pullback, Sum
 from isoflat.linalg.probes import sphere

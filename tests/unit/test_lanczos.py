@@ -15,7 +15,7 @@ from scipy.stats import binom
 from cases.operators import Spectrum, rotated
 from isoflat.core import space
 from isoflat.core.errors import NonFinite, UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.eigen.extremes import Extremes, Which
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.power import PowerMethod

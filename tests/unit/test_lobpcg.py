@@ -11,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator, lobpcg
 
 from cases.operators import Spectrum, spectrum
 from isoflat.core import space
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.eigen.block_lanczos import Eigenpairs
 from isoflat.linalg.eigen.lobpcg import Lobpcg, _conjugate
 from isoflat.linalg.probes import spherical

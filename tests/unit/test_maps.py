@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.maps import Complement, Composition, Diagonal, Embedding, Identity, Mixing, Part, Shear, Term
 
 

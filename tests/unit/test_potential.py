@@ -8,8 +8,8 @@ import torch
 from scipy import sparse
 
 from isoflat.core.errors import NoInvariantGeometry
-from isoflat.core.streams import stream
-from isoflat.symmetry.potential import Mass, _Potential, close, dead, minimise
+from isoflat.core.rng import stream
+from isoflat.symmetry.canonical.potential import Mass, _Potential, close, dead, minimise
 
 
 def _chain(widths, seed=0, zeros=()):

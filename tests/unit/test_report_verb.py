@@ -17,16 +17,16 @@ from typer.testing import CliRunner
 
 from isoflat.cli import reproduce
 from isoflat.cli.main import app
-from isoflat.cli.records_report import page
-from isoflat.cli.results import read
 from isoflat.core.comparison import Comparison
 from isoflat.core.estimate import Cost, Estimate, Kind
 from isoflat.core.record import Point, Record
 from isoflat.core.table import Table
 from isoflat.experiments.recipe import parse
+from isoflat.experiments.results import read
 from isoflat.experiments.store import Store
-from isoflat.measures.compare import contrast
+from isoflat.measurement.compare import contrast
 from isoflat.report.html import POLICY, render
+from isoflat.report.pages.records import page
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -15,27 +15,26 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from isoflat.cli import checking
 from isoflat.cli.exits import DOES_NOT_HOLD
-from isoflat.cli.load.splits import load_split
 from isoflat.cli.main import app
-from isoflat.cli.rebuilt import rebuild
 from isoflat.cli.reproduce import followed, show, write
-from isoflat.cli.reproduce_report import page
 from isoflat.core.errors import DataError, IsoflatError, NoInvariantGeometry, RankLost, UnknownName, UsageError
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Point, Record
 from isoflat.core.table import Table
-from isoflat.experiments import cells, families
+from isoflat.experiments import cells, checking, families
 from isoflat.experiments.cells import Measured, Task, labelled
 from isoflat.experiments.data import Split, digits, gaussian
 from isoflat.experiments.loop import Training
+from isoflat.experiments.rebuilt import rebuild
 from isoflat.experiments.recipe import Asks, Data, Quantity, Scale, parse, read, recipes
 from isoflat.experiments.reproduction import Reproduction
+from isoflat.experiments.splits import load_split
 from isoflat.experiments.store import Store, address
 from isoflat.experiments.sweep import sweep, tasks
-from isoflat.measures.run import measure_all
+from isoflat.measurement.run import measure_all
 from isoflat.report.html import render
+from isoflat.report.pages.reproduce import page
 
 SMALL = """
 title = "t"
@@ -349,7 +348,7 @@ KILLED = """
 import sys
 from pathlib import Path
 
-from isoflat.cli.load.splits import load_split
+from isoflat.experiments.splits import load_split
 from isoflat.experiments.recipe import parse
 from isoflat.experiments.store import Store
 from isoflat.experiments.sweep import sweep, tasks
@@ -458,7 +457,7 @@ def test_the_verb_from_end_to_end(tmp_path):
 def test_workers_that_submitit_runs_fill_the_same_store(tmp_path):
     pytest.importorskip("submitit")
     recipe = parse(SMALL.replace("replicates = 2", "replicates = 1"), "tiny", orbit=0)
-    from isoflat.cli.submission import submitted
+    from isoflat.experiments.submission import submitted
 
     submitted("local", recipe, None, tmp_path, 1, None)
     assert len(Store.open(tmp_path / "store").cells()[0]) == 4  # a training and a measurement for each network

@@ -18,12 +18,12 @@ from torch import nn
 
 import isoflat
 from isoflat.core.errors import UnsupportedModel, UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.curvature.matrix import Curvature
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.measures import sampled
-from isoflat.measures.prepare import subject
+from isoflat.measurement import sampled
+from isoflat.measurement.prepare import subject
 from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import as_loss, importance

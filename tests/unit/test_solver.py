@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cases.operators import Spectrum
 from isoflat.core.errors import NonFinite, UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.eigen.extremes import Extremes, Which
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.power import PowerMethod

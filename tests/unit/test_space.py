@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isoflat.core import space
+from isoflat.core.rng import stream
 from isoflat.core.space import CHUNK, ParameterSpace
-from isoflat.core.streams import stream
 
 MANY = 3 * CHUNK + 17
 """More than fits in one piece, and no multiple of it."""

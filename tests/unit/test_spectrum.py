@@ -23,13 +23,13 @@ from isoflat.core.density import Atoms, Density, Outlier, Quadrature
 from isoflat.core.errors import IsoflatError, UsageError
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Point, Record
+from isoflat.core.rng import stream
 from isoflat.core.spectrum import Spectrum, ends
-from isoflat.core.streams import stream
 from isoflat.experiments.data import digits
 from isoflat.linalg.operator import Dense
+from isoflat.measurement.prepare import subject, symmetries_of
+from isoflat.measurement.spectrum import VERTICAL, Deflated
 from isoflat.measures.catalogue import find_geometry
-from isoflat.measures.prepare import subject, symmetries_of
-from isoflat.measures.spectrum import VERTICAL, Deflated
 from isoflat.report.spectrum import Axis, portrait, smoothed, written
 
 LOSS = nn.CrossEntropyLoss()

@@ -16,21 +16,21 @@ from safetensors.torch import save_file
 from scipy.stats import kendalltau
 from typer.testing import CliRunner
 
-from isoflat.cli.load import listed
-from isoflat.cli.load.listed import read_listing
 from isoflat.cli.main import app
-from isoflat.cli.rebuilt_study import rebuild
 from isoflat.cli.study import quantities
-from isoflat.cli.study_report import page
 from isoflat.core.errors import DataError, UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.record import Point, Record
 from isoflat.core.table import Omission, Table
+from isoflat.experiments import listed
+from isoflat.experiments.listed import read_listing
 from isoflat.experiments.numbers import Number
 from isoflat.experiments.prediction import Observed, Prediction
+from isoflat.experiments.rebuilt_study import rebuild
 from isoflat.experiments.recipe import Quantity
-from isoflat.measures.run import measure_all
+from isoflat.measurement.run import measure_all
 from isoflat.report.html import render
+from isoflat.report.pages.study import page
 
 NETS = """
 from torch import nn

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 
 from isoflat.core.errors import UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense
 from isoflat.linalg.probes import Distribution, rademacher
 from isoflat.linalg.trace.frobenius import Frobenius

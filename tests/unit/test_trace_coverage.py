@@ -14,7 +14,7 @@ from scipy.stats import binom
 from scipy.stats import t as student
 from torch import Tensor
 
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense
 from isoflat.linalg.probes import Distribution
 from isoflat.linalg.trace.hutchinson import Hutchinson

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense
 from isoflat.linalg.probes import rademacher
 from isoflat.linalg.trace.diagonal import Diagonal

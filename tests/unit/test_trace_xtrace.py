@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cases.operators import rotated
 from isoflat.core.errors import UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense
 from isoflat.linalg.probes import Distribution
 from isoflat.linalg.trace.xtrace import XTrace

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from isoflat.core.errors import DataError, NonFinite, UnknownName, UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.experiments import families, loop
 from isoflat.experiments.families import alexnet, lenet, vgg
 from isoflat.experiments.loop import Checkpoint, Regime, accuracy, full_loss, train

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from cases.networks import mlp
 from isoflat import UsageError, measure_all
 from isoflat.cli.main import app
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.eigen.recheck import Recheck
 from isoflat.linalg.operator import Dense
-from isoflat.measures.sealed import packed, seal, unpacked
-from isoflat.measures.witness import Verdict, verify, verify_all
+from isoflat.measurement.sealed import packed, seal, unpacked
+from isoflat.measurement.witness import Verdict, verify, verify_all
 
 EIGENVALUES = (
     "quotient_spectral_norm", "quotient_largest_eigenvalue", "quotient_smallest_eigenvalue", "hessian_spectral_norm",

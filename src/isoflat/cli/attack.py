@@ -15,8 +15,8 @@ from isoflat.cli.save import deliver
 from isoflat.cli.terminal import plain
 
 if TYPE_CHECKING:
-    from isoflat.cli.load.inputs import Loaded
     from isoflat.experiments.orbit import Orbit, Plan
+    from isoflat.io.inputs import Loaded
     from isoflat.symmetry.found import Found
 
 NUMBERS = ("quotient_spectral_norm", "hessian_spectral_norm")
@@ -72,10 +72,10 @@ def attack(  # noqa: PLR0913
 
     Exit code 0: the attack ran, whatever survived. 2: refused, with the reason.
     """
-    from isoflat.cli.load.inputs import Inputs, check, device_of, prepare, within_memory
     from isoflat.experiments.orbit import Plan
+    from isoflat.io.inputs import Inputs, check, device_of, prepare, within_memory
+    from isoflat.measurement.prepare import symmetries_of
     from isoflat.measures.base import Budget
-    from isoflat.measures.prepare import symmetries_of
 
     budget = Budget(max_products, seconds, options.bytes_of(memory))
     measures, places = names or list(NUMBERS), geometry or list(PLACES)

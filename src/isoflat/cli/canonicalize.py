@@ -19,8 +19,8 @@ from isoflat.core.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from isoflat.cli.load.inputs import Loaded
-    from isoflat.symmetry.canonical import Epsilon
+    from isoflat.io.inputs import Loaded
+    from isoflat.symmetry.canonical.representative import Epsilon
     from isoflat.symmetry.found import Found
 
 
@@ -59,9 +59,9 @@ def canonicalize(  # noqa: PLR0913
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out}: expected a name that ends in .safetensors")
     claim(out, force)
-    from isoflat.cli.load.inputs import Inputs, prepare
-    from isoflat.measures.prepare import symmetries_of
-    from isoflat.symmetry.canonical import Epsilon
+    from isoflat.io.inputs import Inputs, prepare
+    from isoflat.measurement.prepare import symmetries_of
+    from isoflat.symmetry.canonical.representative import Epsilon
 
     inputs = Inputs(
         model=model,
@@ -102,7 +102,7 @@ def convert(loaded: Loaded, found: Found, epsilon: Epsilon) -> tuple[dict[str, A
     from safetensors.torch import save as pack
 
     from isoflat.core.errors import SymmetryViolated
-    from isoflat.symmetry.canonical import canonical, install
+    from isoflat.symmetry.canonical.representative import canonical, install
     from isoflat.symmetry.found import TOLERANCE, VERSION
 
     model = loaded.model
@@ -184,7 +184,7 @@ def _change(found: Found, model: nn.Module, other: nn.Module) -> float:
 
 def _loss(loaded: Loaded, model: nn.Module) -> float:
     """On all the data, in float64."""
-    from isoflat.measures.prepare import subject
+    from isoflat.measurement.prepare import subject
     from isoflat.risk.network import exactly
 
     target = subject(model, loaded.batches, loaded.loss)

@@ -22,8 +22,8 @@ from isoflat.cli.terminal import plain, visible
 if TYPE_CHECKING:
     import torch
 
-    from isoflat.cli.load.inputs import Inputs
     from isoflat.core.comparison import Comparison
+    from isoflat.io.inputs import Inputs
     from isoflat.risk.batches import Batches
 
 _ENDINGS = (".index.json", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -94,13 +94,13 @@ def compare(  # noqa: PLR0913
     Exit code 0: every value converged, ties or not. 3: measured, but not to --rtol. 2: refused, with the reason, before
     anything is measured where a file is bad. 4: a process is lost.
     """
-    from isoflat.cli.load.initial import before
-    from isoflat.cli.load.inputs import Inputs, device_of, within_memory
-    from isoflat.cli.load.inputs import check as known
-    from isoflat.cli.stored import holds_results
     from isoflat.core.errors import UsageError
+    from isoflat.experiments.stored import holds_results
+    from isoflat.io.initial import before
+    from isoflat.io.inputs import Inputs, device_of, within_memory
+    from isoflat.io.inputs import check as known
+    from isoflat.measurement.compare import compare as compared
     from isoflat.measures.base import Budget
-    from isoflat.measures.compare import compare as compared
 
     if all(map(holds_results, checkpoints)):
         _stored(context, checkpoints, reference)
@@ -177,8 +177,8 @@ def compare(  # noqa: PLR0913
 
 def _stored(context: typer.Context, paths: Sequence[Path], reference: str | None) -> None:
     """Compare what is measured already."""
-    from isoflat.cli.stored import Wanted, compared
     from isoflat.core.errors import UsageError
+    from isoflat.experiments.stored import Wanted, compared
     from isoflat.measures.catalogue import find_geometry, find_measure
 
     given: Mapping[str, Any] = context.params
@@ -243,10 +243,10 @@ def load(inputs: Inputs, files: Mapping[str, Path], settings: Mapping[str, Any])
     Raises:
         IsoflatError: something cannot be found, opened or fitted; nothing has been measured then.
     """
-    from isoflat.cli.load.data import load_data
-    from isoflat.cli.load.inputs import fill, try_forward
-    from isoflat.cli.load.model import build, find_loss
-    from isoflat.measures.prepare import subject
+    from isoflat.io.data import load_data
+    from isoflat.io.inputs import fill, try_forward
+    from isoflat.io.model import build, find_loss
+    from isoflat.measurement.prepare import subject
 
     loss = find_loss(inputs.loss)
     models, notes = {}, []
@@ -345,8 +345,8 @@ def claimed(out: Path | None, report: Path | None, force: bool) -> None:
 
 def written(comparison: Comparison, subject: Mapping[str, Any]) -> str:
     """The comparison as a page."""
-    from isoflat.cli.compare_report import page
     from isoflat.report.html import render
+    from isoflat.report.pages.compare import page
 
     return render(page(comparison, subject))
 

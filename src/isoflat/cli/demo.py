@@ -110,10 +110,10 @@ def write(result: DemoResult, folder: Path, command: str) -> Path:
     Returns:
         The report's path.
     """
-    from isoflat.cli.demo_report import page
     from isoflat.cli.save import save
     from isoflat.integrations.tables import to_csv
     from isoflat.report.html import render
+    from isoflat.report.pages.demo import page
     from isoflat.report.tables import flat
 
     further = {

@@ -63,7 +63,7 @@ def doctor(  # noqa: PLR0913
     checks: tuple[Finding, ...] = ()
     if model is not None and data is not None:
         from isoflat.cli.examine import examine
-        from isoflat.cli.load.inputs import Inputs, device_of
+        from isoflat.io.inputs import Inputs, device_of
 
         inputs = Inputs(
             model=model,

@@ -8,14 +8,14 @@ from typing import Any, TypeVar, final
 
 import torch
 
-from isoflat.cli.load.data import load_data
-from isoflat.cli.load.inputs import Inputs, fill, try_forward
-from isoflat.cli.load.model import build, find_loss
-from isoflat.cli.load.named import reason
 from isoflat.core.errors import DataError, IsoflatError, NondeterministicRisk, UnsupportedModel
 from isoflat.core.space import norm
+from isoflat.io.data import load_data
+from isoflat.io.inputs import Inputs, fill, try_forward
+from isoflat.io.model import build, find_loss
+from isoflat.io.named import reason
+from isoflat.measurement.prepare import subject
 from isoflat.measures.base import Subject
-from isoflat.measures.prepare import subject
 from isoflat.risk.batches import Batches, digest
 from isoflat.risk.check import AGREEMENT, SYMMETRY, Sample, asymmetry, disagreement
 from isoflat.risk.linearise import Check, choose

@@ -21,10 +21,10 @@ from isoflat.core.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from isoflat.cli.load.inputs import Inputs
     from isoflat.core.record import Record
     from isoflat.core.table import Table
     from isoflat.experiments.orbit import Orbit
+    from isoflat.io.inputs import Inputs
 
 
 def measure(  # noqa: PLR0913
@@ -77,7 +77,7 @@ def measure(  # noqa: PLR0913
 
     Exit code 0: every value converged. 3: measured, but not to --rtol. 2: refused, with the reason. 4: a process is lost.
     """
-    from isoflat.cli.load.inputs import Inputs
+    from isoflat.io.inputs import Inputs
     from isoflat.measures.base import Budget
 
     inputs = Inputs(
@@ -138,7 +138,7 @@ def measure(  # noqa: PLR0913
         content["orbit"] = over.to_dict()
     packed = b""
     if beside is not None:
-        from isoflat.measures.sealed import packed as pack
+        from isoflat.measurement.sealed import packed as pack
 
         packed = pack(kept)
         content["witness"] = {"file": beside.name, "sha256": hashlib.sha256(packed).hexdigest()}
@@ -193,11 +193,11 @@ def evaluate(
         IsoflatError: something is refused; names and limits are checked before a file is opened.
     """
     from isoflat.cli.attack import watched
-    from isoflat.cli.load.initial import before
-    from isoflat.cli.load.inputs import check, device_of, prepare, within_memory
     from isoflat.experiments.orbit import Plan
-    from isoflat.measures.prepare import symmetries_of
-    from isoflat.measures.run import measure_all
+    from isoflat.io.initial import before
+    from isoflat.io.inputs import check, device_of, prepare, within_memory
+    from isoflat.measurement.prepare import symmetries_of
+    from isoflat.measurement.run import measure_all
     from isoflat.risk.ranks import Ranks
 
     effort = ("rtol", "confidence", "certify", "probes", "sample", "budget", "seed")

@@ -30,7 +30,7 @@ def sharing(device: str | None, timeout: float) -> Iterator[Ranks]:
         IsoflatError: as raised in the block.
         typer.Exit: in its place, on all ranks but the first.
     """
-    from isoflat.cli.load.inputs import device_of
+    from isoflat.io.inputs import device_of
     from isoflat.risk.ranks import Ranks, joined
 
     with joined(device_of(device), timeout):

@@ -17,9 +17,9 @@ from isoflat.cli.save import claim, save
 from isoflat.cli.terminal import complain, console, plain
 
 if TYPE_CHECKING:
-    from isoflat.cli.results import Results
     from isoflat.core.record import Record
     from isoflat.experiments.recipe import Recipe
+    from isoflat.experiments.results import Results
     from isoflat.report.document import Page
 
 PAGE = "report.html"
@@ -70,7 +70,7 @@ def report(  # noqa: PLR0913
     if out is not None or folder.is_dir():  # else reading says what is wrong
         _claim(files, force)
 
-    from isoflat.cli.results import read
+    from isoflat.experiments.results import read
     from isoflat.report.html import render
 
     results = read(folder)
@@ -134,7 +134,7 @@ def shown(results: Results, command: str) -> tuple[Page | None, tuple[str, ...]]
         results: what was read.
         command: what was typed to show it.
     """
-    from isoflat.cli.records_report import page, refusals, with_warnings
+    from isoflat.report.pages.records import page, refusals, with_warnings
 
     warnings = list(refusals(results))
     again = [partial(_reproduced, results, each.content) for each in results.reproduced[:1]]
@@ -151,9 +151,9 @@ def shown(results: Results, command: str) -> tuple[Page | None, tuple[str, ...]]
 
 def _reproduced(results: Results, content: Mapping[str, Any]) -> tuple[Page | None, tuple[str, ...]]:
     """The page of a reproduction, if its networks are in the store."""
-    from isoflat.cli.rebuilt import rebuild
-    from isoflat.cli.reproduce_report import page
-    from isoflat.cli.shown import literally
+    from isoflat.experiments.rebuilt import rebuild
+    from isoflat.report.pages.reproduce import page
+    from isoflat.report.pages.shown import literally
 
     found = rebuild(content, results.cells)
     if found.result is None:
@@ -165,9 +165,9 @@ def _reproduced(results: Results, content: Mapping[str, Any]) -> tuple[Page | No
 
 def _studied(results: Results, content: Mapping[str, Any]) -> tuple[Page | None, tuple[str, ...]]:
     """The page of a study, if its numbers are in the folder."""
-    from isoflat.cli.rebuilt_study import rebuild
-    from isoflat.cli.shown import literally
-    from isoflat.cli.study_report import page
+    from isoflat.experiments.rebuilt_study import rebuild
+    from isoflat.report.pages.shown import literally
+    from isoflat.report.pages.study import page
 
     found = rebuild(content, [number.record for number in results.found])
     if found.result is None:
@@ -182,9 +182,9 @@ def _with_others(made: Page, results: Results, own: Sequence[Record]) -> Page:
     """The page, with the numbers of the folder that are not its own."""
     from dataclasses import replace
 
-    from isoflat.cli.records_report import measured, tamed
-    from isoflat.cli.results import identity
+    from isoflat.experiments.results import identity
     from isoflat.report.document import Section
+    from isoflat.report.pages.records import measured, tamed
 
     known = {identity(record) for record in own}
     others = [number for number in results.found if identity(number.record) not in known]
@@ -203,7 +203,7 @@ def _typed(content: Mapping[str, Any], recipe: Recipe) -> str:
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:
-    from isoflat.cli.records_report import rows
+    from isoflat.report.pages.records import rows
 
     return rows(results)
 

@@ -92,8 +92,8 @@ def reproduce(  # noqa: PLR0913
 
     Exit code 0: done. 3: a number did not converge. 5: --check found a difference. 4: a process is lost.
     """
-    from isoflat.cli import checking
     from isoflat.cli.processes import sharing
+    from isoflat.experiments import checking
     from isoflat.experiments.recipe import recipes
 
     with sharing(device, timeout) as ranks:
@@ -185,15 +185,15 @@ def followed(
 
     import torch
 
-    from isoflat.cli import submission
     from isoflat.cli.demo import prepare
-    from isoflat.cli.load.inputs import device_of
-    from isoflat.cli.load.splits import load_split
     from isoflat.core.errors import UsageError
+    from isoflat.experiments import submission
     from isoflat.experiments.cells import decided
     from isoflat.experiments.reproduction import Reproduction
+    from isoflat.experiments.splits import load_split
     from isoflat.experiments.store import Store
     from isoflat.experiments.sweep import check, sweep, tasks
+    from isoflat.io.inputs import device_of
     from isoflat.risk.ranks import Ranks
 
     started, ranks = time.monotonic(), Ranks.here()
@@ -234,10 +234,10 @@ def bar(total: float, hidden: bool) -> Iterator[Callable[[str, float], None]]:
 
 def write(result: Reproduction, folder: Path, command: str) -> None:
     """The report, the result and the tables; earlier ones of the same names are replaced, nothing else is touched."""
-    from isoflat.cli.reproduce_report import page
     from isoflat.cli.save import save
     from isoflat.integrations.tables import to_csv
     from isoflat.report.html import render
+    from isoflat.report.pages.reproduce import page
 
     content = {**result.to_dict(), "command": command}
     save(folder / "result.json", json.dumps(content, allow_nan=False, indent=1) + "\n", force=True)

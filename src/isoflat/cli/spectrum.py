@@ -17,8 +17,8 @@ from isoflat.cli.terminal import facts, plain
 from isoflat.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from isoflat.cli.load.inputs import Inputs
     from isoflat.core.spectrum import Spectrum
+    from isoflat.io.inputs import Inputs
 
 
 def spectrum(  # noqa: PLR0913
@@ -79,11 +79,11 @@ def spectrum(  # noqa: PLR0913
 
     Exit code 0: done. 3: a budget ended it before all steps were taken. 2: refused, with the reason. 4: a process is lost.
     """
-    from isoflat.cli.load.inputs import Inputs, device_of, prepare, within_memory
+    from isoflat.io.inputs import Inputs, device_of, prepare, within_memory
+    from isoflat.measurement.spectrum import Deflated
+    from isoflat.measurement.spectrum import spectrum as measured
     from isoflat.measures.base import Budget
     from isoflat.measures.catalogue import find_geometry
-    from isoflat.measures.spectrum import Deflated
-    from isoflat.measures.spectrum import spectrum as measured
 
     inputs = Inputs(
         model=model,

@@ -17,8 +17,8 @@ from isoflat.cli.exits import NOT_CONVERGED
 if TYPE_CHECKING:
     from rich.table import Table as Grid
 
-    from isoflat.cli.study_report import Facts
     from isoflat.experiments.prediction import Prediction
+    from isoflat.report.pages.study import Facts
 
 DEFAULT = (
     ("quotient_spectral_norm", "auto"),
@@ -140,16 +140,16 @@ def study(  # noqa: PLR0913
     Exit code 0: done. 3: a number did not converge. 2: refused, with the reason; bad rows are all named, before anything
     is measured.
     """
-    from isoflat.cli.load.grid import read_grid
-    from isoflat.cli.studying import listed, planned, trained
     from isoflat.core.errors import UsageError
+    from isoflat.experiments.grid import read_grid
+    from isoflat.experiments.studying import listed, planned, trained
 
     if (networks is None) == (grid is None):
         raise UsageError("give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with")
     _check_options(context, "grid" if networks is not None else "networks")
     numbers, hidden = quantities(names, geometry), as_json or not sys.stderr.isatty()
     if networks is not None:
-        from isoflat.cli.load.inputs import Inputs
+        from isoflat.io.inputs import Inputs
 
         if model is None or data is None:
             raise UsageError("--networks needs --model module:factory, and --data that the networks are measured on")
@@ -174,7 +174,7 @@ def study(  # noqa: PLR0913
         result, facts = trained(recipe, outcome, data, out, jobs, device, hidden)
     write(result, out, _command(context), facts)
     if as_json:
-        from isoflat.cli.study_report import subject
+        from isoflat.report.pages.study import subject
 
         sys.stdout.write(json.dumps({"subject": subject(facts), **result.to_dict()}, allow_nan=False) + "\n")
     else:
@@ -237,9 +237,9 @@ def _command(context: typer.Context) -> str:
 def write(result: Prediction, folder: Path, command: str, facts: Facts) -> None:
     """The report, the result and the tables; earlier ones of the same names are replaced, nothing else is touched."""
     from isoflat.cli.save import save
-    from isoflat.cli.study_report import page, subject
     from isoflat.integrations.tables import to_csv
     from isoflat.report.html import render
+    from isoflat.report.pages.study import page, subject
 
     content = {"command": command, "subject": subject(facts), **result.to_dict()}
     save(folder / "result.json", json.dumps(content, allow_nan=False, indent=1) + "\n", force=True)
@@ -291,8 +291,8 @@ def _relations(result: Prediction) -> Grid:
     """One line for each number."""
     from rich.table import Table as Grid
 
-    from isoflat.cli.study_report import line
     from isoflat.cli.terminal import plain
+    from isoflat.report.pages.study import line
 
     grid = Grid(title=f"Relation to the {result.outcome}", title_justify="left", header_style="bold")
     for head in NARROW:

@@ -48,8 +48,8 @@ def symmetries(  # noqa: PLR0913
     The network is traced on the first rows of the data; the loss tells whether a constant added to all scores counts.
     Exit code 0: found and proved. 2: refused, with the reason.
     """
-    from isoflat.cli.load.inputs import Inputs, prepare
-    from isoflat.measures.prepare import symmetries_of
+    from isoflat.io.inputs import Inputs, prepare
+    from isoflat.measurement.prepare import symmetries_of
 
     inputs = Inputs(
         model=model,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import DataError, UnsupportedModel, UsageError
+from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.curvature.diagonal import diagonal_of
 from isoflat.curvature.rows import MEMORY
 from isoflat.curvature.sweeps import check_softmax

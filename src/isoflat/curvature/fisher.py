@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
+from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.curvature.through_output import Middle, ThroughOutput
 from isoflat.risk.batches import Beside
 from isoflat.risk.empirical import EmpiricalRisk

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
+from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.curvature.rows import Output
 from isoflat.risk.empirical import EmpiricalRisk, leaf_state
 from isoflat.risk.likelihood import class_axis, likelihood

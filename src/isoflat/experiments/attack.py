@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from isoflat.core.record import Record
+from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.experiments.numbers import GEOMETRIES, MEASURES, NUMBERS, Number
 from isoflat.geometry.canonical import GEOMETRY
-from isoflat.measures.run import measure_all
-from isoflat.symmetry.canonical import install
-from isoflat.symmetry.discover import symmetries
+from isoflat.measurement.run import measure_all
+from isoflat.symmetry.canonical.representative import install
+from isoflat.symmetry.finding.discover import symmetries
 from isoflat.symmetry.found import Found
-from isoflat.symmetry.scaling import LayerScale
+from isoflat.symmetry.groups.scaling import LayerScale
 
 STILL = 1e-6
 """Relative change up to which a sentence says that a number stays."""

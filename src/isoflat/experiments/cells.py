@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import IsoflatError, NonFinite, RankLost, RanksDiffer, UsageError
 from isoflat.core.record import Record
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.core.table import Omission, Table
 from isoflat.experiments import families
 from isoflat.experiments.checkpoint import Checkpoint
@@ -28,11 +28,11 @@ from isoflat.experiments.loop import VERSION, Training, accuracy, full_loss, tra
 from isoflat.experiments.numbers import Number
 from isoflat.experiments.recipe import Arm, Recipe
 from isoflat.experiments.store import Cell, Store, address
+from isoflat.measurement.run import measure_all
 from isoflat.measures.catalogue import find_measure
-from isoflat.measures.run import measure_all
 from isoflat.risk.ranks import Ranks
-from isoflat.symmetry.canonical import reparametrize
-from isoflat.symmetry.discover import symmetries
+from isoflat.symmetry.canonical.representative import reparametrize
+from isoflat.symmetry.finding.discover import symmetries
 from isoflat.symmetry.found import VERSION as RULES
 
 T = TypeVar("T")

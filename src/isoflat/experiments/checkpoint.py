@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import DataError, UsageError
 from isoflat.core.fingerprint import fingerprint
-from isoflat.experiments.store import files
+from isoflat.io import files
 
 
 @final

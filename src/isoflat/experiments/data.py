@@ -15,7 +15,7 @@ from torch import Tensor
 
 from isoflat.core.errors import DataError, UsageError
 from isoflat.core.fingerprint import fingerprint
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 
 SPLIT = 0
 """Seed of the one split everybody gets."""

@@ -12,7 +12,7 @@ from typing import final
 from torch import nn
 
 from isoflat.core.errors import UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.experiments.attack import Victim, rescale_layers, rescale_units, shift_constants
 from isoflat.experiments.data import Split
 from isoflat.experiments.families import mlp, normed

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import DataError, NonFinite, UnknownName, UsageError
 from isoflat.core.fingerprint import fingerprint
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.experiments.checkpoint import Checkpoint, Keeper, Way, content_of
 
 VERSION = 2

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from isoflat.core.errors import IsoflatError, UsageError
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Record
+from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.core.table import Table
+from isoflat.measurement.run import measure_all
 from isoflat.measures.catalogue import find_measure
-from isoflat.measures.run import measure_all
-from isoflat.symmetry.canonical import install
+from isoflat.symmetry.canonical.representative import install
 from isoflat.symmetry.found import TOLERANCE, Found
 
 SLACK = 1e-8

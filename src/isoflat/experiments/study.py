@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from isoflat.core.estimate import Estimate
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.core.table import Table
 from isoflat.experiments.data import Split
 from isoflat.experiments.loop import Regime, Training, accuracy, train
 from isoflat.experiments.numbers import GEOMETRIES, MEASURES, NUMBERS, Number
 from isoflat.experiments.verdict import Verdict, compare
-from isoflat.measures.run import measure_all
+from isoflat.measurement.run import measure_all
 
 Report = Callable[[str, float], None]
 """Told what is being done, and how many units of work (one network is two) have been done since the last call."""

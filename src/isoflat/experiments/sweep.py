@@ -19,12 +19,12 @@ from isoflat.experiments.numbers import Number
 from isoflat.experiments.recipe import Recipe
 from isoflat.experiments.store import Store
 from isoflat.experiments.study import one_thread
+from isoflat.measurement.prepare import subject
+from isoflat.measurement.run import opened, planned
 from isoflat.measures.base import Effort
 from isoflat.measures.catalogue import find_measure
-from isoflat.measures.prepare import subject
-from isoflat.measures.run import opened, planned
 from isoflat.risk.ranks import Ranks
-from isoflat.symmetry.discover import symmetries
+from isoflat.symmetry.finding.discover import symmetries
 
 FEW = 4
 """Rows that a network is traced and tried on."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.geometry.traced import Traced, behind_gains, unseen, without_unit
-from isoflat.symmetry.canonical import Gauge, Representative
+from isoflat.symmetry.canonical.representative import Gauge, Representative
 from isoflat.symmetry.found import Found
 
 

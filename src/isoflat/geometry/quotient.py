@@ -14,7 +14,7 @@ from isoflat.core.state import State
 from isoflat.geometry.layerwise import GEOMETRY as LAYERWISE
 from isoflat.linalg.maps import Complement, LinearMap
 from isoflat.linalg.operator import Operator, Pullback
-from isoflat.symmetry.base import Symmetry
+from isoflat.symmetry.groups.base import Symmetry
 
 
 @final
@@ -28,7 +28,7 @@ class Quotient:
         symmetry: the equivalence relation, verified on the network beforehand (`symmetry.base.verify`).
         state: the point.
 
-    >>> from isoflat.symmetry.scaling import LayerScale
+    >>> from isoflat.symmetry.groups.scaling import LayerScale
     >>> state = State({"u": torch.tensor([2.0]), "v": torch.tensor([0.5])})
     >>> quotient = Quotient(LayerScale(("u", "v"), (None, None)), state)
     >>> [round(x, 12) for x in quotient.vertical(torch.tensor([3.0, 0.0], dtype=torch.float64)).tolist()]

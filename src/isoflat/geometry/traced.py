@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
+from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.geometry.base import Chart, Geometry, Identity, Invariance
 from isoflat.linalg.maps import Composition, Diagonal, Embedding, LinearMap, Mixing, Part, Shear, Term, slices
 from isoflat.linalg.operator import Operator
-from isoflat.symmetry.canonical import Epsilon, Gauge, Representative, canonical
+from isoflat.symmetry.canonical.representative import Epsilon, Gauge, Representative, canonical
 from isoflat.symmetry.found import VERSION, Found
 
 

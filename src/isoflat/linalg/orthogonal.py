@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isoflat.core import space
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.linalg.probes import sphere
 
 

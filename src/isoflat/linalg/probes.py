@@ -32,7 +32,7 @@ class Distribution(StrEnum):
     def columns(self, n: int, k: int, stream: torch.Generator) -> Tensor:
         """The next k vectors, shape `(n, k)`, float64; drawn column by column, so that blocks of any width agree.
 
-        >>> from isoflat.core.streams import stream
+        >>> from isoflat.core.rng import stream
         >>> [round(space.norm(Distribution(kind).columns(100, 1, stream(0)))) for kind in ("rademacher", "sphere")]
         [10, 10]
         """
@@ -49,7 +49,7 @@ def sphere(n: int, stream: torch.Generator) -> Tensor:
 
     Uniformity, and independence of the data, is what the certificates rest on.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> round(space.norm(sphere(1000, stream(0))), 12)
     1.0
     """
@@ -60,7 +60,7 @@ def sphere(n: int, stream: torch.Generator) -> Tensor:
 def rademacher(n: int, k: int, stream: torch.Generator) -> Tensor:
     """Independent signs ±1, shape `(n, k)`, float64; drawn column by column, so that blocks of any width agree.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> narrow = stream(0)
     >>> bool((rademacher(5, 2, stream(0))[:, 1:] == [rademacher(5, 1, narrow) for _ in range(2)][1]).all())
     True
@@ -72,7 +72,7 @@ def rademacher(n: int, k: int, stream: torch.Generator) -> Tensor:
 def gaussian(n: int, k: int, stream: torch.Generator) -> Tensor:
     """Independent standard normal entries, shape `(n, k)`, float64; drawn column by column.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> gaussian(5, 2, stream(0)).shape
     torch.Size([5, 2])
     """
@@ -82,7 +82,7 @@ def gaussian(n: int, k: int, stream: torch.Generator) -> Tensor:
 def spherical(n: int, k: int, stream: torch.Generator) -> Tensor:
     """Uniform points of the sphere of radius √n as columns, shape `(n, k)`, float64; drawn column by column.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> round(space.norm(spherical(9, 1, stream(0))), 12)
     3.0
     """

@@ -120,7 +120,7 @@ class Told(Solver[R], ABC):
 class Probe(Solver[Tensor]):
     """One product with a given vector of shape `(n,)`; returns the product, shape `(n, 1)`.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> Probe(torch.tensor([1.0, 2.0]))(Dense(torch.diag(torch.tensor([3.0, 1.0]))), stream(0)).ravel().tolist()
     [3.0, 2.0]
@@ -181,7 +181,7 @@ def together(base: Operator, jobs: Sequence[Job], report: Callable[[str], None] 
     >>> from isoflat.linalg.maps import Diagonal, Identity
     >>> from isoflat.linalg.operator import Dense
     >>> from isoflat.linalg.eigen.lanczos import Lanczos
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> base = Dense(torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)))
     >>> half = Diagonal(torch.tensor([1.0, 2.0], dtype=torch.float64))
     >>> jobs = [Job(Pullback(base, e), Lanczos(), stream(0)) for e in (Identity(2), half)]

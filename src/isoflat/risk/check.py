@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import DataError, NonFinite
+from isoflat.core.rng import stream
 from isoflat.core.space import inner, largest, norm
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.risk.batches import Batches, pieces
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.likelihood import class_axis

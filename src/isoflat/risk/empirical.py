@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import DataError, NondeterministicRisk, NonFinite, UnsupportedModel, UsageError
+from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.risk.batches import Batches, Weighted, alone, digest, move, rows_of
 from isoflat.risk.losses import Loss, TargetLoss, Term, call, check_mean, importance, split
 from isoflat.risk.network import Network

@@ -58,7 +58,7 @@ class Sample:
     def of(chances: Tensor, stream: torch.Generator) -> Sample:
         """Drawn without replacement with given chances, shape `(rows,)`: systematically, in a random order.
 
-        >>> from isoflat.core.streams import stream
+        >>> from isoflat.core.rng import stream
         >>> sample = Sample.of(torch.tensor([1.0, 0.5, 0.5, 0.0], dtype=torch.float64), stream(0))
         >>> len(sample.places), sample.places[0].item(), sample.chances.tolist()
         (2, 0, [1.0, 0.5])

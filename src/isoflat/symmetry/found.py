@@ -17,18 +17,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from isoflat.core.errors import SymmetryViolated
 from isoflat.core.fingerprint import fingerprint
 from isoflat.core.precision import unrounded
+from isoflat.core.rng import stream
 from isoflat.core.state import State, everywhere
-from isoflat.core.streams import stream
-from isoflat.symmetry.base import Symmetry
-from isoflat.symmetry.basis import BasisChange
-from isoflat.symmetry.folds import kept
-from isoflat.symmetry.graph import skeleton
-from isoflat.symmetry.groups import effective, scaling
-from isoflat.symmetry.ledger import Ledger
-from isoflat.symmetry.relations import Form, Solution
+from isoflat.symmetry.canonical.gain_folding import kept
+from isoflat.symmetry.finding.constraints import Ledger
+from isoflat.symmetry.finding.graph import skeleton
+from isoflat.symmetry.finding.relations import Form, Solution
+from isoflat.symmetry.finding.solve import effective, scaling
+from isoflat.symmetry.groups.base import Symmetry
+from isoflat.symmetry.groups.basis import BasisChange
+from isoflat.symmetry.groups.translation import CommonVector, Translation
+from isoflat.symmetry.groups.units import UnitScaling
 from isoflat.symmetry.report import Line, lines
-from isoflat.symmetry.translation import CommonVector, Translation
-from isoflat.symmetry.units import UnitScaling
 
 VERSION = 2
 """Version of the rules; raised whenever another group may be found for some network."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import torch
 
-from isoflat.symmetry.basis import BasisChange
-from isoflat.symmetry.translation import CommonVector, Translation
+from isoflat.symmetry.groups.basis import BasisChange
+from isoflat.symmetry.groups.translation import CommonVector, Translation
 
 if TYPE_CHECKING:
     from isoflat.symmetry.found import Found

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 
 
 @final

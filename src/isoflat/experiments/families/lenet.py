@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.experiments.families import scaled
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from isoflat.core.errors import UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 
 
 def build(widths: Sequence[int] = (64, 128, 128, 128, 10), bias: bool = False, seed: int = 0) -> nn.Sequential:

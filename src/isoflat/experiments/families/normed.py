@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 
 
 def build(widths: Sequence[int] = (64, 64, 64, 10), seed: int = 0) -> nn.Sequential:

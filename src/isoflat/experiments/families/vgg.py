@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from isoflat.core.errors import UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.experiments.families import scaled
 
 STAGES: Mapping[int, tuple[tuple[int, ...], ...]] = MappingProxyType(

@@ -11,7 +11,7 @@ from typing import final
 import numpy as np
 
 from isoflat.core.errors import UsageError
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 
 Level = str | float
 """A value of a hyper-parameter; values are compared exactly."""

@@ -10,7 +10,7 @@ folder/index.sqlite                    made from the cells, to look them up; nev
 ```
 """
 
-from isoflat.experiments.store.cell import Cell, Refused
+from isoflat.experiments.store.artifact import Cell, Refused
 from isoflat.experiments.store.main import Store
 from isoflat.experiments.store.strict import address
 

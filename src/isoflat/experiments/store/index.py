@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isoflat.core.errors import DataError
-from isoflat.experiments.store.cell import Cell, read
+from isoflat.experiments.store.artifact import Cell, read
 from isoflat.experiments.store.strict import address, canonical, is_address, parse
 
 VERSION = 1

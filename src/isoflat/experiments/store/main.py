@@ -13,9 +13,10 @@ from typing import Any, final
 from torch import Tensor
 
 from isoflat.core.errors import DataError, UsageError
-from isoflat.experiments.store import files, index
-from isoflat.experiments.store.cell import SCHEMA, Cell, Refused, packed, read, write
+from isoflat.experiments.store import index
+from isoflat.experiments.store.artifact import SCHEMA, Cell, Refused, packed, read, write
 from isoflat.experiments.store.strict import canonical, flat, is_address, parse
+from isoflat.io import files
 
 MARKER = "isoflat-store.json"
 

@@ -30,7 +30,7 @@ class Deflated(Solver[Density]):
     Raises:
         UsageError: a setting has no meaning, or the budget allows for nothing.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> bulk = torch.linspace(0, 1, 400, dtype=torch.float64)
     >>> operator = Dense(torch.diag(torch.cat([torch.tensor([1e6], dtype=torch.float64), bulk])))

@@ -16,7 +16,7 @@ from isoflat.core.errors import UsageError
 from isoflat.linalg.certificate import outer_bounds
 from isoflat.linalg.density.counts import counted
 from isoflat.linalg.density.gauss import Reals, Run, pooled
-from isoflat.linalg.eigen.outside import Trial
+from isoflat.linalg.eigen.complement import Trial
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.orthogonal import orthogonalise
 from isoflat.linalg.probes import gaussian
@@ -65,7 +65,7 @@ class StochasticLanczosQuadrature(Deflating[Density]):
     Raises:
         UsageError: a setting has no meaning, or the directions do not fit or are not orthonormal.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> operator = Dense(torch.diag(torch.linspace(0, 1, 500, dtype=torch.float64)))
     >>> density = StochasticLanczosQuadrature(probes=4, depth=40)(operator, stream(0))

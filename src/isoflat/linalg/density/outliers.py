@@ -56,7 +56,7 @@ class Outliers(Solver[Separated]):
     Raises:
         UsageError: a setting has no meaning.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> bulk = torch.linspace(0, 1, 98, dtype=torch.float64)
     >>> spikes = torch.tensor([9.0, -7.0], dtype=torch.float64)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from isoflat.core import space
 from isoflat.core.fingerprint import fingerprint
-from isoflat.core.streams import stream as fresh_stream
+from isoflat.core.rng import stream as fresh_stream
+from isoflat.linalg.eigen.complement import Aim, Outside, Trial, outside
 from isoflat.linalg.eigen.extremes import REACHED, ROUNDING
-from isoflat.linalg.eigen.outside import Aim, Outside, Trial, outside
 from isoflat.linalg.eigen.pairs import Pair, Pairs, Reals
 from isoflat.linalg.eigen.verified import Verified, slots
 from isoflat.linalg.orthogonal import orthonormalise

@@ -33,7 +33,7 @@ class Eigenpairs(Many):
         block: vectors that share a pass over the data, at most; a start of fewer is padded to as many with random ones.
             None for as many as are wanted, at most 4, or as the warm start has.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> operator = Dense(torch.diag(torch.tensor([5.0, 5.0, 4.0, 1.0, 0.5, 0.0, -3.0], dtype=torch.float64)))
     >>> run = Eigenpairs(largest=3, smallest=1, rtol=1e-9)(operator, stream(0))

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from isoflat.core import space
+from isoflat.linalg.eigen.complement import Aim, Outside, Trial, outside
 from isoflat.linalg.eigen.extremes import REACHED, ROUNDING, End, Extremes, Which
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.linalg.eigen.outside import Aim, Outside, Trial, outside
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.operator import Parts
 from isoflat.linalg.orthogonal import orthogonalise
@@ -56,7 +56,7 @@ class HardFirst(Solver[Extremes]):
     Attributes:
         whole: the solver of an operator without parts, with the tolerance, the confidence and the budget.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense, Sum
     >>> heavy = Dense(torch.diag(torch.linspace(0, 1, 50, dtype=torch.float64) ** 4))
     >>> both = Sum((heavy, Dense(1e-3 * torch.eye(50, dtype=torch.float64))), costs=(1.0, 9.0))

@@ -36,7 +36,7 @@ class Lanczos(Solver[Extremes]):
         max_products: budget, the final product included.
         seconds: budget of wall-clock time; None for no limit.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> run = Lanczos(rtol=1e-9)(Dense(torch.diag(torch.arange(-3.0, 3.0, dtype=torch.float64))), stream(0))
     >>> round(run.bottom.value, 9), round(run.top.value, 9), run.reached

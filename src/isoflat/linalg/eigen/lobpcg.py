@@ -33,7 +33,7 @@ class Lobpcg(Many):
     Attributes:
         guard: vectors beyond the wanted ones at each end that is asked for; convergence depends on the gap behind them.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> operator = Dense(torch.diag(torch.tensor([5.0, 5.0, 4.0, 1.0, 0.5, 0.0, -3.0], dtype=torch.float64)))
     >>> run = Lobpcg(largest=3, smallest=1, rtol=1e-9)(operator, stream(0))

@@ -31,7 +31,7 @@ class PowerMethod(Solver[Extremes]):
         tol: relative change of v at which to stop; the paper's 1e-8.
         max_products: at most so many products; the paper's 1000.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> run = PowerMethod()(Dense(torch.diag(torch.tensor([1.0, -2.0], dtype=torch.float64))), stream(0))
     >>> round(run.wanted.value, 12), run.reached

@@ -55,7 +55,7 @@ class Recheck(Told[Seen]):
     Attributes:
         witness: shape `(n,)`, of any length but zero.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> seen = Recheck(torch.tensor([0.0, 2.0]))(Dense(torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))), stream(0))
     >>> round(seen.rayleigh, 9), round(seen.high, 9), round(seen.length, 9)

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from isoflat.linalg.eigen.outside import Aim, Outside, Trial, outside
+from isoflat.linalg.eigen.complement import Aim, Outside, Trial, outside
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
 
 CLEAR = 0.25
@@ -25,7 +25,7 @@ class Remainder(Solver[Outside]):
         confidence: probability that both bounds hold.
         max_products: budget, the one with the vector included.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> operator = Dense(torch.diag(torch.cat([torch.tensor([9.0]), torch.linspace(0, 1, 99)]).double()))
     >>> left = Remainder(torch.eye(100, dtype=torch.float64)[0])(operator, stream(0))

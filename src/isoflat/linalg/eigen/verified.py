@@ -9,7 +9,7 @@ from typing import final
 import numpy as np
 import torch
 
-from isoflat.linalg.eigen.outside import Outside, Trial
+from isoflat.linalg.eigen.complement import Outside, Trial
 from isoflat.linalg.eigen.pairs import Reals
 
 

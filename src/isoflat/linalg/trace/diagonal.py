@@ -56,7 +56,7 @@ class Diagonal(Solver[DiagonalEstimate]):
     Raises:
         UsageError: a setting has no meaning, or the sizes do not add up to the operator's dimension.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> run = Diagonal(probes=2, sizes=(1, 2))(Dense(torch.diag(torch.arange(1.0, 4.0).double())), stream(0))
     >>> run.diagonal.tolist(), [part.value for part in run.blocks]

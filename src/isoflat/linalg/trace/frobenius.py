@@ -83,7 +83,7 @@ class Frobenius(Deflating[FrobeniusEstimate]):
     Raises:
         UsageError: a setting has no meaning, or the directions do not fit or are not orthonormal.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> Frobenius(probes=4)(Dense(torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))), stream(0)).value
     5.0

@@ -64,7 +64,7 @@ class Hutchinson(Deflating[TraceEstimate]):
     Raises:
         UsageError: a setting has no meaning, or the directions do not fit or are not orthonormal.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> Hutchinson(probes=4)(Dense(torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64))), stream(0)).value
     3.0

@@ -38,7 +38,7 @@ class HutchPlusPlus(Solver[TraceEstimate]):
     Raises:
         UsageError: a setting has no meaning.
 
-    >>> from isoflat.core.streams import stream
+    >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
     >>> rank_one = torch.outer(torch.arange(50.0, dtype=torch.float64), torch.arange(50.0, dtype=torch.float64))
     >>> round(HutchPlusPlus(sketch=2, probes=4)(Dense(rank_one), stream(0)).value / float(rank_one.trace()), 12)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.curvature.sweeps import Pass, Sweeps
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import Asking, Direction, Effort, Findings, Measure, Reading, Scene

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
+from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.curvature.matrix import Curvature
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.operator import Pullback

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
+from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Reading, Scene
 from isoflat.measures.entries.stochastic import mean_of

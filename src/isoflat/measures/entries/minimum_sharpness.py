@@ -11,15 +11,15 @@ from scipy import sparse
 
 from isoflat.core.errors import SymmetryViolated, UsageError
 from isoflat.core.estimate import Estimate
+from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.core.streams import stream
 from isoflat.geometry.base import Invariance
+from isoflat.measurement.prepare import outputs
 from isoflat.measures.base import Asking, Direction, Findings, Measure, Reading, Scene
 from isoflat.measures.entries.readings import BlockTraces
-from isoflat.measures.prepare import outputs
-from isoflat.symmetry.base import verify
-from isoflat.symmetry.potential import Mass, least
-from isoflat.symmetry.scaling import LayerScale
+from isoflat.symmetry.canonical.potential import Mass, least
+from isoflat.symmetry.groups.base import verify
+from isoflat.symmetry.groups.scaling import LayerScale
 
 
 @final

@@ -10,7 +10,7 @@ from isoflat.geometry.base import Invariance
 from isoflat.geometry.traced import Traced
 from isoflat.measures.base import Asking, Direction, Findings, Measure, Reading, Scene
 from isoflat.measures.entries.readings import Diagonal
-from isoflat.symmetry.potential import Mass, least
+from isoflat.symmetry.canonical.potential import Mass, least
 
 
 @final

@@ -31,7 +31,7 @@ from isoflat.geometry.traced import Traced
 from isoflat.measures.base import Asking, Direction, Effort, Findings, Measure, Question, Reading, Scene
 from isoflat.measures.entries.pac_bayes import BOUNDED, catoni, check_mean, check_options
 from isoflat.measures.entries.readings import Diagonal
-from isoflat.symmetry.units import Exponents
+from isoflat.symmetry.groups.units import Exponents
 
 NAME = "pac_bayes_rescaled"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.estimate import Estimate
-from isoflat.core.streams import stream
+from isoflat.core.rng import stream
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Reading, Scene
 from isoflat.measures.entries.stochastic import mean_of

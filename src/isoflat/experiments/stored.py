@@ -1,0 +1,130 @@
+"""A comparison of networks whose numbers are stored: nothing is loaded, and nothing measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+from isoflat.cli.terminal import complain, visible
+from isoflat.core.comparison import Comparison
+from isoflat.core.errors import DataError, UsageError
+from isoflat.core.record import Record
+from isoflat.core.table import Table
+from isoflat.experiments.results import Found, Results, read, read_file
+from isoflat.measurement.compare import contrast
+
+SUFFIXES = (".json", ".jsonl")
+"""Of files with results."""
+
+
+@final
+@dataclass(frozen=True)
+class Wanted:
+    """Which of the stored numbers are compared.
+
+    Attributes:
+        measures: names as in the catalogue; none for all that every network has.
+        geometries: likewise.
+        logits: what scores became before the loss.
+    """
+
+    measures: tuple[str, ...] = ()
+    geometries: tuple[str, ...] = ()
+    logits: str = "raw"
+
+    def __contains__(self, record: Record) -> bool:
+        """Whether it is one of them."""
+        return (
+            (not self.measures or record.measure in self.measures)
+            and (not self.geometries or record.geometry in self.geometries)
+            and record.settings.get("logits", "raw") == self.logits
+        )
+
+
+def holds_results(path: Path) -> bool:
+    """Whether a path is of stored numbers, by its kind; weights have other endings.
+
+    >>> holds_results(Path("runs/small.json")), holds_results(Path("small.safetensors.index.json"))
+    (True, False)
+    """
+    return path.is_dir() or (path.suffix in SUFFIXES and not path.name.endswith(".index.json"))
+
+
+def compared(paths: Sequence[Path], wanted: Wanted, reference: str | None) -> tuple[Comparison, dict[str, Any]]:
+    """The networks in folders and files, set against each other by the numbers that all of them have.
+
+    Args:
+        paths: folders of `isoflat reproduce`, `study` or `demo`, stores, and results of `isoflat measure`.
+        wanted: which numbers.
+        reference: the label that others are set against; None for the first.
+
+    Returns:
+        The comparison, and what was compared.
+
+    Raises:
+        DataError: a file is damaged, or there are no two networks with a number in common.
+        UsageError: two cannot be compared, or there is no network of this label.
+    """
+    networks, notes = _networks(paths, wanted)
+    if len(networks) < 2:
+        there = f"only {next(iter(networks))}" if networks else "no network"
+        raise DataError(
+            f"{', '.join(map(str, paths))}: {there} with a number to compare, expected two or more; name several results of "
+            "isoflat measure, or a folder of isoflat reproduce or study"
+        )
+    if reference is not None and reference not in networks:
+        raise UsageError(f"--reference {reference} is none of the networks: {', '.join(networks)}")
+    common = [key for key in next(iter(networks.values())) if all(key in rows for rows in networks.values())]
+    every = dict.fromkeys(key for rows in networks.values() for key in rows)
+    if not common:
+        raise DataError(
+            f"no number is known of all {len(networks)} networks: measure all alike, or choose with --measure"
+        )
+    if missing := [f"{measure} ({geometry})" for measure, geometry in every if (measure, geometry) not in common]:
+        notes.append(f"not known of all networks, and left out: {', '.join(missing)}")
+    tables = [Table(tuple(replace(rows[key], label=label) for key in common)) for label, rows in networks.items()]
+    return contrast(tables, reference), {"stored": [str(path) for path in paths], "notes": notes}
+
+
+def _networks(paths: Sequence[Path], wanted: Wanted) -> tuple[dict[str, dict[tuple[str, str], Record]], list[str]]:
+    """Every network's numbers, by label; at its own weights, not at others of its orbit."""
+    sources = [(path, [number for number in _numbers(path) if number.record in wanted]) for path in paths]
+    owners: dict[str, set[int]] = {}
+    for place, (_, found) in enumerate(sources):
+        for number in found:
+            owners.setdefault(number.label, set()).add(place)
+    networks: dict[str, dict[tuple[str, str], Record]] = {}
+    weights: dict[str, str] = {}
+    others: set[str] = set()
+    for path, found in sources:
+        for number in found:
+            record = number.record
+            label = visible(number.label if len(owners[number.label]) == 1 else f"{path}: {number.label}")
+            if weights.setdefault(label, record.model_hash) == record.model_hash:
+                networks.setdefault(label, {}).setdefault((record.measure, record.geometry), record)
+            else:
+                others.add(record.model_hash)
+    note = "other weights of the same networks, such as at random points of their orbits, are left out"
+    return networks, [f"{len(others)} {note}"] * bool(others)
+
+
+def _numbers(path: Path) -> list[Found]:
+    """Those that are stored by themselves, and those of comparisons."""
+    results = _read(path)
+    others = [Found(row, contest.source) for contest in results.contests for row in contest.comparison.rows]
+    return [*results.found, *others]
+
+
+def _read(path: Path) -> Results:
+    """What is stored there; in a folder a damaged file is named and left out, a damaged file by itself is refused."""
+    if path.is_dir():
+        results = read(path)
+        for refused in results.refused:
+            complain(refused.why, "warning")
+        return results
+    results = read_file(path)
+    if results.refused:
+        raise DataError(results.refused[0].why)
+    return results

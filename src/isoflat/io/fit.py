@@ -1,0 +1,169 @@
+"""Weights into a network: all of them, in the right places, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from isoflat.cli.terminal import some
+from isoflat.core.errors import CheckpointError, UnsupportedModel
+from isoflat.io.weights import Weights
+
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""Prefixes that data parallelism, compilation and Lightning put before every name."""
+
+
+def fit(model: nn.Module, weights: Weights, prefixes: Sequence[str] = ()) -> tuple[str, ...]:
+    """Load weights into a network strictly, after everything about them has been checked.
+
+    Args:
+        model: changed in place; left as it is where anything does not fit.
+        weights: from `read_weights`.
+        prefixes: removed from the front of the names, in this order; the usual wrappers' are found by themselves.
+
+    Returns:
+        Notes for the reader of the result.
+
+    Raises:
+        CheckpointError: names, shapes or types differ; all differences are listed in one message.
+        UnsupportedModel: a tensor of the network has no shape yet.
+    """
+    target = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    if lazy := [name for name, tensor in target.items() if nn.parameter.is_lazy(tensor)]:
+        raise UnsupportedModel(f"{some(lazy)} tensors have no shape yet (lazy): run the network once in its factory")
+    tensors, notes = _rename(dict(weights.tensors), target, prefixes, weights)
+    tied = _tied(target)
+    for names in tied:
+        if held := [name for name in names if name in tensors]:
+            tensors = {**dict.fromkeys(names, tensors[held[0]]), **tensors}
+    # Files from before torch 0.4.1 lack these counters of training steps, which evaluation never reads.
+    tensors = {**{name: target[name] for name in target if name.endswith("num_batches_tracked")}, **tensors}
+    if problems := list(_problems(tensors, target, tied)):
+        raise CheckpointError(
+            f"{weights.source} does not fit {type(model).__name__}: {'; '.join(problems)}. Build the network these "
+            "weights were trained in, or pick the right ones with --weights-key and --strip-prefix"
+        )
+    if rounded := [name for name, tensor in tensors.items() if not _exact(tensor, target[name])]:
+        kinds = f"{tensors[rounded[0]].dtype} to {target[rounded[0]].dtype}"
+        notes.append(f"weights rounded from {kinds} to fit the network: {some(rounded)}".replace("torch.", ""))
+    notes += _set_epsilons(model, weights)
+    try:
+        model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{weights.source}: the network refuses its weights: {error}") from error
+    return (*weights.notes, *notes)
+
+
+def _set_epsilons(model: nn.Module, weights: Weights) -> list[str]:
+    """Epsilons that belong to the weights, into the modules that hold them.
+
+    Raises:
+        CheckpointError: the network has no such number.
+    """
+    modules = dict(model.named_modules())
+    notes = []
+    for path, value in weights.epsilons.items():
+        place, _, name = path.rpartition(".")
+        held = vars(modules[place]).get(name) if place in modules else None
+        if "eps" not in name or not isinstance(held, float):
+            raise CheckpointError(
+                f"{weights.source} comes with the epsilon {path!r}, which {type(model).__name__} does not have. Build the "
+                "network these weights were made for"
+            )
+        notes.append(f"{path} = {value:.6g}, as it belongs to these weights (it was {held:g})")
+    for path, value in weights.epsilons.items():
+        place, _, name = path.rpartition(".")
+        setattr(modules[place], name, value)
+    return notes
+
+
+def _rename(
+    tensors: dict[str, Tensor], target: Mapping[str, Tensor], prefixes: Sequence[str], weights: Weights
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without prefixes that the network does not have."""
+    notes = []
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in tensors):
+            raise CheckpointError(
+                f"{weights.source}: no tensor's name begins with --strip-prefix {prefix!r}; there are {some(tensors)}"
+            )
+        tensors = _stripped(tensors, prefix, weights)
+    best, removed = tensors, ""
+    candidate, path = tensors, ""
+    while candidate.keys() != target.keys() and (
+        prefix := next((wrapper for wrapper in WRAPPERS if all(name.startswith(wrapper) for name in candidate)), None)
+    ):
+        candidate, path = _stripped(candidate, prefix, weights), path + prefix
+        if len(candidate.keys() & target.keys()) > len(best.keys() & target.keys()):
+            best, removed = candidate, path
+    if removed:
+        notes.append(f"the prefix {removed!r} was removed from the names in {weights.source.name}")
+    return best, notes
+
+
+def _stripped(tensors: Mapping[str, Tensor], prefix: str, weights: Weights) -> dict[str, Tensor]:
+    renamed = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise CheckpointError(f"{weights.source}: without the prefix {prefix!r}, two tensors would have one name")
+    return renamed
+
+
+def _tied(target: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of one and the same tensor: files often hold it under one of them only."""
+    groups: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, tensor in target.items():
+        if tensor.numel():
+            groups.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _problems(
+    tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], tied: Sequence[Sequence[str]]
+) -> Iterator[str]:
+    """Everything that does not fit, each kind in a few words."""
+    if missing := [name for name in target if name not in tensors]:
+        yield f"missing {some(missing)}"
+    if unexpected := [name for name in tensors if name not in target]:
+        yield f"unexpected {some(unexpected)}"
+    both = [(name, tensors[name], target[name]) for name in target if name in tensors]
+    shapes = [
+        f"{name} is {list(there.shape)}, not {list(wanted.shape)}"
+        for name, there, wanted in both
+        if there.shape != wanted.shape
+    ]
+    if shapes:
+        yield f"wrong shape {some(shapes)}"
+    types = [
+        f"{name} is {there.dtype}, not {wanted.dtype}".replace("torch.", "")
+        for name, there, wanted in both
+        if _kind(there) != _kind(wanted)
+    ]
+    if types:
+        yield f"wrong type {some(types)}"
+    differing = [
+        " and ".join(names)
+        for names in tied
+        if names[0] in tensors and any(not _same(tensors[name], tensors[names[0]]) for name in names)
+    ]
+    if differing:
+        yield f"tied in the network but different in the file {some(differing)}"
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    return "floating" if tensor.is_floating_point() else "bool" if tensor.dtype is torch.bool else "integer"
+
+
+def _exact(tensor: Tensor, wanted: Tensor) -> bool:
+    """Whether every value of one type is a value of the other."""
+    if not (tensor.is_floating_point() and wanted.is_floating_point()):
+        return True
+    there, here = torch.finfo(tensor.dtype), torch.finfo(wanted.dtype)
+    return here.eps <= there.eps and here.max >= there.max

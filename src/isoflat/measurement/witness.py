@@ -1,0 +1,497 @@
+"""Stored numbers checked again by the vectors that carry them: two products each, instead of a measurement.
+
+With a unit vector x, the *witness* of a stored eigenvalue, and one product `A x` in float64, whoever made the file,
+
+    ρ = ⟨x, A x⟩ ≤ λ_max(A),   ‖A x‖ ≤ ‖A‖,   and an eigenvalue lies in [ρ − r, ρ + r],   r = ‖A x − ρ x‖.
+
+A second product, with a random y orthogonal to x, gives the best bounds that both vectors allow: the Ritz values of their
+span, and the norm of A on it. What exceeds the stored upper end proves it wrong. What does not proves no more: that end rests
+on the certificate's probability (`linalg.certificate`), which two products cannot confirm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from isoflat.core.errors import IsoflatError, UnknownName, UsageError
+from isoflat.core.estimate import Estimate
+from isoflat.core.fingerprint import fingerprint
+from isoflat.core.record import Point, Record
+from isoflat.core.rng import stream
+from isoflat.core.table import interval
+from isoflat.curvature.matrix import Matrix
+from isoflat.geometry.base import Geometry
+from isoflat.geometry.layerwise import stationarity
+from isoflat.geometry.traced import Traced
+from isoflat.linalg.eigen.extremes import End, Extremes, Which
+from isoflat.linalg.eigen.hard_first import HardFirst
+from isoflat.linalg.eigen.lanczos import Lanczos
+from isoflat.linalg.eigen.recheck import Recheck, Seen
+from isoflat.linalg.operator import Pullback
+from isoflat.linalg.solver import Job, Outcome, together
+from isoflat.measurement.prepare import point, subject
+from isoflat.measurement.run import checked, opened
+from isoflat.measurement.scribe import ALLOWANCE, group_of, restricted
+from isoflat.measurement.session import Session
+from isoflat.measures.base import Effort, Findings, Measure, Spectral, Subject
+from isoflat.measures.catalogue import find_geometry, find_measure
+from isoflat.risk.empirical import EmpiricalRisk, Survey
+from isoflat.risk.linearise import Check as Agreement
+from isoflat.risk.linearise import survey
+from isoflat.risk.network import Selector
+from isoflat.risk.ranks import Ranks
+from isoflat.symmetry.found import VERSION, Found
+from isoflat.symmetry.groups.base import Symmetry
+
+SHARE = 0.01
+"""Of the width of an enclosure: what the value may be off for reasons of its own, such as the rounding of another machine."""
+
+SAME_LOSS = 30
+"""Square roots of the precision by which the loss may differ: another loss function is off by more."""
+
+Rows = Sequence[tuple[Record, Tensor | None]]
+"""Stored numbers, each with its witness, if it has one."""
+
+
+class Verdict(StrEnum):
+    """What became of a stored number."""
+
+    HOLDS = "holds"
+    FALSE = "does not hold"
+    REFUSED = "refused"
+    UNCHECKED = "can only be measured again"
+
+
+@final
+@dataclass(frozen=True)
+class Check:
+    """A stored number, checked.
+
+    Attributes:
+        measure: name of the number.
+        geometry: in which it was measured.
+        verdict: what became of it.
+        sentence: why, in words.
+        stored: the number.
+        value: what the witness gives in its place, in the number's units; None where no product was made.
+        residual: of the witness, in these units.
+        contains: certainly contains an eigenvalue (in these units), whatever is stored.
+        reach: what two products prove the number to reach.
+    """
+
+    measure: str
+    geometry: str
+    verdict: Verdict
+    sentence: str
+    stored: Estimate
+    value: float | None = None
+    residual: float | None = None
+    contains: tuple[float, float] | None = None
+    reach: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            **vars(self),
+            "verdict": str(self.verdict),
+            "stored": self.stored.to_dict(),
+            "contains": None if self.contains is None else list(self.contains),
+        }
+
+
+def checkable(measure: Measure) -> Spectral | None:
+    """The question of a number that is one extreme eigenvalue, up to a factor; None for all others."""
+    questions = measure.questions(Effort())
+    if len(questions) != 1 or not isinstance(questions[0], Spectral):
+        return None
+    return questions[0] if isinstance(questions[0].solver, HardFirst | Lanczos) else None
+
+
+def carried(record: Record) -> bool:
+    """Whether a number of this name comes with a witness, if any does."""
+    try:
+        return checkable(find_measure(record.measure)) is not None
+    except UsageError:
+        return False
+
+
+def verify(
+    record: Record,
+    vector: Tensor | None,
+    model: torch.nn.Module,
+    data: Any,
+    loss: Any = None,
+    **settings: Any,
+) -> Check:
+    """Check a stored number by its witness.
+
+    Args:
+        record: the number, as `measure_all` wrote it.
+        vector: its witness (`measure_all(..., keep=...)`), in the coordinates of its geometry.
+        model: the network with the weights that were measured.
+        data: the data, in the same order and batches.
+        loss: as it was measured with.
+        **settings: as for `verify_all`.
+
+    Raises:
+        IsoflatError: the network cannot be measured.
+
+    >>> from isoflat import measure_all
+    >>> net, kept = torch.nn.Linear(3, 1), []
+    >>> data = torch.eye(3), torch.ones(3, 1)
+    >>> _ = measure_all(net, data, torch.nn.MSELoss(), keep=lambda *row: kept.append(row))
+    >>> str(verify(*kept[0], net, data, torch.nn.MSELoss()).verdict)
+    'holds'
+    """
+    return verify_all([(record, vector)], model, data, loss, **settings)[0]
+
+
+def verify_all(  # noqa: PLR0913
+    rows: Rows,
+    model: torch.nn.Module,
+    data: Any,
+    loss: Any = None,
+    *,
+    params: Selector = None,
+    symmetries: Found | Sequence[Symmetry] | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    check: Agreement | str = Agreement.REFUSE,
+) -> tuple[Check, ...]:
+    """Check stored numbers of one network by their witnesses, with shared passes over the data.
+
+    Precision and what becomes of scores are taken from the records.
+
+    Args:
+        rows: the numbers with their witnesses.
+        model: as for `verify`.
+        data: as for `verify`.
+        loss: as for `verify`.
+        params: which tensors counted.
+        symmetries: as `measure_all` was given.
+        device: where to compute.
+        seed: of the random vectors.
+        check: as for `measure_all`.
+
+    Returns:
+        One check for each row, in order.
+
+    Raises:
+        IsoflatError: the network cannot be measured, or a record does not say how it was.
+    """
+    effort = Effort(seed=seed, check=checked(check))
+    found: dict[int, Check] = {}
+    for made in dict.fromkeys(_Made.of(record) for record, _ in rows):
+        cases: list[_Case] = []
+        target: Subject | None = None
+        for number, (record, vector) in enumerate(rows):
+            if _Made.of(record) != made:
+                continue
+            case = _case(number, record, vector)
+            if isinstance(case, _Case):
+                target = target or made.subject(model, data, loss, params, device)
+                case = _same(case, target.state.fingerprint())
+            if isinstance(case, _Case):
+                cases.append(case)
+            else:
+                found[number] = case
+        if target is not None and cases:
+            found |= _checked(cases, target, effort, symmetries)
+    return tuple(found[number] for number in range(len(rows)))
+
+
+@final
+@dataclass(frozen=True)
+class _Case:
+    """A number that can be checked.
+
+    Attributes:
+        number: its place.
+        record: what is stored.
+        witness: its vector.
+        measure: as in the catalogue.
+        geometry: in the end with the network's symmetries.
+        question: what the measure asks.
+    """
+
+    number: int
+    record: Record
+    witness: Tensor
+    measure: Measure
+    geometry: Geometry
+    question: Spectral
+
+    @property
+    def which(self) -> Which:
+        """The end of the spectrum."""
+        solver = self.question.solver
+        assert isinstance(solver, HardFirst | Lanczos)
+        return solver.whole.which if isinstance(solver, HardFirst) else solver.which
+
+    def refused(self, sentence: str) -> Check:
+        """It could be checked, if it were what it says."""
+        return _said(self.record, Verdict.REFUSED, sentence)
+
+
+def _said(record: Record, verdict: Verdict, sentence: str) -> Check:
+    return Check(record.measure, record.geometry, verdict, sentence, record.estimate)
+
+
+@final
+@dataclass(frozen=True)
+class _Made:
+    """How a number was measured: in which precision, with what done to scores, by how many processes that cut the data."""
+
+    dtype: str
+    logits: str
+    processes: int
+
+    @staticmethod
+    def of(record: Record) -> _Made:
+        """As the record says."""
+        dtype, logits, processes = (record.settings.get(key) for key in ("dtype", "logits", "processes"))
+        if dtype in ("float32", "float64") and isinstance(logits, str) and isinstance(processes, int) and processes > 0:
+            return _Made(dtype, logits, processes)
+        raise UsageError(
+            f"the record of {record.measure} does not say how it was measured (dtype {dtype!r}, logits {logits!r}, "
+            f"processes {processes!r}): measure again"
+        )
+
+    def subject(
+        self, model: torch.nn.Module, data: Any, loss: Any, params: Selector, device: torch.device | str | None
+    ) -> Subject:
+        """What is measured, prepared as it was then."""
+        target = subject(model, data, loss, params, self.dtype, device, None if self.logits == "raw" else self.logits)
+        return replace(target, risk=replace(target.risk, batches=target.risk.batches.among(self.processes)))
+
+
+def _case(number: int, record: Record, vector: Tensor | None) -> _Case | Check:
+    """What can be checked about a row, as far as the row tells."""
+    try:
+        measure, geometry = find_measure(record.measure), find_geometry(record.geometry)
+        question = checkable(measure)
+    except UnknownName as error:
+        return _said(record, Verdict.UNCHECKED, f"cannot be checked by name alone: {error}")
+    except UsageError as error:
+        return _said(record, Verdict.REFUSED, f"the name of the number makes no sense: {error}")
+    if question is None:
+        return _said(
+            record, Verdict.UNCHECKED, "this is no single extreme eigenvalue: there is no vector to check it by"
+        )
+    if measure.geometry not in (None, record.geometry):
+        words = f"{measure.name} is defined in the {measure.geometry} geometry, not in {record.geometry}"
+        return _said(record, Verdict.REFUSED, words)
+    if vector is None:
+        return _said(record, Verdict.UNCHECKED, "it was stored without a witness")
+    if (
+        vector.ndim != 1
+        or not vector.is_floating_point()
+        or not bool(vector.isfinite().all())
+        or not bool(vector.any())
+    ):
+        words = "the witness is no vector of finite numbers that are not all zero: it was damaged or replaced"
+        return _said(record, Verdict.REFUSED, words)
+    return _Case(number, record, vector, measure, geometry, question)
+
+
+def _same(case: _Case, model_hash: str) -> _Case | Check:
+    """The case, if the network and the versions of its number are what they were."""
+    record = case.record
+    if model_hash != record.model_hash:
+        return case.refused(
+            f"this is another network: the weights have the fingerprint {model_hash}, the record's {record.model_hash}"
+        )
+    now = {"measure": str(case.measure.version), "geometry": str(case.geometry.version)}
+    if isinstance(case.geometry, Traced):
+        now["rules"] = str(VERSION)
+    for what, version in now.items():
+        if (then := record.versions.get(what)) != version:
+            return case.refused(
+                f"it was measured by version {then} of the {what}, and this isoflat has {version}: measure again"
+            )
+    return case
+
+
+def _checked(
+    cases: Sequence[_Case], target: Subject, effort: Effort, symmetries: Found | Sequence[Symmetry] | None
+) -> dict[int, Check]:
+    """The cases, by products."""
+    found: dict[int, Check] = {}
+    plan = tuple((case.measure, case.geometry) for case in cases)
+    with opened(lambda: target, plan, effort, symmetries, Ranks.here(), "", progress=False) as session:
+        charts = session.charts()
+        states = {id(chart.state): chart.state for chart in charts.values()}
+        read = {key: survey(session.subject.risk, state) for key, state in states.items()}
+        left: list[_Case] = []
+        for case, (_, geometry) in zip(cases, session.plan, strict=True):
+            chart = charts[geometry]
+            ready = _fitting(replace(case, geometry=geometry), read[id(chart.state)][1], charts)
+            if isinstance(ready, Check):
+                found[case.number] = ready
+            else:
+                left.append(ready)
+        if not left:
+            return found
+        risk, seen = next(iter(read.values()))
+        remaining = replace(session, plan=tuple((case.measure, case.geometry) for case in left))
+        chosen, route = remaining.routed(risk.pinned(seen))
+        if not chosen.effort.certify:  # differences of gradients: their products are not exact
+            inexact = [case for case in left if case.question.matrix is Matrix.HESSIAN]
+            words = "its products are differences of gradients here, which are not exact: a fresh one proves nothing"
+            found |= {case.number: _said(case.record, Verdict.UNCHECKED, words) for case in inexact}
+            left = [case for case in left if case.number not in found]
+        for key, (own, told) in read.items():
+            here = [case for case in left if id(charts[case.geometry].state) == key]
+            for matrix in dict.fromkeys(case.question.matrix for case in here):
+                group = [case for case in here if case.question.matrix is matrix]
+                found |= _multiplied(group, matrix, chosen, (own.pinned(told), told), route, charts)
+    return found
+
+
+def _fitting(case: _Case, seen: Survey, charts: Mapping[Geometry, Any]) -> _Case | Check:
+    """The case, if data, group, loss and witness are what they were."""
+    record, chart = case.record, charts[case.geometry]
+    if (came := fingerprint(*seen.digests)) != record.data_hash:
+        return case.refused(
+            f"this is other data, or the same in other batches: its fingerprint is {came}, the record's {record.data_hash}"
+        )
+    if (came := group_of(case.measure, chart)[1]) != record.group_hash:
+        return case.refused(
+            f"the {record.geometry} geometry has another group on this network ({came}) than the record says "
+            f"({record.group_hash}): other trainable tensors (params), or another architecture"
+        )
+    apart = SAME_LOSS * torch.finfo(chart.state.dtype).eps ** 0.5
+    if not math.isclose(seen.loss, record.point.loss, rel_tol=apart, abs_tol=0.0):
+        return case.refused(
+            f"the loss here is {seen.loss:.8g}, and the record says {record.point.loss:.8g}: another loss function, or a "
+            "record that was edited"
+        )
+    if len(case.witness) != chart.frame.columns:
+        return case.refused(
+            f"the witness has {len(case.witness)} entries, and the {record.geometry} geometry {chart.frame.columns} "
+            "coordinates: it was cut off or replaced"
+        )
+    return case
+
+
+def _multiplied(
+    group: Sequence[_Case],
+    matrix: Matrix,
+    session: Session,
+    there: tuple[EmpiricalRisk, Survey],
+    route: Any,
+    charts: Mapping[Geometry, Any],
+) -> dict[int, Check]:
+    """Cases of one matrix at one point, by two products each in two passes over the data."""
+    risk, seen = there
+    state = charts[group[0].geometry].state
+    place = session.placed(state, risk, seen, route, [matrix])
+    if matrix in place.refused:
+        error: IsoflatError = place.refused[matrix]
+        return {case.number: case.refused(str(error)) for case in group}
+    base = place.products[matrix].operator
+    jobs = []
+    for case in group:
+        plus = case.geometry.connection(state, seen.gradient) if case.question.covariant else None
+        random = stream(session.effort.seed, "verify", case.record.measure, case.record.geometry)
+        jobs.append(Job(Pullback(base, charts[case.geometry].frame, plus), Recheck(case.witness), random))
+    where = point(session.subject.state, restricted(seen, state, session.subject.state))
+    # The connection term is made of the gradient, which is as exact as the precision of the survey.
+    loose = ALLOWANCE * torch.finfo(state.dtype).eps * stationarity(state, seen.gradient)
+    outcomes = together(base, jobs, session.report)
+    return {
+        case.number: judged(case, outcome.result, where, loose if case.question.covariant else 0.0)
+        for case, outcome in zip(group, outcomes, strict=True)
+    }
+
+
+def judged(case: _Case, seen: Seen, where: Point, loose: float) -> Check:
+    """What two products say about a stored number.
+
+    Args:
+        case: the number.
+        seen: the products.
+        where: the point, with its loss.
+        loose: what the operator itself may be off by.
+    """
+    record, which = case.record, case.which
+    factor = _factor(case.measure, where)
+    if factor is None:
+        return _said(record, Verdict.UNCHECKED, "it is no multiple of an eigenvalue: there is nothing to check it by")
+    stored = record.estimate
+    sign = -1.0 if which is Which.SMALLEST else 1.0
+    value = sign * stored.value
+    near, far = (stored.lower, stored.upper) if sign > 0 else (-stored.upper, -stored.lower)
+    if not all(map(math.isfinite, (value, near, stored.residual or 0.0))):
+        return case.refused("value, residual or the end next to it are not finite: no measurement writes that")
+    came = factor * (abs(seen.rayleigh) if which is Which.MAGNITUDE else sign * seen.rayleigh)
+    residual, reach = factor * seen.residual, sign * factor * seen.reach(which)
+    eps = torch.finfo(getattr(torch, record.settings["dtype"])).eps
+    fine = factor * (seen.rounding + loose)
+    width = far - near if math.isfinite(far - near) else (stored.residual or 0.0)
+    scale = max(factor * seen.length, abs(value))
+    coarse = max(ALLOWANCE * eps * scale, SHARE * width) + fine
+    end = "lower" if sign < 0 else "upper"
+    sampled = record.settings.get("sample") == "auto"
+    told = f"the witness's Rayleigh quotient is {sign * came:.10g}"
+    verdict = Verdict.FALSE
+    if came > far + fine:
+        sentence = f"{told}, beyond the stored {end} end {sign * far:.10g}: the enclosure is proved wrong"
+    elif came < near - coarse:
+        sentence = (
+            f"{told}, which does not reach the stored enclosure {interval(stored)}: the number was edited, or this is the "
+            "witness of another one"
+        )
+    elif not sampled and abs(came - value) > coarse:
+        sentence = f"{told}, and the stored value is {stored.value:.10g}: it was edited"
+    elif stored.residual is not None and residual > stored.residual + coarse:
+        sentence = (
+            f"the witness's residual is {residual:.4g}, larger than the stored {stored.residual:.4g}: it was edited, or "
+            "this is the witness of another number"
+        )
+    elif reach > far + fine:
+        sentence = (
+            f"two products prove that the number reaches {sign * reach:.10g}, beyond the stored {end} end "
+            f"{sign * far:.10g}: the enclosure is proved wrong"
+        )
+    else:
+        verdict = Verdict.HOLDS
+        rests = (
+            f"the {end} end rests on the measurement's probability ({stored.confidence:.7g}), which two products cannot "
+            "confirm"
+            if math.isfinite(far)
+            else f"nothing is claimed about the {end} end"
+        )
+        agrees = "in the interval" if sampled else "as stored"
+        sentence = f"{told}, {agrees}, and a random vector contradicts nothing; {rests}"
+    spread = factor * (seen.residual + seen.rounding + loose)
+    return Check(
+        measure=record.measure,
+        geometry=record.geometry,
+        verdict=verdict,
+        sentence=sentence,
+        stored=stored,
+        value=sign * came,
+        residual=residual,
+        contains=(factor * seen.rayleigh - spread, factor * seen.rayleigh + spread),
+        reach=sign * reach,
+    )
+
+
+def _factor(measure: Measure, where: Point) -> float | None:
+    """What a measure multiplies its eigenvalue by; None where it does something else with it."""
+
+    def at(value: float) -> float:
+        end = End(value, value, 0.0, 0.0, torch.empty(0))
+        answer = Extremes(end, end, Which.LARGEST, True, 1.0, 0.0, 2, "")
+        return measure.evaluate(Findings(where, (Outcome(answer, 2, 0.0),), Effort(), measure.options)).value
+
+    one, two = at(1.0), at(2.0)
+    return one if one > 0 and math.isclose(two, 2 * one, rel_tol=ALLOWANCE * torch.finfo(torch.float64).eps) else None

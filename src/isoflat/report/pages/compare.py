@@ -1,0 +1,200 @@
+"""What a comparison found, as a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from isoflat.core.comparison import Basis, Comparison, Difference
+from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.record import Record
+from isoflat.core.table import interval
+from isoflat.report import tables
+from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
+from isoflat.report.figures import Panel
+from isoflat.report.pages.shown import TEXT, brief, drawable, names, plates, tame
+
+READING = (
+    ("Difference", "The first network’s number minus the second’s, with the interval that it lies in. A network is called "
+     "flatter only where this interval leaves 0 out; else it is a tie, however far the values are apart."),
+    ("Basis", "“Two intervals”: those of both numbers set against each other. “The same probes”: both networks were asked the "
+     "same random questions, and differ answer by answer. “Identical weights”: nothing differs to the last bit. "
+     "“Uncertified”: one number has no upper end, so that nothing is decided."),
+    ("Rank", "The best and the worst place that a network can have, 1 for the flattest; one number where they are the same."),
+    ("Enclosure", "An interval that contains the exact number for these weights and these data, with the stated confidence. It "
+     "says nothing of other seeds, data or architectures."),
+)  # fmt: skip
+
+COLOPHON = "Made by isoflat. This file is complete in itself: it loads nothing and runs nothing."
+
+
+def page(comparison: Comparison, subject: Mapping[str, Any]) -> Page:
+    """Everything that was found, ready to be rendered.
+
+    Args:
+        comparison: what was found.
+        subject: what was compared, as in the JSON of `isoflat compare`.
+    """
+    found = tamed(comparison)
+    first, *others = found.sentences
+    point = found.rows[0].point
+    return Page(
+        title="isoflat compare",
+        headline=first,
+        lead=tuple(others),
+        facts=(
+            ("Networks", str(len(found.networks))),
+            ("Reference", found.reference),
+            ("Examples", str(point.examples)),
+            ("Entries", str(point.parameters)),
+            ("Time", f"{math.fsum(row.estimate.cost.seconds for row in found.rows):.1f} s"),
+        ),
+        sections=(
+            Section("Who is flatter?", tuple(blocks(found))),
+            Section("How to read this", (Terms(READING),)),
+            Section("Every number with its enclosure and cost", tables.measurements(found.rows, "Networks")),
+            Section("Warnings", warnings(found, subject)),
+            Section("Provenance", (Terms(provenance(found.rows, subject)),)),
+        ),
+        colophon=COLOPHON,
+    )
+
+
+def tamed(comparison: Comparison) -> Comparison:
+    """The same with texts that a page can show, each network under a name of its own."""
+    own = names(comparison.networks)
+    return Comparison(
+        rows=tuple(tame(row, own[row.label]) for row in comparison.rows),
+        differences=tuple(
+            replace(
+                gap,
+                measure=brief(gap.measure),
+                geometry=brief(gap.geometry),
+                first=own.get(gap.first, brief(gap.first)),
+                second=own.get(gap.second, brief(gap.second)),
+                remedy=brief(gap.remedy, TEXT),
+            )
+            for gap in comparison.differences
+        ),
+        reference=own[comparison.reference],
+        notes=tuple(brief(note, TEXT) for note in comparison.notes),
+    )
+
+
+def blocks(comparison: Comparison) -> list[Grid | Plate]:
+    """The figure, then for each number its ranking and its differences.
+
+    Args:
+        comparison: with texts that a page can show.
+    """
+    made: list[Grid | Plate] = list(_figures(comparison))
+    for number in comparison.numbers:
+        made += [_ranking(comparison, number), _differences(comparison, number)]
+    return made
+
+
+def warnings(comparison: Comparison, subject: Mapping[str, Any]) -> tuple[Prose, ...]:
+    """What to know before believing it."""
+    told = [
+        f"{row.label}, {row.measure} ({row.geometry}) did not converge: {interval(row.estimate)}."
+        for row in comparison.rows
+        if not row.estimate.converged
+    ]
+    loading = subject.get("notes")
+    told += [*comparison.notes, *comparison.remarks]
+    told += [brief(note, TEXT) for note in loading] if isinstance(loading, list) else []
+    return tuple(Prose(text) for text in dict.fromkeys(told)) or (Prose("None: every number converged."),)
+
+
+def provenance(rows: Sequence[Record], subject: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What was measured, how, and by which versions."""
+    named = (
+        (name.replace("_", " ").capitalize(), _told(value))
+        for name, value in subject.items()
+        if name != "notes" and value not in (None, [], "")
+    )
+    return (
+        *((brief(name), text) for name, text in named),
+        ("Settings", "; ".join(dict.fromkeys(_told(row.settings) for row in rows))),
+        ("Data hash", ", ".join(dict.fromkeys(row.data_hash for row in rows))),
+        ("Groups", "; ".join(dict.fromkeys(f"{row.geometry}: {row.group_hash}" for row in rows))),
+        *tables.versions(rows),
+    )
+
+
+def _told(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{brief(key)} {brief(inner)}" for key, inner in value.items())
+    return ", ".join(map(brief, value)) if isinstance(value, (list, tuple)) else brief(value, TEXT)
+
+
+def _figures(comparison: Comparison) -> tuple[Plate, ...]:
+    panels = []
+    for measure, geometry in comparison.numbers:
+        rows = [row for row in comparison.rows if (row.measure, row.geometry) == (measure, geometry)]
+        if all(drawable(row.estimate) for row in rows):
+            panels.append(Panel(f"{measure} ({geometry})", tuple((row.label, (row.estimate,)) for row in rows)))
+    caption = (
+        "Every network’s number with its enclosure, which is often narrower than the dot. The bar marks the value."
+    )
+    return plates(panels, caption, " ".join(comparison.sentences))
+
+
+def _ranking(comparison: Comparison, number: tuple[str, str]) -> Grid:
+    """One line for each network, flattest first."""
+    lower = next(gap.lower_is_flatter for gap in comparison if (gap.measure, gap.geometry) == number)
+    places = comparison.ranks(number)
+    rows = {row.label: row for row in comparison.rows if (row.measure, row.geometry) == number}
+    order = sorted(rows, key=lambda label: (*places[label], (1 if lower else -1) * rows[label].estimate.value))
+    return Grid(
+        f"{number[0]} ({number[1]}): {'lower' if lower else 'higher'} is flatter. Flattest first.",
+        ("network", "rank", "loss", "accuracy", "value", "enclosure"),
+        tuple(
+            (
+                label,
+                "–".join(map(str, dict.fromkeys(places[label]))),
+                f"{rows[label].point.loss:.4g}",
+                "–" if (accuracy := rows[label].point.accuracy) is None else f"{accuracy:.4g}",
+                str(rows[label].estimate) + ("" if rows[label].estimate.converged else " (not converged)"),
+                interval(rows[label].estimate),
+            )
+            for label in order
+        ),
+    )
+
+
+def _differences(comparison: Comparison, number: tuple[str, str]) -> Grid:
+    gaps = [gap for gap in comparison if (gap.measure, gap.geometry) == number]
+    return Grid(
+        f"Differences by {number[0]} ({number[1]}): the first network minus the second.",
+        ("first", "second", "the first is", "difference", "interval", "confidence", "ratio", "basis"),
+        tuple(
+            (
+                gap.first,
+                gap.second,
+                str(gap.verdict),
+                str(gap),
+                bounds(gap),
+                f"{gap.confidence:.7g}",
+                "–" if gap.ratio is None else str(gap.ratio),
+                str(gap.basis),
+            )
+            for gap in gaps
+        ),
+        text=3,
+    )
+
+
+def bounds(gap: Difference) -> str:
+    """The interval of a difference, in brackets.
+
+    >>> bounds(Difference("quotient_trace", "auto", True, "b", "a", -3.0, -4.0, -2.5, 0.95, Basis.PROBES))
+    '[-4.00000, -2.50000]'
+    """
+    if gap.basis is Basis.IDENTICAL:
+        return "exactly 0"
+    if not math.isfinite(gap.lower) or not math.isfinite(gap.upper):
+        return "unknown"
+    return interval(Estimate(gap.value, gap.lower, gap.upper, gap.confidence, Kind.ENCLOSURE, True))

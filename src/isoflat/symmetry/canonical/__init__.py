@@ -1,0 +1,1 @@
+"""The canonical representative of an orbit: shifts by least norm, gains folded, scales and bases balanced."""

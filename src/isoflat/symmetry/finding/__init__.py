@@ -1,0 +1,1 @@
+"""Tracing a network and finding the groups that keep its function."""

@@ -1,0 +1,273 @@
+"""Find a network's continuous symmetries by tracing it: units inference over the operations."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from isoflat.core.errors import UsageError
+from isoflat.core.state import State
+from isoflat.symmetry.canonical.gain_folding import foldable
+from isoflat.symmetry.finding.axes import Readers
+from isoflat.symmetry.finding.bases.accept import accepted
+from isoflat.symmetry.finding.bases.propagate import follow
+from isoflat.symmetry.finding.constraints import Ledger
+from isoflat.symmetry.finding.graph import Graph, arguments, trace
+from isoflat.symmetry.finding.logical import blocks
+from isoflat.symmetry.finding.means import means
+from isoflat.symmetry.finding.relations import Form, Solution
+from isoflat.symmetry.finding.rules import Rule, rules
+from isoflat.symmetry.finding.rules.elementwise import nonlinear
+from isoflat.symmetry.finding.solve import effective, translation
+from isoflat.symmetry.finding.values import Activation, Known, Stored, Value
+from isoflat.symmetry.found import Found
+from isoflat.symmetry.groups.basis import BasisChange, Family, families, scales
+from isoflat.symmetry.groups.declared import UnitScale
+from isoflat.symmetry.groups.translation import common
+
+
+def symmetries(
+    model: nn.Module,
+    example: Any,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    further_rules: Mapping[str, Rule] | None = None,
+    declared: Sequence[UnitScale] = (),
+    verify: bool = True,
+) -> Found:
+    """The continuous reparametrisations of a network that keep its function, found by tracing it and proved on it.
+
+    The network is traced as it evaluates (`eval`), once, on the example; claims hold for inputs of its shape, and any
+    number of rows. Operations without a rule fix what they touch, so that unknown code can only make the group smaller.
+
+    Args:
+        model: any module that `torch.export` can trace; it is not changed.
+        example: an input with two rows or more, a tuple of positional inputs, or a mapping of keyword inputs.
+        loss: of output and class targets; given, and found to ignore a constant added to all scores of an example
+            (softmax cross-entropy), that direction of the head is a symmetry too.
+        further_rules: rules beside those of the package, by the full overload name of the operation
+            (`"mylib.op.default"`); see `symmetry.rules`.
+        declared: symmetries of your own, to be proved like the others.
+        verify: apply random elements to the network in float64 before anything is returned.
+
+    Raises:
+        UnsupportedModel: the network cannot be traced.
+        SymmetryViolated: a symmetry that was found changes the output: a wrong rule.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> found = symmetries(net, torch.randn(5, 4))
+    >>> found.scaling.dimension
+    3
+    """
+    args, kwargs = inputs_of(example)
+    blind = loss is not None and ignores_common_score(model, args, kwargs, loss)
+    found = discover(model, args, kwargs, blind, further_rules, declared)
+    if verify:
+        found.verify()
+    return found
+
+
+def discover(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    blind: bool = False,
+    further: Mapping[str, Rule] | None = None,
+    declared: Sequence[UnitScale] = (),
+) -> Found:
+    """Trace, walk, solve; nothing is proved yet.
+
+    Args:
+        model: any module that `torch.export` can trace.
+        args: positional inputs with two rows or more.
+        kwargs: keyword inputs.
+        blind: whether the loss ignores a constant added to all scores of an example.
+        further: rules beside those of the package.
+        declared: symmetries of the user's own.
+
+    Raises:
+        UnsupportedModel: the network cannot be traced.
+    """
+    known = {**rules(), **(further or {})}
+    graph = trace(model, args, kwargs, known.__contains__)
+    readers = Readers(graph, blind)
+    ledger, values = walk(graph, known, readers)
+    tensors = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    for symmetry in declared:
+        symmetry.declare(ledger, State(tensors))
+    solution = effective(ledger, ledger.scales.solve())
+    folded = frozenset(name for name, fine in foldable(ledger, solution).items() if fine.all())
+    constants = {node: value for node, value in values.items() if isinstance(value, Known)}
+    legs = follow(graph, constants, folded, frozenset(ledger.normalised))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    basis = _diagonals_too(ledger, solution, families(legs.settle(), legs.legs, legs.gains), shapes)
+    shifts = translation(ledger)
+    movable = {offset.entry.name for offset in shifts.offsets if bool((np.diff(offset.own.indptr) > 0).all())}
+    lost = (
+        mean for mean in means(graph, readers) if {mean.gain} <= {None, *folded} and {mean.offset} <= {None, *movable}
+    )
+    found = Found(
+        model,
+        args,
+        kwargs,
+        ledger,
+        solution,
+        exact_forms(ledger),
+        shifts,
+        common(tuple(lost), shapes),
+        basis,
+        {},
+        blind,
+    )
+    proved = accepted(found)
+    return replace(proved, blocks=blocks(graph, proved.basis))
+
+
+def _diagonals_too(
+    ledger: Ledger, solution: Solution, found: Sequence[Family], shapes: Mapping[str, torch.Size]
+) -> BasisChange:
+    """Changes of basis whose coordinates can also be scaled: the two walks must agree."""
+
+    def scaled(family: Family) -> bool:
+        if family.orthogonal:
+            return True
+        rows = (solution.rows(torch.tensor(ids)) for ids in scales(ledger, family, shapes))
+        return all(bool((np.diff(matrix.indptr) > 0).all()) for matrix in rows)
+
+    return BasisChange(tuple(filter(scaled, found)))
+
+
+def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs with two rows: claims do not depend on their number, but one row hides too much.
+
+    Raises:
+        UsageError: there is no tensor with rows.
+    """
+    named = dict(example) if isinstance(example, Mapping) else {}
+    placed = () if isinstance(example, Mapping) else example if isinstance(example, tuple) else (example,)
+    counts = [len(value) for value in (*placed, *named.values()) if isinstance(value, Tensor) and value.ndim]
+    if not counts or counts[0] == 0:
+        raise UsageError(f"expected an input with rows as the example, got {type(example).__name__}")
+
+    def two(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim or len(value) != counts[0]:
+            return value
+        return torch.cat([value, value]).detach() if counts[0] == 1 else value.detach()[:2]
+
+    return tuple(map(two, placed)), {key: two(value) for key, value in named.items()}
+
+
+def walk(graph: Graph, known: Mapping[str, Rule], readers: Readers) -> tuple[Ledger, dict[Node, Value]]:
+    """Go through the operations in order and write down what they relate.
+
+    Args:
+        graph: of the network.
+        known: rules by overload name.
+        readers: what everything that reads a node is blind to.
+    """
+    first = {id(module): path for path, module in graph.module.named_modules()}
+
+    def epsilon_of(node: Node, value: float) -> str | None:
+        """One path for a module that has several."""
+        try:
+            path, dot, name = (graph.epsilon_of(node, value) or "").rpartition(".")
+        except AttributeError:  # not the path of a module: a slice of a list, called in a loop
+            return None
+        return f"{first[id(graph.module.get_submodule(path))]}{dot}{name}" if name else None
+
+    ledger = Ledger(where=graph.where, epsilon_of=epsilon_of, centred=graph.centred, forgets=readers.subtract)
+    values: dict[Node, Value] = dict(graph.inputs)
+    for node in graph.nodes:
+        if node.op == "get_attr":  # a branch of a control-flow operation
+            values[node] = Known(None)
+        elif node.op == "call_function":
+            values[node] = _step(ledger, node, known, values)
+    for node in graph.outputs:
+        value = values[node]
+        ledger.scales.pin(ledger.activation(value, "output").scale, "output")
+        shift = ledger.activation(value, "output").shift
+        if readers.blind and len(graph.outputs) == 1 and shift.ndim > 1:
+            ledger.shifts.along(shift, *(axis for axis in range(shift.ndim) if axis != 1))
+        else:
+            ledger.shifts.pin(shift, "output")
+        if isinstance(value, Stored):
+            ledger.rigid[value.name] = "output"
+    ledger.settle()
+    return ledger, values
+
+
+def exact_forms(ledger: Ledger) -> tuple[Form, ...]:
+    """What must vanish for a rescaling to be exact though normalisations have an epsilon.
+
+    An epsilon that a module holds moves with its factor; several factors behind one epsilon must be equal, and one that
+    nothing holds cannot move at all.
+    """
+    forms: list[Form] = []
+    held: dict[str, int] = {}
+    for norm in ledger.norms:
+        for factor in norm.factors:
+            if norm.epsilon == 0:
+                continue
+            if norm.constant is None:
+                forms.append({factor: Fraction(1)})
+            elif held.setdefault(norm.constant, factor) != factor:
+                forms.append({factor: Fraction(1), held[norm.constant]: Fraction(-1)})
+    return tuple(forms)
+
+
+def ignores_common_score(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Tensor, Tensor], Tensor]
+) -> bool:
+    """Whether a loss of scores and classes is the same when a constant is added to all scores of each example."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        scores = model(*args, **kwargs)
+        scores = getattr(scores, "logits", scores)
+        if not isinstance(scores, Tensor) or scores.ndim < 2 or not scores.is_floating_point():
+            return False
+        scores = scores.double()
+        targets = torch.randint(scores.shape[1], (scores.shape[0], *scores.shape[2:]), device=scores.device)
+        shifts = torch.randn(scores.shape[0], 1, *scores.shape[2:], dtype=torch.float64).to(scores.device)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # a loss that broadcasts was not made for class indices
+                before, after = loss(scores, targets), loss(scores + shifts, targets)
+        except (RuntimeError, ValueError, TypeError, IndexError, UserWarning):
+            return False  # no loss of scores and class indices
+    scale = float(before.abs().max() + scores.abs().max())
+    return bool((before - after).abs().max() <= 1e-12 * scale)
+
+
+def _step(ledger: Ledger, node: Node, known: Mapping[str, Rule], values: Mapping[Node, Value]) -> Value:
+    """The value of one operation."""
+    args, kwargs = arguments(node, values.__getitem__)
+    name = str(node.target)
+    if node.target is operator.getitem:  # taking one of several results
+        return args[0][args[1]] if not isinstance(args[0], Known) else Known(args[0].value[args[1]])
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return nonlinear(ledger, node, *args, **kwargs)  # control flow
+    if not _any_unknown((args, list(kwargs.values()))) and torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return Known(node.target(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()}))
+    rule = known.get(name, nonlinear)
+    return rule(ledger, node, *args, **kwargs)
+
+
+def _any_unknown(part: Any) -> bool:
+    if isinstance(part, list | tuple):
+        return any(map(_any_unknown, part))
+    return isinstance(part, Activation | Stored)
+
+
+def _plain(part: Any) -> Any:
+    if isinstance(part, list | tuple):
+        return [_plain(item) for item in part]
+    return part.value if isinstance(part, Known) else part

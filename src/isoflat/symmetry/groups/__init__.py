@@ -1,0 +1,1 @@
+"""Groups that act on a network's tensors without changing its function: one file for each kind."""
