@@ -27,7 +27,7 @@ from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import BatchLoss, as_loss
 from isoflat.risk.network import Network, exactly
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 
 ROUNDS = 5
 VECTORS = 4
@@ -99,7 +99,7 @@ def measured(name: str, made: tuple[nn.Module, list[Any], Any], device: torch.de
     with exactly(device):
         plain = seconds(device, lambda: risk.survey(state))
         print(f"| {name}, {n / 1e6:.0f} M weights, gradient pass | {plain:.3f} | 1.00 | |", flush=True)
-        kept = Rebuilt(risk, state).keep()
+        kept = Recomputed(risk, state).keep()
         for width in (1, VECTORS):
             vectors = torch.randn(n, width, device=device)
             count = operations(lambda vectors=vectors: kept.products(vectors))

@@ -19,7 +19,7 @@ from isoflat.linalg.maps import LinearMap
 from isoflat.linalg.solver import Domain, Solver
 from isoflat.linalg.trace.base import TraceEstimate
 from isoflat.risk.network import exactly
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 
 R = TypeVar("R")
 
@@ -53,7 +53,7 @@ def certified(name: str, geometry: str, confidence: float | None = None) -> Call
 
 def driven(solver: Solver[R], case: Case, meter: Meter, frame: LinearMap | None = None, keep: bool = True) -> R:
     """A solver alone, on products through graphs that stay, or are built for each product, seen through a frame."""
-    rebuilt = Rebuilt(case.risk, case.state)
+    rebuilt = Recomputed(case.risk, case.state)
     route = rebuilt.keep() if keep else rebuilt
     steps = solver.steps(
         Domain(case.state.space.size, case.state.dtype, case.state.device), stream(0, "peers", type(solver).__name__)

@@ -28,7 +28,7 @@ from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network, exactly
 from isoflat.risk.routes.base import Linearisation, gradient
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 from isoflat.risk.second_order.rule import Trace
 
 CRITERION = nn.CrossEntropyLoss()
@@ -146,11 +146,11 @@ class Case:
 
     def kept(self) -> Product:
         """Products through graphs that stay."""
-        return through(Rebuilt(self.risk, self.state).keep())
+        return through(Recomputed(self.risk, self.state).keep())
 
     def rebuilt(self) -> Product:
         """Products through graphs that go."""
-        return through(Rebuilt(self.risk, self.state))
+        return through(Recomputed(self.risk, self.state))
 
     def double(self) -> Case:
         """The same in float64."""

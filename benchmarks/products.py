@@ -26,7 +26,7 @@ from isoflat.curvature.gauss_newton import gauss_newton
 from isoflat.risk.empirical import EmpiricalRisk, leaf_state
 from isoflat.risk.network import exactly
 from isoflat.risk.plan import weigh
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 from isoflat.risk.second_order import second_order
 
 ROUNDS, POWER_STEPS = 7, 4
@@ -45,12 +45,12 @@ class Row:
 
 
 def stock(case: Case) -> Product:
-    """Kept graphs as torch makes them."""
+    """Cached graphs as torch makes them."""
     with torchs_own():
         return case.kept()
 
 
-def other(case: Case, name: str, make: Callable[[EmpiricalRisk, State], Rebuilt], target: str = "") -> Row:
+def other(case: Case, name: str, make: Callable[[EmpiricalRisk, State], Recomputed], target: str = "") -> Row:
     """Another matrix, through graphs that stay."""
     rebuilt = make(case.risk, case.state)
     kept, exact = rebuilt.keep(), rebuilt.double()

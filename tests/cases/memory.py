@@ -13,7 +13,7 @@ from isoflat.risk.linearise import linearise
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network, exactly
 from isoflat.risk.plan import plan
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 
 NETS = {
     "mlp": lambda: nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10)),
@@ -43,8 +43,8 @@ def main(name: str, rows: int, memory: int) -> None:
 
     vector = torch.randn(state.space.size, 1)
     with exactly(state.device):
-        Rebuilt(risk(8, 8), state).products(vector)  # what torch sets up once is not what is asked about
-        planned = plan(risk(rows, rows // 4), state, Rebuilt, rows, memory)
+        Recomputed(risk(8, 8), state).products(vector)  # what torch sets up once is not what is asked about
+        planned = plan(risk(rows, rows // 4), state, Recomputed, rows, memory)
         Path("/proc/self/clear_refs").write_text("5")  # forget earlier peaks, those of the parent among them
         before = _kilobytes("VmRSS")
         made = linearise(risk(rows, rows // 4), state, planned)

@@ -17,7 +17,7 @@ from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.measurement.prepare import subject
 from isoflat.risk.ranks import Ranks
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 
 
 def ragged(case: Case, sizes) -> list:
@@ -60,7 +60,7 @@ def numbers(ordered: bool, dtype: str = "float64") -> dict[str, list[float]]:
         risk = replace(target.risk, ranks=ranks, batches=batches)
         state, survey = target.state, risk.survey(target.state)
         vectors = torch.randn(state.space.size, 3, generator=torch.Generator().manual_seed(0), dtype=state.dtype)
-        kept = Rebuilt(risk, state).keep()
+        kept = Recomputed(risk, state).keep()
         assert sum(graph is not None for graph in kept.graphs) <= -(-len(kept.graphs) // ranks.world)
         found[name] = [
             risk.value(state),
@@ -71,7 +71,7 @@ def numbers(ordered: bool, dtype: str = "float64") -> dict[str, list[float]]:
             survey.count,
             *survey.gradient.tolist(),
             *kept.products(vectors).ravel().tolist(),
-            *Rebuilt(risk, state).products(vectors).ravel().tolist(),
+            *Recomputed(risk, state).products(vectors).ravel().tolist(),
         ]
     return found
 
@@ -214,7 +214,7 @@ def drifting():
     vectors = torch.ones(target.state.space.size, 2, dtype=torch.float64)
     if dist.get_rank() == 1:
         vectors[3, 1] += torch.finfo(torch.float64).eps
-    return norm(Rebuilt(replace(target.risk, ranks=Ranks.here()), target.state).products(vectors)[:, 0])
+    return norm(Recomputed(replace(target.risk, ranks=Ranks.here()), target.state).products(vectors)[:, 0])
 
 
 def wrapped():

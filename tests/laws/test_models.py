@@ -22,7 +22,7 @@ from isoflat.risk.network import Network
 from isoflat.risk.plan import plan
 from isoflat.risk.routes.differences import Differences
 from isoflat.risk.routes.forward import Forward
-from isoflat.risk.routes.reverse import GradientGraph, Rebuilt
+from isoflat.risk.routes.reverse import GradientGraph, Recomputed
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -366,14 +366,14 @@ def test_out_of_memory_halves_the_rows_and_goes_on(monkeypatch):
     net, data = _hidden(torch.tanh), _data(13)
     wanted = isoflat.measure(net, data, LOSS, rtol=1e-9, **OPTIONS)
     risk, state = _risk(net, data, rows=13)
-    planned = plan(risk, state, Rebuilt, 13, 1 << 30)
+    planned = plan(risk, state, Recomputed, 13, 1 << 30)
     _scarce(monkeypatch, 4)
     made = linearise(risk, state, planned)
     vector = torch.ones(state.space.size, 1, dtype=torch.float64)
     products = made.products(vector)
     assert (made.grain.rows, made.grain.halvings) == (4, 2)
     monkeypatch.undo()
-    whole = Rebuilt(risk, state).products(vector)
+    whole = Recomputed(risk, state).products(vector)
     assert torch.allclose(products, whole, rtol=1e-12)
     monkeypatch.setattr("isoflat.measurement.session.plan", lambda *args: planned)
     _scarce(monkeypatch, 4)
@@ -388,9 +388,9 @@ def test_out_of_memory_halves_the_rows_and_goes_on(monkeypatch):
 def test_a_budget_is_kept_by_smaller_pieces(monkeypatch):
     net, data = _hidden(torch.tanh), _data(2000)
     risk, state = _risk(net, data, rows=2000)
-    roomy = plan(risk, state, Rebuilt, 2000, 1 << 30)
+    roomy = plan(risk, state, Recomputed, 2000, 1 << 30)
     assert (roomy.kept, roomy.whole, roomy.rows) == (True, True, 2000)
-    tight = plan(risk, state, Rebuilt, 2000, roomy.forecast // 4)
+    tight = plan(risk, state, Recomputed, 2000, roomy.forecast // 4)
     assert not tight.kept
     assert tight.rows < 2000
     assert tight.forecast <= roomy.forecast // 4
@@ -399,7 +399,7 @@ def test_a_budget_is_kept_by_smaller_pieces(monkeypatch):
     made.products(torch.ones(state.space.size, 1, dtype=torch.float64))
     assert max(sizes) == tight.rows
     with pytest.raises(isoflat.UsageError, match="memory budget of 100 bytes is too small"):
-        plan(risk, state, Rebuilt, 2000, 100)
+        plan(risk, state, Recomputed, 2000, 100)
 
 
 def test_a_batch_that_must_stay_whole_is_not_cut():
@@ -410,9 +410,9 @@ def test_a_batch_that_must_stay_whole_is_not_cut():
     )
     risk = EmpiricalRisk(Network(net), loss, as_batches([data]))
     assert not planning.separable(risk, Network(net).state(), data)
-    assert plan(risk, Network(net).state(), Rebuilt, 8, 1 << 30).whole
+    assert plan(risk, Network(net).state(), Recomputed, 8, 1 << 30).whole
     with pytest.raises(isoflat.UsageError, match=r"whose loss is no sum over its rows.*give smaller batches"):
-        plan(risk, Network(net).state(), Rebuilt, 8, 100)
+        plan(risk, Network(net).state(), Recomputed, 8, 100)
 
 
 # Precision ------------------------------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def test_a_frozen_tensor_may_be_of_a_quantised_type():
 
 def test_routes_are_tried_in_float64_whatever_the_weights_are():
     risk, state = _risk(_hidden(torch.tanh).to(torch.bfloat16), _data())
-    assert choose(risk, state, Check.REFUSE).route is Rebuilt
+    assert choose(risk, state, Check.REFUSE).route is Recomputed
     assert choose(replace(risk, loss=as_loss(LOSS)), state, Check.SKIP).notes == ()
 
 
@@ -522,4 +522,4 @@ def test_a_row_of_padding_is_held_and_no_stop_gradient():
     data = torch.randint(6, (9, 5)), torch.randint(3, (9,))
     data[0][:, 0] = 0
     risk, state = _risk(net, data)
-    assert choose(risk, state).route is Rebuilt
+    assert choose(risk, state).route is Recomputed

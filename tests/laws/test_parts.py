@@ -16,7 +16,7 @@ from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network
 from isoflat.risk.parts import by_hardness
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 
 ROWS = 2304
 
@@ -90,8 +90,8 @@ def test_parts_add_up(learned, loss):
     assert len(places) > 1
     vector = torch.randn(state.space.size, 1, generator=stream(1), dtype=torch.float64)
     parts = [replace(risk, batches=risk.batches.only(part, 100), of=seen.count) for part in places]
-    total = sum(Rebuilt(part, state).products(vector) for part in parts)
-    expected = Rebuilt(risk, state).products(vector)
+    total = sum(Recomputed(part, state).products(vector) for part in parts)
+    expected = Recomputed(risk, state).products(vector)
     assert torch.linalg.vector_norm(total - expected) <= 1e-12 * torch.linalg.vector_norm(expected)
 
 

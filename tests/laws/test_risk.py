@@ -13,7 +13,7 @@ from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -176,7 +176,7 @@ def test_a_restricted_set_of_tensors_never_curves_more():
 
 def _products(case, loss, vectors):
     network = Network(case.net)
-    return Rebuilt(EmpiricalRisk(network, as_loss(loss), as_batches(case.data)), network.state()).products(vectors)
+    return Recomputed(EmpiricalRisk(network, as_loss(loss), as_batches(case.data)), network.state()).products(vectors)
 
 
 @pytest.mark.parametrize(("factor", "error"), [(2.0**40, 0.0), (2.0**-40, 0.0), (1e30, 1e-10), (1e-30, 1e-10)])

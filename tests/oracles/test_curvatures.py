@@ -24,7 +24,7 @@ from isoflat.risk.network import Network
 from isoflat.risk.plan import plan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.output import OutputGraph
-from isoflat.risk.routes.reverse import Kept, Rebuilt
+from isoflat.risk.routes.reverse import Cached, Recomputed
 
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 
@@ -168,7 +168,7 @@ def test_gauss_newton_is_the_hessian_of_models_linear_in_their_weights(kind):
     linear = Problem(nn.Linear(4, 3, dtype=torch.float64), problem.batches, problem.criterion)
     truth = linear.hessian()
     _close(_matrix(gauss_newton(linear.risk, linear.state)), truth)
-    _close(_matrix(Rebuilt(linear.risk, linear.state)), truth)
+    _close(_matrix(Recomputed(linear.risk, linear.state)), truth)
 
 
 def test_gauss_newton_of_sums_and_of_functions():
@@ -195,7 +195,7 @@ def test_single_precision_is_that_of_double_and_doubles():
     exact = gauss_newton(problem.risk, single.to(dtype=torch.float64))
     _close(_matrix(ggn), _matrix(exact), rtol=1e-5)
     _close(_matrix(ggn.double()), _matrix(exact), rtol=1e-14)
-    assert not isinstance(ggn.double(), Kept)
+    assert not isinstance(ggn.double(), Cached)
     made = Curvature(exact)
     assert made.double() is made
 
@@ -307,7 +307,7 @@ def test_rows_may_be_cut_and_memory_may_run_out(make, kind, monkeypatch):
     route = make(problem.risk, problem.state)
     truth, identity = _matrix(route), torch.eye(problem.state.space.size, dtype=torch.float64)
     _close(_matrix(replace(route, risk=replace(route.risk, batches=route.risk.batches.cut(1)))), truth)
-    planned = plan(route.risk, problem.state, Rebuilt, len(problem.whole[0]), 1 << 30, route.kind)
+    planned = plan(route.risk, problem.state, Recomputed, len(problem.whole[0]), 1 << 30, route.kind)
     assert planned.kept
     build = route.kind.build
 
@@ -325,11 +325,11 @@ def test_rows_may_be_cut_and_memory_may_run_out(make, kind, monkeypatch):
 def test_other_matrices_are_planned_like_the_hessian():
     problem = _problem("convolution")
     rows, kind = len(problem.whole[0]), gauss_newton(problem.risk, problem.state).kind
-    roomy = plan(problem.risk, problem.state, Rebuilt, rows, 1 << 30, kind)
+    roomy = plan(problem.risk, problem.state, Recomputed, rows, 1 << 30, kind)
     assert roomy.kept
     assert roomy.graph is GaussNewton
     assert roomy.rules == ("convolution", "linear", "pooling", "relu")
-    tight = plan(problem.risk, problem.state, Rebuilt, rows, roomy.forecast - 1, kind)
+    tight = plan(problem.risk, problem.state, Recomputed, rows, roomy.forecast - 1, kind)
     assert not tight.kept
     assert tight.forecast < roomy.forecast
 
@@ -519,7 +519,7 @@ def test_curvatures_against_curvlinops():
     pairs = [
         (curvlinops.GGNLinearOperator, gauss_newton(problem.risk, problem.state)),
         (curvlinops.EFLinearOperator, empirical_fisher(problem.risk, problem.state)),
-        (curvlinops.HessianLinearOperator, Rebuilt(problem.risk, problem.state)),
+        (curvlinops.HessianLinearOperator, Recomputed(problem.risk, problem.state)),
     ]
     for theirs, ours in pairs:
         operator = theirs(problem.net, problem.criterion, parameters, problem.batches)

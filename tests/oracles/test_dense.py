@@ -16,7 +16,7 @@ from isoflat.risk.network import Network, exactly
 from isoflat.risk.plan import plan
 from isoflat.risk.routes.differences import Differences
 from isoflat.risk.routes.forward import Forward
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 
 MEASURES = [
     "hessian_spectral_norm",
@@ -69,17 +69,17 @@ def test_both_ends_of_200_random_networks(block):
 
 
 def _kept(risk, state):
-    made = linearise(risk, state, plan(risk, state, Rebuilt, rows=len(list(risk.batches)), memory=1 << 40))
+    made = linearise(risk, state, plan(risk, state, Recomputed, rows=len(list(risk.batches)), memory=1 << 40))
     assert "kept" in made.route
     return made
 
 
 def _cut(risk, state):
-    return Rebuilt(replace(risk, batches=risk.batches.cut(2)), state)
+    return Recomputed(replace(risk, batches=risk.batches.cut(2)), state)
 
 
 @pytest.mark.parametrize(
-    ("route", "error"), [(_kept, 1e-12), (Rebuilt, 1e-12), (_cut, 1e-12), (Forward, 1e-12), (Differences, 1e-5)]
+    ("route", "error"), [(_kept, 1e-12), (Recomputed, 1e-12), (_cut, 1e-12), (Forward, 1e-12), (Differences, 1e-5)]
 )
 def test_products_are_those_of_the_dense_hessian(route, error):
     for seed in range(8):

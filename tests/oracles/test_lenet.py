@@ -24,7 +24,7 @@ from isoflat.risk.linearise import linearise
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network, exactly
 from isoflat.risk.plan import plan
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -50,7 +50,7 @@ def _power_method(net, inputs, targets):
     with exactly(state.device):
         survey = risk.survey(state)
         started = time.monotonic()
-        hessian = Curvature(linearise(risk, state, plan(risk, state, Rebuilt, len(inputs), memory=4 << 30)))
+        hessian = Curvature(linearise(risk, state, plan(risk, state, Recomputed, len(inputs), memory=4 << 30)))
         frame = GEOMETRY.frame(state)
         power = PowerMethod(frame=frame)(Pullback(hessian, frame), stream(0, "power"))
         return power, (time.monotonic() - started) / survey.seconds

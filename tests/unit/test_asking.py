@@ -11,7 +11,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.curvature.sweeps import Pass
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Asking, Direction, Measure, Reading, Scene
+from isoflat.measures.base import Asking, DataStatistic, Direction, Measure, Scene
 
 
 class Counted(nn.Module):
@@ -28,7 +28,7 @@ class Counted(nn.Module):
 
 
 @dataclass(frozen=True)
-class Mean(Reading):
+class Mean(DataStatistic):
     """Of the outputs' squares, times a factor."""
 
     factor: float
@@ -40,7 +40,7 @@ class Mean(Reading):
 
 
 @dataclass(frozen=True)
-class Difference(Reading):
+class Difference(DataStatistic):
     """Of two others."""
 
     framed = False
@@ -50,7 +50,7 @@ class Difference(Reading):
 
 
 @dataclass(frozen=True)
-class Failing(Reading):
+class Failing(DataStatistic):
     """In the middle of a pass."""
 
     framed = False
@@ -63,7 +63,7 @@ class Failing(Reading):
 
 
 @dataclass(frozen=True)
-class Content(Reading):
+class Content(DataStatistic):
     """With what another cannot have."""
 
     framed = False
@@ -78,7 +78,7 @@ class Content(Reading):
 def named(name, reading, value=float):
     return Measure(
         name=name, formula="m", definition="A mean.", reference="none", units="none", direction=Direction.LOWER_IS_FLATTER,
-        loss_degree=None, needs=lambda effort, options: (reading,), geometry="euclidean", claims=frozenset(Invariance),
+        loss_degree=None, needs=lambda settings, options: (reading,), geometry="euclidean", claims=frozenset(Invariance),
         evaluate=lambda findings: Estimate.exact(value(findings.answers[0].result)),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Spectral densities: bounds of one run, the law of an average of probes, the band, deflation, and what follows from it."""
+"""SolverQuery densities: bounds of one run, the law of an average of probes, the band, deflation, and what follows from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Operator, Pullback
 from isoflat.linalg.probes import gaussian
-from isoflat.linalg.solver import Job, together
+from isoflat.linalg.solver import Job, run_in_lockstep
 from isoflat.linalg.trace.hutchinson import Hutchinson
 
 N = 300
@@ -267,7 +267,7 @@ def test_blocks_and_company_do_not_matter():
         Job(Pullback(operator, Identity(N)), StochasticLanczosQuadrature(probes=4, depth=10), stream(0)),
         Job(Pullback(operator, Identity(N)), Hutchinson(probes=8), stream(1)),
     ]
-    assert together(operator, jobs)[0].result == alone
+    assert run_in_lockstep(operator, jobs)[0].result == alone
 
 
 @pytest.mark.parametrize("probes", [1, 2])

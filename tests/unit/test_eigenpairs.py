@@ -20,7 +20,7 @@ from isoflat.core import space
 from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.rng import stream
 from isoflat.linalg.eigen.block_lanczos import Eigenpairs
-from isoflat.linalg.eigen.complement import Trial
+from isoflat.linalg.eigen.complement import RitzBasis
 from isoflat.linalg.eigen.extremes import ROUNDING, Which
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.lobpcg import Lobpcg
@@ -30,7 +30,7 @@ from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.maps import Diagonal, Identity
 from isoflat.linalg.operator import Dense, Operator, Pullback
 from isoflat.linalg.probes import spherical
-from isoflat.linalg.solver import Domain, Job, together
+from isoflat.linalg.solver import Domain, Job, run_in_lockstep
 
 SOLVERS = (Eigenpairs, Lobpcg)
 
@@ -614,7 +614,7 @@ def test_pullbacks_share_passes():
     pulled = [Pullback(operator, frame) for frame in frames]
     alone = [Eigenpairs(3)(pullback, stream(0)) for pullback in pulled]
     operator.seen.clear()
-    outcomes = together(operator, [Job(pullback, Eigenpairs(3), stream(0)) for pullback in pulled])
+    outcomes = run_in_lockstep(operator, [Job(pullback, Eigenpairs(3), stream(0)) for pullback in pulled])
     for outcome, run in zip(outcomes, alone, strict=True):
         assert outcome.products == run.products == outcome.result.products
         assert [pair.value for pair in outcome.result.largest] == pytest.approx([pair.value for pair in run.largest])
@@ -676,7 +676,7 @@ def test_comparison_at_every_scale(size: float):
     operator = rotated(KNOWN["power law"])
     vectors = torch.linalg.qr(spherical(operator.n, 5, stream(0)))[0]
     images = operator.matmat(vectors)
-    trial, scaled = (Trial.of(vectors.T.unbind(), (images * unit).T.unbind()) for unit in (1.0, size))
+    trial, scaled = (RitzBasis.of(vectors.T.unbind(), (images * unit).T.unbind()) for unit in (1.0, size))
     for lower, upper in ((-0.1, 1.5), (-math.inf, 2.0), (0.0, math.inf)):
         for one, other in zip(trial.bounds(lower, upper), scaled.bounds(lower * size, upper * size), strict=True):
             assert other / size == pytest.approx(one, abs=1e-13)

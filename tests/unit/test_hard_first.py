@@ -13,14 +13,14 @@ from scipy.stats import binom
 from torch import Tensor
 
 from isoflat.core.rng import stream
-from isoflat.linalg.eigen.complement import Trial
+from isoflat.linalg.eigen.complement import RitzBasis
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Pullback, Sum
 from isoflat.linalg.probes import sphere
-from isoflat.linalg.solver import Domain, Job, together
+from isoflat.linalg.solver import Domain, Job, run_in_lockstep
 from isoflat.risk.parts import FEWEST, MINORITY, WORTHWHILE, by_hardness
 
 
@@ -111,7 +111,7 @@ def test_what_the_first_part_is_blind_to_is_found_by_the_certificate():
 def test_budget_is_kept_with_a_valid_enclosure(budget: int):
     matrices = parts()
     operator = whole(matrices)
-    outcome = together(
+    outcome = run_in_lockstep(
         operator,
         [Job(Pullback(operator, Identity(operator.n)), HardFirst(Lanczos(rtol=1e-9, max_products=budget)), stream(0))],
     )[0]
@@ -156,7 +156,7 @@ def test_comparison_matrix_bounds_every_eigenvalue():
         basis = torch.linalg.qr(torch.stack([sphere(30, stream(k)) for k in range(d)], dim=1))[0]
         away = torch.eye(30, dtype=torch.float64) - basis @ basis.T
         left = torch.linalg.eigvalsh(away @ matrix @ away)
-        trial = Trial.of(list(basis.T), list((matrix @ basis).T))
+        trial = RitzBasis.of(list(basis.T), list((matrix @ basis).T))
         upper, lower = trial.bounds(float(left[0]), float(left[-1]))
         assert (upper >= spectrum[-d:] - 1e-12).all()
         assert (lower <= spectrum[:d] + 1e-12).all()
@@ -168,9 +168,9 @@ def test_jobs_share_passes_over_parts():
     operator = whole(parts())
     passes: list[int] = []
     jobs = [Job(Pullback(operator, Identity(operator.n)), HardFirst(Lanczos()), stream(k)) for k in range(2)]
-    together(operator, jobs, lambda status: passes.append(1))
+    run_in_lockstep(operator, jobs, lambda status: passes.append(1))
     alone: list[int] = []
-    together(operator, jobs[:1], lambda status: alone.append(1))
+    run_in_lockstep(operator, jobs[:1], lambda status: alone.append(1))
     assert len(passes) < 1.5 * len(alone)
 
 

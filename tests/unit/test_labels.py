@@ -32,8 +32,8 @@ from isoflat.linalg.trace.hutchinson import Hutchinson
 from isoflat.linalg.trace.hutchpp import HutchPlusPlus
 from isoflat.linalg.trace.xtrace import XTrace
 from isoflat.risk.losses import BatchLoss, ModelLoss, TargetLoss
-from isoflat.symmetry.declared import UnitScale
-from isoflat.symmetry.scaling import LayerScale
+from isoflat.symmetry.groups.declared import UnitScale
+from isoflat.symmetry.groups.scaling import LayerScale
 
 # The left side follows a class that is renamed; the right side never changes, because stored numbers depend on it.
 LABELS: dict[type[Solver[Any]], str] = {

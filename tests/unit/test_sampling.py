@@ -28,7 +28,7 @@ from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import as_loss, importance
 from isoflat.risk.network import Network, exactly
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 from isoflat.risk.sampling import Sample, curvatures, inclusion
 
 LOSS = nn.CrossEntropyLoss()
@@ -154,8 +154,8 @@ def test_a_weight_of_two_is_the_row_twice(loss):
     sample = Sample(torch.arange(40), 1 / weights)
     vectors = torch.randn(state.space.size, 2, generator=stream(0), dtype=torch.float64)
     with exactly(state.device):
-        expected = Curvature(Rebuilt(twice, state)).matmat(vectors)
-        found = Curvature(Rebuilt(sample.risk(once, 50, 16), state)).matmat(vectors)
+        expected = Curvature(Recomputed(twice, state)).matmat(vectors)
+        found = Curvature(Recomputed(sample.risk(once, 50, 16), state)).matmat(vectors)
     assert torch.allclose(found, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
@@ -166,12 +166,12 @@ def test_an_operator_is_unbiased():
         seen = risk.screen(state)
         chances = inclusion(seen.hardness, 20)
         vector = torch.randn(state.space.size, 1, generator=stream(4), dtype=torch.float64)
-        expected = Curvature(Rebuilt(risk, state)).matmat(vector)[:, 0]
+        expected = Curvature(Recomputed(risk, state)).matmat(vector)[:, 0]
         found = torch.stack(
             [
-                Curvature(Rebuilt(Sample.of(chances, stream(5, k)).risk(risk, seen.count, 60), state)).matmat(vector)[
-                    :, 0
-                ]
+                Curvature(Recomputed(Sample.of(chances, stream(5, k)).risk(risk, seen.count, 60), state)).matmat(
+                    vector
+                )[:, 0]
                 for k in range(400)
             ]
         )
@@ -185,7 +185,7 @@ def test_forms_of_rows_add_up_to_the_form_of_the_hessian():
     one, other = torch.randn(2, state.space.size, generator=stream(6), dtype=torch.float64)
     with exactly(state.device):
         rows = curvatures(risk, state, one, other)
-        product = Curvature(Rebuilt(risk, state)).matmat(other[:, None])[:, 0]
+        product = Curvature(Recomputed(risk, state)).matmat(other[:, None])[:, 0]
     assert rows.shape == (300,)
     assert float(rows.sum() / 300) == pytest.approx(float(one @ product), rel=1e-10)
 
@@ -247,10 +247,10 @@ def test_minibatches_are_biased_upwards_and_fixed_vectors_are_not():
         seen = risk.screen(state)
         chances = inclusion(seen.hardness, 40)
         solver = Lanczos(Which.LARGEST, rtol=1e-6)
-        full = solver(Curvature(Rebuilt(risk, state)), stream(10)).top
+        full = solver(Curvature(Recomputed(risk, state)), stream(10)).top
         tops, forms = [], []
         for k in range(60):
-            operator = Curvature(Rebuilt(Sample.of(chances, stream(11, k)).risk(risk, seen.count, 60), state).keep())
+            operator = Curvature(Recomputed(Sample.of(chances, stream(11, k)).risk(risk, seen.count, 60), state).keep())
             tops.append(solver(operator, stream(10)).top.value)
             forms.append(float(full.vector @ operator.matvec(full.vector)))
     assert np.mean(tops) - 3 * np.std(tops) / math.sqrt(60) > full.value

@@ -75,7 +75,7 @@ def products(net, data, monkeypatch, rules, params=None, loss=None):
             patch.setattr(reverse, "second_order", stock)
         risk = EmpiricalRisk(Network(net), as_loss(loss or nn.CrossEntropyLoss()), as_batches(data, 4))
         state = risk.network.state(params)
-        kept = reverse.Rebuilt(risk, state).keep()
+        kept = reverse.Recomputed(risk, state).keep()
     generator = torch.Generator().manual_seed(1)
     vectors = torch.randn(state.space.size, 2, generator=generator, dtype=torch.float64).to(state.dtype)
     first, again = kept.products(vectors), kept.products(vectors)

@@ -135,12 +135,12 @@ def compare(  # noqa: PLR0913
     files = dict(zip(labels(checkpoints), checkpoints, strict=True))
     base = _chosen(reference, files)
     with sharing(device, timeout) as ranks:
-        ranks.together(lambda: claimed(out, report, force) if ranks.first else None)
+        ranks.on_all_ranks(lambda: claimed(out, report, force) if ranks.first else None)
         where = device_of(device)
-        loaded = ranks.together(
+        loaded = ranks.on_all_ranks(
             lambda: load(inputs, files, {"params": params or None, "dtype": dtype, "device": where})
         )
-        start, further = ranks.together(lambda: before(inputs, initial))
+        start, further = ranks.on_all_ranks(lambda: before(inputs, initial))
         notes = (*loaded.notes, *further)
         with within_memory():
             found = compared(

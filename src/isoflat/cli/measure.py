@@ -104,7 +104,7 @@ def measure(  # noqa: PLR0913
         claim(beside, force, "--witness")
 
     with sharing(device, timeout) as ranks:
-        ranks.together(lambda: claimed() if ranks.first else None)
+        ranks.on_all_ranks(lambda: claimed() if ranks.first else None)
         table, notes, over = evaluate(
             inputs,
             orbit,
@@ -203,10 +203,10 @@ def evaluate(
     effort = ("rtol", "confidence", "certify", "probes", "sample", "budget", "seed")
     check(settings["measures"], settings["geometry"], **{key: settings[key] for key in effort})
     settings["device"] = device_of(settings["device"])
-    loaded, target = Ranks.here().together(
+    loaded, target = Ranks.here().on_all_ranks(
         lambda: prepare(inputs, settings["params"], settings["dtype"], settings["device"])
     )
-    settings["initial"], further = Ranks.here().together(lambda: before(inputs, initial))
+    settings["initial"], further = Ranks.here().on_all_ranks(lambda: before(inputs, initial))
     notes = (*loaded.notes, *further)
     with within_memory():
         # Found first: a network without a traceable orbit is refused before the data is read.

@@ -101,7 +101,7 @@ def reproduce(  # noqa: PLR0913
             if ranks.first:
                 listing(as_json)
             return
-        stored = None if check is None else ranks.together(lambda: checking.read(check))
+        stored = None if check is None else ranks.on_all_ranks(lambda: checking.read(check))
         changes = {"replicates": replicates, "orbit": orbit, "seed": seed, "numbers": _numbers(names, geometry)}
         recipe = _recipe(name, scale, changes) if stored is None else checking.recipe(stored, name)
         folder = out or Path(f"isoflat-{recipe.name}")
@@ -202,10 +202,10 @@ def followed(
     if submit is not None:
         submission.check(submit)
     place = device_of(device) or torch.device("cpu")
-    split = ranks.together(lambda: load_split(recipe.data, source), lambda split: {"data": split.hash}).to(place)
+    split = ranks.on_all_ranks(lambda: load_split(recipe.data, source), lambda split: {"data": split.hash}).to(place)
     numbers = tuple(quantity.number for quantity in recipe.numbers)
-    ranks.together(lambda: check(recipe, split, numbers))
-    ranks.together(lambda: prepare(folder) if ranks.first else None)  # what is refused leaves no folder behind
+    ranks.on_all_ranks(lambda: check(recipe, split, numbers))
+    ranks.on_all_ranks(lambda: prepare(folder) if ranks.first else None)  # what is refused leaves no folder behind
     store, todo = decided(ranks, lambda: Store.open(folder / "store")), tasks(recipe)
     alone = place.type == "cpu" and ranks.world == 1
     workers = jobs or (min(len(todo), os.cpu_count() or 1) if alone else 1)

@@ -101,9 +101,9 @@ def spectrum(  # noqa: PLR0913
     find_geometry(geometry)
     budget = Budget(Deflated.price(outliers, probes, steps, max_products), seconds, options.bytes_of(memory))
     with sharing(device, timeout) as ranks:
-        ranks.together(lambda: _claim(out, plot, force) if ranks.first else None)
+        ranks.on_all_ranks(lambda: _claim(out, plot, force) if ranks.first else None)
         where = device_of(device)
-        loaded, _ = ranks.together(lambda: prepare(inputs, params or None, dtype, where))
+        loaded, _ = ranks.on_all_ranks(lambda: prepare(inputs, params or None, dtype, where))
         with within_memory():
             found = measured(
                 loaded.model,

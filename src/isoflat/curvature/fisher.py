@@ -18,7 +18,7 @@ from isoflat.risk.likelihood import likelihood
 from isoflat.risk.losses import Loss, TargetLoss, Term
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.output import OutputGraph, check_output, output_of
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 
 _CELLS = 1 << 52
 """Uniform numbers are the middles of so many cells: exact in float64, and neither 0 nor 1."""
@@ -76,7 +76,7 @@ class EmpiricalFisher(ThroughOutput):
         return outer
 
 
-def sampled_fisher(risk: EmpiricalRisk, state: State, seed: int, draws: int = 1) -> Rebuilt:
+def sampled_fisher(risk: EmpiricalRisk, state: State, seed: int, draws: int = 1) -> Recomputed:
     """Products with the Fisher matrix, labels drawn once, in one forward pass; `.keep()` holds its graphs in memory.
 
     Every row of the data has a stream of uniform numbers of its own for each draw: neither where batches are cut nor
@@ -109,10 +109,10 @@ def sampled_fisher(risk: EmpiricalRisk, state: State, seed: int, draws: int = 1)
     numbered = replace(risk, batches=risk.batches.numbered())
     with exactly(state.device), torch.no_grad():
         labels = tuple(numbered.own(lambda _, batch: _draw(risk, state, batch, seed, draws)))
-    return Rebuilt(replace(risk, batches=risk.batches.beside(labels)), state, SampledFisher)
+    return Recomputed(replace(risk, batches=risk.batches.beside(labels)), state, SampledFisher)
 
 
-def empirical_fisher(risk: EmpiricalRisk, state: State) -> Rebuilt:
+def empirical_fisher(risk: EmpiricalRisk, state: State) -> Recomputed:
     """Products with the second moment of the rows' gradients at a state; `.keep()` holds its graphs in memory.
 
     One forward pass counts each row's targets.
@@ -133,7 +133,7 @@ def empirical_fisher(risk: EmpiricalRisk, state: State) -> Rebuilt:
     [[10.0]]
     """
     check_output(risk, state)
-    return Rebuilt(counted(risk, state), state, EmpiricalFisher)
+    return Recomputed(counted(risk, state), state, EmpiricalFisher)
 
 
 def counted(risk: EmpiricalRisk, state: State) -> EmpiricalRisk:

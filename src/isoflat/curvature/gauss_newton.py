@@ -9,7 +9,7 @@ from isoflat.core.state import State
 from isoflat.curvature.through_output import Middle, ThroughOutput
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.routes.output import OutputGraph, check_output
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 
 
 @final
@@ -27,7 +27,7 @@ class GaussNewton(ThroughOutput):
         return output.curve
 
 
-def gauss_newton(risk: EmpiricalRisk, state: State) -> Rebuilt:
+def gauss_newton(risk: EmpiricalRisk, state: State) -> Recomputed:
     """Products with the Gauss-Newton matrix at a state; `.keep()` holds its graphs in memory.
 
     Raises:
@@ -45,4 +45,4 @@ def gauss_newton(risk: EmpiricalRisk, state: State) -> Rebuilt:
     [[2.0], [4.0]]
     """
     check_output(risk, state)
-    return Rebuilt(risk, state, GaussNewton)
+    return Recomputed(risk, state, GaussNewton)

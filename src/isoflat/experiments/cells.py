@@ -162,7 +162,7 @@ def decided(ranks: Ranks, work: Callable[[], T]) -> T:
     >>> decided(Ranks(), lambda: 3)
     3
     """
-    [outcome] = ranks.from_first(ranks.together(lambda: [work()] if ranks.first else []))
+    [outcome] = ranks.from_first(ranks.on_all_ranks(lambda: [work()] if ranks.first else []))
     return outcome
 
 
@@ -268,7 +268,7 @@ def _trained(task: Task, data: Split, store: Store, report: Report) -> Cell:
     report(f"training {task.label}", 0.0)
     checkpoint = None if recipe.edit is not None else _checkpoint(task, address(settings), store, ranks)
     try:
-        result = ranks.together(lambda: trained(checkpoint))
+        result = ranks.on_all_ranks(lambda: trained(checkpoint))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     except NonFinite as error:
         result, tensors = {"diverged": str(error), "seconds": time.monotonic() - started}, None

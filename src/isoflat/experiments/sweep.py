@@ -21,7 +21,7 @@ from isoflat.experiments.store import Store
 from isoflat.experiments.study import one_thread
 from isoflat.measurement.prepare import subject
 from isoflat.measurement.run import opened, planned
-from isoflat.measures.base import Effort
+from isoflat.measures.base import Settings
 from isoflat.measures.catalogue import find_measure
 from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.finding.discover import symmetries
@@ -51,9 +51,9 @@ def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
     Raises:
         IsoflatError: a network cannot be built or traced, or a setting has no meaning.
     """
-    effort, dtype = Effort(recipe.rtol, seed=recipe.seed), getattr(torch, recipe.dtype)
+    settings, dtype = Settings(recipe.rtol, seed=recipe.seed), getattr(torch, recipe.dtype)
     for number in numbers:
-        find_measure(number.measure).questions(effort)
+        find_measure(number.measure).questions(settings)
     inputs, targets = (part[:FEW] for part in data.train)
     inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
     seen: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
             subject(model, [(inputs, targets)], nn.CrossEntropyLoss(), logits=logits)
         plan = planned([number.measure for number in numbers], [number.geometry for number in numbers])
         prepare = partial(subject, model, [(inputs, targets)], nn.CrossEntropyLoss())
-        with opened(prepare, plan, effort, None, Ranks(), task.label, progress=False):
+        with opened(prepare, plan, settings, None, Ranks(), task.label, progress=False):
             pass  # opening traces the network for the geometries that are asked for
 
 

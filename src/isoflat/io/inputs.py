@@ -18,7 +18,7 @@ from isoflat.io.model import build, find_loss
 from isoflat.io.named import reason
 from isoflat.io.weights import read_weights
 from isoflat.measurement.prepare import subject
-from isoflat.measures.base import Effort, Subject
+from isoflat.measures.base import Settings, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.risk.batches import Batches, tensors
 from isoflat.risk.network import exactly
@@ -118,13 +118,13 @@ def load(inputs: Inputs) -> Loaded:
     return Loaded(model, data.batches, loss, (*notes, *data.notes))
 
 
-def check(measures: list[str], geometry: list[str], **effort: Any) -> None:
+def check(measures: list[str], geometry: list[str], **settings: Any) -> None:
     """Names and limits, before a file is opened.
 
     Args:
         measures: names in the catalogue.
         geometry: names of metrics.
-        **effort: as for `isoflat.measures.base.Effort`.
+        **settings: as for `isoflat.measures.base.Settings`.
 
     Raises:
         UsageError: one of them is unknown or has no meaning.
@@ -133,7 +133,7 @@ def check(measures: list[str], geometry: list[str], **effort: Any) -> None:
         find_measure(name)
     for name in geometry:
         find_geometry(name)
-    Effort(**effort)
+    Settings(**settings)
 
 
 def prepare(

@@ -1,7 +1,7 @@
 """Solvers as coroutines of products: one pass over the data can serve several of them.
 
 A solver never holds an operator. It *asks* for products (`Request`) and is sent them, so that the same code runs alone
-(`Solver.__call__`) or in step with others that need the same Hessian through other frames (`together`).
+(`Solver.__call__`) or in step with others that need the same Hessian through other frames (`run_in_lockstep`).
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ class Outcome:
     seconds: float
 
 
-def together(base: Operator, jobs: Sequence[Job], report: Callable[[str], None] = lambda _: None) -> list[Outcome]:
+def run_in_lockstep(
+    base: Operator, jobs: Sequence[Job], report: Callable[[str], None] = lambda _: None
+) -> list[Outcome]:
     """Run jobs in step: each round asks the base for all their vectors in one pass over the data.
 
     Products that must be in float64 wait until no others are asked for, so that they share a pass too; where the base
@@ -194,7 +196,7 @@ def together(base: Operator, jobs: Sequence[Job], report: Callable[[str], None] 
     >>> base = Dense(torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)))
     >>> half = Diagonal(torch.tensor([1.0, 2.0], dtype=torch.float64))
     >>> jobs = [Job(Pullback(base, e), Lanczos(), stream(0)) for e in (Identity(2), half)]
-    >>> [round(outcome.result.top.value, 12) for outcome in together(base, jobs)]
+    >>> [round(outcome.result.top.value, 12) for outcome in run_in_lockstep(base, jobs)]
     [3.0, 4.0]
     """
     runs = [_Run(job) for job in jobs]

@@ -14,13 +14,13 @@ from isoflat.curvature.sweeps import Pass, Sweeps, accumulated
 from isoflat.geometry.base import Geometry
 from isoflat.linalg.solver import Outcome
 from isoflat.measurement.scribe import NOT_APPLICABLE
-from isoflat.measures.base import Reading, Scene
+from isoflat.measures.base import DataStatistic, Scene
 
-Key = tuple[Geometry | None, Reading]
+Key = tuple[Geometry | None, DataStatistic]
 """Readings that are one: the geometry counts only where the answer depends on it."""
 
 
-def answered(asked: Sequence[tuple[Scene, Reading]]) -> list[Outcome | IsoflatError]:
+def answered(asked: Sequence[tuple[Scene, DataStatistic]]) -> list[Outcome | IsoflatError]:
     """The answers in order, each made once, or why there is none; what several of them need is billed to the first.
 
     Args:
@@ -55,9 +55,9 @@ class _Task:
     """
 
     scene: Scene
-    reading: Reading
-    steps: Generator[Reading | Pass, Any, Any] | None = None
-    wants: Reading | Pass | None = None
+    reading: DataStatistic
+    steps: Generator[DataStatistic | Pass, Any, Any] | None = None
+    wants: DataStatistic | Pass | None = None
     value: Any = None
     error: IsoflatError | None = None
     done: bool = False
@@ -80,14 +80,14 @@ class _Task:
         assert steps is not None
         self._step(lambda: steps.throw(error))
 
-    def _begun(self) -> Reading | Pass:
+    def _begun(self) -> DataStatistic | Pass:
         made = self.reading.answer(self.scene)
         if not isinstance(made, Generator):
             raise StopIteration(made)
         self.steps = made
         return next(made)
 
-    def _step(self, run: Callable[[], Reading | Pass]) -> None:
+    def _step(self, run: Callable[[], DataStatistic | Pass]) -> None:
         started = time.monotonic()
         self.wants = None
         try:
@@ -99,7 +99,7 @@ class _Task:
         self.seconds += time.monotonic() - started
 
 
-def _task(tasks: dict[Key, _Task], scene: Scene, reading: Reading) -> _Task:
+def _task(tasks: dict[Key, _Task], scene: Scene, reading: DataStatistic) -> _Task:
     return tasks.setdefault((scene.geometry if reading.framed else None, reading), _Task(scene, reading))
 
 
@@ -107,7 +107,7 @@ def _advance(tasks: dict[Key, _Task], task: _Task) -> None:
     """As far as a reading comes without another pass over the data."""
     if not task.done and task.steps is None:
         task.begin()
-    while isinstance(task.wants, Reading):
+    while isinstance(task.wants, DataStatistic):
         fresh = len(tasks)
         other = _task(tasks, task.scene, task.wants)
         if len(tasks) > fresh:

@@ -141,7 +141,7 @@ def compare(  # noqa: PLR0913
     def prepare(model: torch.nn.Module) -> Subject:
         return subject(model, batches, loss, params, dtype, device, logits)
 
-    known = ranks.together(lambda: _alike(models, prepare, places, symmetries or ()))
+    known = ranks.on_all_ranks(lambda: _alike(models, prepare, places, symmetries or ()))
     tables: dict[str, Table] = {}
     for label, model in models.items():
         with _about(label, but=UsageError):

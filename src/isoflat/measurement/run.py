@@ -21,7 +21,7 @@ from isoflat.measurement.sampled import results
 from isoflat.measurement.scribe import Refusal, Result
 from isoflat.measurement.session import Session
 from isoflat.measurement.shared import agreed
-from isoflat.measures.base import Budget, Effort, Measure, Subject
+from isoflat.measures.base import Budget, Measure, Settings, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.risk.linearise import Check
 from isoflat.risk.network import Selector, exactly
@@ -196,15 +196,15 @@ def measure_all(  # noqa: PLR0913
     limits = Budget(products=budget) if isinstance(budget, int) else (budget or Budget())
     low = dtype in (torch.bfloat16, "bfloat16")
     inside = torch.bfloat16 if low else None
-    effort = Effort(rtol, confidence, certify, probes, limits, seed, checked(check), inside, sample)
+    settings = Settings(rtol, confidence, certify, probes, limits, seed, checked(check), inside, sample)
     plan = planned(measures, [geometry] if isinstance(geometry, str | Geometry) else geometry)
     ranks = Ranks.here(reproducible_sum)
 
     def prepare() -> Subject:
         return subject(model, data, loss, params, dtype, device, logits, initial)
 
-    with opened(prepare, plan, effort, symmetries, ranks, label, progress) as session:
-        found = results(session) if effort.sample else session.results()
+    with opened(prepare, plan, settings, symmetries, ranks, label, progress) as session:
+        found = results(session) if settings.sample else session.results()
         rows = tuple(result.record for result in found if isinstance(result, Result))
         refused = [result for result in found if isinstance(result, Refusal)]
         if not rows:
@@ -221,7 +221,7 @@ def measure_all(  # noqa: PLR0913
 def opened(
     prepare: Callable[[], Subject],
     plan: Bound,
-    effort: Effort,
+    settings: Settings,
     symmetries: Found | Sequence[Symmetry] | None,
     ranks: Ranks,
     label: str,
@@ -232,7 +232,7 @@ def opened(
     Args:
         prepare: makes the subject.
         plan: measures, each with the geometry it is measured in.
-        effort: how hard.
+        settings: how hard.
         symmetries: as for `measure`.
         ranks: the processes.
         label: what the user calls the network.
@@ -241,13 +241,13 @@ def opened(
     Raises:
         IsoflatError: as for `measure`.
     """
-    target = agreed(ranks, prepare, effort, plan)
-    _reachable(effort, target.state.dtype)
+    target = agreed(ranks, prepare, settings, plan)
+    _reachable(settings, target.state.dtype)
     found = symmetries if isinstance(symmetries, Found) else None
     declared = () if found is not None else tuple(symmetries or ())  # pyrefly: ignore
 
     def bound() -> Bound:
-        _verify(target, declared, effort.seed)
+        _verify(target, declared, settings.seed)
         return _bound(plan, target, declared, found)
 
     with (
@@ -259,7 +259,7 @@ def opened(
             bar.set_postfix_str(status, refresh=False)
             bar.update()
 
-        yield Session(at_equal_loss(target), effort, ranks.together(bound, _groups), label, report)
+        yield Session(at_equal_loss(target), settings, ranks.on_all_ranks(bound, _groups), label, report)
 
 
 def _groups(plan: Bound) -> dict[str, str]:
@@ -279,12 +279,12 @@ def checked(value: Check | str) -> Check:
     return Check(value)
 
 
-def _reachable(effort: Effort, dtype: torch.dtype) -> None:
+def _reachable(settings: Settings, dtype: torch.dtype) -> None:
     """Refuse tolerances below what products can give."""
-    floor = torch.finfo(effort.inside or dtype).eps
-    if effort.rtol < floor:
+    floor = torch.finfo(settings.inside or dtype).eps
+    if settings.rtol < floor:
         raise UsageError(
-            f"rtol={effort.rtol:g} lies below the rounding of a product in {effort.inside or dtype} ({floor:.1e}): ask for "
+            f"rtol={settings.rtol:g} lies below the rounding of a product in {settings.inside or dtype} ({floor:.1e}): ask for "
             "less, or pass a wider dtype"
         )
 

@@ -33,17 +33,17 @@ from isoflat.core.space import inner, norm
 from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.linalg.eigen.block_lanczos import Eigenpairs
-from isoflat.linalg.eigen.complement import Outside
+from isoflat.linalg.eigen.complement import ComplementBounds
 from isoflat.linalg.eigen.extremes import REACHED, End, Extremes, Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.remainder import Remainder
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Job, Outcome, Probe, Solver, together
+from isoflat.linalg.solver import Job, Outcome, Probe, Solver, run_in_lockstep
 from isoflat.measurement.place import Place
 from isoflat.measurement.scribe import Outcomes, Refusal, Result, Scribe
 from isoflat.measurement.session import Session
-from isoflat.measures.base import Question, Spectral
+from isoflat.measures.base import Question, SolverQuery
 from isoflat.risk.batches import ROWS
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.routes.base import Linearisation
@@ -104,7 +104,7 @@ def results(session: Session) -> tuple[Result | Refusal, ...]:
 
 def _sampled(question: Question) -> bool:
     return (
-        isinstance(question, Spectral)
+        isinstance(question, SolverQuery)
         and isinstance(question.solver, HardFirst)
         and not question.covariant
         and question.matrix is Matrix.HESSIAN
@@ -113,7 +113,7 @@ def _sampled(question: Question) -> bool:
 
 def _on_all(session: Session, note: str) -> Session:
     subject = replace(session.subject, notes=(*session.subject.notes, note))
-    return replace(session, effort=replace(session.effort, sample=None), subject=subject)
+    return replace(session, settings=replace(session.settings, sample=None), subject=subject)
 
 
 def _results(session: Session) -> tuple[Result | Refusal, ...]:
@@ -128,7 +128,7 @@ def _results(session: Session) -> tuple[Result | Refusal, ...]:
     if MOST * seen.rows < PILOT:
         return _on_all(session, f"{seen.rows} examples are too few to sample from: all were measured").results()
     chosen, route = session.routed(risk.pinned(seen))
-    if chosen.effort.sample is None:
+    if chosen.settings.sample is None:
         return _on_all(session, "products are not exact, and give no interval on a sample: all were measured").results()
     found: dict[int, _Found] = {}
     for key, there in screened.items():
@@ -146,7 +146,7 @@ def _results(session: Session) -> tuple[Result | Refusal, ...]:
     notes = (*chosen.subject.notes, *dict.fromkeys(part.note for part in found.values()))
     told = replace(chosen, subject=replace(chosen.subject, notes=notes))
     setup = (time.monotonic() - started - spent) / len(session.plan)
-    scribe = Scribe(told.subject, told.effort, told.label, charts, places, answers, setup)
+    scribe = Scribe(told.subject, told.settings, told.label, charts, places, answers, setup)
     return tuple(scribe.result(measure, geometry) for measure, geometry in session.plan)
 
 
@@ -220,9 +220,9 @@ class _Sampler:
     ) -> None:
         self.session, self.charts, self.risk, self.seen, self.route = session, charts, risk, seen, route
         self.state = next(iter(charts.values())).state
-        asked = [(g, q) for m, g in session.plan if g in charts for q in m.questions(session.effort)]
+        asked = [(g, q) for m, g in session.plan if g in charts for q in m.questions(session.settings)]
         self.keys: tuple[Key, ...] = tuple(dict.fromkeys(asked))
-        self.confidence = CONFIDENCE if session.effort.confidence is None else session.effort.confidence
+        self.confidence = CONFIDENCE if session.settings.confidence is None else session.settings.confidence
         self.started = time.monotonic()
         self.products, self.seconds = dict.fromkeys(self.keys, 0.0), dict.fromkeys(self.keys, 0.0)
 
@@ -246,7 +246,7 @@ class _Sampler:
 
     def answered(self) -> tuple[_Found | None, int]:
         """From a sample that is as large as it must be, and how large; None where that is too large."""
-        few, width = BOUND, self.session.effort.rtol
+        few, width = BOUND, self.session.settings.rtol
         pilot = self.pilot()
         size = self.needed(pilot, width)
         starts = {key: end.vector[:, None] for key, end in pilot.ends.items()}
@@ -254,7 +254,7 @@ class _Sampler:
             if size > MOST * self.seen.rows:
                 break
             found = self._measured(pilot, starts, size, min(few, size), number)
-            wide = max(_width(found.answers[key].result) for key in self.keys) / self.session.effort.rtol
+            wide = max(_width(found.answers[key].result) for key in self.keys) / self.session.settings.rtol
             if wide <= 1 or self._spent():
                 return found, size
             if not found.better:
@@ -266,7 +266,7 @@ class _Sampler:
     def _measured(self, pilot: _Pilot, starts: Mapping[Key, Tensor], size: int, few: int, number: int) -> _Found:
         """Witnesses, then the samples, which are drawn after them."""
         witnesses = self._witnesses(pilot, starts, pilot.sample.beyond(self._chances(size)))
-        inside, budget = 1 - CERTAIN * (1 - self.confidence), self.session.effort.budget.products
+        inside, budget = 1 - CERTAIN * (1 - self.confidence), self.session.settings.budget.products
         small, sample = self._drawn(few, "complement", number), self._drawn(size, "sample", number)
         left = self._solved(small, {key: Remainder(found, inside, budget) for key, found in witnesses.items()})
         survey = self._risk(sample).survey(self.state)
@@ -275,7 +275,7 @@ class _Sampler:
         place = replace(self._place(sample), survey=replace(seen, hardness=None))
         jobs = {key: self._job(key, place, Probe(witness)) for key, witness in witnesses.items()}
         checks = self.session.checks(self.charts, place)
-        done = together(place.hessian, [*jobs.values(), *checks.values()], self.session.report)
+        done = run_in_lockstep(place.hessian, [*jobs.values(), *checks.values()], self.session.report)
         answers: Outcomes = dict(zip(checks, done[len(jobs) :], strict=True))
         better: dict[Key, Tensor] = {}
         for key, outcome in zip(jobs, done, strict=False):
@@ -292,7 +292,7 @@ class _Sampler:
 
     def _witnesses(self, pilot: _Pilot, starts: Mapping[Key, Tensor], known: Sample) -> dict[Key, Tensor]:
         """Vectors close to those wanted, by the pilot's examples and those that the sample will have for certain."""
-        fine, budget = math.sqrt(self.session.effort.rtol) / 4, self.session.effort.budget.products
+        fine, budget = math.sqrt(self.session.settings.rtol) / 4, self.session.settings.budget.products
         searches = {}
         for key, end in pilot.ends.items():
             top = self._at_top(key, end.value)
@@ -307,7 +307,7 @@ class _Sampler:
         """What solvers find on a sample, in step."""
         place = self._place(sample)
         jobs = [self._job(key, place, solver) for key, solver in solvers.items()]
-        outcomes = dict(zip(solvers, together(place.hessian, jobs, self.session.report), strict=True))
+        outcomes = dict(zip(solvers, run_in_lockstep(place.hessian, jobs, self.session.report), strict=True))
         for key, outcome in outcomes.items():
             self._tally(key, sample, outcome)
         return {key: outcome.result for key, outcome in outcomes.items()}
@@ -318,11 +318,11 @@ class _Sampler:
 
     def _spent(self) -> bool:
         """Whether a budget forbids another sample."""
-        budget = self.session.effort.budget
+        budget = self.session.settings.budget
         late = budget.seconds is not None and time.monotonic() - self.started > budget.seconds
         return late or max(self.products.values()) > budget.products
 
-    def _rest(self, key: Key, small: Sample, left: Outside) -> tuple[float, float]:
+    def _rest(self, key: Key, small: Sample, left: ComplementBounds) -> tuple[float, float]:
         """Where the spectrum on a complement lies, for all data."""
         (run,) = left.runs
         turns = run.ritz()[1]
@@ -353,7 +353,7 @@ class _Sampler:
         bottom, top_ = (other, wanted) if top else (wanted, other)
         found = Extremes(bottom, top_, which, False, self.confidence, 0.0, 0, "")
         low, high = found.interval()
-        reached = high - low <= self.session.effort.rtol * abs(value)
+        reached = high - low <= self.session.settings.rtol * abs(value)
         left = (
             f"{sample.size} examples leave a relative width of {(high - low) / abs(value):.2g}"
             if value
@@ -384,7 +384,7 @@ class _Sampler:
         return inclusion(self.seen.hardness, size)
 
     def _drawn(self, size: int, *labels: object) -> Sample:
-        return Sample.of(self._chances(size), stream(self.session.effort.seed, *labels))
+        return Sample.of(self._chances(size), stream(self.session.settings.seed, *labels))
 
     def _risk(self, sample: Sample) -> EmpiricalRisk:
         return sample.risk(self.risk, self.seen.count, ROWS)
@@ -395,7 +395,7 @@ class _Sampler:
         return self.session.placed(self.state, self._risk(sample), seen, self.route)
 
     def _job(self, key: Key, place: Place, solver: Solver[Any]) -> Job:
-        random = stream(self.session.effort.seed, solver.label)
+        random = stream(self.session.settings.seed, solver.label)
         return Job(Pullback(place.hessian, self.charts[key[0]].frame), solver, random)
 
     @property
@@ -405,7 +405,7 @@ class _Sampler:
 
 
 def _solver(key: Key) -> Lanczos:
-    assert isinstance(key[1], Spectral) and isinstance(key[1].solver, HardFirst)
+    assert isinstance(key[1], SolverQuery) and isinstance(key[1].solver, HardFirst)
     return key[1].solver.whole
 
 

@@ -24,7 +24,7 @@ from isoflat.linalg.eigen.extremes import Extremes
 from isoflat.linalg.solver import Outcome, Probe
 from isoflat.measurement.place import Place, Products
 from isoflat.measurement.prepare import point, some, warnings
-from isoflat.measures.base import Effort, Findings, Measure, Question, Spectral, Subject
+from isoflat.measures.base import Findings, Measure, Question, Settings, SolverQuery, Subject
 from isoflat.risk.empirical import Survey
 from isoflat.risk.plan import peak_memory
 from isoflat.symmetry.found import VERSION as RULES
@@ -86,7 +86,7 @@ class Scribe:
 
     Attributes:
         subject: what is measured.
-        effort: how hard.
+        settings: how hard.
         label: what the user calls the network.
         charts: of every geometry in the plan.
         places: where each chart's state was measured.
@@ -95,7 +95,7 @@ class Scribe:
     """
 
     subject: Subject
-    effort: Effort
+    settings: Settings
     label: str
     charts: Mapping[Geometry, Chart]
     places: dict[int, Place]
@@ -105,7 +105,7 @@ class Scribe:
     def result(self, measure: Measure, geometry: Geometry) -> Result | Refusal:
         """One number, or why there is none."""
         try:
-            questions = measure.questions(self.effort)
+            questions = measure.questions(self.settings)
             # What a measure is refused for is known before its solvers run: their answers may be missing.
             answers = [self.answers.get((geometry, question)) for question in questions]
             if errors := [answer for answer in answers if isinstance(answer, IsoflatError)]:
@@ -118,11 +118,11 @@ class Scribe:
     def _result(
         self, measure: Measure, geometry: Geometry, questions: Sequence[Question], answers: tuple[Outcome, ...]
     ) -> Result:
-        subject, effort = self.subject, self.effort
+        subject, settings = self.subject, self.settings
         chart = self.charts[geometry]
         place = self.places[id(chart.state)]
         where = point(subject.state, restricted(place.survey, chart.state, subject.state))
-        findings = Findings(where, answers, effort, measure.options)
+        findings = Findings(where, answers, settings, measure.options)
         estimate = measure.evaluate(findings)
         if estimate.kind is Kind.EXACT:
             estimate = estimate.allowing(ALLOWANCE * torch.finfo(subject.state.dtype).eps)
@@ -188,7 +188,7 @@ class Scribe:
             found
             for (g, question), found in self.answers.items()
             if isinstance(found, Outcome)
-            if g == geometry and isinstance(question, Spectral) and isinstance(question.solver, Probe)
+            if g == geometry and isinstance(question, SolverQuery) and isinstance(question.solver, Probe)
         )
         place = self.places[id(chart.state)]
         gradient = place.survey.gradient
@@ -231,21 +231,21 @@ class Scribe:
 
     def _settings(self, used: Products | None) -> dict[str, Any]:
         """How it was measured; what concerns products only where there are any."""
-        effort, state = self.effort, self.subject.state
+        settings, state = self.settings, self.subject.state
         made = {} if used is None else _ways(used)
         return {
-            "rtol": effort.rtol,
-            "certify": effort.certify,
-            "probes": effort.probes,
-            "sample": effort.sample or "all",
+            "rtol": settings.rtol,
+            "certify": settings.certify,
+            "probes": settings.probes,
+            "sample": settings.sample or "all",
             "logits": self.subject.risk.loss.logits,
             "initial": self._initial_hash,
-            "seed": effort.seed,
-            "max_products": effort.budget.products,
+            "seed": settings.seed,
+            "max_products": settings.budget.products,
             "dtype": str(state.dtype).removeprefix("torch."),
             "device": str(state.device),
             **made,
-            "autocast": str(effort.inside).removeprefix("torch.") if effort.inside else "off",
+            "autocast": str(settings.inside).removeprefix("torch.") if settings.inside else "off",
             "tf32": "off",
             "threads": torch.get_num_threads(),
             "processes": self.subject.risk.ranks.world,
@@ -293,4 +293,4 @@ def _versions(measure: Measure, geometry: Geometry) -> dict[str, str]:
 
 def matrices_of(keys: Sequence[tuple[Geometry, Question]]) -> tuple[Matrix, ...]:
     """What is asked about."""
-    return tuple(dict.fromkeys(question.matrix for _, question in keys if isinstance(question, Spectral)))
+    return tuple(dict.fromkeys(question.matrix for _, question in keys if isinstance(question, SolverQuery)))

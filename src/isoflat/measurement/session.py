@@ -15,18 +15,18 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.linalg.maps import Identity as Identical
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Job, Probe, together
+from isoflat.linalg.solver import Job, Probe, run_in_lockstep
 from isoflat.measurement.asking import answered
 from isoflat.measurement.place import Place, Products
 from isoflat.measurement.scribe import NOT_APPLICABLE, Answers, Refusal, Result, Scribe, matrices_of
-from isoflat.measures.base import Effort, Measure, Question, Reading, Scene, Spectral, Subject
+from isoflat.measures.base import DataStatistic, Measure, Question, Scene, Settings, SolverQuery, Subject
 from isoflat.risk.batches import even
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.linearise import Choice, check_gradient, choose, linearise, survey
 from isoflat.risk.parts import by_hardness
 from isoflat.risk.plan import Plan, available_memory, plan
 from isoflat.risk.routes.base import Linearisation
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.reverse import Recomputed
 
 
 @final
@@ -36,14 +36,14 @@ class Session:
 
     Attributes:
         subject: what is measured.
-        effort: how hard.
+        settings: how hard.
         plan: measures, each with the geometry it is measured in.
         label: what the user calls the network.
         report: called with a status line at each pass over the data.
     """
 
     subject: Subject
-    effort: Effort
+    settings: Settings
     plan: tuple[tuple[Measure, Geometry], ...]
     label: str
     report: Callable[[str], None]
@@ -71,22 +71,22 @@ class Session:
     def questions(self, measure: Measure) -> tuple[Question, ...]:
         """What a measure asks; nothing where it does not apply, which the scribe will say."""
         try:
-            return measure.questions(self.effort)
+            return measure.questions(self.settings)
         except NOT_APPLICABLE:
             return ()
 
     def routed(self, risk: EmpiricalRisk) -> tuple[Session, type[Linearisation]]:
         """How products with the Hessian are made, and the session with what follows: notes, and what can be certified."""
-        state, check = self.subject.state, self.effort.check
+        state, check = self.subject.state, self.settings.check
         if Matrix.HESSIAN not in matrices_of(self.asked({geometry for _, geometry in self.plan})):
-            choice = Choice(Rebuilt, risk.ranks.together(lambda: check_gradient(risk, state, check)))
+            choice = Choice(Recomputed, risk.ranks.on_all_ranks(lambda: check_gradient(risk, state, check)))
         else:
-            choice = risk.ranks.together(
+            choice = risk.ranks.on_all_ranks(
                 lambda: choose(risk, state, check), lambda choice: {"route": choice.route.__name__}
             )
         subject = replace(self.subject, notes=(*self.subject.notes, *choice.notes))
-        effort = self.effort if choice.exact else replace(self.effort, certify=False, sample=None)
-        return replace(self, subject=subject, effort=effort), choice.route
+        settings = self.settings if choice.exact else replace(self.settings, certify=False, sample=None)
+        return replace(self, subject=subject, settings=settings), choice.route
 
     def answered(
         self,
@@ -114,13 +114,15 @@ class Session:
         for key, place in places.items():
             answers |= self._readings(here[key], place)
             for geometry, question in self.asked(here[key]):
-                if isinstance(question, Spectral) and question.matrix in place.refused:
+                if isinstance(question, SolverQuery) and question.matrix in place.refused:
                     answers[geometry, question] = place.refused[question.matrix]
             left = self._applying(answers)
             for matrix, products in place.products.items():
                 jobs = left.jobs(here[key], place, matrix)
-                answers |= dict(zip(jobs, together(products.operator, list(jobs.values()), self.report), strict=True))
-        scribe = Scribe(self.subject, self.effort, self.label, charts, places, answers, setup / len(self.plan))
+                answers |= dict(
+                    zip(jobs, run_in_lockstep(products.operator, list(jobs.values()), self.report), strict=True)
+                )
+        scribe = Scribe(self.subject, self.settings, self.label, charts, places, answers, setup / len(self.plan))
         return tuple(scribe.result(measure, geometry) for measure, geometry in self.plan)
 
     def _applying(self, answers: Answers) -> Session:
@@ -132,10 +134,12 @@ class Session:
     def _readings(self, charts: Mapping[Geometry, Chart], place: Place) -> Answers:
         """Answers that need no solver."""
         scenes = {
-            geometry: Scene(place.risk, geometry, chart, place.survey, self.effort, self.report, self.subject.initial)
+            geometry: Scene(place.risk, geometry, chart, place.survey, self.settings, self.report, self.subject.initial)
             for geometry, chart in charts.items()
         }
-        asked = [(geometry, question) for geometry, question in self.asked(charts) if isinstance(question, Reading)]
+        asked = [
+            (geometry, question) for geometry, question in self.asked(charts) if isinstance(question, DataStatistic)
+        ]
         found = answered([(scenes[geometry], question) for geometry, question in asked])
         return dict(zip(asked, found, strict=True))
 
@@ -156,21 +160,21 @@ class Session:
             route: how products with the Hessian are made; others go through their graphs.
             matrices: of what.
         """
-        budget = self.effort.budget.memory
+        budget = self.settings.budget.memory
         memory = risk.ranks.share(available_memory(state.device), state.device) // 2 if budget is None else budget
-        inside = replace(risk, network=replace(risk.network, inside=self.effort.inside))
+        inside = replace(risk, network=replace(risk.network, inside=self.settings.inside))
         batches = len(seen.digests)
         own = -(-seen.rows * risk.ranks.most(batches) // batches)
         made: dict[Matrix, Products] = {}
         refused: dict[Matrix, IsoflatError] = {}
         for matrix in matrices:
             try:
-                whole, graph = risk.ranks.together(partial(matrix.over, inside, state))
+                whole, graph = risk.ranks.on_all_ranks(partial(matrix.over, inside, state))
             except NOT_APPLICABLE as error:
                 refused[matrix] = error
                 continue
-            way = route if matrix is Matrix.HESSIAN else Rebuilt
-            planned = risk.ranks.together(
+            way = route if matrix is Matrix.HESSIAN else Recomputed
+            planned = risk.ranks.on_all_ranks(
                 partial(plan, whole, state, way, own, memory // len(matrices), graph),
                 lambda made: {"plan of products": str(made)},
             )
@@ -187,11 +191,11 @@ class Session:
         base = place.products[matrix].operator
         jobs: dict[tuple[Geometry, Question], Job] = {}
         for geometry, question in self.asked(charts):
-            if not isinstance(question, Spectral) or question.matrix is not matrix:
+            if not isinstance(question, SolverQuery) or question.matrix is not matrix:
                 continue
             chart = charts[geometry]
             plus = geometry.connection(chart.state, place.survey.gradient) if question.covariant else None
-            random = stream(self.effort.seed, question.solver.label)
+            random = stream(self.settings.seed, question.solver.label)
             jobs[geometry, question] = Job(Pullback(base, chart.frame, plus), question.solver, random)
         return (jobs | self.checks(charts, place)) if matrix is Matrix.HESSIAN else jobs
 
@@ -199,7 +203,7 @@ class Session:
         """A product in each geometry that has a generator of its group to check products with."""
         plain = Pullback(place.hessian, Identical(place.hessian.n))
         asked = {g: Probe(chart.identity.velocity) for g, chart in charts.items() if chart.identity is not None}
-        return {(g, Spectral(probe)): Job(plain, probe, stream(self.effort.seed)) for g, probe in asked.items()}
+        return {(g, SolverQuery(probe)): Job(plain, probe, stream(self.settings.seed)) for g, probe in asked.items()}
 
 
 def _parts(risk: EmpiricalRisk, seen: Survey, planned: Plan) -> list[EmpiricalRisk]:

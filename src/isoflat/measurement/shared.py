@@ -9,25 +9,25 @@ from isoflat.core.errors import DataError, UsageError
 from isoflat.core.fingerprint import fingerprint
 from isoflat.core.state import State
 from isoflat.geometry.base import Geometry
-from isoflat.measures.base import Budget, Effort, Measure, Subject
+from isoflat.measures.base import Budget, Measure, Settings, Subject
 from isoflat.risk.batches import digest
 from isoflat.risk.ranks import Ranks
 
 Plan = Sequence[tuple[Measure, Geometry]]
 
 
-def agreed(ranks: Ranks, prepare: Callable[[], Subject], effort: Effort, plan: Plan) -> Subject:
+def agreed(ranks: Ranks, prepare: Callable[[], Subject], settings: Settings, plan: Plan) -> Subject:
     """The subject, prepared on every rank, and found to be the same on all.
 
     Args:
         ranks: who shares the measurement.
         prepare: the subject as each process was given it.
-        effort: how hard.
+        settings: how hard.
         plan: what is measured.
 
     Raises:
         RanksDiffer: network, weights, data or settings differ; raised on all ranks.
-        UsageError: the effort has a limit that the ranks cannot keep in step.
+        UsageError: the settings have a limit that the ranks cannot keep in step.
         IsoflatError: one of the ranks cannot prepare its subject; raised on all.
     """
     if ranks.world == 1:
@@ -35,7 +35,7 @@ def agreed(ranks: Ranks, prepare: Callable[[], Subject], effort: Effort, plan: P
         return replace(target, risk=replace(target.risk, ranks=ranks))
 
     def work() -> Subject:
-        if effort.budget.seconds is not None:
+        if settings.budget.seconds is not None:
             raise UsageError(
                 "a budget of seconds ends a measurement by the clock, and several processes have several clocks: limit "
                 "the number of products instead"
@@ -52,18 +52,18 @@ def agreed(ranks: Ranks, prepare: Callable[[], Subject], effort: Effort, plan: P
             notes=(*target.notes, note) if len(digests) < ranks.world else target.notes,
         )
 
-    return ranks.together(work, lambda target: _facts(target, effort, plan))
+    return ranks.on_all_ranks(work, lambda target: _facts(target, settings, plan))
 
 
-def _facts(target: Subject, effort: Effort, plan: Plan) -> Mapping[str, str]:
+def _facts(target: Subject, settings: Settings, plan: Plan) -> Mapping[str, str]:
     """What must be the same, by name; weights and data as hashes."""
     risk, state = target.risk, target.state
-    settings = {field.name: str(getattr(effort, field.name)) for field in fields(Effort) if field.name != "budget"}
-    limits = {f"budget's {field.name}": str(getattr(effort.budget, field.name)) for field in fields(Budget)}
+    asked = {field.name: str(getattr(settings, field.name)) for field in fields(Settings) if field.name != "budget"}
+    limits = {f"budget's {field.name}": str(getattr(settings.budget, field.name)) for field in fields(Budget)}
     modules = [f"{name} {type(part).__qualname__}" for name, part in risk.network.module.named_modules()]
     return {
         "measures": "; ".join(f"{measure.label} in {geometry.name}" for measure, geometry in plan),
-        **settings,
+        **asked,
         **limits,
         "precision": str(state.dtype),
         "kind of device": state.device.type,

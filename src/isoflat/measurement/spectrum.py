@@ -17,7 +17,7 @@ from isoflat.linalg.density.deflated import Deflated
 from isoflat.measurement.prepare import subject
 from isoflat.measurement.run import checked, opened, planned
 from isoflat.measurement.scribe import Refusal
-from isoflat.measures.base import Budget, Direction, Effort, Findings, Measure, Spectral, Subject
+from isoflat.measures.base import Budget, Direction, Findings, Measure, Settings, SolverQuery, Subject
 from isoflat.risk.linearise import Check
 from isoflat.risk.network import Selector
 from isoflat.risk.ranks import Ranks
@@ -99,15 +99,15 @@ def spectrum(  # noqa: PLR0913
         raise UsageError("a spectrum is measured in float32 or float64: rounding in bfloat16 hides all but its ends")
     limits = budget if isinstance(budget, Budget) else Budget(Deflated.price(outliers, probes, steps, budget))
     solver = Deflated(outliers, probes, steps, confidence, limits.products, limits.seconds)
-    effort = Effort(confidence=confidence, budget=limits, seed=seed, check=checked(check))
+    settings = Settings(confidence=confidence, budget=limits, seed=seed, check=checked(check))
     own = {"outliers": outliers, "probes": probes, "steps": steps}
-    entry = replace(_ENTRY, options=own, needs=lambda effort, options: (Spectral(solver),))
+    entry = replace(_ENTRY, options=own, needs=lambda settings, options: (SolverQuery(solver),))
     ranks = Ranks.here(reproducible_sum)
 
     def prepare() -> Subject:
         return subject(model, data, loss, params, dtype, device, logits)
 
-    with opened(prepare, planned([entry], [geometry]), effort, symmetries, ranks, label, progress) as session:
+    with opened(prepare, planned([entry], [geometry]), settings, symmetries, ranks, label, progress) as session:
         (result,) = session.results()
         if isinstance(result, Refusal):
             raise result.error
@@ -133,7 +133,7 @@ _ENTRY = Measure(
     units="eigenvalues",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=0,
-    needs=lambda effort, options: (),
+    needs=lambda settings, options: (),
     evaluate=_effective_rank,
     curvature=lambda findings: _density(findings).largest,
 )

@@ -35,12 +35,12 @@ from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.recheck import Recheck, Seen
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Job, Outcome, together
+from isoflat.linalg.solver import Job, Outcome, run_in_lockstep
 from isoflat.measurement.prepare import point, subject
 from isoflat.measurement.run import checked, opened
 from isoflat.measurement.scribe import ALLOWANCE, group_of, restricted
 from isoflat.measurement.session import Session
-from isoflat.measures.base import Effort, Findings, Measure, Spectral, Subject
+from isoflat.measures.base import Findings, Measure, Settings, SolverQuery, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.linearise import Check as Agreement
@@ -106,10 +106,10 @@ class Check:
         }
 
 
-def checkable(measure: Measure) -> Spectral | None:
+def checkable(measure: Measure) -> SolverQuery | None:
     """The question of a number that is one extreme eigenvalue, up to a factor; None for all others."""
-    questions = measure.questions(Effort())
-    if len(questions) != 1 or not isinstance(questions[0], Spectral):
+    questions = measure.questions(Settings())
+    if len(questions) != 1 or not isinstance(questions[0], SolverQuery):
         return None
     return questions[0] if isinstance(questions[0].solver, HardFirst | Lanczos) else None
 
@@ -186,7 +186,7 @@ def verify_all(  # noqa: PLR0913
     Raises:
         IsoflatError: the network cannot be measured, or a record does not say how it was.
     """
-    effort = Effort(seed=seed, check=checked(check))
+    settings = Settings(seed=seed, check=checked(check))
     found: dict[int, Check] = {}
     for made in dict.fromkeys(_Made.of(record) for record, _ in rows):
         cases: list[_Case] = []
@@ -203,7 +203,7 @@ def verify_all(  # noqa: PLR0913
             else:
                 found[number] = case
         if target is not None and cases:
-            found |= _checked(cases, target, effort, symmetries)
+            found |= _checked(cases, target, settings, symmetries)
     return tuple(found[number] for number in range(len(rows)))
 
 
@@ -226,7 +226,7 @@ class _Case:
     witness: Tensor
     measure: Measure
     geometry: Geometry
-    question: Spectral
+    question: SolverQuery
 
     @property
     def which(self) -> Which:
@@ -320,12 +320,12 @@ def _same(case: _Case, model_hash: str) -> _Case | Check:
 
 
 def _checked(
-    cases: Sequence[_Case], target: Subject, effort: Effort, symmetries: Found | Sequence[Symmetry] | None
+    cases: Sequence[_Case], target: Subject, settings: Settings, symmetries: Found | Sequence[Symmetry] | None
 ) -> dict[int, Check]:
     """The cases, by products."""
     found: dict[int, Check] = {}
     plan = tuple((case.measure, case.geometry) for case in cases)
-    with opened(lambda: target, plan, effort, symmetries, Ranks.here(), "", progress=False) as session:
+    with opened(lambda: target, plan, settings, symmetries, Ranks.here(), "", progress=False) as session:
         charts = session.charts()
         states = {id(chart.state): chart.state for chart in charts.values()}
         read = {key: survey(session.subject.risk, state) for key, state in states.items()}
@@ -342,7 +342,7 @@ def _checked(
         risk, seen = next(iter(read.values()))
         remaining = replace(session, plan=tuple((case.measure, case.geometry) for case in left))
         chosen, route = remaining.routed(risk.pinned(seen))
-        if not chosen.effort.certify:  # differences of gradients: their products are not exact
+        if not chosen.settings.certify:  # differences of gradients: their products are not exact
             inexact = [case for case in left if case.question.matrix is Matrix.HESSIAN]
             words = "its products are differences of gradients here, which are not exact: a fresh one proves nothing"
             found |= {case.number: _said(case.record, Verdict.UNCHECKED, words) for case in inexact}
@@ -400,12 +400,12 @@ def _multiplied(
     jobs = []
     for case in group:
         plus = case.geometry.connection(state, seen.gradient) if case.question.covariant else None
-        random = stream(session.effort.seed, "verify", case.record.measure, case.record.geometry)
+        random = stream(session.settings.seed, "verify", case.record.measure, case.record.geometry)
         jobs.append(Job(Pullback(base, charts[case.geometry].frame, plus), Recheck(case.witness), random))
     where = point(session.subject.state, restricted(seen, state, session.subject.state))
     # The connection term is made of the gradient, which is as exact as the precision of the survey.
     loose = ALLOWANCE * torch.finfo(state.dtype).eps * stationarity(state, seen.gradient)
-    outcomes = together(base, jobs, session.report)
+    outcomes = run_in_lockstep(base, jobs, session.report)
     return {
         case.number: judged(case, outcome.result, where, loose if case.question.covariant else 0.0)
         for case, outcome in zip(group, outcomes, strict=True)
@@ -491,7 +491,7 @@ def _factor(measure: Measure, where: Point) -> float | None:
     def at(value: float) -> float:
         end = End(value, value, 0.0, 0.0, torch.empty(0))
         answer = Extremes(end, end, Which.LARGEST, True, 1.0, 0.0, 2, "")
-        return measure.evaluate(Findings(where, (Outcome(answer, 2, 0.0),), Effort(), measure.options)).value
+        return measure.evaluate(Findings(where, (Outcome(answer, 2, 0.0),), Settings(), measure.options)).value
 
     one, two = at(1.0), at(2.0)
     return one if one > 0 and math.isclose(two, 2 * one, rel_tol=ALLOWANCE * torch.finfo(torch.float64).eps) else None

@@ -55,7 +55,7 @@ class Budget:
 
 @final
 @dataclass(frozen=True)
-class Effort:
+class Settings:
     """How hard to measure.
 
     Attributes:
@@ -101,7 +101,7 @@ class Effort:
 
 @final
 @dataclass(frozen=True)
-class Spectral:
+class SolverQuery:
     """One solver on `Eᵀ A E`, or on the covariant `Eᵀ (A + C) E`, E the geometry's frame.
 
     Attributes:
@@ -116,7 +116,7 @@ class Spectral:
 
 
 @dataclass(frozen=True)
-class Reading(ABC):
+class DataStatistic(ABC):
     """What passes over the data tell without a solver.
 
     Attributes:
@@ -145,7 +145,7 @@ class Scene:
         geometry: in which is measured.
         chart: of the geometry at the point.
         survey: loss and gradient there.
-        effort: how hard.
+        settings: how hard.
         report: called with a status line at each pass over the data.
         initial: the weights before training, as they were given: shape `(n,)`, float64, in the order of the user's own
             trainable tensors, which are those of `state` in the Euclidean geometry; None where there are none.
@@ -155,7 +155,7 @@ class Scene:
     geometry: Geometry
     chart: Chart
     survey: Survey
-    effort: Effort
+    settings: Settings
     report: Callable[[str], None]
     initial: Tensor | None = None
 
@@ -165,12 +165,12 @@ class Scene:
         return self.chart.state
 
 
-Question = Spectral | Reading
+Question = SolverQuery | DataStatistic
 """What several measures may share: equal questions in one geometry are asked once."""
 
 T = TypeVar("T")
 
-Asking = Generator[Reading | Pass, Any, T]
+Asking = Generator[DataStatistic | Pass, Any, T]
 """An answer under way: a reading or a pass over the data is yielded, and what it gives is sent."""
 
 
@@ -199,7 +199,7 @@ class Findings:
 
     point: Point
     answers: tuple[Outcome, ...]
-    effort: Effort
+    settings: Settings
     options: Mapping[str, float]
 
 
@@ -216,7 +216,7 @@ class Measure:
         units: of the number.
         direction: which way it points.
         loss_degree: `measure(c · loss) = c**degree · measure(loss)`; None if it is no power.
-        needs: the questions it asks, given the effort and the values of its own parameters.
+        needs: the questions it asks, given the settings and the values of its own parameters.
         evaluate: the number from the findings.
         curvature: the size of the curvature that b is compared with, in the metric's unit; None where there is none.
         geometry: the only geometry it is defined in; None where the user chooses.
@@ -236,7 +236,7 @@ class Measure:
     units: str
     direction: Direction
     loss_degree: float | None
-    needs: Callable[[Effort, Mapping[str, float]], tuple[Question, ...]]
+    needs: Callable[[Settings, Mapping[str, float]], tuple[Question, ...]]
     evaluate: Callable[[Findings], Estimate]
     curvature: Callable[[Findings], float] | None = None
     geometry: str | None = None
@@ -259,13 +259,13 @@ class Measure:
             raise UsageError(f"{self.name} has no option {', '.join(sorted(unknown))}; its options: {known}")
         return replace(self, options={**self.options, **options})
 
-    def questions(self, effort: Effort) -> tuple[Question, ...]:
+    def questions(self, settings: Settings) -> tuple[Question, ...]:
         """What it asks.
 
         Raises:
             UsageError: one of its parameters must be given.
         """
-        return self.needs(effort, self.options)
+        return self.needs(settings, self.options)
 
     @property
     def own(self) -> frozenset[Invariance] | None:

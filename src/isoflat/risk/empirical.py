@@ -145,7 +145,7 @@ class EmpiricalRisk:
             NondeterministicRisk: the loss of one batch is random.
             UnsupportedModel: the forward pass writes into parameters or buffers.
         """
-        self.ranks.together(lambda: self._probe(state), lambda loss: {"loss of the first batch": f"{loss:.4g}"})
+        self.ranks.on_all_ranks(lambda: self._probe(state), lambda loss: {"loss of the first batch": f"{loss:.4g}"})
         tally = _Tally(state)
         started = time.monotonic()
 
@@ -171,7 +171,7 @@ class EmpiricalRisk:
             UsageError: the loss is no function of output and target, or the output does not have the rows.
             IsoflatError: as for `survey`.
         """
-        self.ranks.together(lambda: self._probe(state), lambda loss: {"loss of the first batch": f"{loss:.4g}"})
+        self.ranks.on_all_ranks(lambda: self._probe(state), lambda loss: {"loss of the first batch": f"{loss:.4g}"})
         tally, loss = _Tally(state), self.loss
         if not isinstance(loss, TargetLoss):
             raise UsageError(

@@ -18,12 +18,12 @@ from isoflat.risk.plan import Plan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.differences import STEP, Differences
 from isoflat.risk.routes.forward import Forward
-from isoflat.risk.routes.guarded import Grain, Guarded, halving, is_out_of_memory
-from isoflat.risk.routes.reverse import Rebuilt
+from isoflat.risk.routes.guarded import Grain, Guarded, is_out_of_memory, retry_smaller
+from isoflat.risk.routes.reverse import Recomputed
 
 _REMEDY = "Make it differentiable; check='warn' measures nevertheless"
 
-ROUTES: tuple[type[Linearisation], ...] = (Rebuilt, Forward, Differences)
+ROUTES: tuple[type[Linearisation], ...] = (Recomputed, Forward, Differences)
 """In the order in which they are tried; the first also stands for graphs that are kept."""
 
 
@@ -59,7 +59,7 @@ def choose(risk: EmpiricalRisk, state: State, check: Check = Check.REFUSE) -> Ch
         UnsupportedModel: none does; or products disagree with differences of gradients, these with those of the loss, and
             `check` refuses that.
     """
-    return halving(Grain(ROWS), lambda rows: _chosen(Sample.of(risk, state, rows), check))
+    return retry_smaller(Grain(ROWS), lambda rows: _chosen(Sample.of(risk, state, rows), check))
 
 
 def _chosen(sample: Sample, check: Check) -> Choice:
@@ -116,7 +116,7 @@ def check_gradient(risk: EmpiricalRisk, state: State, check: Check = Check.REFUS
         direction = sample.direction(0)
         return sample.slope(direction) if bool(direction.any()) else 0.0
 
-    worst = 0.0 if check is Check.SKIP else halving(Grain(ROWS), slope)
+    worst = 0.0 if check is Check.SKIP else retry_smaller(Grain(ROWS), slope)
     if worst <= AGREEMENT:
         return ()
     cut = (
@@ -146,7 +146,7 @@ def survey(risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, Survey]:
         made = replace(risk, batches=risk.batches.cut(rows))
         return made, made.survey(state)
 
-    return halving(grain, work)
+    return retry_smaller(grain, work)
 
 
 def linearise(risk: EmpiricalRisk, state: State, plan: Plan) -> Guarded:
@@ -161,13 +161,13 @@ def linearise(risk: EmpiricalRisk, state: State, plan: Plan) -> Guarded:
 
     def keep(rows: int) -> Linearisation:
         made = cut(rows)
-        if plan.route is not Rebuilt:
+        if plan.route is not Recomputed:
             return plan.route(made, state)
-        route = Rebuilt(made, state, plan.graph)
+        route = Recomputed(made, state, plan.graph)
         return route.keep() if plan.kept and not grain.halvings else route
 
     # One process without room makes all of them cut finer, so that they go on cutting alike.
-    return Guarded(risk, state, [halving(grain, lambda rows: risk.ranks.together(lambda: keep(rows)))], grain)
+    return Guarded(risk, state, [retry_smaller(grain, lambda rows: risk.ranks.on_all_ranks(lambda: keep(rows)))], grain)
 
 
 def _tried(sample: Sample, route: type[Linearisation], check: Check) -> float:

@@ -17,7 +17,7 @@ from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.base import Graph, Linearisation
-from isoflat.risk.routes.reverse import GradientGraph, Rebuilt
+from isoflat.risk.routes.reverse import GradientGraph, Recomputed
 
 SAMPLE = 8
 """Rows whose graph is weighed, and twice as many: what grows with the rows is told from what does not."""
@@ -120,10 +120,10 @@ def plan(
         count = rows_of(batch)
         whole = not separable(risk, state, batch)
         held, saved, rules = _weights(risk, state, batch, graph, whole)
-    rules = tuple(sorted(rules)) if route is Rebuilt else ()
+    rules = tuple(sorted(rules)) if route is Recomputed else ()
     vectors = _vectors(state)
     kept = held.of(rows, -(-rows // count)) + saved.of(count) + vectors
-    if route is Rebuilt and kept <= memory:
+    if route is Recomputed and kept <= memory:
         return Plan(route, graph, rules, True, count, True, not whole, int(kept))
     piece = count
     while piece > 1 and not whole and _passing(saved, piece) + vectors > memory:

@@ -144,7 +144,7 @@ class Ranks:
             return _plain(parts)
         return self._in_order(parts, like) if self.ordered else self._at_once(parts, like)
 
-    def together(self, work: Callable[[], T], facts: Callable[[T], Mapping[str, str]] = lambda _: {}) -> T:
+    def on_all_ranks(self, work: Callable[[], T], facts: Callable[[T], Mapping[str, str]] = lambda _: {}) -> T:
         """Work that every rank does for itself: where it fails on one, or comes out differently, it fails on all.
 
         Args:
@@ -156,7 +156,7 @@ class Ranks:
             RankLost: a rank is gone.
             Exception: what the work raised on any rank.
 
-        >>> Ranks().together(lambda: 3)
+        >>> Ranks().on_all_ranks(lambda: 3)
         3
         """
         if self.world == 1:

@@ -16,7 +16,7 @@ from isoflat.core.errors import UsageError
 from isoflat.linalg.certificate import outer_bounds
 from isoflat.linalg.density.counts import counted
 from isoflat.linalg.density.gauss import Reals, Run, pooled
-from isoflat.linalg.eigen.complement import Trial
+from isoflat.linalg.eigen.complement import RitzBasis
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.orthogonal import orthogonalise
 from isoflat.linalg.probes import gaussian
@@ -30,7 +30,7 @@ ENDS = 0.1
 @final
 @dataclass(frozen=True, eq=False)
 class StochasticLanczosQuadrature(Deflating[Density]):
-    """Spectral density by Lanczos runs from random probes (Bai, Fahey, Golub 1996; Chen, Trogdon, Ubaru 2021).
+    """SolverQuery density by Lanczos runs from random probes (Bai, Fahey, Golub 1996; Chen, Trogdon, Ubaru 2021).
 
     *Estimate.* The eigenvalues of a run's tridiagonal matrix, with the squares of its eigenvectors' first entries, are
     Gauss's quadrature of the probe's distribution `μ(−∞, x] = Σ_{λ_i ≤ x} ⟨u_i, v⟩²`; the probes' average estimates the
@@ -280,7 +280,7 @@ def _removed(rows: Sequence[Tensor], block: int) -> Steps[_Removed]:
     for columns in basis.split(block, dim=1):
         status = f"spectrum: outlier {len(images) + 1} of {len(rows)}"
         images += (yield Request(columns, double=True, status=status)).unbind(1)
-    trial = Trial.of(basis.unbind(1), images)
+    trial = RitzBasis.of(basis.unbind(1), images)
     outliers = [Outlier(float(value), trial.defect(j)) for j, value in enumerate(trial.values)]
     return _Removed(trial.vectors, tuple(outliers), float(np.linalg.norm(trial.coupling)))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from isoflat.core import space
 from isoflat.core.fingerprint import fingerprint
 from isoflat.core.rng import stream as fresh_stream
-from isoflat.linalg.eigen.complement import Aim, Outside, Trial, outside
+from isoflat.linalg.eigen.complement import Aim, ComplementBounds, RitzBasis, complement_bounds
 from isoflat.linalg.eigen.extremes import REACHED, ROUNDING
 from isoflat.linalg.eigen.pairs import Pair, Pairs, Reals
 from isoflat.linalg.eigen.verified import Verified, slots
@@ -171,7 +171,7 @@ class Attempt:
         fresh = (yield Request(torch.stack(vectors, dim=1), double=double, status=status)).unbind(1)
         self.spent += len(vectors)
         surprise = max(space.norm(image.sub_(product)) for image, product in zip(images, fresh, strict=True))
-        trial = Trial.of(vectors, list(fresh))
+        trial = RitzBasis.of(vectors, list(fresh))
         working = torch.finfo(self.domain.dtype).eps
         verified = Verified(
             trial=trial,
@@ -194,15 +194,15 @@ class Attempt:
         self.attempts += 1
         targets, settled = self._targets(verified), self._settled()
 
-        def least(left: Outside) -> Reals:
+        def least(left: ComplementBounds) -> Reals:
             """The widths that are left if the Ritz values on the complement are its ends."""
             return verified.widths(*verified.bounds(replace(left, lower=left.bottom, upper=left.top)), left.reach)
 
-        def rounding(left: Outside) -> float:
+        def rounding(left: ComplementBounds) -> float:
             """Widths that products in this precision cannot tell from zero."""
             return 4 * (verified.noise(left.reach) + verified.slack(left.reach))
 
-        def enough(left: Outside) -> bool:
+        def enough(left: ComplementBounds) -> bool:
             """As tight as was asked for; of pairs with which the search is done, about as tight as they can become."""
             possible = least(left)
             final = settled | (possible <= rounding(left))
@@ -215,7 +215,7 @@ class Attempt:
             affordable=lambda more: not self._over(math.ceil(more)),
             status=f"certificate of {self.wanted} pairs",
         )
-        left = yield from outside(verified.trial, self.domain, self.stream, (None,), aim)
+        left = yield from complement_bounds(verified.trial, self.domain, self.stream, (None,), aim)
         self.spent += left.steps
         self.length = left.steps if left.reached else 0
         self.poor = least(left) > np.maximum(0.75 * targets, rounding(left))
@@ -229,7 +229,7 @@ class Attempt:
         below = verified.wanted[-1] - max(noise, targets[-1] / 4) if self.bottom else -math.inf
         return left.beyond(below, above)
 
-    def _blame(self, verified: Verified, left: Outside) -> NDArray[np.bool_]:
+    def _blame(self, verified: Verified, left: ComplementBounds) -> NDArray[np.bool_]:
         """Whose residuals widen the poor pairs' enclosures: those that move the end of the rest by much."""
         blamed, targets = np.zeros(len(self.poor), dtype=bool), self._targets(verified)
         for end, mine in ((left.top, slice(0, self.top)), (left.bottom, slice(self.top, None))):

@@ -39,7 +39,7 @@ PATIENCE = 3
 
 @final
 @dataclass(frozen=True)
-class Outside:
+class ComplementBounds:
     """What is known of the spectrum of `B = (I − X Xᵀ) A (I − X Xᵀ)`.
 
     Attributes:
@@ -82,8 +82,8 @@ class Outside:
 
 @final
 @dataclass(frozen=True)
-class Trial:
-    """Trial vectors and their products, rotated so that `Xᵀ A X` is diagonal.
+class RitzBasis:
+    """RitzBasis vectors and their products, rotated so that `Xᵀ A X` is diagonal.
 
     Attributes:
         vectors: X, rows of shape `(n,)`, float64, orthonormal.
@@ -98,7 +98,7 @@ class Trial:
     coupling: NDArray[np.float64]
 
     @staticmethod
-    def of(vectors: Sequence[Tensor], images: Sequence[Tensor]) -> Trial:
+    def of(vectors: Sequence[Tensor], images: Sequence[Tensor]) -> RitzBasis:
         """Rayleigh and Ritz on orthonormal vectors."""
         values, turn = np.linalg.eigh(gram(vectors, images))
         columns = [torch.from_numpy(np.ascontiguousarray(turn[:, j])) for j in range(len(values))]
@@ -112,7 +112,7 @@ class Trial:
         # R = Q C with orthonormal Q; the root of a Gram matrix is such a C, and unit columns do not overflow in it.
         squares, axes = np.linalg.eigh(gram(residuals, residuals))
         root = np.sqrt(squares.clip(min=0))[:, None] * axes.T
-        return Trial(tuple(turned), tuple(moved), values, root * sizes)
+        return RitzBasis(tuple(turned), tuple(moved), values, root * sizes)
 
     def defect(self, j: int) -> float:
         """`‖A x_j − θ_j x_j‖`."""
@@ -126,7 +126,7 @@ class Trial:
             upper: bound alike.
 
         >>> start = torch.tensor([1.0, 0.0], dtype=torch.float64)
-        >>> trial = Trial.of([start], [torch.tensor([2.0, 0.5], dtype=torch.float64)])
+        >>> trial = RitzBasis.of([start], [torch.tensor([2.0, 0.5], dtype=torch.float64)])
         >>> [round(float(bound[0]), 3) for bound in trial.bounds(0.0, 1.0)]
         [2.207, -0.118]
         """
@@ -155,13 +155,15 @@ class Aim:
     """
 
     failure: float
-    enough: Callable[[Outside], bool]
+    enough: Callable[[ComplementBounds], bool]
     affordable: Callable[[float], bool]
     status: str = ""
 
 
-def outside(trial: Trial, domain: Domain, stream: torch.Generator, groups: Sequence[Parts], aim: Aim) -> Steps[Outside]:
-    """Bound the spectrum on the complement of trial vectors, one Lanczos run in each group of parts.
+def complement_bounds(
+    trial: RitzBasis, domain: Domain, stream: torch.Generator, groups: Sequence[Parts], aim: Aim
+) -> Steps[ComplementBounds]:
+    """Bound the spectrum on the complement of a Ritz basis, one Lanczos run in each group of parts.
 
     The step that promises the most for its cost comes first. It ends where the bounds are tight enough, where they
     cannot become so (the Ritz values themselves add up to too much), or with the budget.
@@ -215,7 +217,7 @@ class _Level:
     gains: list[float] = field(default_factory=list)
 
     @staticmethod
-    def fresh(trial: Trial, domain: Domain, stream: torch.Generator, parts: Parts) -> _Level:
+    def fresh(trial: RitzBasis, domain: Domain, stream: torch.Generator, parts: Parts) -> _Level:
         """From a uniform point of the complement's sphere."""
         start = sphere(domain.n, stream).to(domain.device)
         size = orthogonalise(trial.vectors, start)[1]
@@ -246,10 +248,10 @@ class _Level:
         self.bottom, self.top = float(ritz[0]) * run.scale, float(ritz[-1]) * run.scale
 
 
-def _seen(levels: Sequence[_Level], spent: float) -> Outside:
+def _seen(levels: Sequence[_Level], spent: float) -> ComplementBounds:
     """What the runs say together."""
     lower, upper, bottom, top = (
         math.fsum(getattr(level, name) for level in levels) for name in ("lower", "upper", "bottom", "top")
     )
     weight = math.fsum(max(-level.bottom, level.top, 0.0) for level in levels[1:])
-    return Outside(lower, upper, bottom, top, weight, spent, tuple(level.recurrence for level in levels))
+    return ComplementBounds(lower, upper, bottom, top, weight, spent, tuple(level.recurrence for level in levels))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from isoflat.core import space
-from isoflat.linalg.eigen.complement import Aim, Outside, Trial, outside
+from isoflat.linalg.eigen.complement import Aim, ComplementBounds, RitzBasis, complement_bounds
 from isoflat.linalg.eigen.extremes import REACHED, ROUNDING, End, Extremes, Which
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.krylov.recurrence import Recurrence
@@ -93,7 +93,7 @@ class _Verified:
     """
 
     whole: Lanczos
-    trial: Trial
+    trial: RitzBasis
     chosen: int
     value: float
     residual: float
@@ -106,13 +106,13 @@ class _Verified:
         """Of a product with all parts, if those not explored, of this norm, round off alike."""
         return self.surprise * (1 + weight / abs(self.size) if self.size else 1.0) + self.rounding
 
-    def bounds(self, left: Outside) -> tuple[float, float]:
+    def bounds(self, left: ComplementBounds) -> tuple[float, float]:
         """Of the whole spectrum."""
         noise = self.noise(left.weight)
         upper, lower = self.trial.bounds(left.lower, left.upper)
         return min(float(lower[0]) - noise, self.value), max(float(upper[-1]) + noise, self.value)
 
-    def enough(self, left: Outside) -> bool:
+    def enough(self, left: ComplementBounds) -> bool:
         """Whether the enclosure is as narrow as was asked for."""
         lower, upper = self.bounds(left)
         end = upper if self.whole.which is Which.LARGEST else max(upper, -lower)
@@ -169,7 +169,7 @@ class _Search:
         if self.rest:
             aim = Aim(self.failure, verified.enough, self._affordable, f"{verified.value:.5g}")
             groups: list[Parts] = [self.hard, *((p,) for p in self.rest)]
-            left = yield from outside(verified.trial, self.domain, self.stream, groups, aim)
+            left = yield from complement_bounds(verified.trial, self.domain, self.stream, groups, aim)
             self.spent += left.products
             if left.reached or not self._affordable(FEWEST):
                 return self._extremes(verified, left, REACHED if left.reached else self._exhausted())
@@ -179,13 +179,13 @@ class _Search:
         result = yield from again.steps(self.domain, self.stream)
         return replace(result, products=result.products + self.products, confidence=self.whole.confidence)
 
-    def _found(self) -> Steps[tuple[Trial, str]]:
+    def _found(self) -> Steps[tuple[RitzBasis, str]]:
         """A vector whose residual is small enough, and why the search ended."""
         vector = yield from self._explored(None)
         before = math.inf
         while True:
             added = yield from self._multiply(vector)
-            trial = Trial.of(self.vectors, self.images)
+            trial = RitzBasis.of(self.vectors, self.images)
             chosen = self._chosen(trial)
             defect, size = trial.defect(chosen), abs(float(trial.values[chosen]))
             if defect <= self._goal() * size:
@@ -204,7 +204,7 @@ class _Search:
         tight = self.whole.rtol
         return max(tight, math.sqrt(tight * self.gap) / 2) if self.whole.certify else tight
 
-    def _explored(self, trial: Trial | None) -> Steps[Tensor]:
+    def _explored(self, trial: RitzBasis | None) -> Steps[Tensor]:
         """The best vector by Lanczos on the explored parts, or on the surrogate of the whole that they make."""
         domain = self.domain
         start = sphere(domain.n, self.stream).to(domain.device) if trial is None else trial.vectors[self._chosen(trial)]
@@ -267,7 +267,7 @@ class _Search:
                 )
             self.hard += added
 
-    def _verified(self, trial: Trial) -> Steps[_Verified]:
+    def _verified(self, trial: RitzBasis) -> Steps[_Verified]:
         """One precise product: with the explored parts where a certificate needs the noise, with all where products were coarse."""
         chosen = self._chosen(trial)
         vector, predicted = trial.vectors[chosen], trial.images[chosen]
@@ -290,7 +290,7 @@ class _Search:
         residual = space.norm(torch.sub(image, vector, alpha=value))
         return _Verified(self.whole, trial, chosen, value, residual, surprise, slack, rounding, size)
 
-    def _extremes(self, verified: _Verified, left: Outside | None, stopped: str) -> Extremes:
+    def _extremes(self, verified: _Verified, left: ComplementBounds | None, stopped: str) -> Extremes:
         """In the common form. Of the other end only the bound is news: the Rayleigh quotient there is any vector's."""
         lower, upper = (-math.inf, math.inf) if left is None else verified.bounds(left)
         trial, which = verified.trial, self.whole.which
@@ -314,7 +314,7 @@ class _Search:
             stopped=stopped,
         )
 
-    def _chosen(self, trial: Trial) -> int:
+    def _chosen(self, trial: RitzBasis) -> int:
         """The wanted one of the Ritz values."""
         values = trial.values
         return int(abs(values).argmax() if self.whole.which is Which.MAGNITUDE else values.argmax())

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from isoflat.linalg.eigen.complement import Aim, Outside, Trial, outside
+from isoflat.linalg.eigen.complement import Aim, ComplementBounds, RitzBasis, complement_bounds
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
 
 CLEAR = 0.25
@@ -17,7 +17,7 @@ CLEAR = 0.25
 
 @final
 @dataclass(frozen=True, eq=False)
-class Remainder(Solver[Outside]):
+class Remainder(Solver[ComplementBounds]):
     """Bounds on the spectrum on a vector's complement, tight enough to tell it from the vector's Rayleigh quotient.
 
     Attributes:
@@ -39,16 +39,16 @@ class Remainder(Solver[Outside]):
     confidence: float = 1 - 1e-6
     max_products: int = 300
 
-    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Outside]:
+    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[ComplementBounds]:
         """The vector's product, then a run on the complement."""
         status = "what a vector leaves"
         product = (yield Request(self.vector[:, None].to(domain.dtype), status=status))[:, 0]
-        trial = Trial.of([self.vector], [product])
+        trial = RitzBasis.of([self.vector], [product])
         size = abs(float(trial.values[0]))
 
-        def enough(left: Outside) -> bool:
+        def enough(left: ComplementBounds) -> bool:
             above = left.upper - left.top <= CLEAR * (size - left.top)
             return above and left.bottom - left.lower <= CLEAR * (size + left.bottom)
 
         aim = Aim(1 - self.confidence, enough, lambda spent: spent + 1 <= self.max_products, status)
-        return (yield from outside(trial, domain, stream, (None,), aim))
+        return (yield from complement_bounds(trial, domain, stream, (None,), aim))

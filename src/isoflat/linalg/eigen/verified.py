@@ -9,7 +9,7 @@ from typing import final
 import numpy as np
 import torch
 
-from isoflat.linalg.eigen.complement import Outside, Trial
+from isoflat.linalg.eigen.complement import ComplementBounds, RitzBasis
 from isoflat.linalg.eigen.pairs import Reals
 
 
@@ -29,7 +29,7 @@ class Verified:
         final: of the fresh ones.
     """
 
-    trial: Trial
+    trial: RitzBasis
     top: int
     bottom: int
     surprise: float
@@ -68,7 +68,7 @@ class Verified:
         """Relative error of a sum over n entries, which is in float64 in any case."""
         return torch.finfo(torch.float64).eps * math.sqrt(self.trial.vectors[0].shape[0])
 
-    def bounds(self, left: Outside) -> tuple[Reals, Reals]:
+    def bounds(self, left: ComplementBounds) -> tuple[Reals, Reals]:
         """Where the spectrum lies, given what is known of it on the complement.
 
         Returns:

@@ -13,7 +13,7 @@ from torch import Tensor
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.space import inner
-from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Scene
 from isoflat.risk.empirical import differentiate, leaf_state
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Part
@@ -28,7 +28,7 @@ ROUNDING = 100
 
 @final
 @dataclass(frozen=True)
-class _Crossing(Reading):
+class _Crossing(DataStatistic):
     """Smallest step η along `−E Eᵀ g` at which the loss exceeds its start, between two ends on which rounding has no say.
 
     In float64 whatever the weights are: near a minimum float32 resolves neither the gradient nor how the loss changes along
@@ -52,7 +52,9 @@ class _Crossing(Reading):
 
         # On a parabola that touches zero the crossing is at 4 L / ‖g‖²: a guess that has the right scale.
         first = 4 * abs(start) / fall or 1.0
-        return _crossing(change, fall, first, ROUNDING * torch.finfo(torch.float64).eps * abs(start), scene.effort.rtol)
+        return _crossing(
+            change, fall, first, ROUNDING * torch.finfo(torch.float64).eps * abs(start), scene.settings.rtol
+        )
 
     @staticmethod
     def _start(scene: Scene) -> tuple[float, Tensor]:
@@ -138,7 +140,7 @@ def _crossing(
 
 def _evaluate(findings: Findings) -> Estimate:
     low, high = findings.answers[0].result
-    converged = high - low <= findings.effort.rtol * low
+    converged = high - low <= findings.settings.rtol * low
     notes = (
         () if converged else ("not converged: what separates the ends of the interval is below rounding of the loss",)
     )
@@ -153,7 +155,7 @@ MEASURE = Measure(
     units="as the metric's curvature",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=1,
-    needs=lambda effort, options: (_Crossing(),),
+    needs=lambda settings, options: (_Crossing(),),
     evaluate=_evaluate,
     pitfalls=(
         "geometry='euclidean' is the measure of the paper for plain gradient descent; its step depends on the optimiser. "

@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import Direction, Effort, Findings, Measure, Question
+from isoflat.measures.base import Direction, Findings, Measure, Question, Settings
 from isoflat.measures.entries.eigenvalues import eigenvalue, extremes
 
 
-def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
+def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
     if not options["learning_rate"] > 0 or not 0 <= options["momentum"] < 1:
         raise UsageError(
             "edge_of_stability needs the learning rate of training, and a momentum from 0 to below 1: "
             f"edge_of_stability(learning_rate=0.1), got {options['learning_rate']:g} and {options['momentum']:g}"
         )
-    return extremes(Which.LARGEST)(effort, options)
+    return extremes(Which.LARGEST)(settings, options)
 
 
 def _evaluate(findings: Findings) -> Estimate:

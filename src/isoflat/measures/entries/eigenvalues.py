@@ -9,7 +9,7 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.linalg.eigen.extremes import REACHED, Extremes, Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.measures.base import Effort, Findings, Question, Spectral
+from isoflat.measures.base import Findings, Question, Settings, SolverQuery
 
 CONFIDENCE = 1 - 1e-6
 """Default for eigenvalues: the price of certainty is logarithmic."""
@@ -17,20 +17,20 @@ CONFIDENCE = 1 - 1e-6
 
 def extremes(
     which: Which, covariant: bool = False, matrix: Matrix = Matrix.HESSIAN
-) -> Callable[[Effort, Mapping[str, float]], tuple[Question, ...]]:
+) -> Callable[[Settings, Mapping[str, float]], tuple[Question, ...]]:
     """The question for one end of the spectrum, as a measure's `needs`."""
 
-    def needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
+    def needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
         solver = Lanczos(
             which=which,
-            rtol=effort.rtol,
-            confidence=CONFIDENCE if effort.confidence is None else effort.confidence,
-            certify=effort.certify,
-            precise=effort.inside is not None,
-            max_products=effort.budget.products,
-            seconds=effort.budget.seconds,
+            rtol=settings.rtol,
+            confidence=CONFIDENCE if settings.confidence is None else settings.confidence,
+            certify=settings.certify,
+            precise=settings.inside is not None,
+            max_products=settings.budget.products,
+            seconds=settings.budget.seconds,
         )
-        return (Spectral(HardFirst(solver), covariant, matrix),)
+        return (SolverQuery(HardFirst(solver), covariant, matrix),)
 
     return needs
 

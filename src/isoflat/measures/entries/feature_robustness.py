@@ -16,7 +16,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.rng import stream
 from isoflat.curvature.sweeps import Pass, Sweeps
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Asking, Direction, Effort, Findings, Measure, Reading, Scene
+from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Scene, Settings
 from isoflat.measures.entries.last_layer import MEMORY, LastLayer, gain, last_of
 from isoflat.measures.entries.stochastic import mean_of
 from isoflat.risk.losses import TargetLoss
@@ -24,7 +24,7 @@ from isoflat.risk.losses import TargetLoss
 
 @final
 @dataclass(frozen=True)
-class _Changes(Reading):
+class _Changes(DataStatistic):
     """`(L(φ + δ A φ) + L(φ − δ A φ)) / 2 − L(φ)` for a few random A: what is odd in δ drops out.
 
     Only `W A` enters. Its columns are independent and normal with covariance `W Wᵀ / m`, so that `(W Wᵀ)^½ G` is drawn,
@@ -84,14 +84,14 @@ def _root(weight: Tensor) -> Tensor:
     return (left * sizes) @ left.T
 
 
-def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Reading, ...]:
+def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[DataStatistic, ...]:
     delta, draws = options["delta"], options["draws"]
     if not delta > 0 or not draws >= 2 or draws != int(draws):
         raise UsageError(
             "feature_robustness needs a positive delta and a whole number of at least 2 draws: "
             f"feature_robustness(delta=0.01, draws=32), got {delta:g} and {draws:g}"
         )
-    return (_Changes(delta, int(draws), effort.seed),)
+    return (_Changes(delta, int(draws), settings.seed),)
 
 
 def _evaluate(findings: Findings) -> Estimate:

@@ -17,7 +17,7 @@ MEASURE = Measure(
     units="squared loss",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=2,
-    needs=lambda effort, options: (FramedMoments(),),
+    needs=lambda settings, options: (FramedMoments(),),
     evaluate=_evaluate,
     pitfalls="The trace of the *empirical* Fisher matrix: it vanishes where all examples are fitted, sharp or flat.",
 )

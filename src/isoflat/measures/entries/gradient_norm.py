@@ -18,7 +18,7 @@ MEASURE = Measure(
     units="loss",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=1,
-    needs=lambda effort, options: (Gradient(),),
+    needs=lambda settings, options: (Gradient(),),
     evaluate=_evaluate,
     pitfalls=(
         "Zero at every critical point, sharp or flat: it tells how far training has come. euclidean: ‖g‖; layerwise: "

@@ -17,7 +17,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.curvature.sweeps import Layer, Pass, Sweeps, check_softmax
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Asking, Findings, Reading, Scene
+from isoflat.measures.base import Asking, DataStatistic, Findings, Scene
 from isoflat.risk.likelihood import likelihood
 from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
@@ -48,7 +48,7 @@ class Head:
 
 @final
 @dataclass(frozen=True)
-class LastLayer(Reading):
+class LastLayer(DataStatistic):
     """The layer that gives the scores, found by running the first batch.
 
     Attributes:
@@ -80,7 +80,7 @@ class LastLayer(Reading):
 
 @final
 @dataclass(frozen=True)
-class LastTrace(Reading):
+class LastTrace(DataStatistic):
     """`Σ_ss' ⟨w_s, w_s'⟩ tr H_ss'` of the last layer: `E[(Σ_s p_s ‖w_s‖² − ‖Σ_s p_s w_s‖²) ‖φ‖²]`."""
 
     normalised: bool
@@ -100,7 +100,7 @@ class LastTrace(Reading):
 
 @final
 @dataclass(frozen=True)
-class LastBlocks(Reading):
+class LastBlocks(DataStatistic):
     """`Σ_s ‖w_s‖² λ_max(H_ss)` of the last layer, with `H_ss = E[p_s (1 − p_s) φ φᵀ]`."""
 
     normalised: bool

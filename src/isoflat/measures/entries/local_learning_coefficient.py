@@ -18,7 +18,7 @@ from isoflat.core.state import State
 from isoflat.curvature.matrix import Curvature
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.operator import Pullback
-from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Reading, Scene
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question, Scene, Settings
 from isoflat.measures.entries.stochastic import mean_of
 from isoflat.risk.empirical import differentiate, leaf_state
 from isoflat.risk.linearise import choose
@@ -34,7 +34,7 @@ SIZE = 1e-2
 
 @final
 @dataclass(frozen=True)
-class _Chains(Reading):
+class _Chains(DataStatistic):
     """Stochastic gradient Langevin dynamics in the coordinates u of the metric's frame, `θ = θ* + E u`.
 
     Each step is `u ← u − ε/2 (nβ Eᵀ∇L_B + γ u) + √ε ξ`, with nβ = N / ln N.
@@ -63,7 +63,7 @@ class _Chains(Reading):
         found = []
         with exactly(scene.state.device):
             for chain in range(self.chains):
-                random = stream(scene.effort.seed, "langevin", chain)
+                random = stream(scene.settings.seed, "langevin", chain)
                 batches = self._minibatches(scene, random)
                 start = torch.zeros(scene.chart.frame.columns, dtype=torch.float64, device=scene.state.device)
                 u, rises, last, rest = start, [], None, 0.0
@@ -88,10 +88,10 @@ class _Chains(Reading):
     @staticmethod
     def _curvature(scene: Scene) -> float:
         """The largest, to a hundredth or so."""
-        route = choose(scene.risk, scene.state, scene.effort.check).route
+        route = choose(scene.risk, scene.state, scene.settings.check).route
         hessian = Curvature(route(scene.risk, scene.state.to(dtype=torch.float64)))
         solver = Lanczos(rtol=SIZE, certify=False)
-        return abs(solver(Pullback(hessian, scene.chart.frame), stream(scene.effort.seed, "langevin")).wanted.value)
+        return abs(solver(Pullback(hessian, scene.chart.frame), stream(scene.settings.seed, "langevin")).wanted.value)
 
     def _minibatches(self, scene: Scene, random: torch.Generator) -> Iterator[Any]:
         """Random rows without end; all of them, read once, where that is no more than a minibatch has."""
@@ -132,7 +132,7 @@ def _moved(scene: Scene, u: Tensor) -> State:
     return state.replace({name: tensor.to(state.dtype) for name, tensor in moved.items()})
 
 
-def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
+def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
     chains, draws, burn, rows = (int(options[key]) for key in ("chains", "draws", "burn", "rows"))
     if chains < 2 or draws < 2 or burn < 0 or rows < 1 or not options["localisation"] > 0:
         raise UsageError(

@@ -16,7 +16,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Reading, Scene
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question, Scene, Settings
 from isoflat.measures.entries.stochastic import mean_of
 from isoflat.risk.batches import move
 from isoflat.risk.losses import call, split
@@ -47,7 +47,7 @@ class Prior:
 
 @final
 @dataclass(frozen=True)
-class _Prior(Reading):
+class _Prior(DataStatistic):
     """The kernel of the architecture's own initialisation, and what the network predicts.
 
     Attributes:
@@ -76,7 +76,7 @@ class _Prior(Reading):
             kernels = torch.zeros(GROUPS, len(scores), len(scores), dtype=torch.float64, device=state.device)
             # On the CPU and in float64, so that weights are the same whatever the device and the precision.
             twin = copy.deepcopy(scene.risk.network.module).to(device="cpu", dtype=torch.float64).eval()
-            random = stream(scene.effort.seed, "prior")
+            random = stream(scene.settings.seed, "prior")
             for draw in range(self.draws):
                 scene.report(f"draw {draw + 1} of {self.draws}")
                 drawn = _drawn(twin, random).to(device=state.device)
@@ -137,7 +137,7 @@ def log_density(kernel: Tensor, labels: Tensor, classes: int, noise: float) -> f
     return -fit / 2 - (classes - 1) * (float(factor.diagonal().log().sum()) + rows / 2 * math.log(2 * math.pi))
 
 
-def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
+def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
     draws, noise = options["draws"], options["noise"]
     if draws < GROUPS or draws % GROUPS or not noise > 0:
         raise UsageError(

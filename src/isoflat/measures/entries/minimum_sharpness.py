@@ -15,7 +15,7 @@ from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.geometry.base import Invariance
 from isoflat.measurement.prepare import outputs
-from isoflat.measures.base import Asking, Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Scene
 from isoflat.measures.entries.readings import BlockTraces
 from isoflat.symmetry.canonical.potential import Mass, least
 from isoflat.symmetry.groups.base import verify
@@ -24,7 +24,7 @@ from isoflat.symmetry.groups.scaling import LayerScale
 
 @final
 @dataclass(frozen=True)
-class _Least(Reading):
+class _Least(DataStatistic):
     """`min Σ_l t_l/a_l² + b_l/(a_1 ⋯ a_l)²` over factors with product 1: convex in their logarithms."""
 
     framed = False
@@ -36,7 +36,7 @@ class _Least(Reading):
         if held := sorted(chain.touches - set(state.parameters)):
             raise UsageError(f"minimum_sharpness rescales all layers, but {', '.join(held)} is held fixed")
         try:
-            verify(chain, outputs(scene.risk), state, stream(scene.effort.seed, "chain"))
+            verify(chain, outputs(scene.risk), state, stream(scene.settings.seed, "chain"))
         except SymmetryViolated as error:
             raise UsageError(
                 "minimum_sharpness is for chains of layers with positively homogeneous activations between them, which "
@@ -72,7 +72,7 @@ MEASURE = Measure(
     units="loss",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=1,
-    needs=lambda effort, options: (_Least(),),
+    needs=lambda settings, options: (_Least(),),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset({Invariance.LAYERS, Invariance.ORDER}),

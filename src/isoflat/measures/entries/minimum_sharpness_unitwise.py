@@ -8,14 +8,14 @@ from typing import final
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.geometry.traced import Traced
-from isoflat.measures.base import Asking, Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Scene
 from isoflat.measures.entries.readings import Diagonal
 from isoflat.symmetry.canonical.potential import Mass, least
 
 
 @final
 @dataclass(frozen=True)
-class _Least(Reading):
+class _Least(DataStatistic):
     """`min Σ_j G_jj / s_j²` over all scalings s of units that keep the function: convex in their logarithms."""
 
     def answer(self, scene: Scene) -> Asking[tuple[float, tuple[str, ...]]]:
@@ -48,7 +48,7 @@ MEASURE = Measure(
     units="loss",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=1,
-    needs=lambda effort, options: (_Least(),),
+    needs=lambda settings, options: (_Least(),),
     evaluate=_evaluate,
     geometry="auto",
     claims=frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS, Invariance.ORDER}),

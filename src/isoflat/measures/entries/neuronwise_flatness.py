@@ -12,7 +12,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.curvature.block_trace import check_blocks
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Asking, Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Scene
 from isoflat.measures.entries.readings import Diagonal
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -21,7 +21,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @final
 @dataclass(frozen=True)
-class _Neurons(Reading):
+class _Neurons(DataStatistic):
     """`Σ_l Σ_j ‖w_j‖² tr H_jj`, and the matrices that have no neurons."""
 
     framed = False
@@ -47,7 +47,7 @@ class _Neurons(Reading):
         return total, tuple(rest)
 
 
-def _needs(effort: Any, options: Mapping[str, float]) -> tuple[Reading, ...]:
+def _needs(settings: Any, options: Mapping[str, float]) -> tuple[DataStatistic, ...]:
     return (_Neurons(),)
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Asking, Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Scene
 from isoflat.measures.entries.readings import Diagonal
 from isoflat.symmetry.canonical.potential import Mass, least
 
 
 @final
 @dataclass(frozen=True)
-class _Balanced(Reading):
+class _Balanced(DataStatistic):
     """By weight tensor: `min Σ_ij h_ij r_i c_j + w_ij² / (r_i c_j)` over positive r and c."""
 
     framed = False
@@ -59,7 +59,7 @@ MEASURE = Measure(
     units="√loss · weight; see pitfalls",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=0.5,
-    needs=lambda effort, options: (_Balanced(),),
+    needs=lambda settings, options: (_Balanced(),),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS, Invariance.ORDER}),

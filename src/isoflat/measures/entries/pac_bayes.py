@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.measures.base import Asking, Reading, Scene
+from isoflat.measures.base import Asking, DataStatistic, Scene
 from isoflat.measures.entries.readings import Diagonal
 
 BOUNDED = (
@@ -45,7 +45,7 @@ class Terms:
 
 @final
 @dataclass(frozen=True)
-class FromInitial(Reading):
+class FromInitial(DataStatistic):
     """Terms for a prior around the weights before training."""
 
     framed = False

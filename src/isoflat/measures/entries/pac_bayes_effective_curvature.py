@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from isoflat.core.estimate import Estimate
-from isoflat.measures.base import Direction, Effort, Findings, Measure, Question
+from isoflat.measures.base import Direction, Findings, Measure, Question, Settings
 from isoflat.measures.entries.pac_bayes import BOUNDED, FromInitial, check_options, effective_curvature, mcallester
 
 NAME = "pac_bayes_effective_curvature"
 
 
-def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
+def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
     check_options(NAME, options)
     return (FromInitial(),)
 

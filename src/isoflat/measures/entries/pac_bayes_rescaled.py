@@ -28,7 +28,7 @@ from isoflat.core.errors import UnsupportedModel
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.geometry.traced import Traced
-from isoflat.measures.base import Asking, Direction, Effort, Findings, Measure, Question, Reading, Scene
+from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Question, Scene, Settings
 from isoflat.measures.entries.pac_bayes import BOUNDED, catoni, check_mean, check_options
 from isoflat.measures.entries.readings import Diagonal
 from isoflat.symmetry.groups.units import Exponents
@@ -123,7 +123,7 @@ def _newton(tensors: Sequence[_Tensor], curvatures: Sequence[Tensor], gradient: 
 
 @final
 @dataclass(frozen=True)
-class _Least(Reading):
+class _Least(DataStatistic):
     """`min K` over all scales of units, and N."""
 
     sigma: float
@@ -152,7 +152,7 @@ class _Least(Reading):
         return still + (least(tensors, group.size) if tensors else 0.0), rows
 
 
-def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
+def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
     check_options(NAME, options)
     return (_Least(options["sigma"], options["beta"]),)
 

@@ -10,13 +10,13 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.preconditioned import Preconditioned
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Reading, Scene
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question, Scene, Settings
 from isoflat.measures.entries.eigenvalues import eigenvalue, extremes
 
 
 @final
 @dataclass(frozen=True)
-class _Limit(Reading):
+class _Limit(DataStatistic):
     """The geometry, if it is that of an optimiser."""
 
     def answer(self, scene: Scene) -> Preconditioned:
@@ -29,8 +29,8 @@ class _Limit(Reading):
         return scene.geometry
 
 
-def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
-    return (*extremes(Which.LARGEST)(effort, options), _Limit())
+def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
+    return (*extremes(Which.LARGEST)(settings, options), _Limit())
 
 
 def _evaluate(findings: Findings) -> Estimate:

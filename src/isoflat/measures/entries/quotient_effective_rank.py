@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from isoflat.core.density import Density
 from isoflat.core.estimate import Estimate
 from isoflat.linalg.density.deflated import Deflated
-from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Spectral
+from isoflat.measures.base import Direction, Findings, Measure, Question, Settings, SolverQuery
 from isoflat.measures.entries.stochastic import CONFIDENCE
 
 
-def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
+def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
     outliers, probes, steps = (int(options[key]) for key in ("outliers", "probes", "steps"))
-    confidence = CONFIDENCE if effort.confidence is None else effort.confidence
-    price = min(Deflated.price(outliers, probes, steps, None), max(effort.budget.products, 2 * (probes + 1)))
-    return (Spectral(Deflated(outliers, probes, steps, confidence, price, effort.budget.seconds)),)
+    confidence = CONFIDENCE if settings.confidence is None else settings.confidence
+    price = min(Deflated.price(outliers, probes, steps, None), max(settings.budget.products, 2 * (probes + 1)))
+    return (SolverQuery(Deflated(outliers, probes, steps, confidence, price, settings.budget.seconds)),)
 
 
 def _evaluate(findings: Findings) -> Estimate:

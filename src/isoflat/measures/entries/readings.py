@@ -14,7 +14,7 @@ from isoflat.curvature.fisher import counts_of
 from isoflat.curvature.rows import row_gradients
 from isoflat.linalg.maps import Diagonal as Scaled
 from isoflat.linalg.maps import Identity
-from isoflat.measures.base import Asking, Reading, Scene
+from isoflat.measures.base import Asking, DataStatistic, Scene
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Part
 from isoflat.risk.rows import derivative
@@ -22,7 +22,7 @@ from isoflat.risk.rows import derivative
 
 @final
 @dataclass(frozen=True)
-class Gradient(Reading):
+class Gradient(DataStatistic):
     """`Eᵀ ∇L`, shape `(m,)`, float64: known since the survey."""
 
     def answer(self, scene: Scene) -> Tensor:
@@ -32,7 +32,7 @@ class Gradient(Reading):
 
 @final
 @dataclass(frozen=True)
-class RowMoments(Reading):
+class RowMoments(DataStatistic):
     """The diagonal of the gradients' second moment in the weights as they are (`curvature.fisher`): shape `(n,)`, float64."""
 
     framed = False
@@ -45,7 +45,7 @@ class RowMoments(Reading):
 
 @final
 @dataclass(frozen=True)
-class FramedMoments(Reading):
+class FramedMoments(DataStatistic):
     """The diagonal of `Eᵀ C E`, C the second moment of the rows' gradients: shape `(m,)`, float64."""
 
     def answer(self, scene: Scene) -> Asking[Tensor]:
@@ -70,7 +70,7 @@ class FramedMoments(Reading):
 
 @final
 @dataclass(frozen=True)
-class Diagonal(Reading):
+class Diagonal(DataStatistic):
     """The Gauss-Newton matrix's diagonal in the weights as they are, shape `(n,)`, float64."""
 
     framed = False
@@ -83,7 +83,7 @@ class Diagonal(Reading):
 
 @final
 @dataclass(frozen=True)
-class BlockTraces(Reading):
+class BlockTraces(DataStatistic):
     """Exact traces of the Hessian's diagonal blocks, by tensor: those of the Gauss-Newton matrix, where these are the same."""
 
     framed = False
@@ -98,7 +98,7 @@ class BlockTraces(Reading):
 
 @final
 @dataclass(frozen=True)
-class Radial(Reading):
+class Radial(DataStatistic):
     """`Σ_i ⟨∇ total_i, θ⟩² / c_i`, over what a mean divides by: `θᵀ C θ`."""
 
     framed = False

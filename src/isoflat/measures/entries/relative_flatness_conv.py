@@ -22,7 +22,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.space import norm
 from isoflat.curvature.block_trace import check_blocks
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Scene
 from isoflat.measures.entries.last_layer import gain
 from isoflat.risk.likelihood import likelihood
 from isoflat.risk.network import exactly
@@ -66,7 +66,7 @@ class _Layers:
 
 @final
 @dataclass(frozen=True)
-class _KernelTrace(Reading):
+class _KernelTrace(DataStatistic):
     """`Σ_cc' ⟨w_c, w_c'⟩ tr H_cc'` of the last convolution."""
 
     framed = False
@@ -189,7 +189,7 @@ def _evaluate(findings: Findings) -> Estimate:
     return Estimate.exact(value, f"relative flatness is that of {name}")
 
 
-def _needs(effort: Any, options: Mapping[str, float]) -> tuple[Reading, ...]:
+def _needs(settings: Any, options: Mapping[str, float]) -> tuple[DataStatistic, ...]:
     return (_KernelTrace(),)
 
 

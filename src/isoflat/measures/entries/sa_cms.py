@@ -14,14 +14,14 @@ from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.rng import stream
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Effort, Findings, Measure, Question, Reading, Scene
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question, Scene, Settings
 from isoflat.measures.entries.stochastic import mean_of
 from isoflat.risk.network import exactly
 
 
 @final
 @dataclass(frozen=True)
-class _Losses(Reading):
+class _Losses(DataStatistic):
     """The risk at `θ_j (1 + σ z_j)`, z standard normal, draw by draw: in float64, so that small noise is not lost.
 
     Attributes:
@@ -38,7 +38,7 @@ class _Losses(Reading):
         """A forward pass for each: shape `(draws,)`, float64, on the CPU."""
         state = scene.state.to(dtype=torch.float64)
         weights = state.vector
-        random = stream(scene.effort.seed, "scale-adaptive noise")
+        random = stream(scene.settings.seed, "scale-adaptive noise")
         found = []
         with exactly(state.device):
             for draw in range(self.draws):
@@ -58,7 +58,7 @@ def _root_moment(losses: Tensor, order: int) -> Tensor:
     return moment.sign() * moment.abs().pow(1 / order)
 
 
-def _needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
+def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
     sigma, order, draws = (options[key] for key in ("sigma", "order", "draws"))
     if not sigma > 0 or order < 2 or order != int(order) or draws < 4 or draws != int(draws):
         raise UsageError(

@@ -11,19 +11,19 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.linalg.trace.base import TraceEstimate, deviation, quantile
 from isoflat.linalg.trace.frobenius import Frobenius, FrobeniusEstimate
 from isoflat.linalg.trace.hutchinson import Hutchinson
-from isoflat.measures.base import Effort, Findings, Question, Spectral
+from isoflat.measures.base import Findings, Question, Settings, SolverQuery
 
 CONFIDENCE = 0.95
 """Default for t-intervals: what random probes leave open shrinks with their number only as `1/√probes`."""
 
-Needs = Callable[[Effort, Mapping[str, float]], tuple[Question, ...]]
+Needs = Callable[[Settings, Mapping[str, float]], tuple[Question, ...]]
 
 
 def trace_of(matrix: Matrix) -> Needs:
     """The question for a trace, as a measure's `needs`."""
 
-    def needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
-        return (Spectral(Hutchinson(probes=effort.probes, confidence=_confidence(effort)), matrix=matrix),)
+    def needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
+        return (SolverQuery(Hutchinson(probes=settings.probes, confidence=_confidence(settings)), matrix=matrix),)
 
     return needs
 
@@ -31,8 +31,8 @@ def trace_of(matrix: Matrix) -> Needs:
 def frobenius_of(matrix: Matrix) -> Needs:
     """The question for a Frobenius norm, as a measure's `needs`."""
 
-    def needs(effort: Effort, options: Mapping[str, float]) -> tuple[Question, ...]:
-        return (Spectral(Frobenius(probes=effort.probes, confidence=_confidence(effort)), matrix=matrix),)
+    def needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
+        return (SolverQuery(Frobenius(probes=settings.probes, confidence=_confidence(settings)), matrix=matrix),)
 
     return needs
 
@@ -54,15 +54,15 @@ def mean_of(findings: Findings, samples: Sequence[float], *notes: str, remedy: s
     """The mean of independent samples with Student's interval.
 
     Args:
-        findings: whose effort says how wide it may be, and with what confidence it is to hold.
+        findings: whose settings say how wide it may be, and with what confidence it is to hold.
         samples: two or more.
         notes: to print with it.
         remedy: what narrows it, where it is too wide.
     """
-    confidence, count = _confidence(findings.effort), len(samples)
+    confidence, count = _confidence(findings.settings), len(samples)
     value, error = fmean(samples), deviation(samples) / math.sqrt(count)
     width = quantile(confidence, count - 1) * error
-    converged = 2 * width <= findings.effort.rtol * abs(value)
+    converged = 2 * width <= findings.settings.rtol * abs(value)
     return Estimate(
         value=value,
         lower=value - width,
@@ -83,7 +83,7 @@ def _estimate(
     samples: tuple[float, ...],
 ) -> Estimate:
     lower, upper = ends
-    converged = upper - lower <= findings.effort.rtol * abs(found.value)
+    converged = upper - lower <= findings.settings.rtol * abs(found.value)
     return Estimate(
         value=found.value,
         lower=lower,
@@ -97,5 +97,5 @@ def _estimate(
     )
 
 
-def _confidence(effort: Effort) -> float:
-    return CONFIDENCE if effort.confidence is None else effort.confidence
+def _confidence(settings: Settings) -> float:
+    return CONFIDENCE if settings.confidence is None else settings.confidence

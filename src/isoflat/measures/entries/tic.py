@@ -13,7 +13,7 @@ from isoflat.curvature.fisher import counts_of
 from isoflat.curvature.gauss_newton import gauss_newton
 from isoflat.curvature.rows import row_gradients
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Findings, Measure, Reading, Scene
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Scene
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Part
 
@@ -23,7 +23,7 @@ MOST = 3000
 
 @final
 @dataclass(frozen=True)
-class _Full(Reading):
+class _Full(DataStatistic):
     """`tr(G⁺ C)`, both matrices formed."""
 
     framed = False
@@ -70,7 +70,7 @@ MEASURE = Measure(
     units="loss",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=1,
-    needs=lambda effort, options: (_Full(),),
+    needs=lambda settings, options: (_Full(),),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset(Invariance),

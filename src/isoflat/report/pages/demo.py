@@ -19,14 +19,14 @@ from isoflat.report.figures import Climb, Curve, Panel, ladders, strips
 COLOURS = ("first", "second", "third")
 
 READING = (
-    ("The canonical number", "Spectral norm of D H D at the canonical representative: the one network with the same "
+    ("The canonical number", "SolverQuery norm of D H D at the canonical representative: the one network with the same "
      "function that rescalings of units, changes of scale that a normalisation undoes, shifts of constants and changes of "
      "basis between linear maps (queries and keys, values and outputs) lead back to. They are found by tracing the "
      "network and proved on it. Lower is flatter."),
-    ("The paper’s number", "Spectral norm of D H D (Rangamani et al. 2019, arXiv 1902.02434): the Hessian H of the "
+    ("The paper’s number", "SolverQuery norm of D H D (Rangamani et al. 2019, arXiv 1902.02434): the Hessian H of the "
      "training loss, seen in units of each layer’s own norm, D. Multiplying one layer by a factor and dividing another "
      "by it leaves the number exactly where it was; multiplying single units does not. Lower is flatter."),
-    ("The plain number", "Spectral norm of H itself. The same rescaling moves it as far as one likes."),
+    ("The plain number", "SolverQuery norm of H itself. The same rescaling moves it as far as one likes."),
     ("Spread", "How far a random edit goes: the standard deviation of the logarithms of its factors. Spread 3 multiplies "
      "a typical unit by twenty, or divides it by that; constants and bases move along."),
     ("339.27(7)", "The digit in brackets is the uncertainty of the last digit shown. The enclosure spells the same out: "

@@ -92,7 +92,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def halving(grain: Grain, work: Callable[[int], T]) -> T:
+def retry_smaller(grain: Grain, work: Callable[[int], T]) -> T:
     """Work on pieces of so many rows, halved until it fits into memory."""
     while True:
         try:

@@ -1,7 +1,7 @@
 """Reverse over reverse: the gradient of `⟨∇L, v⟩`.
 
-The graph of the gradient does not depend on v, so it is kept between products where it fits the memory plan (`Kept`),
-and rebuilt for each batch where it does not (`Rebuilt`). So are the graphs of other matrices of the weights (`curvature`).
+The graph of the gradient does not depend on v, so it is kept between products where it fits the memory plan (`Cached`),
+and rebuilt for each batch where it does not (`Recomputed`). So are the graphs of other matrices of the weights (`curvature`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class GradientGraph(Graph):
 
 @final
 @dataclass(frozen=True)
-class Kept(Linearisation):
+class Cached(Linearisation):
     """Graphs of all batches stay in memory: a product costs one backward pass through them.
 
     Attributes:
@@ -93,18 +93,18 @@ class Kept(Linearisation):
         with exactly(self.state.device):
             return self.risk.accumulate(per_batch, vectors, over=self.graphs)
 
-    def on(self, risk: EmpiricalRisk) -> Rebuilt:
+    def on(self, risk: EmpiricalRisk) -> Recomputed:
         """Without graphs."""
-        return Rebuilt(risk, self.state, self.kind)
+        return Recomputed(risk, self.state, self.kind)
 
-    def double(self) -> Rebuilt:
+    def double(self) -> Recomputed:
         """In float64; no graph is kept."""
         return self.on(self.risk).double()
 
 
 @final
 @dataclass(frozen=True)
-class Rebuilt(Linearisation):
+class Recomputed(Linearisation):
     """Each product runs forward and backward anew, batch by batch: memory of one batch.
 
     Attributes:
@@ -129,12 +129,12 @@ class Rebuilt(Linearisation):
         with exactly(self.state.device):
             return self.risk.accumulate(per_batch, vectors)
 
-    def keep(self) -> Kept:
+    def keep(self) -> Cached:
         """With the graphs of all batches in memory."""
         with exactly(self.state.device):
             graphs = tuple(self.risk.own(lambda _, batch: self.kind.build(self.risk, self.state, batch)))
-        return Kept(self.risk, self.state, self.kind, graphs)
+        return Cached(self.risk, self.state, self.kind, graphs)
 
-    def double(self) -> Rebuilt:
+    def double(self) -> Recomputed:
         """In float64."""
-        return Rebuilt(self.risk, self.state.to(dtype=torch.float64), self.kind)
+        return Recomputed(self.risk, self.state.to(dtype=torch.float64), self.kind)
