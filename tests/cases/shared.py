@@ -15,7 +15,8 @@ from cases.group import Answer, attempt
 from cases.networks import Case, mlp
 from isoflat.core.rng import stream
 from isoflat.core.space import norm
-from isoflat.measurement.prepare import subject
+from isoflat.measurement.subject import subject
+from isoflat.measures.settings import Settings
 from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.reverse import Recomputed
 
@@ -55,7 +56,7 @@ def numbers(ordered: bool, dtype: str = "float64") -> dict[str, list[float]]:
     found = {}
     ranks = Ranks.here(ordered)
     for name, (net, data, criterion) in subjects().items():
-        target = subject(net, data, criterion, dtype=dtype)
+        target = subject(net, data, criterion, Settings(dtype=dtype))
         batches = target.risk.batches if ordered else target.risk.batches.among(ranks.world)
         risk = replace(target.risk, ranks=ranks, batches=batches)
         state, survey = target.state, risk.survey(target.state)

@@ -23,7 +23,7 @@ from isoflat.curvature.matrix import Curvature
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.measurement import sampled
-from isoflat.measurement.prepare import subject
+from isoflat.measurement.subject import subject
 from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import as_loss, importance
