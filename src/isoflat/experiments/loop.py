@@ -97,6 +97,15 @@ class Regime:
         if not 0 <= self.weight_decay < math.inf:
             raise UsageError(f"weight_decay must not be negative, got {self.weight_decay}")
 
+    @property
+    def label(self) -> str:
+        """All settings in a fixed spelling: a checkpoint of a training holds it, and is resumed by the same one only."""
+        return (
+            f"Regime(batch={self.batch!r}, target={self.target!r}, optimizer={self.optimizer!r}, "
+            f"max_epochs={self.max_epochs!r}, rate={self.rate!r}, momentum={self.momentum!r}, "
+            f"weight_decay={self.weight_decay!r}, halve_every={self.halve_every!r}, looks={self.looks!r})"
+        )
+
 
 @final
 @dataclass(frozen=True)
@@ -288,7 +297,7 @@ def _identity(model: nn.Module, data: tuple[Tensor, Tensor], regime: Regime, ori
     """Everything that a training depends on."""
     return {
         "version": str(VERSION),
-        "regime": repr(regime),
+        "regime": regime.label,
         "data": content_of({"inputs": data[0], "targets": data[1]}),
         "initial weights": content_of(model.state_dict()),
         "order of the rows": origin,

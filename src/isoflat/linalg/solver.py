@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar, final
+from typing import Any, ClassVar, Generic, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -76,7 +76,14 @@ class Domain:
 
 @dataclass(frozen=True)
 class Solver(ABC, Generic[R]):
-    """Hyper-parameters of an algorithm; called with an operator and a random stream."""
+    """Hyper-parameters of an algorithm; called with an operator and a random stream.
+
+    Attributes:
+        label: fixed text from which a measurement seeds the algorithm's random stream: it outlives the name of the class,
+            because another label means other numbers.
+    """
+
+    label: ClassVar[str]
 
     @abstractmethod
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[R]:
@@ -125,6 +132,8 @@ class Probe(Solver[Tensor]):
     >>> Probe(torch.tensor([1.0, 2.0]))(Dense(torch.diag(torch.tensor([3.0, 1.0]))), stream(0)).ravel().tolist()
     [3.0, 2.0]
     """
+
+    label: ClassVar[str] = "Probe"
 
     vector: Tensor
 

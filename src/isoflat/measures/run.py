@@ -330,4 +330,4 @@ def _verify(target: Subject, symmetries: Sequence[Symmetry], seed: int) -> None:
         missing = symmetry.touches - set(target.state.tensors)
         if missing:
             raise SymmetryViolated(f"{symmetry} names tensors the model does not have: {', '.join(sorted(missing))}")
-        verify(symmetry, output, target.state, stream(seed, "verify", repr(symmetry)))
+        verify(symmetry, output, target.state, stream(seed, "verify", symmetry.label))

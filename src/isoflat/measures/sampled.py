@@ -395,7 +395,7 @@ class _Sampler:
         return self.session.placed(self.state, self._risk(sample), seen, self.route)
 
     def _job(self, key: Key, place: Place, solver: Solver[Any]) -> Job:
-        random = stream(self.session.effort.seed, type(solver).__name__)
+        random = stream(self.session.effort.seed, solver.label)
         return Job(Pullback(place.hessian, self.charts[key[0]].frame), solver, random)
 
     @property

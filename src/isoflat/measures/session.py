@@ -191,7 +191,7 @@ class Session:
                 continue
             chart = charts[geometry]
             plus = geometry.connection(chart.state, place.survey.gradient) if question.covariant else None
-            random = stream(self.effort.seed, type(question.solver).__name__)
+            random = stream(self.effort.seed, question.solver.label)
             jobs[geometry, question] = Job(Pullback(base, chart.frame, plus), question.solver, random)
         return (jobs | self.checks(charts, place)) if matrix is Matrix.HESSIAN else jobs
 

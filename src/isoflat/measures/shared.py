@@ -67,7 +67,7 @@ def _facts(target: Subject, effort: Effort, plan: Plan) -> Mapping[str, str]:
         **limits,
         "precision": str(state.dtype),
         "kind of device": state.device.type,
-        "loss": f"{type(risk.loss).__name__}, {'mean' if risk.loss.averages else 'sum'}, logits {risk.loss.logits}",
+        "loss": f"{risk.loss.label}, {'mean' if risk.loss.averages else 'sum'}, logits {risk.loss.logits}",
         "modules": fingerprint(*modules),
         "names of parameters in order": fingerprint(*state.parameters, "", *state.frozen),
         **{f"'{name}'": _hash(state, name) for name in state.tensors},

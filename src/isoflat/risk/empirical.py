@@ -176,7 +176,7 @@ class EmpiricalRisk:
         if not isinstance(loss, TargetLoss):
             raise UsageError(
                 "sample='auto' weighs examples by the loss of each, and needs a torch.nn criterion or a function of output "
-                f"and target; {type(loss).__name__} has one for the whole batch only: leave sample out"
+                f"and target; {loss.label} has one for the whole batch only: leave sample out"
             )
         started = time.monotonic()
 

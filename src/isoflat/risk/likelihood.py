@@ -119,7 +119,7 @@ def likelihood(loss: Loss, z: Tensor, target: Tensor | None) -> Likelihood:
             return Bernoulli(_label_mass(criterion, z, target))
         if isinstance(criterion, nn.MSELoss) and z.shape == target.shape:
             return Gaussian(torch.ones_like(z))
-    came = type(loss).__name__ if criterion is None else type(criterion).__name__
+    came = loss.label if criterion is None else type(criterion).__name__
     raise UsageError(
         f"labels cannot be drawn from the loss ({came}): expected CrossEntropyLoss, BCEWithLogitsLoss, or MSELoss with "
         "targets in the output's shape, from torch.nn, with batches (inputs, targets). The Gauss-Newton matrix needs "

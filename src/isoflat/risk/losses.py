@@ -10,7 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -50,8 +50,10 @@ class Loss(ABC):
         averages: whether the risk is `Σ total / Σ count`; False for `Σ total`.
         logits: what is done with scores first: "raw" for nothing.
         notes: how batches are weighted, where a reader must know it.
+        label: what reasons in a result call it, whatever its class is named.
     """
 
+    label: ClassVar[str]
     averages: bool = True
     logits: str = "raw"
     notes: tuple[str, ...] = ()
@@ -74,6 +76,7 @@ class BatchLoss(Loss):
     12.0
     """
 
+    label: ClassVar[str] = "BatchLoss"
     fn: Callable[[Any, Any], Any]
 
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
@@ -91,6 +94,8 @@ class BatchLoss(Loss):
 @dataclass(frozen=True)
 class ModelLoss(Loss):
     """For models whose output carries its loss as `.loss`: a mean, weighted by rows."""
+
+    label: ClassVar[str] = "ModelLoss"
 
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
         """Call the model on the batch and take its loss."""
@@ -123,6 +128,7 @@ class TargetLoss(Loss):
         wanted: what the loss is to be once scores are scaled (`risk.temperature`); None for what it is.
     """
 
+    label: ClassVar[str] = "TargetLoss"
     summed: Callable[[Tensor, Tensor], Tensor]
     count: Callable[[Tensor, Tensor], float]
     classes: Callable[[Tensor, Tensor], Tensor] | None = None

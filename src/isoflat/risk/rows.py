@@ -27,7 +27,7 @@ def row_loss(risk: EmpiricalRisk) -> TargetLoss:
     if not isinstance(risk.loss, TargetLoss):
         raise UsageError(
             f"needs the loss of each example, as a torch.nn criterion or a function of output and target has it; "
-            f"{type(risk.loss).__name__} has one for the whole batch only"
+            f"{risk.loss.label} has one for the whole batch only"
         )
     return risk.loss
 

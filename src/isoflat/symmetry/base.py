@@ -21,6 +21,11 @@ class Symmetry(ABC):
     """
 
     @property
+    def label(self) -> str:
+        """Text from which its proof draws random elements; a symmetry that users declare spells it out, so that it stays."""
+        return repr(self)
+
+    @property
     @abstractmethod
     def touches(self) -> frozenset[str]:
         """Names of the tensors it acts on."""

@@ -38,6 +38,11 @@ class UnitScale(Symmetry):
     units: int
 
     @property
+    def label(self) -> str:
+        """Name and tensors in a fixed spelling: another one would draw other random elements."""
+        return f"UnitScale(rows={self.rows!r}, columns={self.columns!r}, units={self.units!r})"
+
+    @property
     def touches(self) -> frozenset[str]:
         """All of them."""
         return frozenset((*self.rows, *self.columns))

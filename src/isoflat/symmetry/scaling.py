@@ -64,6 +64,11 @@ class LayerScale(Symmetry):
         return LayerScale(tuple(weights), tuple(biases))
 
     @property
+    def label(self) -> str:
+        """Name and tensors in a fixed spelling: another one would draw other random elements."""
+        return f"LayerScale(weights={self.weights!r}, biases={self.biases!r})"
+
+    @property
     def touches(self) -> frozenset[str]:
         """Weights and biases of the chain."""
         return frozenset(self.weights) | {bias for bias in self.biases if bias is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
@@ -38,6 +38,8 @@ class Deflated(Solver[Density]):
     >>> [round(outlier.value, 6) for outlier in density.outliers], density.wasserstein < 0.15
     ([1000000.0], True)
     """
+
+    label: ClassVar[str] = "Deflated"
 
     outliers: int = 24
     probes: int = 4

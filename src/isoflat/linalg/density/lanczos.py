@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -72,6 +72,8 @@ class StochasticLanczosQuadrature(Deflating[Density]):
     >>> density.below(0.5).lower < 0.5 < density.below(0.5).upper, density.wasserstein < 0.1
     (True, True)
     """
+
+    label: ClassVar[str] = "StochasticLanczosQuadrature"
 
     probes: int = 4
     depth: int = 64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -64,6 +64,8 @@ class Outliers(Solver[Separated]):
     >>> found.directions[:2].abs().T.round(decimals=6).tolist()
     [[0.0, 1.0], [1.0, 0.0]]
     """
+
+    label: ClassVar[str] = "Outliers"
 
     limit: int = 24
     depth: int = 64

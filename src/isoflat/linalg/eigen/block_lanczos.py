@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class Eigenpairs(Many):
     >>> [round(pair.value, 9) for pair in run.largest + run.smallest], run.reached
     ([5.0, 5.0, 4.0, -3.0], True)
     """
+
+    label: ClassVar[str] = "Eigenpairs"
 
     block: int | None = field(default=None, kw_only=True)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -64,6 +64,8 @@ class HardFirst(Solver[Extremes]):
     >>> round(run.top.value, 6), run.reached
     (1.001, True)
     """
+
+    label: ClassVar[str] = "HardFirst"
 
     whole: Lanczos
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
@@ -42,6 +42,8 @@ class Lanczos(Solver[Extremes]):
     >>> round(run.bottom.value, 9), round(run.top.value, 9), run.reached
     (-3.0, 2.0, True)
     """
+
+    label: ClassVar[str] = "Lanczos"
 
     which: Which = Which.MAGNITUDE
     rtol: float = 1e-3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class Lobpcg(Many):
     >>> [round(pair.value, 9) for pair in run.largest + run.smallest], run.reached
     ([5.0, 5.0, 4.0, -3.0], True)
     """
+
+    label: ClassVar[str] = "Lobpcg"
 
     guard: int = field(default=2, kw_only=True)
 

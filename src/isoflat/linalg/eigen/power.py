@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class PowerMethod(Solver[Extremes]):
     >>> round(run.wanted.value, 12), run.reached
     (-2.0, True)
     """
+
+    label: ClassVar[str] = "PowerMethod"
 
     frame: LinearMap | None = None
     tol: float = 1e-8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class Recheck(Told[Seen]):
     >>> round(seen.rayleigh, 9), round(seen.high, 9), round(seen.length, 9)
     (1.0, 3.0, 3.0)
     """
+
+    label: ClassVar[str] = "Recheck"
 
     witness: Tensor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Remainder(Solver[Outside]):
     >>> left.lower <= 0.0, 1.0 <= left.upper < 3.0
     (True, True)
     """
+
+    label: ClassVar[str] = "Remainder"
 
     vector: Tensor
     confidence: float = 1 - 1e-6

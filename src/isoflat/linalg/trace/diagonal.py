@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -62,6 +62,8 @@ class Diagonal(Solver[DiagonalEstimate]):
     >>> run.diagonal.tolist(), [part.value for part in run.blocks]
     ([1.0, 2.0, 3.0], [1.0, 5.0])
     """
+
+    label: ClassVar[str] = "Diagonal"
 
     probes: int = 64
     sizes: tuple[int, ...] = ()

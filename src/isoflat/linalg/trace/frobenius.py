@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -88,6 +88,8 @@ class Frobenius(Deflating[FrobeniusEstimate]):
     >>> Frobenius(probes=4)(Dense(torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))), stream(0)).value
     5.0
     """
+
+    label: ClassVar[str] = "Frobenius"
 
     probes: int = 64
     confidence: float = 0.95

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
@@ -69,6 +69,8 @@ class Hutchinson(Deflating[TraceEstimate]):
     >>> Hutchinson(probes=4)(Dense(torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64))), stream(0)).value
     3.0
     """
+
+    label: ClassVar[str] = "Hutchinson"
 
     probes: int = 64
     confidence: float = 0.95

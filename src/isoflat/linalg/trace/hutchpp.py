@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
@@ -44,6 +44,8 @@ class HutchPlusPlus(Solver[TraceEstimate]):
     >>> round(HutchPlusPlus(sketch=2, probes=4)(Dense(rank_one), stream(0)).value / float(rank_one.trace()), 12)
     1.0
     """
+
+    label: ClassVar[str] = "HutchPlusPlus"
 
     sketch: int = 20
     probes: int = 40

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -64,6 +64,8 @@ class XTrace(Solver[TraceEstimate]):
     >>> round(XTrace(vectors=3)(Dense(rank_one), stream(0)).value / float(rank_one.trace()), 12)
     1.0
     """
+
+    label: ClassVar[str] = "XTrace"
 
     vectors: int = 30
     confidence: float = 0.95
