@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -101,13 +103,18 @@ def compared(base: dict[str, Any], here: dict[str, Any]) -> Compared:
 def checked_out(commit: str, folder: Path) -> Iterator[Path]:
     """A work tree of a commit, which is gone afterwards whatever happens."""
     tree = folder / "base"
-    git = ["git", "-C", str(ROOT), "worktree"]
+    git = ["git", "-C", str(ROOT)]
+    if subprocess.run(
+        [*git, "cat-file", "-e", f"{commit}^{{commit}}"], check=False, stderr=subprocess.DEVNULL
+    ).returncode:
+        sys.exit(f"--base {commit}: there is no such commit")
     try:
-        subprocess.run([*git, "add", "--detach", "--quiet", str(tree), commit], check=True)
+        subprocess.run([*git, "worktree", "add", "--detach", "--quiet", str(tree), commit], check=True)
         yield tree
     finally:
-        subprocess.run([*git, "remove", "--force", str(tree)], check=False, stderr=subprocess.DEVNULL)
-        subprocess.run([*git, "prune"], check=False)
+        if subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=False).returncode:
+            shutil.rmtree(tree, ignore_errors=True)
+            subprocess.run([*git, "worktree", "prune"], check=False)
 
 
 def started(tree: Path, out: Path, only: str) -> subprocess.Popen[bytes]:
@@ -160,6 +167,8 @@ def main() -> int:
     parser.add_argument("--base", required=True, help="commit to compare with")
     parser.add_argument("--only", default="", help="measurements with this in their name")
     given = parser.parse_args()
+    # Ended from outside, it clears up as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place).resolve()
