@@ -232,7 +232,8 @@ def _default(item: Any) -> Any:
 
 def _annotation(name: str) -> Any:
     """The annotation of a keyword."""
-    return {**SharedKeywords.__annotations__, **Keywords.__annotations__}[name]
+    found = {**SharedKeywords.__annotations__, **Keywords.__annotations__}[name]
+    return getattr(found, "__forward_arg__", found)
 
 
 def _documented(text: str, names: Sequence[str], notes: Mapping[str, str]) -> str:
