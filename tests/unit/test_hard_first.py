@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import Tensor
 
+from cases.operators import Job, in_lockstep
 from isoflat.core.rng import stream
 from isoflat.linalg.eigen.complement import RitzBasis
 from isoflat.linalg.eigen.extremes import Which
@@ -20,7 +21,7 @@ from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Pullback, Sum
 from isoflat.linalg.probes import sphere
-from isoflat.linalg.solver import Domain, Job, run_in_lockstep
+from isoflat.linalg.solver import Domain
 from isoflat.risk.parts import FEWEST, MINORITY, WORTHWHILE, by_hardness
 
 
@@ -111,8 +112,7 @@ def test_what_the_first_part_is_blind_to_is_found_by_the_certificate():
 def test_budget_is_kept_with_a_valid_enclosure(budget: int):
     matrices = parts()
     operator = whole(matrices)
-    outcome = run_in_lockstep(
-        operator,
+    outcome = in_lockstep(
         [Job(Pullback(operator, Identity(operator.n)), HardFirst(Lanczos(rtol=1e-9, max_products=budget)), stream(0))],
     )[0]
     lower, upper = outcome.result.interval()
@@ -168,9 +168,9 @@ def test_jobs_share_passes_over_parts():
     operator = whole(parts())
     passes: list[int] = []
     jobs = [Job(Pullback(operator, Identity(operator.n)), HardFirst(Lanczos()), stream(k)) for k in range(2)]
-    run_in_lockstep(operator, jobs, lambda status: passes.append(1))
+    in_lockstep(jobs, lambda status: passes.append(1))
     alone: list[int] = []
-    run_in_lockstep(operator, jobs[:1], lambda status: alone.append(1))
+    in_lockstep(jobs[:1], lambda status: alone.append(1))
     assert len(passes) < 1.5 * len(alone)
 
 
