@@ -14,7 +14,7 @@ demo: $(ENV)  ## train small nets with small and large batches, measure them, at
 	$(BIN)/isoflat demo
 
 test: $(ENV) lint  ## everything that must hold before a change lands
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --maxfail 20 -m "not slow"
 	ISOFLAT_PRETEND=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/device
 
 lint: $(ENV)
