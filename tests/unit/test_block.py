@@ -213,6 +213,18 @@ def test_orthogonalise_gives_up_on_what_lies_in_the_span():
     assert torch.equal(fresh, restart(rows, vector))
 
 
+def test_images_go_along_when_vectors_are_made_orthonormal():
+    """From vectors that are far from orthonormal: what comes out is orthonormal, and its images are its products."""
+    draw = torch.randn(4, 9, generator=stream(0, "orthonormalise"), dtype=torch.float64)
+    matrix = torch.randn(9, 9, generator=stream(1, "orthonormalise"), dtype=torch.float64)
+    vectors = [row + 3 * draw[0] for row in draw.clone()]
+    images = [matrix @ vector for vector in vectors]
+    orthonormalise(vectors, images)
+    basis = torch.stack(vectors)
+    assert torch.allclose(basis @ basis.T, torch.eye(4, dtype=torch.float64), atol=1e-13)
+    assert torch.allclose(torch.stack(images), basis @ matrix.T, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_plain_recurrence_beside_known_vectors(sign):
     """On a complement, a definite operator keeps its sign: no eigenvalue zero comes back from the known vectors."""
