@@ -8,7 +8,7 @@ PEERS_ENV := $(PEERS)/.installed
 THREADS ?= 2
 MINUTES ?= 15
 
-.PHONY: demo test lint test-slow test-oracles bench bench-power bench-symmetries bench-gpt2 bench-products bench-catalogue bench-device catalogue results-page clean
+.PHONY: demo test lint mutants test-slow test-oracles bench bench-power bench-symmetries bench-gpt2 bench-products bench-catalogue bench-device catalogue results-page clean
 
 demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
 	$(BIN)/isoflat demo
@@ -22,6 +22,9 @@ lint: $(ENV)
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports --no-logo
+
+mutants: $(ENV)  ## one-line faults in a copy of the source, each of which some test must notice; writes docs/mutants.md
+	$(BIN)/python tests/mutants/run.py --jobs $(THREADS) --markdown docs/mutants.md
 
 test-slow: $(ENV)  ## with real MNIST and CIFAR-10 in the folder ISOFLAT_DATA (skipped, and said so, where absent)
 	$(BIN)/python -m pytest -m slow -rs -s

@@ -8,27 +8,37 @@ A fault is caught if one of its tests fails or does not come to an end; the same
 from __future__ import annotations
 
 import argparse
+import compileall
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import cache_from_source
 from pathlib import Path
 from queue import SimpleQueue
-from typing import final
+from typing import TypeVar, final
+
+import pytest
 
 from faults import FAULTS, Fault
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300
 """What the tests of one fault may take; without it they take a tenth of that."""
+
+SHARED = ["numpy", "torch", "torch.func", "torch._dynamo", "scipy.stats", "scipy.sparse.linalg", "sklearn", "pytest"]
+"""What every test imports, and no fault touches: imported once."""
+
+PROCESSES = multiprocessing.get_context("forkserver")
 
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", re.MULTILINE)
 
@@ -61,16 +71,36 @@ def mutated(source: str, fault: Fault) -> str:
     return source.replace(fault.old, fault.new)
 
 
-def tested(copy: Path, ids: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """The tests with these ids, on a copy of the source.
+def tested(copy: Path, ids: Sequence[str]) -> tuple[int, str]:
+    """The exit status and the output of the tests with these ids, on a copy of the source.
+
+    They run in a process of their own, forked from one that has imported what they all need but the library.
 
     Raises:
-        TimeoutExpired: they do not come to an end.
+        TimeoutError: they do not come to an end.
     """
+    log = copy / "log"
+    run = PROCESSES.Process(target=_run, args=(copy, ids, log))
+    run.start()
+    run.join(SECONDS)
+    if run.exitcode is None:
+        run.kill()
+        run.join()
+        raise TimeoutError
+    return run.exitcode, log.read_text()
+
+
+def _run(copy: Path, ids: Sequence[str], log: Path) -> None:
+    """What the process does: pytest, with everything that is printed in a file."""
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.path.insert(0, str(copy))
+    os.chdir(ROOT)
     own = [str(ROOT / "tests" / each) for each in ids]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *own]
-    paths = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
-    return subprocess.run(command, cwd=ROOT, env=paths, capture_output=True, text=True, timeout=SECONDS, check=False)
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=no", *own])
+    sys.stdout.flush()
+    os._exit(int(status))
 
 
 @contextmanager
@@ -91,16 +121,16 @@ def attacked(fault: Fault, copy: Path) -> Outcome:
     """A fault applied to a copy, tested, and taken back."""
     try:
         with applied(fault, copy):
-            run = tested(copy, fault.tests)
-    except subprocess.TimeoutExpired:
+            status, output = tested(copy, fault.tests)
+    except TimeoutError:
         return Outcome(fault, "timeout")
     except (ValueError, FileNotFoundError):
         return Outcome(fault, "stale")
-    if run.returncode == 0:
+    if status == 0:
         return Outcome(fault, "SURVIVED")
-    named = FAILED.search(run.stdout)
-    if run.returncode not in (1, 2) or named is None:
-        raise SystemExit(f"pytest could not run {fault.tests}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    named = FAILED.search(output)
+    if named is None:
+        raise SystemExit(f"pytest could not run {fault.tests}: status {status}\n{output[-4000:]}")
     return Outcome(fault, "caught", named[1])
 
 
@@ -109,9 +139,9 @@ def passing(faults: Sequence[Fault], copies: SimpleQueue[Path], jobs: int) -> bo
     ids = list(dict.fromkeys(each for fault in faults for each in fault.tests))
     fine = True
     with ThreadPoolExecutor(jobs) as pool:
-        for run in pool.map(lambda part: _borrowed(copies, lambda copy: tested(copy, part)), _shared(ids, jobs)):
-            if run.returncode:
-                print(run.stdout[-4000:], run.stderr[-4000:])
+        for status, output in pool.map(lambda part: _lent(copies, lambda copy: tested(copy, part)), _shared(ids, jobs)):
+            if status:
+                print(output[-4000:])
                 fine = False
     return fine
 
@@ -139,7 +169,7 @@ def _shared(ids: Sequence[str], jobs: int) -> list[Sequence[str]]:
     return [part for part in (ids[job::jobs] for job in range(jobs)) if part]
 
 
-def _borrowed(copies: SimpleQueue[Path], work):  # noqa: ANN001
+def _lent(copies: SimpleQueue[Path], work: Callable[[Path], T]) -> T:
     copy = copies.get()
     try:
         return work(copy)
@@ -154,13 +184,18 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a part of the subject, file or text of the faults to apply")
     parser.add_argument("--markdown", type=Path, help="where to write the table")
     options = parser.parse_args()
-    faults = [fault for fault in FAULTS if options.only in " ".join((fault.subject, fault.file, fault.old, *fault.tests))]
+    os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+    PROCESSES.set_forkserver_preload(SHARED)
+    faults = [
+        fault for fault in FAULTS if options.only in " ".join((fault.subject, fault.file, fault.old, *fault.tests))
+    ]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         copies: SimpleQueue[Path] = SimpleQueue()
         for job in range(options.jobs):
             copy = Path(folder) / str(job)
             shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
+            compileall.compile_dir(copy, quiet=1)
             copies.put(copy)
         if not passing(faults, copies, options.jobs):
             print("some tests fail without any fault")
@@ -168,7 +203,7 @@ def main() -> int:
         print(f"without a fault all tests pass ({time.monotonic() - started:.0f} s)", flush=True)
         outcomes = []
         with ThreadPoolExecutor(options.jobs) as pool:
-            for outcome in pool.map(lambda fault: _borrowed(copies, lambda copy: attacked(fault, copy)), faults):
+            for outcome in pool.map(lambda fault: _lent(copies, lambda copy: attacked(fault, copy)), faults):
                 outcomes.append(outcome)
                 fault, verdict = outcome.fault, f"{outcome.verdict} {outcome.by.removeprefix('tests/')}"
                 print(f"{fault.subject:12}{fault.file}: {fault.old}  →  {fault.new}\n    {verdict}", flush=True)

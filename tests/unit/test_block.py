@@ -12,7 +12,7 @@ from isoflat.core.streams import stream
 from isoflat.linalg.krylov.block import BlockRecurrence
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.operator import Dense
-from isoflat.linalg.orthogonal import orthogonalise, restart
+from isoflat.linalg.orthogonal import orthogonalise, orthonormalise, restart
 from isoflat.linalg.probes import sphere, spherical
 
 bulk = np.linspace(-1, 1, 60)

@@ -53,6 +53,7 @@ def test_encloses(which: Which, sign: float):
     result = HardFirst(Lanczos(which=which, rtol=1e-3))(whole(matrices), stream(0))
     lower, upper = result.interval()
     assert lower <= truth <= upper
+    assert not result.reached or upper - lower <= 1e-3 * abs(result.wanted.value) * (1 + 1e-9)
     assert result.bottom.bound <= float(spectrum[0])
     assert result.top.bound >= float(spectrum[-1])
     vector = result.wanted.vector
