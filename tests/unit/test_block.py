@@ -213,6 +213,16 @@ def test_orthogonalise_gives_up_on_what_lies_in_the_span():
     assert torch.equal(fresh, restart(rows, vector))
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-17, 1e-16, 1e-15, 1e-13])
+def test_what_is_left_is_orthogonal_or_nothing(size):
+    """Nearly all of the vector lies in the rows' span: one pass of subtractions would leave rounding along them."""
+    for seed in range(5):
+        rows = torch.linalg.qr(spherical(40, 6, stream(seed)))[0].T.contiguous().unbind()
+        vector = space.combine(torch.arange(1.0, 7.0, dtype=torch.float64), rows) + size * sphere(40, stream(seed, "new"))
+        left = orthogonalise(rows, vector)[1]
+        assert space.norm(space.inner(rows, vector)) <= 1e-12 * left or left == 0
+
+
 def test_images_go_along_when_vectors_are_made_orthonormal():
     """From vectors that are far from orthonormal: what comes out is orthonormal, and its images are its products."""
     draw = torch.randn(4, 9, generator=stream(0, "orthonormalise"), dtype=torch.float64)

@@ -16,7 +16,7 @@ from isoflat.core.streams import stream
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.linalg.eigen.outside import Trial
+from isoflat.linalg.eigen.outside import Aim, Trial, outside
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Pullback, Sum
 from isoflat.linalg.probes import sphere
@@ -163,6 +163,38 @@ def test_comparison_matrix_bounds_every_eigenvalue():
         assert (lower <= spectrum[:d] + 1e-12).all()
         # Without the price of the residual it would be wrong.
         assert max(float(trial.values[-1]), float(left[-1])) < spectrum[-1]
+
+
+@pytest.mark.parametrize("bound", [-1.0, 0.3])
+def test_comparison_matrix_is_that_of_all_dimensions(bound: float):
+    """The small matrix has the ends of `[Θ Rᵀ; R U I]`, which is formed here as `A` with `U I` in place of its complement."""
+    n, d = 30, 4
+    matrix = part(n, n, 1.0, 5) - part(n, n, 1.0, 6)
+    basis = torch.linalg.qr(torch.randn(n, d, generator=stream(0, "trial"), dtype=torch.float64))[0]
+    away = torch.eye(n, dtype=torch.float64) - basis @ basis.T
+    values = torch.linalg.eigvalsh(matrix - away @ matrix @ away + bound * away).numpy()
+    upper, lower = Trial.of(list(basis.T), list((matrix @ basis).T)).bounds(bound, bound)
+    assert upper == pytest.approx(values[-d:], abs=1e-12)
+    assert lower == pytest.approx(values[:d], abs=1e-12)
+
+
+def test_bounds_on_the_complement_add_up_over_parts():
+    """Where two parts have their largest eigenvalue along one direction, the complement's is the sum of both."""
+    values = torch.linspace(0, 1, 30, dtype=torch.float64)
+    operator = Sum((Dense(torch.diag(values)), Dense(torch.diag(2 * values))), (1.0, 1.0))
+    known = torch.eye(30, dtype=torch.float64)[0]
+    trial = Trial.of([known], [operator.matmat(known[:, None])[:, 0]])
+    aim = Aim(1e-6, lambda left: left.upper <= 3.2, lambda more: more <= 60)
+    steps = outside(trial, Domain.of(operator), stream(0), ((0,), (1,)), aim)
+    asked = next(steps)
+    try:
+        while True:
+            asked = steps.send(operator.some(asked.parts).matmat(asked.vectors))
+    except StopIteration as ended:
+        left = ended.value
+    assert left.reached
+    assert left.upper >= 3.0
+    assert left.top == pytest.approx(3.0, rel=0.01)
 
 
 def test_jobs_share_passes_over_parts():
