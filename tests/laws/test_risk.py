@@ -249,4 +249,6 @@ def test_counts_of_rows_are_those_of_each_by_itself(shape, weighted):
         each = [loss.count(z[i : i + 1], y[i : i + 1]) for i in range(len(z))]
         assert loss.row_counts(z, y).tolist() == each
         assert 0 in each
+        alone = torch.stack([loss.summed(z[i : i + 1], y[i : i + 1]) for i in range(len(z))])
+        assert torch.allclose(loss.by_row(z, y), alone, rtol=1e-6)
     assert as_loss(nn.MSELoss()).row_counts(z, z).tolist() == [z[0].numel()] * len(z)

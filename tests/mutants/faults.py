@@ -179,7 +179,7 @@ FRAMES = (
     *_of(
         "frames", "linalg/operator.py",
         ("self.plus if parts is None or 0 in parts else None", "self.plus",
-         "laws/test_parts.py::test_same_numbers_for_less unit/test_hard_first.py::test_jobs_share_passes_over_parts"),
+         "unit/test_hard_first.py::test_parts_of_a_pullback_add_up_to_it"),
         ("else result + self.plus.matmat(vectors)", "else result - self.plus.matmat(vectors)",
          "laws/test_quotient.py::test_gauge_directions_lie_in_the_kernel_of_the_covariant_hessian"),
     ),
@@ -218,7 +218,7 @@ FRAMES = (
     ),
     *_of(
         "frames", "geometry/canonical.py",
-        ("squares[number] ** 0.5", "squares[number]", f"{_FRAME}[attention-separate] {_FRAME}[linear-chain-two]"),
+        ("squares[number] ** 0.5", "squares[number]", "laws/test_attention.py::test_packed_counts_as_unpacked[glu-packed]"),
     ),
     *_of(
         "frames", "geometry/elementwise.py",
@@ -261,7 +261,7 @@ WEIGHTING = (
          "laws/test_risk.py::test_a_penalty_on_weights_shifts_the_spectrum"),
         ("scalar(loss, \"model's loss\") * rows", "scalar(loss, \"model's loss\")", _OWN_LOSS),
         ('scalar(function(output, target), "loss") * len(target)', 'scalar(function(output, target), "loss")', _RAGGED),
-        (".reshape(len(output), -1).sum(1)", ".reshape(len(output), -1).mean(1)", _WEIGHT_OF_TWO),
+        (".reshape(len(output), -1).sum(1)", ".reshape(len(output), -1).mean(1)", _ROW_COUNTS),
         ("(self.by_row(output, target) * weights.to(output)).sum()", "self.by_row(output, target).sum()",
          _WEIGHT_OF_TWO),
         ("[target * counted] * counted", "[target * counted]", _ROW_COUNTS),
@@ -275,6 +275,7 @@ WEIGHTING = (
 
 _DERIVATIVES = "unit/test_potential.py::test_derivatives_agree_with_differences"
 _POINT = "laws/test_canonical.py::test_representative_is_one_point_of_the_orbit"
+_LEAST = "unit/test_slices.py::test_weighted_squares_are_least_where_their_derivative_vanishes"
 _NULL_SPACE = "unit/test_relations.py::test_solutions_are_the_null_space"
 
 CANONICAL = (
@@ -283,7 +284,7 @@ CANONICAL = (
         ("logs=_add(logs, group.tensors, z)", "logs=_add({}, group.tensors, z)",
          f"{_FRAME}[vgg-batch] {_FRAME}[pre-norm-layer]"),
         ("a, b = a + first, b + second", "a, b = a + first, b", f"{_FRAME}[vgg-batch] {_FRAME}[linear-chain-two]"),
-        ("(-first - second).exp()", "(first + second).exp()", "laws/test_canonical.py::test_a_dead_unit_counts_as_none"),
+        ("(tensor - old) * (", "(old - tensor) * (", "laws/test_attention.py::test_a_pair_short_of_rank_is_cut_to_it"),
     ),
     *_of(
         "canonical", "symmetry/potential.py",
@@ -308,9 +309,9 @@ CANONICAL = (
         "canonical", "symmetry/slices.py",
         ("running.absorbed, -self.entered[running.mean])", "running.absorbed, self.entered[running.mean])",
          f"{_FRAME}[vgg-batch] {_FRAME}[resnet-basic-batch]"),
-        ("= -values[single] / rows.data", "= values[single] / rows.data", f"{_POINT}[vgg-batch] {_POINT}[mlp-bias]"),
+        ("= -values[single] / rows.data", "= values[single] / rows.data", _LEAST),
         ("root * (values[part] / scale), rcond", "(values[part] / scale), rcond",
-         f"{_POINT}[vgg-batch] {_POINT}[attention-separate] {_POINT}[resnet-basic-batch] laws/test_edits.py"),
+         _LEAST),
         ("ratio = amount / deviation(running, state).cpu()", "ratio = amount * deviation(running, state).cpu()",
          f"{_FRAME}[vgg-batch]"),
     ),

@@ -218,7 +218,9 @@ def test_what_is_left_is_orthogonal_or_nothing(size):
     """Nearly all of the vector lies in the rows' span: one pass of subtractions would leave rounding along them."""
     for seed in range(5):
         rows = torch.linalg.qr(spherical(40, 6, stream(seed)))[0].T.contiguous().unbind()
-        vector = space.combine(torch.arange(1.0, 7.0, dtype=torch.float64), rows) + size * sphere(40, stream(seed, "new"))
+        vector = space.combine(torch.arange(1.0, 7.0, dtype=torch.float64), rows) + size * sphere(
+            40, stream(seed, "new")
+        )
         left = orthogonalise(rows, vector)[1]
         assert space.norm(space.inner(rows, vector)) <= 1e-12 * left or left == 0
 

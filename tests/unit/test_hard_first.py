@@ -207,6 +207,14 @@ def test_jobs_share_passes_over_parts():
     assert len(passes) < 1.5 * len(alone)
 
 
+def test_parts_of_a_pullback_add_up_to_it():
+    """Whatever is added beside the parts counts once."""
+    operator = Pullback(whole(parts(20)), Identity(20), Dense(torch.eye(20, dtype=torch.float64)))
+    vectors = torch.randn(20, 2, generator=stream(0, "vectors"), dtype=torch.float64)
+    added = sum(operator.some((p,)).matmat(vectors) for p in range(3))
+    assert torch.allclose(added, operator.matmat(vectors), rtol=1e-12, atol=1e-14)
+
+
 def test_shares():
     domain = Domain.of(whole(parts()))
     assert domain.share(None) == 1.0
