@@ -385,7 +385,7 @@ STATISTICS = (
         ("rest = permuted - (permuted @ away)[..., None] * away", "rest = permuted",
          _S + "its_p_is_that_of_all_permutations_of_residuals"),
         ("2 / (visited if visited", "1 / (visited if visited",
-         _S + "its_p_is_that_of_all_permutations_of_residuals unit/test_statistics.py"),
+         _S + "its_p_is_that_of_all_permutations_of_residuals"),
     ),
     *_of(
         "statistics", "experiments/statistics/permutation.py",
@@ -393,7 +393,7 @@ STATISTICS = (
          _S + "p_is_that_of_all_permutations_and_never_below_the_floor " + _S + "without_ties_the_floor_is_reached"),
         ("floor = max(floor, min(1.0, 2 / (draws + 1)))", "floor = max(floor, min(1.0, 1 / (draws + 1)))",
          _S + "random_draws_bound_p_from_below"),
-        ("_chance(rising[::-1], both)", "_chance(rising, both)", "unit/test_statistics.py"),
+        ("_chance(rising[::-1], both)", "_chance(rising, both)", _S + "p_is_that_of_all_permutations_and_never_below_the_floor"),
     ),
     *_of(
         "statistics", "experiments/statistics/robust.py",
@@ -414,7 +414,6 @@ STATISTICS = (
     *_of(
         "statistics", "experiments/statistics/conditional.py",
         ("range(MOST + 1)", "range(MOST)", _S + "a_function_of_two_hyper_parameters_says_nothing_more"),
-        ("value_signs[order[first], order[second]]", "value_signs[order[first], second]", "unit/test_statistics.py"),
     ),
     *_of(
         "statistics", "experiments/statistics/sample.py",
