@@ -236,3 +236,26 @@ def test_the_whole_space_leaves_nothing_to_bound():
     lower, upper = outer_bounds(recurrence.ritz()[0], recurrence.log_couplings, 3, 1e-12)
     assert lower * recurrence.scale == pytest.approx(-1, rel=1e-14)
     assert upper * recurrence.scale == pytest.approx(3, rel=1e-14)
+
+
+@pytest.mark.parametrize("k", [20, 60, 200])
+@pytest.mark.parametrize("failure", [0.3, 1e-6])
+def test_the_prior_bound_solves_its_equation(k, failure, n=300):
+    """`c² sinh²((2k − 1) artanh √ε) = 1 − c²`, ε the bound's distance from the Ritz values beside that of both bounds."""
+    ritz = np.linspace(-1.0, 3.0, k)
+    above = prior_bound(ritz, n, failure) - 3.0
+    epsilon = above / (4.0 + 2 * above)  # the lower bound lies as far below
+    overlap = math.exp(log_overlap(n, failure / 2))
+    found = overlap * math.sinh((2 * k - 1) * math.atanh(math.sqrt(epsilon)))
+    # ln(2/c) stands for arcosh(1/c), which is smaller by c²/4 at most.
+    assert math.sqrt(1 - overlap**2) * (1 - 1e-9) <= found <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("failure", [0.3, 1e-6])
+def test_each_end_has_half_of_the_failure_probability(failure, n=300):
+    """After one step the spectrum lies within `β / c` of the Ritz value, c the overlap that each end misses by half."""
+    theta, beta = 2.0, 0.7
+    lower, upper = outer_bounds(np.array([theta]), math.log(beta), n, failure)
+    reach = beta / math.exp(log_overlap(n, failure / 2))
+    assert upper - theta == pytest.approx(reach, rel=1e-9)
+    assert theta - lower == pytest.approx(reach, rel=1e-9)
