@@ -145,7 +145,8 @@ class EmpiricalRisk:
             NondeterministicRisk: the loss of one batch is random.
             UnsupportedModel: the forward pass writes into parameters or buffers.
         """
-        self.ranks.on_all_ranks(lambda: self._probe(state), lambda loss: {"loss of the first batch": f"{loss:.4g}"})
+        with self.ranks.agreeing() as facts:
+            facts["loss of the first batch"] = f"{self._probe(state):.4g}"
         tally = _Tally(state)
         started = time.monotonic()
 
@@ -171,7 +172,8 @@ class EmpiricalRisk:
             UsageError: the loss is no function of output and target, or the output does not have the rows.
             IsoflatError: as for `survey`.
         """
-        self.ranks.on_all_ranks(lambda: self._probe(state), lambda loss: {"loss of the first batch": f"{loss:.4g}"})
+        with self.ranks.agreeing() as facts:
+            facts["loss of the first batch"] = f"{self._probe(state):.4g}"
         tally, loss = _Tally(state), self.loss
         if not isinstance(loss, TargetLoss):
             raise UsageError(

@@ -160,14 +160,15 @@ def linearise(risk: EmpiricalRisk, state: State, plan: Plan) -> Guarded:
         return risk if uncut else replace(risk, batches=risk.batches.cut(rows))
 
     def keep(rows: int) -> Linearisation:
-        made = cut(rows)
-        if plan.route is not Recomputed:
-            return plan.route(made, state)
-        route = Recomputed(made, state, plan.graph)
-        return route.keep() if plan.kept and not grain.halvings else route
+        # One process without room makes all of them cut finer, so that they go on cutting alike.
+        with risk.ranks.agreeing():
+            made = cut(rows)
+            if plan.route is not Recomputed:
+                return plan.route(made, state)
+            route = Recomputed(made, state, plan.graph)
+            return route.keep() if plan.kept and not grain.halvings else route
 
-    # One process without room makes all of them cut finer, so that they go on cutting alike.
-    return Guarded(risk, state, [retry_smaller(grain, lambda rows: risk.ranks.on_all_ranks(lambda: keep(rows)))], grain)
+    return Guarded(risk, state, [retry_smaller(grain, keep)], grain)
 
 
 def _tried(sample: Sample, route: type[Linearisation], check: Check) -> float:

@@ -144,34 +144,45 @@ class Ranks:
             return _plain(parts)
         return self._in_order(parts, like) if self.ordered else self._at_once(parts, like)
 
-    def on_all_ranks(self, work: Callable[[], T], facts: Callable[[T], Mapping[str, str]] = lambda _: {}) -> T:
+    @contextmanager
+    def agreeing(self) -> Iterator[dict[str, str]]:
         """Work that every rank does for itself: where it fails on one, or comes out differently, it fails on all.
 
-        Args:
-            work: what to do.
-            facts: what must be the same on all ranks, by name, from what the work returned.
+        Yields:
+            Facts that must be the same on all ranks, by name; the block writes them down.
 
         Raises:
             RanksDiffer: the facts differ; the message says which, and where.
             RankLost: a rank is gone.
-            Exception: what the work raised on any rank.
+            Exception: what the block raised on any rank.
+
+        >>> with Ranks().agreeing() as facts:
+        ...     route = "reverse"
+        ...     facts["route"] = route
+        """
+        facts: dict[str, str] = {}
+        if self.world == 1:
+            yield facts
+            return
+        failure: Exception | None = None
+        try:
+            yield facts
+        except Exception as error:  # noqa: BLE001 (raised below, once the other ranks know)
+            failure = error
+        found = self._gather((_told(failure), facts))
+        self._settle([told for told, _ in found], failure)
+        compare([theirs for _, theirs in found])
+
+    def on_all_ranks(self, work: Callable[[], T], facts: Callable[[T], Mapping[str, str]] = lambda _: {}) -> T:
+        """The result of `work`, done under `agreeing`, with `facts` of it where there are several ranks.
 
         >>> Ranks().on_all_ranks(lambda: 3)
         3
         """
-        if self.world == 1:
-            return work()
-        result: Any = None
-        failure: Exception | None = None
-        mine: dict[str, str] = {}
-        try:
+        with self.agreeing() as agreed:
             result = work()
-            mine = dict(facts(result))
-        except Exception as error:  # noqa: BLE001 (raised below, once the other ranks know)
-            failure = error
-        found = self._gather((_told(failure), mine))
-        self._settle([told for told, _ in found], failure)
-        compare([facts for _, facts in found])
+            if self.world > 1:
+                agreed.update(facts(result))
         return result
 
     def gather(self, value: T) -> list[T]:
