@@ -121,7 +121,7 @@ class Complement(Square):
 
 @final
 @dataclass(frozen=True)
-class Term:
+class Contraction:
     """One contraction of a shear: `out[g, i] += Σ_{j, k} source[g, i, j, k] · weights[g, j]`.
 
     Attributes:
@@ -145,13 +145,13 @@ class Shear(Square):
     """`v ↦ v + Σ_terms`: some coordinates take up contractions of others, which stay as they are.
 
     >>> import torch
-    >>> term = Term(slice(0, 2), slice(2, 3), (1, 1, 2, 1), torch.tensor([[1.0, 10.0]], dtype=torch.float64))
+    >>> term = Contraction(slice(0, 2), slice(2, 3), (1, 1, 2, 1), torch.tensor([[1.0, 10.0]], dtype=torch.float64))
     >>> Shear(3, (term,)).push(torch.tensor([[1.0], [2.0], [5.0]], dtype=torch.float64)).ravel().tolist()
     [1.0, 2.0, 26.0]
     """
 
     size: int
-    terms: tuple[Term, ...]
+    terms: tuple[Contraction, ...]
 
     @property
     def rows(self) -> int:
@@ -183,7 +183,7 @@ class Shear(Square):
 
 @final
 @dataclass(frozen=True)
-class Part:
+class TensorSlices:
     """Slices of one tensor in a flat vector.
 
     Attributes:
@@ -214,7 +214,7 @@ class Mixing(Square):
     """Slices of tensors multiplied by a matrix for each block; all other coordinates stay as they are.
 
     >>> import torch
-    >>> part = Part(slice(0, 4), (2, 2), 0, torch.tensor([[0, 1]]), torch.tensor([0, 1]))
+    >>> part = TensorSlices(slice(0, 4), (2, 2), 0, torch.tensor([[0, 1]]), torch.tensor([0, 1]))
     >>> swap = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=torch.float64)
     >>> Mixing(5, ((swap, (part,)),)).push(torch.arange(5.0)[:, None]).ravel().tolist()
     [2.0, 3.0, 0.0, 1.0, 4.0]
@@ -225,7 +225,7 @@ class Mixing(Square):
     """
 
     size: int
-    terms: tuple[tuple[Tensor, tuple[Part, ...]], ...]
+    terms: tuple[tuple[Tensor, tuple[TensorSlices, ...]], ...]
 
     @property
     def rows(self) -> int:
@@ -247,7 +247,7 @@ class Mixing(Square):
         return result
 
 
-def slices(vectors: Tensor, parts: tuple[Part, ...]) -> Tensor:
+def slices(vectors: Tensor, parts: tuple[TensorSlices, ...]) -> Tensor:
     """The slices that make up the d coordinates of each block, shape `(n, d, r)`; a copy."""
     made = []
     for part in parts:
@@ -257,7 +257,7 @@ def slices(vectors: Tensor, parts: tuple[Part, ...]) -> Tensor:
     return torch.cat(made, 1)[:, order.to(vectors.device)]
 
 
-def _mix(vectors: Tensor, matrix: Tensor, parts: tuple[Part, ...]) -> None:
+def _mix(vectors: Tensor, matrix: Tensor, parts: tuple[TensorSlices, ...]) -> None:
     """Multiply slices in place."""
     after = matrix.to(vectors.device) @ slices(vectors, parts).double()
     for part in parts:

@@ -104,7 +104,7 @@ class Solver(ABC, Generic[R]):
 
 
 @dataclass(frozen=True, eq=False)
-class Told(Solver[R], ABC):
+class SolverWithVectors(Solver[R], ABC):
     """A solver that is told vectors beforehand; two are equal where all settings are and the vectors are the same tensors."""
 
     @final
@@ -124,12 +124,12 @@ class Told(Solver[R], ABC):
 
 @final
 @dataclass(frozen=True, eq=False)
-class Probe(Solver[Tensor]):
+class SingleProduct(Solver[Tensor]):
     """One product with a given vector of shape `(n,)`; returns the product, shape `(n, 1)`.
 
     >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
-    >>> Probe(torch.tensor([1.0, 2.0]))(Dense(torch.diag(torch.tensor([3.0, 1.0]))), stream(0)).ravel().tolist()
+    >>> SingleProduct(torch.tensor([1.0, 2.0]))(Dense(torch.diag(torch.tensor([3.0, 1.0]))), stream(0)).ravel().tolist()
     [3.0, 2.0]
     """
 

@@ -26,7 +26,7 @@ from isoflat.measurement.run import measure_all
 from isoflat.measures.base import Budget, Direction, Measure, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.risk.batches import as_batches
-from isoflat.risk.linearise import Check
+from isoflat.risk.linearise import ProductCheck
 from isoflat.risk.network import Selector, exactly
 from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.found import Found
@@ -76,7 +76,7 @@ def compare(  # noqa: PLR0913
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
-    check: Check | str = Check.REFUSE,
+    check: ProductCheck | str = ProductCheck.REFUSE,
     reproducible_sum: bool = False,
 ) -> Comparison:
     """Which network is flatter? Measured one after the other on the same samples with the same random numbers.

@@ -10,7 +10,7 @@ from isoflat.core.errors import IsoflatError
 from isoflat.curvature.matrix import Curvature, Matrix
 from isoflat.linalg.operator import Operator, Sum
 from isoflat.risk.empirical import EmpiricalRisk, Survey
-from isoflat.risk.plan import Plan
+from isoflat.risk.plan import ProductPlan
 from isoflat.risk.routes.guarded import Guarded
 
 
@@ -25,7 +25,7 @@ class Products:
         costs: of the parts, where there are several.
     """
 
-    plan: Plan
+    plan: ProductPlan
     parts: tuple[Guarded, ...]
     costs: tuple[float, ...]
 

@@ -23,7 +23,7 @@ from isoflat.measurement.session import Session
 from isoflat.measurement.shared import agreed
 from isoflat.measures.base import Budget, Measure, Settings, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
-from isoflat.risk.linearise import Check
+from isoflat.risk.linearise import ProductCheck
 from isoflat.risk.network import Selector, exactly
 from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.found import Found
@@ -52,7 +52,7 @@ def measure(  # noqa: PLR0913
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
-    check: Check | str = Check.REFUSE,
+    check: ProductCheck | str = ProductCheck.REFUSE,
     reproducible_sum: bool = False,
 ) -> Estimate:
     """How flat is this minimum? One number with its enclosure. The model is not changed.
@@ -153,7 +153,7 @@ def measure_all(  # noqa: PLR0913
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
-    check: Check | str = Check.REFUSE,
+    check: ProductCheck | str = ProductCheck.REFUSE,
     reproducible_sum: bool = False,
     label: str = "",
     keep: Callable[[Record, torch.Tensor], None] | None = None,
@@ -268,15 +268,15 @@ def _groups(plan: Bound) -> dict[str, str]:
     return {f"group of {name}": group.hash for name, group in found.items() if group is not None}
 
 
-def checked(value: Check | str) -> Check:
+def checked(value: ProductCheck | str) -> ProductCheck:
     """The name of a check, or a check.
 
     Raises:
         UsageError: there is no such check.
     """
-    if value not in set(Check):
-        raise UsageError(f"check must be one of {', '.join(Check)}, got {value!r}")
-    return Check(value)
+    if value not in set(ProductCheck):
+        raise UsageError(f"check must be one of {', '.join(ProductCheck)}, got {value!r}")
+    return ProductCheck(value)
 
 
 def _reachable(settings: Settings, dtype: torch.dtype) -> None:

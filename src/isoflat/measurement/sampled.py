@@ -39,7 +39,7 @@ from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.remainder import Remainder
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Job, Outcome, Probe, Solver, run_in_lockstep
+from isoflat.linalg.solver import Job, Outcome, SingleProduct, Solver, run_in_lockstep
 from isoflat.measurement.place import Place
 from isoflat.measurement.scribe import Outcomes, Refusal, Result, Scribe
 from isoflat.measurement.session import Session
@@ -273,7 +273,7 @@ class _Sampler:
         scale = self.seen.rows / sample.size
         seen = replace(self.seen, gradient=survey.gradient, unused=survey.unused, seconds=survey.seconds * scale)
         place = replace(self._place(sample), survey=replace(seen, hardness=None))
-        jobs = {key: self._job(key, place, Probe(witness)) for key, witness in witnesses.items()}
+        jobs = {key: self._job(key, place, SingleProduct(witness)) for key, witness in witnesses.items()}
         checks = self.session.checks(self.charts, place)
         done = run_in_lockstep(place.hessian, [*jobs.values(), *checks.values()], self.session.report)
         answers: Outcomes = dict(zip(checks, done[len(jobs) :], strict=True))

@@ -21,7 +21,7 @@ from isoflat.core.state import State
 from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.linalg.eigen.extremes import Extremes
-from isoflat.linalg.solver import Outcome, Probe
+from isoflat.linalg.solver import Outcome, SingleProduct
 from isoflat.measurement.place import Place, Products
 from isoflat.measurement.prepare import point, some, warnings
 from isoflat.measures.base import Findings, Measure, Question, Settings, SolverQuery, Subject
@@ -188,7 +188,7 @@ class Scribe:
             found
             for (g, question), found in self.answers.items()
             if isinstance(found, Outcome)
-            if g == geometry and isinstance(question, SolverQuery) and isinstance(question.solver, Probe)
+            if g == geometry and isinstance(question, SolverQuery) and isinstance(question.solver, SingleProduct)
         )
         place = self.places[id(chart.state)]
         gradient = place.survey.gradient

@@ -15,7 +15,7 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.linalg.maps import Identity as Identical
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Job, Probe, run_in_lockstep
+from isoflat.linalg.solver import Job, SingleProduct, run_in_lockstep
 from isoflat.measurement.asking import answered
 from isoflat.measurement.place import Place, Products
 from isoflat.measurement.scribe import NOT_APPLICABLE, Answers, Refusal, Result, Scribe, matrices_of
@@ -24,7 +24,7 @@ from isoflat.risk.batches import even
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.linearise import Choice, check_gradient, choose, linearise, survey
 from isoflat.risk.parts import by_hardness
-from isoflat.risk.plan import Plan, available_memory, plan
+from isoflat.risk.plan import ProductPlan, available_memory, plan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.reverse import Recomputed
 
@@ -202,11 +202,11 @@ class Session:
     def checks(self, charts: Mapping[Geometry, Chart], place: Place) -> dict[tuple[Geometry, Question], Job]:
         """A product in each geometry that has a generator of its group to check products with."""
         plain = Pullback(place.hessian, Identical(place.hessian.n))
-        asked = {g: Probe(chart.identity.velocity) for g, chart in charts.items() if chart.identity is not None}
+        asked = {g: SingleProduct(chart.identity.velocity) for g, chart in charts.items() if chart.identity is not None}
         return {(g, SolverQuery(probe)): Job(plain, probe, stream(self.settings.seed)) for g, probe in asked.items()}
 
 
-def _parts(risk: EmpiricalRisk, seen: Survey, planned: Plan) -> list[EmpiricalRisk]:
+def _parts(risk: EmpiricalRisk, seen: Survey, planned: ProductPlan) -> list[EmpiricalRisk]:
     """The risk as a sum of parts, those with the hardest examples first; the whole where that does not pay."""
     places = by_hardness(seen.hardness) if planned.divisible else ()
     if not places:

@@ -18,7 +18,7 @@ from isoflat.measurement.prepare import subject
 from isoflat.measurement.run import checked, opened, planned
 from isoflat.measurement.scribe import Refusal
 from isoflat.measures.base import Budget, Direction, Findings, Measure, Settings, SolverQuery, Subject
-from isoflat.risk.linearise import Check
+from isoflat.risk.linearise import ProductCheck
 from isoflat.risk.network import Selector
 from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.found import Found
@@ -49,7 +49,7 @@ def spectrum(  # noqa: PLR0913
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
-    check: Check | str = Check.REFUSE,
+    check: ProductCheck | str = ProductCheck.REFUSE,
     reproducible_sum: bool = False,
     label: str = "",
 ) -> Spectrum:

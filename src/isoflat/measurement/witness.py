@@ -33,7 +33,7 @@ from isoflat.geometry.traced import Traced
 from isoflat.linalg.eigen.extremes import End, Extremes, Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.linalg.eigen.recheck import Recheck, Seen
+from isoflat.linalg.eigen.recheck import Recheck, RecheckResult
 from isoflat.linalg.operator import Pullback
 from isoflat.linalg.solver import Job, Outcome, run_in_lockstep
 from isoflat.measurement.prepare import point, subject
@@ -43,8 +43,7 @@ from isoflat.measurement.session import Session
 from isoflat.measures.base import Findings, Measure, Settings, SolverQuery, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.risk.empirical import EmpiricalRisk, Survey
-from isoflat.risk.linearise import Check as Agreement
-from isoflat.risk.linearise import survey
+from isoflat.risk.linearise import ProductCheck, survey
 from isoflat.risk.network import Selector
 from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.found import VERSION, Found
@@ -163,7 +162,7 @@ def verify_all(  # noqa: PLR0913
     symmetries: Found | Sequence[Symmetry] | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
-    check: Agreement | str = Agreement.REFUSE,
+    check: ProductCheck | str = ProductCheck.REFUSE,
 ) -> tuple[Check, ...]:
     """Check stored numbers of one network by their witnesses, with shared passes over the data.
 
@@ -412,7 +411,7 @@ def _multiplied(
     }
 
 
-def judged(case: _Case, seen: Seen, where: Point, loose: float) -> Check:
+def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Check:
     """What two products say about a stored number.
 
     Args:

@@ -20,7 +20,7 @@ from isoflat.curvature.sweeps import Pass
 from isoflat.geometry.base import Chart, Geometry, Invariance
 from isoflat.linalg.solver import Outcome, Solver
 from isoflat.risk.empirical import EmpiricalRisk, Survey
-from isoflat.risk.linearise import Check
+from isoflat.risk.linearise import ProductCheck
 
 
 class Direction(StrEnum):
@@ -76,7 +76,7 @@ class Settings:
     probes: int = 64
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
-    check: Check = Check.REFUSE
+    check: ProductCheck = ProductCheck.REFUSE
     inside: torch.dtype | None = None
     sample: str | None = None
 

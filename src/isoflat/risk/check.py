@@ -50,7 +50,7 @@ DRAWN = 1_000_003
 
 @final
 @dataclass(frozen=True)
-class Sample:
+class CheckedRows:
     """The risk of a few rows close to a point, in float64.
 
     Close to it, not at it: units that are dead, or zero biases behind them, sit on kinks there, where products and
@@ -68,7 +68,7 @@ class Sample:
     scales: Tensor
 
     @staticmethod
-    def of(risk: EmpiricalRisk, state: State, rows: int = ROWS) -> Sample:
+    def of(risk: EmpiricalRisk, state: State, rows: int = ROWS) -> CheckedRows:
         """The first rows of the first batch; all of them where a loss of the user's own may need them together."""
         batch = next(iter(risk.batches), None)
         if batch is None:
@@ -85,7 +85,7 @@ class Sample:
         scales = space.spread(typical.to(center.device))
         beside = center + AWAY * scales * _drawn(space.size, "beside", center.device)
         moved = wide.replace(space.unflatten(beside))
-        sample = Sample(_unsure(alone, moved, batch), moved, scales)
+        sample = CheckedRows(_unsure(alone, moved, batch), moved, scales)
         # What fails here is no question of routes.
         gradient = sample.gradient(beside)
         return replace(sample, scales=torch.where(gradient != 0, scales, 0.0)) if bool(gradient.any()) else sample
@@ -166,7 +166,7 @@ def _drawn(size: int, label: str | int, device: torch.device) -> Tensor:
     return drawn.repeat(-(-size // DRAWN))[:size]
 
 
-def disagreement(sample: Sample, route: Route) -> float:
+def disagreement(sample: CheckedRows, route: Route) -> float:
     """Worst relative difference between products and differences of gradients, along two random directions."""
     worst = 0.0
     for k in range(2):
@@ -175,7 +175,7 @@ def disagreement(sample: Sample, route: Route) -> float:
     return worst
 
 
-def asymmetry(sample: Sample, route: Route) -> float:
+def asymmetry(sample: CheckedRows, route: Route) -> float:
     """`|⟨u, Hv⟩ − ⟨v, Hu⟩|` in units of `‖u‖ ‖Hv‖ + ‖v‖ ‖Hu‖`, for two random directions."""
     u, v = (sample.direction(k) for k in range(2))
     hu, hv = (sample.product(route, direction) for direction in (u, v))

@@ -16,7 +16,7 @@ from isoflat.core.state import State
 from isoflat.risk.batches import Batches, Weighted, alone, digest, move, rows_of
 from isoflat.risk.losses import Loss, TargetLoss, Term, call, check_mean, importance, split
 from isoflat.risk.network import Network
-from isoflat.risk.ranks import Part, Ranks
+from isoflat.risk.ranks import BatchSum, Ranks
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ class EmpiricalRisk:
         return split(move(alone(batch), state.device, state.dtype))[1] if isinstance(self.loss, TargetLoss) else None
 
     def accumulate(
-        self, per_batch: Callable[[int, Any], Part], like: Tensor, over: Iterable[Any] | None = None
+        self, per_batch: Callable[[int, Any], BatchSum], like: Tensor, over: Iterable[Any] | None = None
     ) -> Tensor:
         """`Σ total / Σ count` over the batches, added in float64: the only loop over data there is.
 
@@ -125,10 +125,10 @@ class EmpiricalRisk:
     def value(self, state: State) -> float:
         """The empirical risk at a state."""
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             with torch.no_grad():
                 term = self.term(state, batch)
-            return Part(term.total.detach().reshape(1).double(), term.count)
+            return BatchSum(term.total.detach().reshape(1).double(), term.count)
 
         return float(self.accumulate(per_batch, _shape(1, state)))
 
@@ -150,7 +150,7 @@ class EmpiricalRisk:
         tally = _Tally(state)
         started = time.monotonic()
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             leaves = leaf_state(state)
             term = self.term(leaves, batch)
             parameters = list(leaves.parameters.values())
@@ -158,7 +158,7 @@ class EmpiricalRisk:
             gradients = differentiate(term.total, [*parameters, term.z] if hard and term.z is not None else parameters)
             slope = gradients.pop() if hard else None
             tally.hardness[index] = None if slope is None else slope.detach().reshape(len(slope), -1).norm(dim=1).cpu()
-            return Part(torch.cat([tally.loss(index, term), *tally.gradient(index, gradients)]), term.count)
+            return BatchSum(torch.cat([tally.loss(index, term), *tally.gradient(index, gradients)]), term.count)
 
         mean = self.accumulate(per_batch, _shape(1 + state.space.size, state), over=tally.digesting(self.batches))
         tally.join(self.ranks.gather(tally.counts))
@@ -182,7 +182,7 @@ class EmpiricalRisk:
             )
         started = time.monotonic()
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             inputs, target = split(move(alone(batch), state.device, state.dtype))
             with torch.no_grad():
                 output = self.network(state, lambda model: loss.output(model, inputs))
@@ -194,7 +194,7 @@ class EmpiricalRisk:
                 )
             term = loss.of(z, target, len(z))
             tally.hardness[index] = importance(term.total, z, stream(0, "importance", index))
-            return Part(tally.loss(index, term), term.count)
+            return BatchSum(tally.loss(index, term), term.count)
 
         mean = self.accumulate(per_batch, _shape(1, state), over=tally.digesting(self.batches))
         tally.join(self.ranks.gather(tally.counts))

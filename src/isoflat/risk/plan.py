@@ -29,7 +29,7 @@ measured on multilayer perceptrons, convolutional networks and transformers (`te
 
 @final
 @dataclass(frozen=True)
-class Plan:
+class ProductPlan:
     """How products are made, and what they take.
 
     Attributes:
@@ -101,7 +101,7 @@ def plan(
     rows: int,
     memory: int,
     graph: type[Graph] = GradientGraph,
-) -> Plan:
+) -> ProductPlan:
     """Keep the graphs if they fit; else rebuild them, in pieces that fit.
 
     Args:
@@ -124,7 +124,7 @@ def plan(
     vectors = _vectors(state)
     kept = held.of(rows, -(-rows // count)) + saved.of(count) + vectors
     if route is Recomputed and kept <= memory:
-        return Plan(route, graph, rules, True, count, True, not whole, int(kept))
+        return ProductPlan(route, graph, rules, True, count, True, not whole, int(kept))
     piece = count
     while piece > 1 and not whole and _passing(saved, piece) + vectors > memory:
         piece = (piece + 1) // 2
@@ -135,7 +135,7 @@ def plan(
             f"the memory budget of {memory} bytes is too small: products on {what} take about {forecast}. Raise the "
             f"budget, {'give smaller batches, ' if piece > 1 else ''}or measure fewer tensors with params="
         )
-    return Plan(route, graph, rules, False, piece, piece == count, not whole, forecast)
+    return ProductPlan(route, graph, rules, False, piece, piece == count, not whole, forecast)
 
 
 def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:

@@ -40,7 +40,7 @@ _LOST = (
 
 @final
 @dataclass(frozen=True)
-class Part:
+class BatchSum:
     """One batch's share of a sum over data."""
 
     total: Tensor
@@ -49,7 +49,7 @@ class Part:
 
 @final
 @dataclass(frozen=True)
-class Sum:
+class DataSum:
     """All parts together.
 
     Attributes:
@@ -127,7 +127,7 @@ class Ranks:
         places = [place for _, place in found]
         return min(free // places.count(place) for free, place in found)
 
-    def add(self, parts: Iterable[Part | None], like: Tensor) -> Sum:
+    def add(self, parts: Iterable[BatchSum | None], like: Tensor) -> DataSum:
         """The sum of all batches' parts; the same bits on every rank.
 
         Args:
@@ -169,7 +169,7 @@ class Ranks:
             yield facts
         except Exception as error:  # noqa: BLE001 (raised below, once the other ranks know)
             failure = error
-        found = self._gather((_told(failure), facts))
+        found = self._gather((_portable(failure), facts))
         self._settle([told for told, _ in found], failure)
         compare([theirs for _, theirs in found])
 
@@ -205,7 +205,7 @@ class Ranks:
         _collective(lambda: dist.broadcast_object_list(held, src=0))
         return held[0]
 
-    def _at_once(self, parts: Iterable[Part | None], like: Tensor) -> Sum:
+    def _at_once(self, parts: Iterable[BatchSum | None], like: Tensor) -> DataSum:
         """One collective: this rank's sum with the count and the reports of all ranks behind it."""
         size, device = like.numel(), _carrier(like.device)
         flat = torch.zeros(size + 1 + 3 * self.world, dtype=torch.float64, device=device)
@@ -223,9 +223,9 @@ class Ranks:
         reports[self.rank] = _reported(batches, like, failure)
         _collective(lambda: dist.all_reduce(flat))
         self._check(reports, failure)
-        return Sum(total.to(like.device) if batches else None, float(flat[size]), batches)
+        return DataSum(total.to(like.device) if batches else None, float(flat[size]), batches)
 
-    def _in_order(self, parts: Iterable[Part | None], like: Tensor) -> Sum:
+    def _in_order(self, parts: Iterable[BatchSum | None], like: Tensor) -> DataSum:
         """Round by round, a batch for each rank: all compute, then each part is sent to all and added in turn."""
         size, device = like.numel(), _carrier(like.device)
         source, total, count, batches = iter(parts), None, 0.0, 0
@@ -255,13 +255,13 @@ class Ranks:
                 total = sent[:size].clone() if total is None else total.add_(sent[:size])
                 count += float(sent[size])
             batches += filled
-        return Sum(None if total is None else total.view(like.shape).to(like.device), count, batches)
+        return DataSum(None if total is None else total.view(like.shape).to(like.device), count, batches)
 
     def _check(self, reports: Tensor, failure: Exception | None) -> None:
         """Raise on all ranks what one of them reports."""
         found = [_Report(*map(int, row)) for row in reports.tolist()]
         if any(report.failed for report in found):
-            self._settle(self._gather(_told(failure)), failure)
+            self._settle(self._gather(_portable(failure)), failure)
         compare([{"number of batches read": str(report.batches)} for report in found])
         compare([{"vectors that are multiplied": f"checksum {report.checksum:x}"} for report in found])
 
@@ -380,7 +380,7 @@ def check_whole(module: nn.Module) -> None:
         )
 
 
-def _plain(parts: Iterable[Part | None]) -> Sum:
+def _plain(parts: Iterable[BatchSum | None]) -> DataSum:
     """The sum in one process."""
     total: Tensor | None = None
     count, batches = 0.0, 0
@@ -389,7 +389,7 @@ def _plain(parts: Iterable[Part | None]) -> Sum:
         if part is not None:
             total = part.total.double() if total is None else total.add_(part.total)
             count += part.count
-    return Sum(total, count, batches)
+    return DataSum(total, count, batches)
 
 
 def _collective(call: Callable[[], T]) -> T:
@@ -419,7 +419,7 @@ def _checksum(tensor: Tensor) -> int:
     return int((bits * bits).sum()) % 2**52
 
 
-def _told(failure: Exception | None) -> _Failure | None:
+def _portable(failure: Exception | None) -> _Failure | None:
     """An error in a form that any rank can raise: of its own type where all ranks know it."""
     if failure is None:
         return None

@@ -14,7 +14,7 @@ Reals = NDArray[np.float64]
 
 @final
 @dataclass(frozen=True)
-class Run:
+class JacobiMatrix:
     """What is left of a Lanczos run from a unit vector q: coefficients of `A + E`, E the rounding.
 
     The *distribution* of q is `μ(−∞, x] = Σ_{λ_i ≤ x} ⟨u_i, q⟩²` over the eigenpairs of A.
@@ -32,7 +32,7 @@ class Run:
     def gauss(self) -> tuple[Reals, Reals]:
         """Nodes, ascending, and weights with sum 1: exact for polynomials up to degree `2k − 1`.
 
-        >>> nodes, weights = Run(np.array([1.0, 1.0]), np.array([1.0, 0.5]), closed=False).gauss()
+        >>> nodes, weights = JacobiMatrix(np.array([1.0, 1.0]), np.array([1.0, 0.5]), closed=False).gauss()
         >>> nodes.round(12).tolist(), weights.round(12).tolist()
         ([0.0, 2.0], [0.5, 0.5])
         """
@@ -76,8 +76,8 @@ def _quadrature(alphas: Reals, betas: Reals) -> tuple[Reals, Reals]:
     return np.asarray(values), weights / weights.sum()
 
 
-def pooled(runs: list[Run], shares: Reals) -> tuple[Reals, Reals, Reals]:
-    """Bounds on the average of the runs' distributions, each with its share; shapes and meaning as of `Run.bounds`.
+def pooled(runs: list[JacobiMatrix], shares: Reals) -> tuple[Reals, Reals, Reals]:
+    """Bounds on the average of the runs' distributions, each with its share; shapes and meaning as of `JacobiMatrix.bounds`.
 
     What is rounding in the sums of weights is conceded.
     """

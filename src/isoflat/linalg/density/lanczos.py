@@ -15,7 +15,7 @@ from isoflat.core.density import Atoms, Density, Outlier, Quadrature
 from isoflat.core.errors import UsageError
 from isoflat.linalg.certificate import outer_bounds
 from isoflat.linalg.density.counts import counted
-from isoflat.linalg.density.gauss import Reals, Run, pooled
+from isoflat.linalg.density.gauss import JacobiMatrix, Reals, pooled
 from isoflat.linalg.eigen.complement import RitzBasis
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.orthogonal import orthogonalise
@@ -110,10 +110,10 @@ class StochasticLanczosQuadrature(Deflating[Density]):
         expired = clock(self.seconds)
         removed = yield from _removed(self.basis(domain), self.block)
         size = domain.n - len(removed.rows)
-        runs: list[_Seen] = []
+        runs: list[_FinishedRun] = []
         while size and len(runs) < self.probes and not (runs and expired()):
             count = min(self.block, self.probes - len(runs))
-            fresh = [_Probe(removed.rows, domain, stream) for _ in range(count)]
+            fresh = [_ProbeRun(removed.rows, domain, stream) for _ in range(count)]
             active = fresh
             while active:
                 status = f"spectrum: step {active[0].recurrence.k + 1} of {self.affordable}, probe {len(runs) + 1}"
@@ -126,7 +126,7 @@ class StochasticLanczosQuadrature(Deflating[Density]):
             runs += [probe.finished() for probe in fresh]
         return self._result(removed, runs, size)
 
-    def _result(self, removed: _Removed, probes: list[_Seen], size: int) -> Density:
+    def _result(self, removed: _DeflatedPart, probes: list[_FinishedRun], size: int) -> Density:
         """What the runs say together."""
         low, high, rounding = self._bulk(probes, size) if size else (_NONE, _NONE, 0.0)
         inside = (low[0][0], high[0][-1]) if size else None
@@ -157,7 +157,7 @@ class StochasticLanczosQuadrature(Deflating[Density]):
             return f"budget of {self.max_products} products spent: {done} instead of {self.depth}"
         return f"budget of {self.seconds:g} seconds spent: {done} taken"
 
-    def _bulk(self, probes: list[_Seen], size: int) -> tuple[_Spectrum, _Spectrum, float]:
+    def _bulk(self, probes: list[_FinishedRun], size: int) -> tuple[_Spectrum, _Spectrum, float]:
         """Two spectra between which that of the complement lies, and what rounding may add."""
         failure = 1 - self.confidence
         ends = [probe.ends(size, ENDS * failure / len(probes)) for probe in probes]
@@ -182,7 +182,7 @@ _NONE: _Spectrum = (np.empty(0), np.empty(0, dtype=np.int64))
 
 @final
 @dataclass(frozen=True)
-class _Seen:
+class _FinishedRun:
     """A finished run, without its Krylov basis.
 
     Attributes:
@@ -193,7 +193,7 @@ class _Seen:
         log_couplings: as `linalg.certificate` wants them, in units of `scale`.
     """
 
-    run: Run
+    run: JacobiMatrix
     quadrature: Quadrature
     rounding: float
     scale: float
@@ -211,7 +211,7 @@ class _Seen:
         return lower * self.scale, upper * self.scale
 
 
-class _Probe:
+class _ProbeRun:
     """A Lanczos run under way.
 
     Attributes:
@@ -233,12 +233,12 @@ class _Probe:
         self.recurrence.extend(product)
         self.closed = self.recurrence.exhausted or self.recurrence.betas[-1] <= self.recurrence.rounding
 
-    def finished(self) -> _Seen:
+    def finished(self) -> _FinishedRun:
         """What it saw."""
         done, scale = self.recurrence, self.recurrence.scale
-        run = Run(np.array(done.alphas) * scale, np.array(done.betas) * scale, self.closed)
+        run = JacobiMatrix(np.array(done.alphas) * scale, np.array(done.betas) * scale, self.closed)
         nodes, weights = run.gauss()
-        return _Seen(
+        return _FinishedRun(
             run=run,
             quadrature=Quadrature(tuple(nodes.tolist()), tuple(weights.tolist()), self.square),
             rounding=(1 + self.closed) * done.rounding * scale,  # what was left out in the end is rounding, too
@@ -249,7 +249,7 @@ class _Probe:
 
 @final
 @dataclass(frozen=True)
-class _Removed:
+class _DeflatedPart:
     """What was taken out before probes are drawn.
 
     Attributes:
@@ -271,10 +271,10 @@ class _Removed:
         return self.coupling / (half + math.hypot(half, 1.0))
 
 
-def _removed(rows: Sequence[Tensor], block: int) -> Steps[_Removed]:
+def _removed(rows: Sequence[Tensor], block: int) -> Steps[_DeflatedPart]:
     """Fresh products in float64 with directions, and what they leave."""
     if not rows:
-        return _Removed((), (), 0.0)
+        return _DeflatedPart((), (), 0.0)
     basis = torch.linalg.qr(torch.stack(list(rows), dim=1).double())[0]
     images: list[Tensor] = []
     for columns in basis.split(block, dim=1):
@@ -282,7 +282,7 @@ def _removed(rows: Sequence[Tensor], block: int) -> Steps[_Removed]:
         images += (yield Request(columns, double=True, status=status)).unbind(1)
     trial = RitzBasis.of(basis.unbind(1), images)
     outliers = [Outlier(float(value), trial.defect(j)) for j, value in enumerate(trial.values)]
-    return _Removed(trial.vectors, tuple(outliers), float(np.linalg.norm(trial.coupling)))
+    return _DeflatedPart(trial.vectors, tuple(outliers), float(np.linalg.norm(trial.coupling)))
 
 
 def _whole(domain: Domain, block: int, confidence: float) -> Steps[Density]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,15 +14,13 @@ from torch import Tensor
 from isoflat.core import space
 from isoflat.core.fingerprint import fingerprint
 from isoflat.core.rng import stream as fresh_stream
-from isoflat.linalg.eigen.complement import Aim, ComplementBounds, RitzBasis, complement_bounds
+from isoflat.linalg.eigen.complement import ComplementBounds, RitzBasis, StoppingRule, complement_bounds
 from isoflat.linalg.eigen.extremes import REACHED, ROUNDING
-from isoflat.linalg.eigen.pairs import Pair, Pairs, Reals
+from isoflat.linalg.eigen.many import EigenpairSolver
+from isoflat.linalg.eigen.pairs import Eigenpair, Pairs, Reals
 from isoflat.linalg.eigen.verified import Verified, slots
 from isoflat.linalg.orthogonal import orthonormalise
 from isoflat.linalg.solver import Domain, Request, Steps
-
-if TYPE_CHECKING:
-    from isoflat.linalg.eigen.many import Many
 
 
 class Attempt:
@@ -45,7 +42,7 @@ class Attempt:
         reach: the largest magnitude met on complements.
     """
 
-    def __init__(self, task: Many, domain: Domain, stream: torch.Generator) -> None:
+    def __init__(self, task: EigenpairSolver, domain: Domain, stream: torch.Generator) -> None:
         self.task, self.domain = task, domain
         self.started = time.monotonic()
         self.top, self.bottom = min(task.largest, domain.n), min(task.smallest, domain.n)
@@ -209,7 +206,7 @@ class Attempt:
             limits = np.where((possible > 0.75 * targets) & final, 2 * possible, targets)
             return bool((verified.widths(*verified.bounds(left), left.reach) <= limits).all())
 
-        aim = Aim(
+        aim = StoppingRule(
             failure=(1 - self.task.confidence) / (self.attempts * (self.attempts + 1)),
             enough=enough,
             affordable=lambda more: not self._over(math.ceil(more)),
@@ -261,7 +258,7 @@ class Attempt:
             lower, upper = max(lower, min(float(self.lows[j]), value)), min(upper, value + slack)
         return lower, upper
 
-    def _pair(self, verified: Verified, j: int) -> Pair:
+    def _pair(self, verified: Verified, j: int) -> Eigenpair:
         value, (lower, upper) = float(verified.values[j]), self._enclosure(verified, j)
         others = [self._enclosure(verified, i) for i in range(self.wanted) if i != j]
         if self.wanted < self.domain.n:
@@ -269,7 +266,7 @@ class Attempt:
             others.append((float(self.lows[-1]), float(self.highs[-1])))
         distance = min((max(low - value, value - high, 0.0) for low, high in others), default=math.inf)
         residual = verified.trial.defect(j)
-        return Pair(
+        return Eigenpair(
             value=value,
             lower=lower,
             upper=upper,

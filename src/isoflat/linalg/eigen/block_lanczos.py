@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.linalg.eigen.many import Many
-from isoflat.linalg.eigen.pairs import Reals, Search
+from isoflat.linalg.eigen.attempt import Attempt
+from isoflat.linalg.eigen.many import EigenpairSolver
+from isoflat.linalg.eigen.pairs import Pairs, Reals, Search
 from isoflat.linalg.krylov.block import BlockRecurrence
 from isoflat.linalg.solver import Domain, Request, Steps
 
@@ -22,7 +23,7 @@ USUAL = 4
 
 @final
 @dataclass(frozen=True, eq=False)
-class Eigenpairs(Many):
+class Eigenpairs(EigenpairSolver):
     """Several eigenpairs at both ends by block Lanczos with full re-orthogonalisation, each with its enclosure.
 
     Only residuals of pairs that are not good enough yet are multiplied (`krylov.block`). A start of some vectors finds an
@@ -50,6 +51,10 @@ class Eigenpairs(Many):
         super().__post_init__()
         if self.block is not None and self.block < 1:
             raise UsageError(f"expected a block of at least one vector, got {self.block}")
+
+    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Pairs]:
+        """Search, verify, certify; again from the start where the certificate shows that something was missed."""
+        return (yield from Attempt(self, domain, stream).steps())
 
     def search(self, domain: Domain, stream: torch.Generator) -> Search:
         """Block Lanczos from the warm start, padded."""

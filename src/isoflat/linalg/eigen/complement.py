@@ -144,7 +144,7 @@ class RitzBasis:
 
 @final
 @dataclass(frozen=True)
-class Aim:
+class StoppingRule:
     """What bounds are wanted for, and at what price.
 
     Attributes:
@@ -161,7 +161,7 @@ class Aim:
 
 
 def complement_bounds(
-    trial: RitzBasis, domain: Domain, stream: torch.Generator, groups: Sequence[Parts], aim: Aim
+    trial: RitzBasis, domain: Domain, stream: torch.Generator, groups: Sequence[Parts], aim: StoppingRule
 ) -> Steps[ComplementBounds]:
     """Bound the spectrum on the complement of a Ritz basis, one Lanczos run in each group of parts.
 
@@ -175,7 +175,7 @@ def complement_bounds(
         groups: parts that share a run; together they are all of A.
         aim: when to stop.
     """
-    levels = [_Level.fresh(trial, domain, stream, parts) for parts in groups]
+    levels = [_PartRun.fresh(trial, domain, stream, parts) for parts in groups]
     spent = 0.0
     while True:
         known = _seen(levels, spent)
@@ -193,7 +193,7 @@ def complement_bounds(
 
 
 @dataclass
-class _Level:
+class _PartRun:
     """A Lanczos run on the complement in some of the parts.
 
     Attributes:
@@ -217,13 +217,13 @@ class _Level:
     gains: list[float] = field(default_factory=list)
 
     @staticmethod
-    def fresh(trial: RitzBasis, domain: Domain, stream: torch.Generator, parts: Parts) -> _Level:
+    def fresh(trial: RitzBasis, domain: Domain, stream: torch.Generator, parts: Parts) -> _PartRun:
         """From a uniform point of the complement's sphere."""
         start = sphere(domain.n, stream).to(domain.device)
         size = orthogonalise(trial.vectors, start)[1]
         # Where the trial vectors are a basis nothing is left, and any start does for the zero operator.
         start = start / size if size else sphere(domain.n, stream).to(domain.device)
-        return _Level(parts, domain.share(parts), Recurrence(start, domain.dtype, trial.vectors))
+        return _PartRun(parts, domain.share(parts), Recurrence(start, domain.dtype, trial.vectors))
 
     @property
     def promise(self) -> float:
@@ -248,7 +248,7 @@ class _Level:
         self.bottom, self.top = float(ritz[0]) * run.scale, float(ritz[-1]) * run.scale
 
 
-def _seen(levels: Sequence[_Level], spent: float) -> ComplementBounds:
+def _seen(levels: Sequence[_PartRun], spent: float) -> ComplementBounds:
     """What the runs say together."""
     lower, upper, bottom, top = (
         math.fsum(getattr(level, name) for level in levels) for name in ("lower", "upper", "bottom", "top")

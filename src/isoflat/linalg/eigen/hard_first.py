@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from isoflat.core import space
-from isoflat.linalg.eigen.complement import Aim, ComplementBounds, RitzBasis, complement_bounds
+from isoflat.linalg.eigen.complement import ComplementBounds, RitzBasis, StoppingRule, complement_bounds
 from isoflat.linalg.eigen.extremes import REACHED, ROUNDING, End, Extremes, Which
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.krylov.recurrence import Recurrence
@@ -73,12 +73,12 @@ class HardFirst(Solver[Extremes]):
         """Find, verify, certify."""
         if len(domain.shares) == 1 or self.whole.which is Which.SMALLEST or self.whole.max_products < FEWEST:
             return (yield from self.whole.steps(domain, stream))
-        return (yield from _Search(self.whole, domain, stream).steps())
+        return (yield from _HardFirstRun(self.whole, domain, stream).steps())
 
 
 @final
 @dataclass(frozen=True)
-class _Verified:
+class _VerifiedVector:
     """The best vector found, with its product in full precision.
 
     Attributes:
@@ -120,7 +120,7 @@ class _Verified:
         return end - inner + self.slack <= self.whole.rtol * abs(self.value)
 
 
-class _Search:
+class _HardFirstRun:
     """One run under way.
 
     Attributes:
@@ -167,7 +167,7 @@ class _Search:
         if not self.whole.certify:
             return self._extremes(verified, None, stopped)
         if self.rest:
-            aim = Aim(self.failure, verified.enough, self._affordable, f"{verified.value:.5g}")
+            aim = StoppingRule(self.failure, verified.enough, self._affordable, f"{verified.value:.5g}")
             groups: list[Parts] = [self.hard, *((p,) for p in self.rest)]
             left = yield from complement_bounds(verified.trial, self.domain, self.stream, groups, aim)
             self.spent += left.products
@@ -267,7 +267,7 @@ class _Search:
                 )
             self.hard += added
 
-    def _verified(self, trial: RitzBasis) -> Steps[_Verified]:
+    def _verified(self, trial: RitzBasis) -> Steps[_VerifiedVector]:
         """One precise product: with the explored parts where a certificate needs the noise, with all where products were coarse."""
         chosen = self._chosen(trial)
         vector, predicted = trial.vectors[chosen], trial.images[chosen]
@@ -275,7 +275,9 @@ class _Search:
         rounding = working * len(self.vectors) * abs(float(trial.values[chosen]))
         if not (self.whole.certify or self.whole.precise):
             value = float(trial.values[chosen])
-            return _Verified(self.whole, trial, chosen, value, trial.defect(chosen), 0.0, rounding, rounding, value)
+            return _VerifiedVector(
+                self.whole, trial, chosen, value, trial.defect(chosen), 0.0, rounding, rounding, value
+            )
         parts = None if self.whole.precise else self.hard
         turn = space.inner(self.vectors, vector)
         expected = predicted if parts is None else space.combine(turn, self.near)
@@ -288,9 +290,9 @@ class _Search:
         final = torch.finfo(torch.float64).eps
         slack = surprise * (final / working + (beyond / abs(size) if size else 0.0)) + rounding * final / working
         residual = space.norm(torch.sub(image, vector, alpha=value))
-        return _Verified(self.whole, trial, chosen, value, residual, surprise, slack, rounding, size)
+        return _VerifiedVector(self.whole, trial, chosen, value, residual, surprise, slack, rounding, size)
 
-    def _extremes(self, verified: _Verified, left: ComplementBounds | None, stopped: str) -> Extremes:
+    def _extremes(self, verified: _VerifiedVector, left: ComplementBounds | None, stopped: str) -> Extremes:
         """In the common form. Of the other end only the bound is news: the Rayleigh quotient there is any vector's."""
         lower, upper = (-math.inf, math.inf) if left is None else verified.bounds(left)
         trial, which = verified.trial, self.whole.which

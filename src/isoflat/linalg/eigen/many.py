@@ -1,7 +1,7 @@
 """Many eigenpairs at both ends of a spectrum: found from any start, certified from a fresh random one.
 
-1. *Search.* Block Lanczos (`block_lanczos`) or LOBPCG (`lobpcg`) from warm vectors, random ones, or both, until its own
-   residuals are small enough. Nothing here needs to be random, or right.
+1. *Search.* Block Lanczos (`block_lanczos`) from warm vectors, random ones, or both, until its own residuals are small
+   enough. Nothing here needs to be random, or right.
 2. *Verify.* Fresh products of the vectors found, in float64, and Rayleigh and Ritz once more: values and residuals come
    from here only.
 3. *Certify.* `outside` bounds the spectrum on the complement, from a random start that knows nothing of the search; the
@@ -20,14 +20,13 @@ from torch import Tensor
 
 from isoflat.core import space
 from isoflat.core.errors import UsageError
-from isoflat.linalg.eigen.attempt import Attempt
 from isoflat.linalg.eigen.pairs import Pairs, Search
 from isoflat.linalg.probes import sphere
-from isoflat.linalg.solver import Domain, Steps, Told
+from isoflat.linalg.solver import Domain, SolverWithVectors
 
 
 @dataclass(frozen=True, eq=False)
-class Many(Told[Pairs], ABC):
+class EigenpairSolver(SolverWithVectors[Pairs], ABC):
     """What solvers for many eigenpairs share: the question, the budget, and everything but the search.
 
     Attributes:
@@ -67,11 +66,6 @@ class Many(Told[Pairs], ABC):
     @abstractmethod
     def search(self, domain: Domain, stream: torch.Generator) -> Search:
         """A search that has not begun."""
-
-    @final
-    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Pairs]:
-        """Search, verify, certify; again from the start where the certificate shows that something was missed."""
-        return (yield from Attempt(self, domain, stream).steps())
 
     @final
     def columns(self, domain: Domain, width: int, stream: torch.Generator) -> Tensor:

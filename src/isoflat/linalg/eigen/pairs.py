@@ -18,7 +18,7 @@ Reals = NDArray[np.float64]
 
 @final
 @dataclass(frozen=True)
-class Pair:
+class Eigenpair:
     """An eigenvalue with its enclosure, and an approximate eigenvector.
 
     Attributes:
@@ -55,8 +55,8 @@ class Pairs:
         stopped: why the run ended, in words.
     """
 
-    largest: tuple[Pair, ...]
-    smallest: tuple[Pair, ...]
+    largest: tuple[Eigenpair, ...]
+    smallest: tuple[Eigenpair, ...]
     reached: bool
     confidence: float
     noise: float

@@ -13,7 +13,7 @@ from isoflat.core.space import inner, norm
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.orthogonal import orthogonalise
 from isoflat.linalg.probes import sphere
-from isoflat.linalg.solver import Domain, Request, Steps, Told
+from isoflat.linalg.solver import Domain, Request, SolverWithVectors, Steps
 
 ROUNDINGS = 100
 """Of float64, that a product may be off by, relative to its size."""
@@ -21,7 +21,7 @@ ROUNDINGS = 100
 
 @final
 @dataclass(frozen=True)
-class Seen:
+class RecheckResult:
     """What two products tell, in float64.
 
     Attributes:
@@ -47,7 +47,7 @@ class Seen:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Recheck(Told[Seen]):
+class Recheck(SolverWithVectors[RecheckResult]):
     """Two products in float64: with the witness, and with a random vector orthogonal to it.
 
     Half of the second one is uniform on the sphere, half is the witness's residual: more is hidden there, if anywhere.
@@ -66,7 +66,7 @@ class Recheck(Told[Seen]):
 
     witness: Tensor
 
-    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Seen]:
+    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[RecheckResult]:
         """Ask twice; once where there is one dimension only."""
         x = self.witness.to(domain.device, torch.float64)
         x = x / norm(x)
@@ -80,7 +80,7 @@ class Recheck(Told[Seen]):
             y = y + rest / residual
         left = orthogonalise([x], y)[1]
         if left <= eps:
-            return Seen(rayleigh, residual, rayleigh, rayleigh, size, eps * size)
+            return RecheckResult(rayleigh, residual, rayleigh, rayleigh, size, eps * size)
         y = y / left
         other = (yield Request(y[:, None], double=True, status="a random vector"))[:, 0]
         small = torch.stack([inner([x, y], part) for part in (image, other)]).cpu()
@@ -88,4 +88,4 @@ class Recheck(Told[Seen]):
         ritz = torch.linalg.eigvalsh((small + small.mT) / 2)
         largest = math.sqrt(max(float(torch.linalg.eigvalsh(lengths)[-1]), 0.0))
         asymmetry = abs(float(small[0, 1] - small[1, 0]))
-        return Seen(rayleigh, residual, float(ritz[0]), float(ritz[-1]), largest, eps * largest + asymmetry)
+        return RecheckResult(rayleigh, residual, float(ritz[0]), float(ritz[-1]), largest, eps * largest + asymmetry)

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from isoflat.linalg.eigen.complement import Aim, ComplementBounds, RitzBasis, complement_bounds
+from isoflat.linalg.eigen.complement import ComplementBounds, RitzBasis, StoppingRule, complement_bounds
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
 
 CLEAR = 0.25
@@ -50,5 +50,5 @@ class Remainder(Solver[ComplementBounds]):
             above = left.upper - left.top <= CLEAR * (size - left.top)
             return above and left.bottom - left.lower <= CLEAR * (size + left.bottom)
 
-        aim = Aim(1 - self.confidence, enough, lambda spent: spent + 1 <= self.max_products, status)
+        aim = StoppingRule(1 - self.confidence, enough, lambda spent: spent + 1 <= self.max_products, status)
         return (yield from complement_bounds(trial, domain, stream, (None,), aim))

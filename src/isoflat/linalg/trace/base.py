@@ -19,7 +19,7 @@ from isoflat.core import space
 from isoflat.core.errors import UsageError
 from isoflat.linalg.orthogonal import remove
 from isoflat.linalg.probes import Distribution
-from isoflat.linalg.solver import Domain, Request, Steps, Told
+from isoflat.linalg.solver import Domain, Request, SolverWithVectors, Steps
 
 R = TypeVar("R")
 
@@ -71,7 +71,7 @@ class TraceEstimate:
 
 
 @dataclass(frozen=True, eq=False)
-class Deflating(Told[R], ABC):
+class Deflating(SolverWithVectors[R], ABC):
     """A solver that is told directions beforehand: what lies along them is taken exactly, the rest is sampled.
 
     Attributes:
@@ -105,7 +105,7 @@ class Deflating(Told[R], ABC):
         return rows
 
 
-class Forms:
+class QuadraticForms:
     """Quadratic forms `wᵀ A w` of probes, taken in one by one, and what their products tell beside them.
 
     Products of different probes that point the same way betray a matrix dominated by few eigenvalues. With
@@ -223,7 +223,7 @@ def along(rows: Sequence[Tensor]) -> Callable[[int], Tensor]:
     return draw
 
 
-class Beyond:
+class ProjectedProbes:
     """Random columns without their components along orthonormal rows, some at a time: what `ask` draws from.
 
     Attributes:
@@ -233,7 +233,7 @@ class Beyond:
     def __init__(
         self, rows: Sequence[Tensor], domain: Domain, distribution: Distribution, stream: torch.Generator
     ) -> None:
-        self.forms = Forms(level=distribution.level)
+        self.forms = QuadraticForms(level=distribution.level)
         self._rows, self._domain, self._distribution, self._stream = rows, domain, distribution, stream
         self._removed: deque[Tensor] = deque()
 

@@ -13,7 +13,18 @@ from isoflat.core import space
 from isoflat.linalg.orthogonal import remove
 from isoflat.linalg.probes import Distribution
 from isoflat.linalg.solver import Domain, Steps
-from isoflat.linalg.trace.base import Beyond, Deflating, Forms, along, ask, check, deviation, doubt, quantile, unit
+from isoflat.linalg.trace.base import (
+    Deflating,
+    ProjectedProbes,
+    QuadraticForms,
+    along,
+    ask,
+    check,
+    deviation,
+    doubt,
+    quantile,
+    unit,
+)
 
 
 @final
@@ -104,7 +115,7 @@ class Frobenius(Deflating[FrobeniusEstimate]):
         """The exact blocks, then the lengths of projected products."""
         rows = self.basis(domain)
         blocks: list[float] = []
-        probes = Beyond(rows, domain, self.distribution, stream)
+        probes = ProjectedProbes(rows, domain, self.distribution, stream)
 
         def split(_: Tensor, product: Tensor) -> None:
             rest = product.clone()
@@ -115,7 +126,7 @@ class Frobenius(Deflating[FrobeniusEstimate]):
         used += yield from ask(probes.draw, probes.take, self.probes, self.block, domain, "norm: probe")
         return self._result(math.hypot(*blocks), probes.forms, unit(domain.dtype, domain.n), used)
 
-    def _result(self, exact: float, forms: Forms, eps: float, used: int) -> FrobeniusEstimate:
+    def _result(self, exact: float, forms: QuadraticForms, eps: float, used: int) -> FrobeniusEstimate:
         m = len(forms.norms)
         sampled = math.hypot(*forms.norms) / math.sqrt(m)
         # The squares in units of their mean: their relative deviation is the deviation of the logarithm, to first order.

@@ -13,9 +13,9 @@ from isoflat.linalg.probes import Distribution
 from isoflat.linalg.solver import Domain, Steps
 from isoflat.linalg.trace.base import (
     REACHED,
-    Beyond,
     Deflating,
-    Forms,
+    ProjectedProbes,
+    QuadraticForms,
     TraceEstimate,
     along,
     ask,
@@ -97,7 +97,7 @@ class Hutchinson(Deflating[TraceEstimate]):
         """The exact part, the pilot, and what the pilot asks for."""
         expired = clock(self.seconds)
         rows = self.basis(domain)
-        exact, probes = Forms(), Beyond(rows, domain, self.distribution, stream)
+        exact, probes = QuadraticForms(), ProjectedProbes(rows, domain, self.distribution, stream)
         used = yield from ask(along(rows), exact.take, len(rows), self.block, domain, "trace: direction")
 
         def sample(count: int) -> Steps[int]:
@@ -113,12 +113,12 @@ class Hutchinson(Deflating[TraceEstimate]):
             )
 
         yield from sample(self.probes)
-        pilot = _Pilot.of(probes.forms, math.fsum(exact.values), math.fsum(exact.noise), self)
+        pilot = _PilotSamples.of(probes.forms, math.fsum(exact.values), math.fsum(exact.noise), self)
         planned = pilot.planned(self.max_products - used)
         yield from sample(planned)
         return self._result(pilot, planned, probes.forms, used)
 
-    def _result(self, pilot: _Pilot, planned: int, forms: Forms, used: int) -> TraceEstimate:
+    def _result(self, pilot: _PilotSamples, planned: int, forms: QuadraticForms, used: int) -> TraceEstimate:
         taken = len(forms.values)
         value = pilot.exact + mean(forms.values)
         error = pilot.deviation / math.sqrt(taken)
@@ -148,7 +148,7 @@ class Hutchinson(Deflating[TraceEstimate]):
 
 @final
 @dataclass(frozen=True)
-class _Pilot:
+class _PilotSamples:
     """What the first samples say, and how many the tolerance takes.
 
     Attributes:
@@ -170,10 +170,10 @@ class _Pilot:
     rounding: float
 
     @staticmethod
-    def of(forms: Forms, exact: float, noise: float, settings: Hutchinson) -> _Pilot:
+    def of(forms: QuadraticForms, exact: float, noise: float, settings: Hutchinson) -> _PilotSamples:
         """From the forms taken so far."""
         size = len(forms.values)
-        return _Pilot(
+        return _PilotSamples(
             settings=settings,
             size=size,
             exact=exact,

@@ -16,7 +16,7 @@ from isoflat.core.space import inner
 from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Scene
 from isoflat.risk.empirical import differentiate, leaf_state
 from isoflat.risk.network import exactly
-from isoflat.risk.ranks import Part
+from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.base import joined
 
 TRIES = 60
@@ -64,11 +64,11 @@ class _Crossing(DataStatistic):
             return scene.survey.loss, scene.survey.gradient
         precise = state.to(dtype=torch.float64)
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             leaves = leaf_state(precise)
             term, parameters = risk.term(leaves, batch), list(leaves.parameters.values())
             slope = joined(parameters, differentiate(term.total, parameters))
-            return Part(torch.cat([term.total.detach().reshape(1), slope]), term.count)
+            return BatchSum(torch.cat([term.total.detach().reshape(1), slope]), term.count)
 
         with exactly(state.device):
             found = risk.accumulate(per_batch, torch.zeros(1 + state.space.size, dtype=torch.int8, device=state.device))

@@ -15,7 +15,7 @@ from isoflat.curvature.rows import row_gradients
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Scene
 from isoflat.risk.network import exactly
-from isoflat.risk.ranks import Part
+from isoflat.risk.ranks import BatchSum
 
 MOST = 3000
 """Weights up to which both matrices are formed."""
@@ -44,14 +44,14 @@ class _Full(DataStatistic):
             kept = values > n * torch.finfo(state.dtype).eps * values[-1]
             roots = vectors[:, kept] / values[kept].sqrt()
 
-            def per_batch(index: int, batch: Any) -> Part:
+            def per_batch(index: int, batch: Any) -> BatchSum:
                 total, count = torch.zeros(1, dtype=torch.float64, device=state.device), 0.0
                 for piece, gradients in row_gradients(risk, state, batch):
                     counts = counts_of(risk, state, piece).to(state.device)
                     shares = torch.where(counts > 0, 1 / counts, 0)
                     total += (gradients.double() @ roots).square().sum(1) @ shares
                     count += float(counts.sum())
-                return Part(total, count)
+                return BatchSum(total, count)
 
             trace = risk.accumulate(per_batch, torch.zeros(1, dtype=torch.int8, device=state.device))
         return float(trace), int(kept.sum())

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from isoflat.core.space import ParameterSpace
 from isoflat.core.state import State
-from isoflat.risk.empirical import EmpiricalRisk, Part, differentiate, leaf_state
+from isoflat.risk.empirical import EmpiricalRisk, differentiate, leaf_state
+from isoflat.risk.ranks import BatchSum
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ def columns(space: ParameterSpace, vectors: Tensor) -> list[list[Tensor]]:
     return [list(space.unflatten(column).values()) for column in vectors.T.contiguous()]
 
 
-def gradient(risk: EmpiricalRisk, state: State, batch: Any) -> Part:
+def gradient(risk: EmpiricalRisk, state: State, batch: Any) -> BatchSum:
     """One batch's summed gradient, shape `(n,)`."""
     leaves = leaf_state(state)
     term = risk.term(leaves, batch)
     parameters = list(leaves.parameters.values())
-    return Part(joined(parameters, differentiate(term.total, parameters)), term.count)
+    return BatchSum(joined(parameters, differentiate(term.total, parameters)), term.count)
 
 
 def joined(leaves: Sequence[Tensor], parts: Sequence[Tensor | None]) -> Tensor:

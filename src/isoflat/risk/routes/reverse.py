@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from isoflat.core.state import State
-from isoflat.risk.empirical import EmpiricalRisk, Part, differentiate, leaf_state
+from isoflat.risk.empirical import EmpiricalRisk, differentiate, leaf_state
 from isoflat.risk.network import exactly
+from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.base import Graph, Linearisation, columns, joined
 from isoflat.risk.second_order import second_order
 
@@ -87,8 +88,8 @@ class Cached(Linearisation):
         """One backward pass through the kept graphs for each column."""
         wide = columns(self.state.space, vectors)
 
-        def per_batch(index: int, graph: Graph) -> Part:
-            return Part(graph.products(wide, last=False), graph.count)
+        def per_batch(index: int, graph: Graph) -> BatchSum:
+            return BatchSum(graph.products(wide, last=False), graph.count)
 
         with exactly(self.state.device):
             return self.risk.accumulate(per_batch, vectors, over=self.graphs)
@@ -122,9 +123,9 @@ class Recomputed(Linearisation):
         """Forward, backward, and one more backward for each column."""
         wide = columns(self.state.space, vectors)
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             graph = self.kind.build(self.risk, self.state, batch)
-            return Part(graph.products(wide, last=True), graph.count)
+            return BatchSum(graph.products(wide, last=True), graph.count)
 
         with exactly(self.state.device):
             return self.risk.accumulate(per_batch, vectors)

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.nn.modules.utils import _pair
 
 from isoflat.risk.second_order.places import pick, spread
-from isoflat.risk.second_order.rule import Rule, Trace, eligible
+from isoflat.risk.second_order.rule import SecondOrderRule, Trace, eligible
 
 BITE = 2**20
 """Entries of a convolution's output that are held before they are pooled: what fits into a processor's cache."""
@@ -124,11 +124,11 @@ class _Convolution(Function):
         wanted = list(ctx.needs_input_grad[4:])
         outputs = outputs if ctx.window.pooling else ctx.window.laid(outputs)
         factors = ctx.trace.factors(*ctx.saved_tensors)
-        return None, None, None, None, *_Gradients.apply(ctx.window, wanted, outputs, *factors)
+        return None, None, None, None, *_ConvolutionBackward.apply(ctx.window, wanted, outputs, *factors)
 
 
 @final
-class _Gradients(Function):
+class _ConvolutionBackward(Function):
     """With respect to inputs, weight and bias; None where not wanted."""
 
     @staticmethod
@@ -224,4 +224,4 @@ def _apply(  # noqa: PLR0913
     return output
 
 
-RULE = Rule("convolution", {F.conv2d: _apply})
+RULE = SecondOrderRule("convolution", {F.conv2d: _apply})

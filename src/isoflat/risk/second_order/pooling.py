@@ -12,7 +12,7 @@ from torch.nn.modules.utils import _pair
 
 from isoflat.risk.second_order.places import pick, spread
 from isoflat.risk.second_order.relu import rectified
-from isoflat.risk.second_order.rule import Rule, Trace, eligible
+from isoflat.risk.second_order.rule import SecondOrderRule, Trace, eligible
 
 
 @final
@@ -84,4 +84,4 @@ def _places(planes: Tensor, *window: Any) -> Tensor:
     return F.max_pool2d_with_indices(planes, *window)[1].contiguous()
 
 
-RULE = Rule("pooling", {F.max_pool2d: _apply, torch.max_pool2d: _apply})
+RULE = SecondOrderRule("pooling", {F.max_pool2d: _apply, torch.max_pool2d: _apply})

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 @final
 @dataclass(frozen=True)
-class _Made:
+class _RuleOutput:
     output: weakref.ref[Tensor]
     of: Any
     sources: tuple[Tensor, ...]
@@ -37,11 +37,11 @@ class Trace:
 
     used: set[str] = field(default_factory=set)
     _constant: bool = False
-    _last: dict[str, _Made] = field(default_factory=dict)
+    _last: dict[str, _RuleOutput] = field(default_factory=dict)
 
     def remember(self, rule: str, output: Tensor, made_of: Any, sources: Sequence[Tensor]) -> None:
         """Note what a rule made an output of; only its last output is remembered, and not kept alive."""
-        self._last[rule] = _Made(weakref.ref(output), made_of, tuple(sources), _versions(output, *sources))
+        self._last[rule] = _RuleOutput(weakref.ref(output), made_of, tuple(sources), _versions(output, *sources))
 
     def recall(self, rule: str, output: Tensor) -> Any:
         """What a rule made this output of; None if it did not, or not last, or if anything was written to since."""
@@ -73,7 +73,7 @@ class Trace:
 
 @final
 @dataclass(frozen=True)
-class Rule:
+class SecondOrderRule:
     """How certain operations are to be differentiated.
 
     Attributes:
