@@ -55,11 +55,11 @@ class Layer:
     """A call of a linear layer.
 
     Attributes:
-        weight: name.
-        bias: name it would have.
-        inputs: a, shape `(rows, in)` where it acts on one vector per row, without a graph.
-        output: y, shape `(rows, out)`, with one.
-        own: which of the two names act through this call alone.
+        weight: name of the weight.
+        bias: name that a bias has, whether there is one or not.
+        inputs: inputs a, shape `(rows, in)` where it acts on one vector per row, without a graph.
+        output: output y, shape `(rows, out)`, with its graph.
+        own: those of the two names that act through this call alone.
     """
 
     weight: str

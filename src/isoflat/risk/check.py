@@ -1,4 +1,4 @@
-"""Are the products those of the loss? A check against differences of gradients, on a few rows, in float64."""
+"""Check of products against differences of gradients, on a few rows, in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.base import Linearisation, gradient
 
 Route = Callable[[EmpiricalRisk, State], Linearisation]
-"""A product route, as what builds it."""
+"""Constructor of a product route."""
 
 ROWS = 4
 """Rows that are enough to tell a formula from a wrong one."""
@@ -57,8 +57,8 @@ class CheckedRows:
     differences are of two minds though both are right.
 
     Attributes:
-        risk: of the rows.
-        state: the point they are compared at.
+        risk: empirical risk of the rows.
+        state: point of the comparison.
         scales: typical size of the tensor that each entry is in, shape `(n,)`; zero where nothing has a gradient, such as
             an embedding's row of padding: the network depends on it, but it is held.
     """
@@ -109,11 +109,11 @@ class CheckedRows:
         return product
 
     def difference(self, direction: Tensor, product: Tensor) -> float:
-        """How far a product is from central differences of gradients."""
+        """Relative distance of a product from central differences of gradients."""
         return self._distance(direction, product, self.gradient)
 
     def slope(self, direction: Tensor) -> float:
-        """How far the gradient is from central differences of the loss, along a direction."""
+        """Relative distance of the gradient from central differences of the loss, along a direction."""
         slope = inner([direction], self.gradient(self.state.vector))
         return self._distance(direction, slope, self.loss)
 
@@ -141,7 +141,7 @@ class CheckedRows:
             return torch.tensor([self.risk.value(moved)], dtype=torch.float64, device=moved.device)
 
     def gradient(self, vector: Tensor) -> Tensor:
-        """Of the rows' risk, where the trainable tensors have these values."""
+        """Gradient of the rows' risk, where the trainable tensors have these values."""
         moved = self.state.replace(self.state.space.unflatten(vector))
         with exactly(moved.device):
             return self.risk.accumulate(lambda _, batch: gradient(self.risk, moved, batch), vector)

@@ -1,4 +1,4 @@
-"""Choosing a product route: the cheapest that works, checked against differences of gradients."""
+"""Choice of a product route: the cheapest that works, checked against differences of gradients."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from isoflat.risk.routes.reverse import Recomputed
 _REMEDY = "Make it differentiable; check='warn' measures nevertheless"
 
 ROUTES: tuple[type[Linearisation], ...] = (Recomputed, Forward, Differences)
-"""In the order in which they are tried; the first also stands for graphs that are kept."""
+"""Routes in the order in which they are tried; the first also stands for graphs that are kept."""
 
 
 class ProductCheck(StrEnum):
-    """What happens where products disagree with differences of gradients."""
+    """Reaction to products that disagree with differences of gradients."""
 
     REFUSE = "refuse"
     """An error."""
@@ -48,7 +48,7 @@ class Choice:
 
     @property
     def exact(self) -> bool:
-        """Whether its products are exact up to rounding."""
+        """Flag that its products are exact up to rounding."""
         return self.route is not Differences
 
 
@@ -172,7 +172,11 @@ def linearise(risk: EmpiricalRisk, state: State, plan: ProductPlan) -> Guarded:
 
 
 def _tried(sample: CheckedRows, route: type[Linearisation], check: ProductCheck) -> float:
-    """Whether a route works at all; how far it is from differences of gradients, or these from those of other steps."""
+    """Distance of a route's products from differences of gradients, or of these from those of another step.
+
+    Raises:
+        RuntimeError: the route does not work on this network.
+    """
     if route is Differences:
         direction = sample.direction(0)
         near, far = (

@@ -1,4 +1,4 @@
-"""Several processes that share one measurement: the only place that knows `torch.distributed`.
+"""Processes that share one measurement; the only module that knows `torch.distributed`.
 
 Batches go round the ranks; weights, data and seeds are replicated. A sum over data is one `all_reduce`, which hands the
 same bits to every rank (gloo and NCCL both reduce each entry in one place and copy it), so that all ranks run the same
@@ -29,7 +29,7 @@ TIMEOUT = 600.0
 """Seconds that a rank waits for the others, where the library starts the group."""
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun puts into the environment of each process."""
+"""Variables that torchrun puts into the environment of each process."""
 
 _LOST = (
     "a process of the group ended, or did not answer in time, so that the sum over its data is missing. Look for the "
@@ -41,7 +41,7 @@ _LOST = (
 @final
 @dataclass(frozen=True)
 class BatchSum:
-    """One batch's share of a sum over data."""
+    """Share of one batch in a sum over data: its total, and its count."""
 
     total: Tensor
     count: float
@@ -50,12 +50,12 @@ class BatchSum:
 @final
 @dataclass(frozen=True)
 class DataSum:
-    """All parts together.
+    """Sum over all batches.
 
     Attributes:
-        total: their sum, float64; None where there was no batch.
-        count: what a mean divides by.
-        batches: how many there were on all ranks.
+        total: sum of the batches' totals, float64; None where there was no batch.
+        count: sum of their counts, the divisor of a mean.
+        batches: number of batches on all ranks.
     """
 
     total: Tensor | None
@@ -71,7 +71,7 @@ class _Failure(NamedTuple):
 
 
 class _Report(NamedTuple):
-    """What a rank says of itself beside its part of a sum; whole numbers, exact in float64."""
+    """State of one rank beside its share of a sum, in whole numbers, which are exact in float64."""
 
     batches: int
     checksum: int
@@ -84,9 +84,9 @@ class Ranks:
     """The processes that share a measurement, and which of them this one is.
 
     Attributes:
-        rank: this process.
-        world: how many there are.
-        ordered: whether parts are added in the order of the batches, whatever the number of ranks: the same bits for
+        rank: number of this process.
+        world: number of processes.
+        ordered: flag that batches are added in their order, whatever the number of ranks: the same bits for
             all of them, at one broadcast per batch.
 
     >>> [index for index in range(7) if Ranks(rank=1, world=3).owns(index)]
@@ -106,19 +106,19 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that prints and writes."""
+        """Flag that this is the rank that prints and writes."""
         return self.rank == 0
 
     def owns(self, index: int) -> bool:
-        """Whether the batch of this index is computed here."""
+        """Test of whether the batch of this index is computed here."""
         return index % self.world == self.rank
 
     def most(self, batches: int) -> int:
-        """How many batches one rank owns at most; all of them where the number of ranks must not change a choice."""
+        """Largest number of batches that one rank owns; all where the number of ranks must not change a choice."""
         return batches if self.ordered else -(-batches // self.world)
 
     def share(self, memory: int, device: torch.device) -> int:
-        """What every rank can have of the bytes that each of them finds free, where some may be on one machine.
+        """Bytes that every rank can take of those that each finds free, where some may be on one machine.
 
         Raises:
             RankLost: a rank is gone.
@@ -131,8 +131,8 @@ class Ranks:
         """The sum of all batches' parts; the same bits on every rank.
 
         Args:
-            parts: one for each batch in order, None for those of other ranks.
-            like: a tensor of the shape and on the device of a total. Where it holds numbers, they are what is
+            parts: share of each batch in order, None for batches of other ranks.
+            like: tensor of the shape and on the device of a total. Where it holds numbers, they are what is
                 multiplied, and must be the same on all ranks.
 
         Raises:
@@ -170,7 +170,7 @@ class Ranks:
         except Exception as error:  # noqa: BLE001 (raised below, once the other ranks know)
             failure = error
         found = self._gather((_portable(failure), facts))
-        self._settle([told for told, _ in found], failure)
+        self._settle([failed for failed, _ in found], failure)
         compare([theirs for _, theirs in found])
 
     def on_all_ranks(self, work: Callable[[], T], facts: Callable[[T], Mapping[str, str]] = lambda _: {}) -> T:
@@ -186,7 +186,7 @@ class Ranks:
         return result
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank.
+        """Values of all ranks, by rank.
 
         Raises:
             RankLost: a rank is gone.
@@ -265,13 +265,13 @@ class Ranks:
         compare([{"number of batches read": str(report.batches)} for report in found])
         compare([{"vectors that are multiplied": f"checksum {report.checksum:x}"} for report in found])
 
-    def _settle(self, told: Sequence[_Failure | None], own: Exception | None) -> None:
+    def _settle(self, failures: Sequence[_Failure | None], own: Exception | None) -> None:
         """Raise the same error on all ranks, if there is one; each its own where all have failed."""
-        failed = [rank for rank, failure in enumerate(told) if failure is not None]
+        failed = [rank for rank, failure in enumerate(failures) if failure is not None]
         if own is not None and len(failed) == self.world:
             raise own
         for rank in failed[:1]:
-            kind, message = told[rank]  # pyrefly: ignore
+            kind, message = failures[rank]  # pyrefly: ignore
             error = kind.__new__(kind)
             error.args = (f"rank {rank}: {message}",)
             raise error from own
@@ -286,7 +286,7 @@ def compare(facts: Sequence[Mapping[str, str]]) -> None:
     """See that every rank has the same facts.
 
     Args:
-        facts: by rank.
+        facts: facts of each rank, by rank.
 
     Raises:
         RanksDiffer: one has other facts than most; the lowest rank is right where there is no majority.
@@ -314,7 +314,7 @@ def compare(facts: Sequence[Mapping[str, str]]) -> None:
 
 
 def launched() -> bool:
-    """Whether this process was started by torchrun, or by a launcher that sets the same variables."""
+    """Test of whether this process was started by torchrun, or by a launcher that sets the same variables."""
     return all(name in os.environ for name in _LAUNCHED)
 
 
@@ -327,11 +327,11 @@ def own_device(device: torch.device | None) -> torch.device | None:
 
 @contextmanager
 def joined(device: torch.device | None = None, timeout: float = TIMEOUT) -> Iterator[None]:
-    """Inside, this process is in the group that torchrun started; a group that is there already is left alone.
+    """Join the group that torchrun started, for the time of a block; a group that is there already is left alone.
 
     Args:
-        device: where this process computes; on an accelerator sums go through NCCL, elsewhere through gloo.
-        timeout: seconds after which a rank that does not answer is given up.
+        device: device of this process; on an accelerator sums go through NCCL, elsewhere through gloo.
+        timeout: number of seconds after which a rank that does not answer is given up.
 
     Raises:
         RankLost: the others did not come.
@@ -401,7 +401,7 @@ def _collective(call: Callable[[], T]) -> T:
 
 
 def _carrier(device: torch.device) -> torch.device:
-    """Where a sum is exchanged: NCCL alone cannot reach the host's memory."""
+    """Device through which a sum is exchanged: NCCL alone cannot reach the host's memory."""
     if device.type == "cpu" and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -412,7 +412,7 @@ def _reported(batches: int, like: Tensor, failure: Exception | None) -> Tensor:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Of the bits of a floating-point tensor, below 2⁵²; 0 for others. Whole numbers: the order of adding is free."""
+    """Checksum of the bits of a floating-point tensor, below 2⁵²; 0 for others. Whole numbers: the order of adding is free."""
     if not tensor.is_floating_point() or not tensor.numel():
         return 0
     bits = tensor.detach().contiguous().view(torch.int64 if tensor.dtype.itemsize == 8 else torch.int32)

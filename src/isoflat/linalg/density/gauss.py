@@ -15,14 +15,14 @@ Reals = NDArray[np.float64]
 @final
 @dataclass(frozen=True)
 class JacobiMatrix:
-    """What is left of a Lanczos run from a unit vector q: coefficients of `A + E`, E the rounding.
+    """Coefficients of a Lanczos run from a unit vector q: the Jacobi matrix of `A + E`, E the rounding.
 
     The *distribution* of q is `μ(−∞, x] = Σ_{λ_i ≤ x} ⟨u_i, q⟩²` over the eigenpairs of A.
 
     Attributes:
         alphas: diagonal of T, shape `(k,)`.
         betas: couplings, shape `(k,)`, the last one towards the vector that would come next.
-        closed: whether the last coupling is rounding, so that the distribution has no atoms but the nodes.
+        closed: flag that the last coupling is rounding, so that the distribution has no atoms but the nodes.
     """
 
     alphas: Reals
@@ -30,7 +30,7 @@ class JacobiMatrix:
     closed: bool
 
     def gauss(self) -> tuple[Reals, Reals]:
-        """Nodes, ascending, and weights with sum 1: exact for polynomials up to degree `2k − 1`.
+        """Gauss quadrature (Golub and Welsch 1969): nodes, ascending, and weights with sum 1, exact up to degree `2k − 1`.
 
         >>> nodes, weights = JacobiMatrix(np.array([1.0, 1.0]), np.array([1.0, 0.5]), closed=False).gauss()
         >>> nodes.round(12).tolist(), weights.round(12).tolist()

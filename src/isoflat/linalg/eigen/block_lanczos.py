@@ -24,7 +24,7 @@ USUAL = 4
 @final
 @dataclass(frozen=True, eq=False)
 class Eigenpairs(EigenpairSolver):
-    """Several eigenpairs at both ends by block Lanczos with full re-orthogonalisation, each with its enclosure.
+    """Block Lanczos with full re-orthogonalisation for several eigenpairs at both ends, each with its enclosure.
 
     Only residuals of pairs that are not good enough yet are multiplied (`krylov.block`). A start of some vectors finds an
     eigenvalue as often as there are vectors; what they leave out of a larger multiplicity is found by the certificate, at
@@ -67,7 +67,7 @@ class _BlockLanczos(Search):
     """Block Lanczos, one step at a time.
 
     Attributes:
-        unseen: vectors of the start that have not been multiplied yet.
+        unseen: number of start vectors that have not been multiplied yet.
     """
 
     def __init__(self, recurrence: BlockRecurrence, block: int | None) -> None:

@@ -4,7 +4,7 @@
    enough. Nothing here needs to be random, or right.
 2. *Verify.* Fresh products of the vectors found, in float64, and Rayleigh and Ritz once more: values and residuals come
    from here only.
-3. *Certify.* `outside` bounds the spectrum on the complement, from a random start that knows nothing of the search; the
+3. *Certify.* `complement` bounds the spectrum on the complement, from a random start that knows nothing of the search; the
    eigenvalues of a small comparison matrix then bound those of A (`docs/concepts/certificate.md`). If the complement
    holds an eigenvalue that belongs among the wanted ones, it goes into the search, and all begins again.
 """
@@ -27,17 +27,17 @@ from isoflat.linalg.solver import Domain, SolverWithVectors
 
 @dataclass(frozen=True, eq=False)
 class EigenpairSolver(SolverWithVectors[Pairs], ABC):
-    """What solvers for many eigenpairs share: the question, the budget, and everything but the search.
+    """Solver for many eigenpairs at both ends, whatever its search: the question, the tolerance and the budget.
 
     Attributes:
-        largest: how many of the largest eigenvalues; all there are if that is fewer.
-        smallest: how many of the smallest.
+        largest: number of largest eigenvalues wanted; at most n are returned.
+        smallest: number of smallest eigenvalues wanted.
         start: vectors to begin from as columns, shape `(n, m)`, in any position; None for random ones only. However
             bad they are, they cost products, not truth.
         rtol: width of each enclosure (certified), or true residual (uncertified), relative to the value.
         confidence: probability that all enclosures hold.
-        certify: False stops on the residuals, skips float64 and the certificate, and leaves the outer ends infinite.
-        max_products: budget, fresh products and the certificate's included.
+        certify: switch of the certificate; False stops on the residuals, skips float64 and leaves the outer ends infinite.
+        max_products: largest number of products, fresh ones and the certificate's included.
         seconds: budget of wall-clock time, looked at between passes; None for no limit.
     """
 

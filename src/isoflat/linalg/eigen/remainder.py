@@ -1,4 +1,4 @@
-"""What one vector leaves of a spectrum, as a solver of its own."""
+"""Bounds on the spectrum on the complement of one vector, as a solver."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from isoflat.linalg.eigen.complement import ComplementBounds, RitzBasis, Stoppin
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
 
 CLEAR = 0.25
-"""How much of the gap to the vector's own value a bound may take: what a residual costs is then 4/3 of the least."""
+"""Share of the gap to the vector's own value that a bound may take: a residual then costs 4/3 of the least."""
 
 
 @final
@@ -21,9 +21,9 @@ class Remainder(Solver[ComplementBounds]):
     """Bounds on the spectrum on a vector's complement, tight enough to tell it from the vector's Rayleigh quotient.
 
     Attributes:
-        vector: of length 1, shape `(n,)`.
+        vector: unit vector, shape `(n,)`.
         confidence: probability that both bounds hold.
-        max_products: budget, the one with the vector included.
+        max_products: largest number of products, the one with the vector included.
 
     >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
@@ -40,7 +40,7 @@ class Remainder(Solver[ComplementBounds]):
     max_products: int = 300
 
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[ComplementBounds]:
-        """The vector's product, then a run on the complement."""
+        """Multiply the vector, then run Lanczos on its complement."""
         status = "what a vector leaves"
         product = (yield Request(self.vector[:, None].to(domain.dtype), status=status))[:, 0]
         trial = RitzBasis.of([self.vector], [product])

@@ -23,10 +23,10 @@ class DiagonalEstimate:
 
     Attributes:
         diagonal: estimates of the entries, shape `(n,)`, float64.
-        standard_errors: of each entry, shape `(n,)`, float64.
-        blocks: the trace of each diagonal block, in order; all from the same probes.
-        confidence: nominal coverage, of each block's interval or of all at once.
-        products: products used.
+        standard_errors: standard error of each entry, shape `(n,)`, float64.
+        blocks: trace of each diagonal block, in order; all from the same probes.
+        confidence: nominal coverage of each block's interval, or of all at once.
+        products: number of products used.
     """
 
     diagonal: Tensor
@@ -39,7 +39,9 @@ class DiagonalEstimate:
 @final
 @dataclass(frozen=True)
 class DiagonalEstimator(Solver[DiagonalEstimate]):
-    """The mean of `v ∘ A v` over random signs (Bekas, Kokiopoulou, Saad 2007): exact for diagonal matrices.
+    """Estimator of the diagonal: the mean of `v ∘ A v` over random signs v (Bekas, Kokiopoulou, Saad 2007).
+
+    It is exact for diagonal matrices.
 
     The variance of entry i is `Σ_{j≠i} a_ij²` for one probe. The sum of `v ∘ A v` over a block estimates the block's
     trace; what lies outside the block adds to the variance and nothing to the mean. The standard errors of entries have
@@ -49,7 +51,7 @@ class DiagonalEstimator(Solver[DiagonalEstimate]):
     Attributes:
         probes: number of probes, at least 2.
         sizes: lengths of consecutive diagonal blocks, such as `ParameterSpace.sizes`; empty for no blocks.
-        simultaneous: whether all blocks' intervals together hold with `confidence` (Bonferroni), instead of each.
+        simultaneous: flag that all blocks' intervals hold together with `confidence` (Bonferroni), instead of each.
         confidence: nominal coverage of the blocks' t-intervals.
         block: probes that share a pass over the data; it does not change which probes are drawn.
 

@@ -1,4 +1,4 @@
-"""What a product route is, and what it goes through."""
+"""Interfaces of a product route, and of the graphs that it goes through."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Graph(ABC):
     The matrix is `Σ_b shares / Σ_b count_b`; which one it is, each kind of graph says.
 
     Attributes:
-        count: counted targets or their weights.
+        count: number of counted targets, or sum of their weights.
         rules: names of the second-order rules that were applied (`risk.second_order`).
     """
 
@@ -33,7 +33,7 @@ class Graph(ABC):
     @classmethod
     @abstractmethod
     def build(cls, risk: EmpiricalRisk, state: State, batch: Any) -> Self:
-        """What does not depend on the vectors: forward, and backward as far as its graph is needed."""
+        """Graph up to the vectors: forward, and backward as far as its graph is needed."""
 
     @abstractmethod
     def products(self, vectors: Sequence[Sequence[Tensor]], last: bool) -> Tensor:
@@ -45,8 +45,8 @@ class Linearisation(ABC):
     """The Hessian of the empirical risk at a state, or another matrix of the weights, as products.
 
     Attributes:
-        risk: the empirical risk.
-        state: the point.
+        risk: empirical risk.
+        state: weights and buffers.
     """
 
     risk: EmpiricalRisk
@@ -55,11 +55,11 @@ class Linearisation(ABC):
     @property
     @abstractmethod
     def route(self) -> str:
-        """How the products are computed, for the record."""
+        """Name of the method of the products, for the record."""
 
     @property
     def exact(self) -> bool:
-        """Whether products are exact up to rounding."""
+        """Flag that products are exact up to rounding."""
         return True
 
     @abstractmethod

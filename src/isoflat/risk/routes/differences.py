@@ -26,23 +26,23 @@ class Differences(Linearisation):
     taken for curvature.
 
     Attributes:
-        step: h in units of ‖θ‖ / ‖v‖.
+        step: step h in units of ‖θ‖ / ‖v‖.
     """
 
     step: float = STEP
 
     @property
     def route(self) -> str:
-        """For the record."""
+        """Name of the method, for the record."""
         return "central differences of gradients, float64"
 
     @property
     def exact(self) -> bool:
-        """They are not."""
+        """False: differences are approximate."""
         return False
 
     def products(self, vectors: Tensor) -> Tensor:
-        """Two gradients for each column."""
+        """Products by two gradients for each column."""
         state, center = self.state, self.state.vector.double()
         reaches = [self.step * (norm(center) or 1.0) / (norm(vector) or 1.0) for vector in vectors.T]
 
@@ -62,5 +62,5 @@ class Differences(Linearisation):
             return self.risk.accumulate(per_batch, vectors)
 
     def double(self) -> Differences:
-        """In float64."""
+        """Route in float64."""
         return replace(self, state=self.state.to(dtype=torch.float64))

@@ -28,7 +28,7 @@ class Forward(Linearisation):
 
     @property
     def route(self) -> str:
-        """For the record."""
+        """Name of the method, for the record."""
         return "forward over reverse"
 
     def products(self, vectors: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Forward(Linearisation):
             return self.risk.accumulate(per_batch, vectors)
 
     def double(self) -> Forward:
-        """In float64."""
+        """Route in float64."""
         return Forward(self.risk, self.state.to(dtype=torch.float64))
 
     def _derivative(self, batch: Any, vector: Sequence[Tensor]) -> BatchSum:

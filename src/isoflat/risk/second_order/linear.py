@@ -29,7 +29,7 @@ class _Linear(Function):
 
 @final
 class _LinearBackward(Function):
-    """With respect to inputs, weight and bias; None where not wanted."""
+    """Gradients of a linear layer in inputs, weight and bias; None where not wanted."""
 
     @staticmethod
     def forward(

@@ -78,7 +78,7 @@ def _apply(  # noqa: PLR0913
 
 
 def _places(planes: Tensor, *window: Any) -> Tensor:
-    """Where in its plane each window's first maximum is; channels side by side, which vectorises on a processor."""
+    """Places in its plane of each window's first maximum; channels side by side, which vectorises on a processor."""
     if planes.ndim == 4 and planes.device.type == "cpu":
         planes = planes.contiguous(memory_format=torch.channels_last)
     return F.max_pool2d_with_indices(planes, *window)[1].contiguous()
