@@ -16,7 +16,7 @@ from cases.networks import cnn, mlp
 from isoflat.risk import plan as planning
 from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.linearise import Check, choose, linearise
+from isoflat.risk.linearise import ProductCheck, choose, linearise
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network
 from isoflat.risk.plan import plan
@@ -508,8 +508,8 @@ def test_a_frozen_tensor_may_be_of_a_quantised_type():
 
 def test_routes_are_tried_in_float64_whatever_the_weights_are():
     risk, state = _risk(_hidden(torch.tanh).to(torch.bfloat16), _data())
-    assert choose(risk, state, Check.REFUSE).route is Recomputed
-    assert choose(replace(risk, loss=as_loss(LOSS)), state, Check.SKIP).notes == ()
+    assert choose(risk, state, ProductCheck.REFUSE).route is Recomputed
+    assert choose(replace(risk, loss=as_loss(LOSS)), state, ProductCheck.SKIP).notes == ()
 
 
 def test_a_row_of_padding_is_held_and_no_stop_gradient():

@@ -19,7 +19,7 @@ from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.rng import stream
 from isoflat.linalg.density import lanczos as lanczos_module
 from isoflat.linalg.density.counts import counted, uniform_error
-from isoflat.linalg.density.gauss import Run, pooled
+from isoflat.linalg.density.gauss import JacobiMatrix, pooled
 from isoflat.linalg.density.lanczos import StochasticLanczosQuadrature
 from isoflat.linalg.density.outliers import Outliers, separated
 from isoflat.linalg.krylov.recurrence import Recurrence
@@ -90,12 +90,12 @@ def distance(density: Density, values) -> float:
 # What one run tells
 
 
-def lanczos(values, start, steps: int) -> Run:
+def lanczos(values, start, steps: int) -> JacobiMatrix:
     recurrence = Recurrence(torch.as_tensor(start), torch.float64)
     for _ in range(steps):
         recurrence.extend(Diagonal(values).matmat(recurrence.last)[:, 0])
     scale = recurrence.scale
-    return Run(np.array(recurrence.alphas) * scale, np.array(recurrence.betas) * scale, closed=False)
+    return JacobiMatrix(np.array(recurrence.alphas) * scale, np.array(recurrence.betas) * scale, closed=False)
 
 
 def distribution(values, start, x, strictly: bool = False) -> np.ndarray:
@@ -144,7 +144,7 @@ def test_rules_with_a_chosen_node_halve_the_band():
 
 
 def test_a_closed_run_is_known_exactly():
-    run = Run(np.array([1.0, 1.0]), np.array([1.0, 1e-17]), closed=True)
+    run = JacobiMatrix(np.array([1.0, 1.0]), np.array([1.0, 1e-17]), closed=True)
     points, least, most = run.bounds()
     assert points.tolist() == pytest.approx([0.0, 2.0], abs=1e-15)
     assert least.tolist() == pytest.approx([0.5, 1.0], rel=1e-15)

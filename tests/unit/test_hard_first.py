@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cases.operators import Job, in_lockstep
 from isoflat.core.rng import stream
-from isoflat.linalg.eigen.complement import RitzBasis
+from isoflat.linalg.eigen.complement import Aim, RitzBasis, complement_bounds
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos

@@ -21,12 +21,11 @@ from isoflat.linalg.density.outliers import Outliers
 from isoflat.linalg.eigen.block_lanczos import Eigenpairs
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.linalg.eigen.lobpcg import Lobpcg
 from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.eigen.recheck import Recheck
 from isoflat.linalg.eigen.remainder import Remainder
-from isoflat.linalg.solver import Probe, Solver
-from isoflat.linalg.trace.diagonal import Diagonal
+from isoflat.linalg.solver import SingleProduct, Solver
+from isoflat.linalg.trace.diagonal import DiagonalEstimator
 from isoflat.linalg.trace.frobenius import Frobenius
 from isoflat.linalg.trace.hutchinson import Hutchinson
 from isoflat.linalg.trace.hutchpp import HutchPlusPlus
@@ -38,17 +37,16 @@ from isoflat.symmetry.groups.scaling import LayerScale
 # The left side follows a class that is renamed; the right side never changes, because stored numbers depend on it.
 LABELS: dict[type[Solver[Any]], str] = {
     Deflated: "Deflated",
-    Diagonal: "Diagonal",
+    DiagonalEstimator: "Diagonal",
     Eigenpairs: "Eigenpairs",
     Frobenius: "Frobenius",
     HardFirst: "HardFirst",
     HutchPlusPlus: "HutchPlusPlus",
     Hutchinson: "Hutchinson",
     Lanczos: "Lanczos",
-    Lobpcg: "Lobpcg",
     Outliers: "Outliers",
     PowerMethod: "PowerMethod",
-    Probe: "Probe",
+    SingleProduct: "Probe",
     Recheck: "Recheck",
     Remainder: "Remainder",
     StochasticLanczosQuadrature: "StochasticLanczosQuadrature",

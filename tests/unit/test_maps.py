@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from isoflat.core.rng import stream
-from isoflat.linalg.maps import Complement, Composition, Diagonal, Embedding, Identity, Mixing, Part, Shear, Term
+from isoflat.linalg.maps import (
+    Complement,
+    Composition,
+    Contraction,
+    Diagonal,
+    Embedding,
+    Identity,
+    Mixing,
+    Shear,
+    TensorSlices,
+)
 
 
 def _draw(*shape, label="maps"):
@@ -12,18 +22,22 @@ def _draw(*shape, label="maps"):
 
 
 SHEAR = Shear(
-    20, (Term(slice(0, 12), slice(12, 16), (2, 2, 3, 1), _draw(2, 3)), Term(slice(12, 16), slice(16, 20), (4, 1, 1, 1), _draw(4, 1)))
-)  # fmt: skip
-TURNED = Shear(20, (Term(slice(0, 12), slice(12, 16), (2, 2, 3, 1), _draw(2, 3), turned=True),))
+    20,
+    (
+        Contraction(slice(0, 12), slice(12, 16), (2, 2, 3, 1), _draw(2, 3)),
+        Contraction(slice(12, 16), slice(16, 20), (4, 1, 1, 1), _draw(4, 1)),
+    ),
+)
+TURNED = Shear(20, (Contraction(slice(0, 12), slice(12, 16), (2, 2, 3, 1), _draw(2, 3), turned=True),))
 MIXING = Mixing(
     20,
     (
-        (_draw(2, 2, 2), (Part(slice(0, 12), (4, 3), 0, torch.tensor([[0, 3], [2, 1]]), torch.arange(2)),)),
+        (_draw(2, 2, 2), (TensorSlices(slice(0, 12), (4, 3), 0, torch.tensor([[0, 3], [2, 1]]), torch.arange(2)),)),
         (
             _draw(1, 3, 3),
             (
-                Part(slice(0, 12), (4, 3), 1, torch.tensor([[2, 0]]), torch.tensor([1, 2]), (0, 1, 2)),
-                Part(slice(12, 20), (2, 4), 1, torch.tensor([[3]]), torch.tensor([0])),
+                TensorSlices(slice(0, 12), (4, 3), 1, torch.tensor([[2, 0]]), torch.tensor([1, 2]), (0, 1, 2)),
+                TensorSlices(slice(12, 20), (2, 4), 1, torch.tensor([[3]]), torch.tensor([0])),
             ),
         ),
     ),
@@ -49,7 +63,7 @@ def test_pull_is_the_transpose_of_push(name):
 
 
 def test_a_shear_without_its_weights_is_the_identity():
-    still = Shear(20, tuple(Term(t.source, t.target, t.view, torch.zeros_like(t.weights)) for t in SHEAR.terms))
+    still = Shear(20, tuple(Contraction(t.source, t.target, t.view, torch.zeros_like(t.weights)) for t in SHEAR.terms))
     u = _draw(20, 1)
     assert torch.equal(still.push(u), u)
     assert not torch.allclose(SHEAR.push(u), u)
@@ -61,7 +75,7 @@ def test_a_turned_shear_contracts_the_transposed_factor():
     factor = u[:12, 0].view(2, 2, 3)
     laid_out = u.clone()
     laid_out[:12, 0] = factor.transpose(1, 2).reshape(-1)
-    plain = Shear(20, (Term(slice(0, 12), slice(12, 16), view, TURNED.terms[0].weights),))
+    plain = Shear(20, (Contraction(slice(0, 12), slice(12, 16), view, TURNED.terms[0].weights),))
     assert torch.allclose(TURNED.push(laid_out)[12:], plain.push(u)[12:], rtol=1e-12)
     assert not torch.allclose(TURNED.push(u)[12:], plain.push(u)[12:])
 

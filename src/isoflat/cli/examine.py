@@ -17,8 +17,8 @@ from isoflat.io.named import reason
 from isoflat.measurement.subject import Subject, subject
 from isoflat.measures.settings import Settings
 from isoflat.risk.batches import Batches, digest
-from isoflat.risk.check import AGREEMENT, SYMMETRY, Sample, asymmetry, disagreement
-from isoflat.risk.linearise import Check, choose
+from isoflat.risk.check import AGREEMENT, SYMMETRY, CheckedRows, asymmetry, disagreement
+from isoflat.risk.linearise import ProductCheck, choose
 from isoflat.risk.network import Network, exactly
 from isoflat.risk.routes.base import Linearisation
 
@@ -154,12 +154,12 @@ def _finite(target: Subject) -> tuple[bool, str]:
 
 
 def _products(target: Subject) -> tuple[type[Linearisation], str]:
-    choice = choose(target.risk, target.state, Check.SKIP)
+    choice = choose(target.risk, target.state, ProductCheck.SKIP)
     return choice.route, "; ".join(choice.notes) or choice.route(target.risk, target.state).route
 
 
 def _symmetric(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
-    error = asymmetry(Sample.of(target.risk, target.state), route)
+    error = asymmetry(CheckedRows.of(target.risk, target.state), route)
     allowed = SYMMETRY if route(target.risk, target.state).exact else AGREEMENT
     if error > allowed:
         raise UnsupportedModel(
@@ -170,7 +170,7 @@ def _symmetric(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
 
 
 def _agrees(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
-    sample = Sample.of(target.risk, target.state)
+    sample = CheckedRows.of(target.risk, target.state)
     worst = disagreement(sample, route)
     if worst > AGREEMENT:
         raise UnsupportedModel(

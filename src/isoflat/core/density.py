@@ -23,8 +23,8 @@ class Atoms:
     """Eigenvalues with multiplicities.
 
     Attributes:
-        points: ascending.
-        counts: how many eigenvalues lie at each, positive.
+        points: eigenvalues, ascending.
+        counts: multiplicity of each, positive.
 
     >>> Atoms((0.0, 2.0), (3, 1)).total(lambda x: 2 * x)
     4.0
@@ -35,7 +35,7 @@ class Atoms:
 
     @staticmethod
     def of(points: Reals, counts: NDArray[np.int64]) -> Atoms:
-        """In any order, equal points joined, empty ones left out."""
+        """Atoms from points in any order; equal points are joined, empty ones left out."""
         places, which = np.unique(points[counts > 0], return_inverse=True)
         joined = np.zeros(len(places), dtype=np.int64)
         np.add.at(joined, which, counts[counts > 0])
@@ -43,16 +43,16 @@ class Atoms:
 
     @property
     def n(self) -> int:
-        """How many eigenvalues there are."""
+        """Number of eigenvalues."""
         return sum(self.counts)
 
     @cached_property
     def ends(self) -> NDArray[np.int64]:
-        """How many eigenvalues lie at each point or before it."""
+        """Number of eigenvalues at each point or before it."""
         return np.cumsum(self.counts, dtype=np.int64)
 
     def below(self, x: float) -> int:
-        """How many eigenvalues are at most x."""
+        """Number of eigenvalues that are at most x."""
         place = int(np.searchsorted(self.points, x, side="right"))
         return int(self.ends[place - 1]) if place else 0
 
@@ -68,12 +68,12 @@ class Atoms:
 @final
 @dataclass(frozen=True)
 class Quadrature:
-    """What one probe v saw of a spectrum: `Σ_j w_j f(θ_j) = vᵀ f(B) v` for polynomials f up to a degree.
+    """Gauss quadrature of a spectrum from one random probe v: `Σ_j w_j f(θ_j) = vᵀ f(B) v` for polynomials f up to a degree.
 
     Attributes:
-        nodes: θ, ascending.
-        weights: w, non-negative, with sum 1.
-        square: `‖g‖²` of the Gaussian vector g whose direction v is: the probe's share in an average.
+        nodes: nodes θ, ascending.
+        weights: weights w, non-negative, with sum 1.
+        square: squared length `‖g‖²` of the Gaussian vector g whose direction v is: the probe's share in an average.
     """
 
     nodes: tuple[float, ...]
@@ -106,16 +106,16 @@ class Density:
 
     Attributes:
         n: dimension.
-        probes: what each of them saw; the estimate is their average.
+        probes: quadrature of each probe; the estimate is their average.
         outliers: eigenvalues that were taken out beforehand, ascending; each is one of the n.
-        low: a spectrum that lies below the true one, eigenvalue by eigenvalue.
-        high: a spectrum that lies above it.
+        low: spectrum that lies below the true one, eigenvalue by eigenvalue.
+        high: spectrum that lies above it.
         confidence: probability of the enclosure.
-        slack: by how much rounding, and residuals of the outliers, may move an eigenvalue; `low` and `high` have it.
-        products: products used.
-        exact: whether it was computed from the whole matrix: nothing is random then.
-        reached: whether all probes and steps were taken that were asked for.
-        stopped: why it ended, in words.
+        slack: largest shift of an eigenvalue by rounding and by residuals of the outliers; `low` and `high` include it.
+        products: number of products used.
+        exact: flag that it was computed from the whole matrix, so that nothing is random.
+        reached: flag that all probes and steps were taken that were asked for.
+        stopped: reason for the end of the run, in words.
 
     >>> nodes = Quadrature((0.0, 1.0), (0.5, 0.5), square=2.0)
     >>> density = Density(2, (nodes,), (), Atoms((0.0,), (2,)), Atoms((0.0, 1.0), (1, 1)), 0.95, 0.0, 2, False, True, "")
@@ -169,7 +169,7 @@ class Density:
         return self._enclosed(seen, self.high.below(x) / self.n, self.low.below(x) / self.n)
 
     def count(self, threshold: float) -> Estimate:
-        """How many eigenvalues are above a threshold."""
+        """Number of eigenvalues above a threshold."""
         points, masses = self.estimate
         seen = self.n * math.fsum(masses[points > threshold])
         return self._enclosed(seen, self.n - self.low.below(threshold), self.n - self.high.below(threshold))

@@ -14,8 +14,8 @@ def stream(seed: int, *labels: object) -> torch.Generator:
     the CPU, so that they are the same on every device.
 
     Args:
-        seed: any integer.
-        *labels: what the stream is for; their `repr` enters the hash.
+        seed: integer seed.
+        *labels: purpose of the stream; their `repr` enters the hash.
 
     >>> bool((torch.rand(3, generator=stream(0, "a")) == torch.rand(3, generator=stream(0, "a"))).all())
     True

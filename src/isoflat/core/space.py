@@ -45,7 +45,7 @@ class ParameterSpace:
 
     @property
     def slices(self) -> dict[str, slice]:
-        """Where each tensor's entries lie in the flat vector."""
+        """Range of each tensor's entries in the flat vector, by name."""
         ends = tuple(accumulate(self.sizes, initial=0))
         return {name: slice(a, b) for name, a, b in zip(self.names, ends, ends[1:], strict=False)}
 

@@ -20,7 +20,7 @@ class State:
     """Weights and buffers of a network, apart from the network.
 
     Attributes:
-        parameters: the tensors the loss is differentiated by, in order.
+        parameters: tensors that the loss is differentiated by, in order.
         frozen: further parameters, held constant.
         buffers: running statistics and other non-parameters.
         constants: numbers held by modules that a rescaling moves with the weights, by dotted path: a
@@ -100,8 +100,8 @@ def everywhere(module: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     swap its tensors twice, and leave the wrong ones behind.
 
     Args:
-        module: a `torch.nn.Module`.
-        tensors: by canonical name: the first one under which `named_parameters` or `named_buffers` gives a tensor.
+        module: torch module.
+        tensors: tensors by canonical name, the first one under which `named_parameters` or `named_buffers` gives a tensor.
     """
     canonical = {id(held): name for name, held in (*module.named_parameters(), *module.named_buffers())}
     found = {}

@@ -28,7 +28,7 @@ LINEAR = 1e-8
 """Largest second derivative of the output along a direction in a tensor, in units of the first, in float64."""
 
 ROWS = 64
-"""Rows on which that is looked at."""
+"""Number of rows on which linearity is checked."""
 
 
 def block_traces(
@@ -40,8 +40,8 @@ def block_traces(
 
     Args:
         risk: the empirical risk, with softmax cross-entropy.
-        state: the point.
-        names: trainable tensors; None for all.
+        state: weights and buffers at which the traces are taken.
+        names: names of trainable tensors; None for all.
         memory: bytes that gradients of single rows may take at a time.
 
     Raises:
@@ -71,7 +71,7 @@ def block_traces(
 
 
 def check_blocks(risk: EmpiricalRisk, state: State, names: Sequence[str]) -> None:
-    """Whether the Hessian's blocks of some tensors are those of the Gauss-Newton matrix.
+    """Check that the Hessian's blocks of some tensors are those of the Gauss-Newton matrix.
 
     Raises:
         DataError: there is no data.

@@ -26,7 +26,7 @@ from isoflat.risk.rows import row_loss
 
 
 def gauss_newton_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> Tensor:
-    """Of all trainable tensors, shape `(n,)`, float64.
+    """Diagonal of the Gauss-Newton matrix in all trainable tensors, shape `(n,)`, float64.
 
     Costs about as many gradient passes as there are classes, times the positions of a row where it has several.
 
@@ -55,13 +55,13 @@ def gauss_newton_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMOR
 
 
 def diagonal_of(risk: EmpiricalRisk, state: State, names: Sequence[str], memory: int = MEMORY) -> dict[str, Tensor]:
-    """The same of some tensors, by name, in their shapes."""
+    """Diagonal of the Gauss-Newton matrix in some tensors, by name, in their shapes."""
     wanted, space = diagonal_pass(risk, state, names, memory), _space(state, names)
     return space.unflatten(accumulated(risk, state, [wanted])[0])
 
 
 def moment_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> Tensor:
-    """Of the second moment `C = Σ_i (c_i / Σc) ∇ℓ_i ∇ℓ_iᵀ` of the rows' gradients (`curvature.fisher`): shape `(n,)`, float64.
+    """Diagonal of the rows' gradients' second moment `C = Σ_i (c_i / Σc) ∇ℓ_i ∇ℓ_iᵀ` (`curvature.fisher`).
 
     Args:
         risk: the empirical risk, with a loss of output and target.
@@ -71,13 +71,16 @@ def moment_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> 
     Raises:
         DataError: there is no data.
         UsageError: rows have no losses of their own.
-        UnsupportedModel: nor gradients.
+        UnsupportedModel: single rows have no gradients of their own.
+
+    Returns:
+        The diagonal, shape `(n,)`, float64.
     """
     return accumulated(risk, state, [moment_pass(risk, state, memory)])[0]
 
 
 def diagonal_pass(risk: EmpiricalRisk, state: State, names: Sequence[str] | None = None, memory: int = MEMORY) -> Pass:
-    """What `gauss_newton_diagonal` wants of a pass over the data, of all trainable tensors or some of them.
+    """Pass over the data for `gauss_newton_diagonal`, in all trainable tensors or some of them.
 
     Raises:
         UsageError: the loss is not softmax cross-entropy of the model's output.
@@ -89,7 +92,7 @@ def diagonal_pass(risk: EmpiricalRisk, state: State, names: Sequence[str] | None
 
 
 def moment_pass(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> Pass:
-    """What `moment_diagonal` wants of a pass over the data.
+    """Pass over the data for `moment_diagonal`.
 
     Raises:
         UsageError: rows have no losses of their own.

@@ -85,8 +85,8 @@ def sampled_fisher(risk: EmpiricalRisk, state: State, seed: int, draws: int = 1)
     Args:
         risk: the empirical risk, with softmax cross-entropy, binary cross-entropy with logits, or squared error.
         state: the point.
-        seed: any integer.
-        draws: labels for each target.
+        seed: integer that seeds the labels.
+        draws: number of labels drawn for each target.
 
     Raises:
         DataError: there is no data.

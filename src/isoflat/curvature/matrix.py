@@ -20,12 +20,12 @@ from isoflat.risk.routes.reverse import GradientGraph
 
 
 class Matrix(StrEnum):
-    """Which curvature of the weights."""
+    """Choice of the curvature matrix."""
 
     HESSIAN = "Hessian"
-    """All second derivatives of the loss."""
+    """Matrix of all second derivatives of the loss."""
     GAUSS_NEWTON = "Gauss-Newton"
-    """Those of the loss in the output, without the network's (`curvature.gauss_newton`)."""
+    """Matrix `Jᵀ (∂²ℓ/∂z²) J`, without the network's own second derivatives (`curvature.gauss_newton`)."""
     EMPIRICAL_FISHER = "empirical Fisher"
     """The second moment of the rows' gradients (`curvature.fisher`)."""
 
@@ -47,7 +47,7 @@ class Curvature(Operator):
     """A matrix on the trainable tensors, flat and symmetric: the Hessian `∇²L`, unless its products are of another.
 
     Attributes:
-        linearisation: how products are computed (`risk.linearise`).
+        linearisation: source of the products (`risk.linearise`).
     """
 
     linearisation: Linearisation

@@ -1,4 +1,4 @@
-"""One row of the data at a time, all side by side: gradients of its own loss, and of its own output."""
+"""Functions of each row of the data by itself, vectorised over rows: gradients of its own loss, and of its own output."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def per_row(
     names: Sequence[str],
     work: Callable[[Output, dict[str, Tensor], Tensor], Any],
 ) -> Any:
-    """Something of each row by itself, all at once: what the work returns, with the rows along a first dimension.
+    """Results of `work` on each row by itself, all at once, with the rows along a first dimension.
 
     Args:
-        risk: with a loss of output and target.
-        state: the point.
-        batch: of the data.
-        names: tensors that the output is a function of.
-        work: given the output, these tensors and the row's target, both with a leading dimension of one.
+        risk: empirical risk with a loss of output and target.
+        state: weights and buffers.
+        batch: batch of the data.
+        names: names of the tensors that the output is a function of.
+        work: function of the output, these tensors and the row's target, both with a leading dimension of one.
 
     Raises:
         UsageError: the loss is no function of output and target.

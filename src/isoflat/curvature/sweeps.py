@@ -27,7 +27,7 @@ from isoflat.risk.empirical import EmpiricalRisk, leaf_state
 from isoflat.risk.likelihood import class_axis, likelihood
 from isoflat.risk.losses import Loss, TargetLoss
 from isoflat.risk.network import exactly
-from isoflat.risk.ranks import Part
+from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.output import check_output, output_of
 
 
@@ -55,11 +55,11 @@ class Layer:
     """A call of a linear layer.
 
     Attributes:
-        weight: name.
-        bias: name it would have.
-        inputs: a, shape `(rows, in)` where it acts on one vector per row, without a graph.
-        output: y, shape `(rows, out)`, with one.
-        own: which of the two names act through this call alone.
+        weight: name of the weight.
+        bias: name that a bias has, whether there is one or not.
+        inputs: inputs a, shape `(rows, in)` where it acts on one vector per row, without a graph.
+        output: output y, shape `(rows, out)`, with its graph.
+        own: those of the two names that act through this call alone.
     """
 
     weight: str
@@ -168,9 +168,9 @@ class Pass:
 def accumulated(risk: EmpiricalRisk, state: State, passes: Sequence[Pass]) -> list[Tensor]:
     """Every pass from a single forward pass over the data: each of shape `(entries,)`, float64."""
 
-    def per_batch(index: int, batch: Any) -> Part:
+    def per_batch(index: int, batch: Any) -> BatchSum:
         sweeps = Sweeps.record(risk, state, batch)
-        return Part(torch.cat([wanted.part(sweeps).double() for wanted in passes]), sweeps.count)
+        return BatchSum(torch.cat([wanted.part(sweeps).double() for wanted in passes]), sweeps.count)
 
     sizes = [wanted.entries for wanted in passes]
     with exactly(state.device):

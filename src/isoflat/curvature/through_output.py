@@ -21,11 +21,11 @@ Middle = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ThroughOutput(Graph):
-    """One batch's `Jᵀ M J`; what is summed is divided by the counts, unless the loss is a sum.
+    """Share `Jᵀ M J` of one batch; what is summed is divided by the counts, unless the loss is a sum.
 
     Attributes:
-        output: the output with its Jacobian.
-        middle: M.
+        output: output of the network with its Jacobian J.
+        middle: symmetric map M.
     """
 
     output: OutputGraph

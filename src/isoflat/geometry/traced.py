@@ -16,7 +16,17 @@ from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.geometry.base import Chart, Geometry, Identity, Invariance
-from isoflat.linalg.maps import Composition, Diagonal, Embedding, LinearMap, Mixing, Part, Shear, Term, slices
+from isoflat.linalg.maps import (
+    Composition,
+    Contraction,
+    Diagonal,
+    Embedding,
+    LinearMap,
+    Mixing,
+    Shear,
+    TensorSlices,
+    slices,
+)
 from isoflat.linalg.operator import Operator
 from isoflat.symmetry.canonical.representative import Epsilon, Gauge, Representative, canonical
 from isoflat.symmetry.found import VERSION, Found
@@ -183,7 +193,7 @@ def _frame(
     log = torch.cat([point.log(name, tensor.shape).reshape(-1) for name, tensor in place.parameters.items()])
     log = log.to(place.device)
     shears = tuple(
-        Term(
+        Contraction(
             places[shear.absorbed.factor],
             places[shear.offset],
             shear.absorbed.view,
@@ -227,7 +237,7 @@ def _commute(mixing: Mixing, units: Tensor) -> bool:
     )
 
 
-def _mixing(point: Representative, place: State, inverse: bool) -> tuple[tuple[Tensor, tuple[Part, ...]], ...]:
+def _mixing(point: Representative, place: State, inverse: bool) -> tuple[tuple[Tensor, tuple[TensorSlices, ...]], ...]:
     """The changes of basis on the tensors that the frame reaches, or their inverses."""
     places = place.space.slices
     terms = []
@@ -236,7 +246,9 @@ def _mixing(point: Representative, place: State, inverse: bool) -> tuple[tuple[T
         for side in change.family.sides:
             if all(piece.name in places for piece in side.pieces):
                 parts = tuple(
-                    Part(places[p.name], tuple(place.tensors[p.name].shape), p.axis, p.places, p.slots, p.window)
+                    TensorSlices(
+                        places[p.name], tuple(place.tensors[p.name].shape), p.axis, p.places, p.slots, p.window
+                    )
                     for p in side.pieces
                 )
                 terms.append((back.mT if side.dual else forward, parts))

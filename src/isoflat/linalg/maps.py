@@ -38,7 +38,7 @@ class Square(LinearMap):
     @final
     @property
     def columns(self) -> int:
-        """Dimension, as of the range."""
+        """Dimension, which is that of the range."""
         return self.rows
 
 
@@ -121,15 +121,15 @@ class Complement(Square):
 
 @final
 @dataclass(frozen=True)
-class Term:
+class Contraction:
     """One contraction of a shear: `out[g, i] += Σ_{j, k} source[g, i, j, k] · weights[g, j]`.
 
     Attributes:
-        source: where the factor's entries lie in the flat vector.
-        target: where the entries that take them up lie.
+        source: range of the factor's entries in the flat vector.
+        target: range of the entries that the contraction is added to.
         view: shape `(g, i, j, k)` of the factor.
         weights: shape `(g, j)`, float64.
-        turned: whether the source lies as `(g, j, i, k)`.
+        turned: flag that the source is stored as `(g, j, i, k)`.
     """
 
     source: slice
@@ -145,13 +145,13 @@ class Shear(Square):
     """`v ↦ v + Σ_terms`: some coordinates take up contractions of others, which stay as they are.
 
     >>> import torch
-    >>> term = Term(slice(0, 2), slice(2, 3), (1, 1, 2, 1), torch.tensor([[1.0, 10.0]], dtype=torch.float64))
+    >>> term = Contraction(slice(0, 2), slice(2, 3), (1, 1, 2, 1), torch.tensor([[1.0, 10.0]], dtype=torch.float64))
     >>> Shear(3, (term,)).push(torch.tensor([[1.0], [2.0], [5.0]], dtype=torch.float64)).ravel().tolist()
     [1.0, 2.0, 26.0]
     """
 
     size: int
-    terms: tuple[Term, ...]
+    terms: tuple[Contraction, ...]
 
     @property
     def rows(self) -> int:
@@ -183,16 +183,16 @@ class Shear(Square):
 
 @final
 @dataclass(frozen=True)
-class Part:
+class TensorSlices:
     """Slices of one tensor in a flat vector.
 
     Attributes:
-        where: the tensor's entries.
-        shape: of the tensor.
-        axis: that holds the slices.
-        places: along it, shape `(n, p)`: for each of n blocks.
-        slots: which coordinates of a block they are, shape `(p,)`.
-        window: part of the tensor that is meant, as axis, start and size; None for all of it.
+        where: range of the tensor's entries in the flat vector.
+        shape: shape of the tensor.
+        axis: axis along which the slices are counted.
+        places: places along the axis, for each of n blocks: shape `(n, p)`.
+        slots: coordinates of a block that they hold, shape `(p,)`.
+        window: selected part of the tensor, as axis, start and size; None for all of it.
     """
 
     where: slice
@@ -202,8 +202,8 @@ class Part:
     slots: Tensor
     window: tuple[int, int, int] | None = None
 
-    def seen(self, vectors: Tensor) -> Tensor:
-        """The part of the tensor that is meant in each of k vectors, slices first; a view."""
+    def view(self, vectors: Tensor) -> Tensor:
+        """Selected part of the tensor in each of k vectors, slices first; it shares memory."""
         tensor = vectors[self.where].view(*self.shape, -1)
         return (tensor if self.window is None else tensor.narrow(*self.window)).movedim(self.axis, 0)
 
@@ -214,7 +214,7 @@ class Mixing(Square):
     """Slices of tensors multiplied by a matrix for each block; all other coordinates stay as they are.
 
     >>> import torch
-    >>> part = Part(slice(0, 4), (2, 2), 0, torch.tensor([[0, 1]]), torch.tensor([0, 1]))
+    >>> part = TensorSlices(slice(0, 4), (2, 2), 0, torch.tensor([[0, 1]]), torch.tensor([0, 1]))
     >>> swap = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=torch.float64)
     >>> Mixing(5, ((swap, (part,)),)).push(torch.arange(5.0)[:, None]).ravel().tolist()
     [2.0, 3.0, 0.0, 1.0, 4.0]
@@ -225,7 +225,7 @@ class Mixing(Square):
     """
 
     size: int
-    terms: tuple[tuple[Tensor, tuple[Part, ...]], ...]
+    terms: tuple[tuple[Tensor, tuple[TensorSlices, ...]], ...]
 
     @property
     def rows(self) -> int:
@@ -233,35 +233,35 @@ class Mixing(Square):
         return self.size
 
     def push(self, vectors: Tensor) -> Tensor:
-        """One term after the other, each in float64."""
+        """Apply one term after the other, each in float64."""
         result = vectors.clone()
         for matrix, parts in self.terms:
             _mix(result, matrix, parts)
         return result
 
     def pull(self, vectors: Tensor) -> Tensor:
-        """The transposes, the other way round."""
+        """Apply the transposes in the opposite order."""
         result = vectors.clone()
         for matrix, parts in reversed(self.terms):
             _mix(result, matrix.mT, parts)
         return result
 
 
-def slices(vectors: Tensor, parts: tuple[Part, ...]) -> Tensor:
+def slices(vectors: Tensor, parts: tuple[TensorSlices, ...]) -> Tensor:
     """The slices that make up the d coordinates of each block, shape `(n, d, r)`; a copy."""
     made = []
     for part in parts:
-        taken = part.seen(vectors)[part.places.to(vectors.device)]
+        taken = part.view(vectors)[part.places.to(vectors.device)]
         made.append(taken.reshape(*part.places.shape, -1))
     order = torch.argsort(torch.cat([part.slots for part in parts]))
     return torch.cat(made, 1)[:, order.to(vectors.device)]
 
 
-def _mix(vectors: Tensor, matrix: Tensor, parts: tuple[Part, ...]) -> None:
+def _mix(vectors: Tensor, matrix: Tensor, parts: tuple[TensorSlices, ...]) -> None:
     """Multiply slices in place."""
     after = matrix.to(vectors.device) @ slices(vectors, parts).double()
     for part in parts:
-        view = part.seen(vectors)
+        view = part.view(vectors)
         mixed = after[:, part.slots.to(after.device)].to(view.dtype)
         view[part.places.to(view.device)] = mixed.reshape(*part.places.shape, *view.shape[1:])
 
@@ -304,7 +304,7 @@ class Embedding(LinearMap):
 @final
 @dataclass(frozen=True)
 class Composition(LinearMap):
-    """Several maps one after the other, the last one of the list first.
+    """Composition of several maps; the last one of the list acts first.
 
     >>> import torch
     >>> twice = Diagonal(torch.tensor([2.0, 2.0], dtype=torch.float64))
@@ -316,22 +316,22 @@ class Composition(LinearMap):
 
     @property
     def rows(self) -> int:
-        """Of the first of the list."""
+        """Dimension of the range of the first map."""
         return self.maps[0].rows
 
     @property
     def columns(self) -> int:
-        """Of the last."""
+        """Dimension of the domain of the last map."""
         return self.maps[-1].columns
 
     def push(self, vectors: Tensor) -> Tensor:
-        """One after the other."""
+        """Apply the maps, the last one first."""
         for part in reversed(self.maps):
             vectors = part.push(vectors)
         return vectors
 
     def pull(self, vectors: Tensor) -> Tensor:
-        """Transposes, the other way round."""
+        """Apply the transposes, the first one first."""
         for part in self.maps:
             vectors = part.pull(vectors)
         return vectors

@@ -13,7 +13,7 @@ from isoflat.core.errors import UsageError
 from isoflat.linalg.maps import LinearMap
 
 Parts = tuple[int, ...] | None
-"""Which parts of a sum, by their places; None for all."""
+"""Places of some parts of a sum; None for all."""
 
 
 class Operator(ABC):
@@ -48,7 +48,7 @@ class Operator(ABC):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """What each part of a sum takes of the cost of a product, parts that weigh most first; one unless it is a sum."""
+        """Share of each part of a sum in the cost of a product, heaviest parts first; `(1.0,)` unless it is a sum."""
         return (1.0,)
 
     def some(self, parts: Parts) -> Operator:
@@ -99,11 +99,11 @@ class Dense(Operator):
 @final
 @dataclass(frozen=True)
 class Sum(Operator):
-    """`A = Σ_p A_p` where products with parts can be had by themselves, at a part of the cost.
+    """Sum `A = Σ_p A_p` whose parts can be multiplied alone, at a part of the cost.
 
     Attributes:
-        terms: the A_p, those that weigh most first.
-        costs: of a product with each, in any unit.
+        terms: operators A_p, the heaviest first.
+        costs: cost of a product with each, in any unit.
 
     >>> heavy, light = Dense(torch.diag(torch.tensor([3.0, 0.0]))), Dense(torch.diag(torch.tensor([0.0, 1.0])))
     >>> both = Sum((heavy, light), costs=(1.0, 3.0))
@@ -140,7 +140,7 @@ class Sum(Operator):
         return tuple(cost / sum(self.costs) for cost in self.costs)
 
     def some(self, parts: Parts) -> Operator:
-        """Of these places only."""
+        """Sum of the parts at these places; the whole for None."""
         if parts is None:
             return self
         return Sum(tuple(self.terms[p] for p in parts), tuple(self.costs[p] for p in parts))
@@ -153,21 +153,21 @@ class Sum(Operator):
         return total
 
     def double(self) -> Sum:
-        """Of the parts in float64; itself if they are already."""
+        """Sum of the parts in float64; itself if they are already."""
         return self if self.dtype == torch.float64 else Sum(tuple(term.double() for term in self.terms), self.costs)
 
 
 @final
 @dataclass(frozen=True)
 class Pullback(Operator):
-    """`Eᵀ A E + K`: an operator A seen through a frame E, plus a part K that costs no pass over the data.
+    """Pullback `Eᵀ A E + K`: an operator A seen through a frame E, plus a part K that costs no pass over the data.
 
     Several pullbacks of one A can share its products (`linalg.solver.serve`).
 
     Attributes:
-        base: A on ℝⁿ.
-        frame: E, from ℝᵐ to ℝⁿ.
-        plus: K on ℝᵐ, for instance the connection term of a metric; None for zero.
+        base: operator A on ℝⁿ.
+        frame: linear map E from ℝᵐ to ℝⁿ.
+        plus: operator K on ℝᵐ, for instance the connection term of a metric; None for zero.
     """
 
     base: Operator
@@ -197,11 +197,11 @@ class Pullback(Operator):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Of the base."""
+        """Shares of the base."""
         return self.base.shares
 
     def some(self, parts: Parts) -> Pullback:
-        """Of the base's parts; K goes with the first."""
+        """Pullback of some of the base's parts; K goes with the first."""
         return Pullback(self.base.some(parts), self.frame, self.plus if parts is None or 0 in parts else None)
 
     def matmat(self, vectors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gram–Schmidt that is repeated until it has worked, and what takes the place of a direction that is lost in it."""
+"""Gram-Schmidt orthogonalisation, repeated until the norm stands still, and random restarts of lost directions."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def orthogonalise(rows: Sequence[Tensor], residual: Tensor) -> tuple[Tensor, flo
     rows' span. Where it never stands still, what is left is not orthogonal to anything: its norm is given as zero.
 
     Args:
-        rows: orthonormal, each of shape `(n,)`, in any precision.
-        residual: shape `(n,)`, float64.
+        rows: orthonormal vectors of shape `(n,)`, in any precision.
+        residual: vector of shape `(n,)`, float64; overwritten.
 
     Returns:
-        What was removed along each row, shape `(k,)`, float64; and the norm of what is left.
+        Coefficients removed along each row, shape `(k,)`, float64; and the norm of the remainder.
 
     >>> vector = torch.tensor([3.0, 4.0], dtype=torch.float64)
     >>> removed, left = orthogonalise([torch.tensor([1.0, 0.0], dtype=torch.float64)], vector)
@@ -90,8 +90,8 @@ def restart(rows: Sequence[Tensor], like: Tensor) -> Tensor:
     It depends on the dimension and on the number of rows and on nothing else, so that equal runs stay equal.
 
     Args:
-        rows: each of shape `(n,)`.
-        like: a vector of the shape and on the device that are wanted.
+        rows: orthonormal vectors, each of shape `(n,)`.
+        like: vector with the wanted shape and device.
 
     >>> restart([torch.tensor([1.0, 0.0])], torch.zeros(2)).abs().tolist()
     [0.0, 1.0]

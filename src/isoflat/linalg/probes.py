@@ -15,7 +15,7 @@ from isoflat.core import space
 
 @final
 class Distribution(StrEnum):
-    """What random vectors are drawn from; all have mean zero and the identity as covariance."""
+    """Distribution of random vectors with mean zero and the identity as covariance."""
 
     RADEMACHER = "rademacher"
     """Independent signs: no variance from the diagonal."""
@@ -26,7 +26,7 @@ class Distribution(StrEnum):
 
     @property
     def level(self) -> bool:
-        """Whether all vectors have the same length."""
+        """Flag that all vectors have the same length."""
         return self is not Distribution.GAUSSIAN
 
     def columns(self, n: int, k: int, stream: torch.Generator) -> Tensor:

@@ -28,10 +28,10 @@ class Request:
     """Products that a solver waits for.
 
     Attributes:
-        vectors: columns, shape `(m, k)`.
-        double: whether the products must be computed in float64.
-        parts: which parts of a sum they are asked of; None for all.
-        status: what the solver knows so far, for a progress bar.
+        vectors: columns to multiply, shape `(m, k)`.
+        double: flag that the products must be computed in float64.
+        parts: places of the parts of a sum to multiply with; None for all.
+        status: state of the solver in words, for a progress bar.
     """
 
     vectors: Tensor
@@ -45,13 +45,13 @@ Steps = Generator[Request, Tensor, R]
 
 @dataclass(frozen=True)
 class Domain:
-    """Where a solver's vectors live.
+    """Dimension, precision and device of a solver's vectors.
 
     Attributes:
         n: dimension.
         dtype: precision of the products.
-        device: of the vectors.
-        shares: what each part of the operator takes of the cost of a product; more than one where it is a sum.
+        device: device of the vectors.
+        shares: share of each part of the operator in the cost of a product; more than one where it is a sum.
     """
 
     n: int
@@ -61,7 +61,7 @@ class Domain:
 
     @staticmethod
     def of(operator: Operator) -> Domain:
-        """Of an operator."""
+        """Domain of an operator."""
         return Domain(operator.n, operator.dtype, operator.device, operator.shares)
 
     def share(self, parts: Parts) -> float:
@@ -103,17 +103,17 @@ class Solver(ABC, Generic[R]):
 
 
 @dataclass(frozen=True, eq=False)
-class Told(Solver[R], ABC):
-    """A solver that is told vectors beforehand; two are equal where all settings are and the vectors are the same tensors."""
+class SolverWithVectors(Solver[R], ABC):
+    """Solver whose settings hold vectors; two are equal where all settings are and the vectors are the same tensors."""
 
     @final
     def __eq__(self, other: object) -> bool:
-        """Whether class and settings agree."""
+        """Equality of class and settings."""
         return type(other) is type(self) and self._key() == other._key()  # pyrefly: ignore
 
     @final
     def __hash__(self) -> int:
-        """In line with equality."""
+        """Hash in line with equality."""
         return hash(self._key())
 
     def _key(self) -> tuple[object, ...]:
@@ -123,12 +123,12 @@ class Told(Solver[R], ABC):
 
 @final
 @dataclass(frozen=True, eq=False)
-class Probe(Solver[Tensor]):
+class SingleProduct(Solver[Tensor]):
     """One product with a given vector of shape `(n,)`; returns the product, shape `(n, 1)`.
 
     >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
-    >>> Probe(torch.tensor([1.0, 2.0]))(Dense(torch.diag(torch.tensor([3.0, 1.0]))), stream(0)).ravel().tolist()
+    >>> SingleProduct(torch.tensor([1.0, 2.0]))(Dense(torch.diag(torch.tensor([3.0, 1.0]))), stream(0)).ravel().tolist()
     [3.0, 2.0]
     """
 
@@ -137,7 +137,7 @@ class Probe(Solver[Tensor]):
     vector: Tensor
 
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Tensor]:
-        """Ask once."""
+        """Ask for the product."""
         return (
             yield Request(
                 self.vector[:, None].to(device=domain.device, dtype=domain.dtype), status="checking the group"

@@ -21,7 +21,7 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Geometry
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Probe
+from isoflat.linalg.solver import SingleProduct
 from isoflat.measurement.groups import hashes, with_groups
 from isoflat.measurement.lockstep import Task, run_in_lockstep, tasks_of
 from isoflat.measurement.records import Answers, RecordWriter, Refusal, Result
@@ -199,7 +199,9 @@ def generator_checks(point: EvaluationPoint) -> dict[tuple[Geometry, Question], 
     """A product in each geometry that has a generator of its group to check products with."""
     hessian = point.operator(Matrix.HESSIAN)
     plain = Pullback(hessian, Identity(hessian.n))
-    asked = {g: Probe(chart.identity.velocity) for g, chart in point.charts.items() if chart.identity is not None}
+    asked = {
+        g: SingleProduct(chart.identity.velocity) for g, chart in point.charts.items() if chart.identity is not None
+    }
     return {(g, SolverQuery(probe)): Task.of(probe, plain, stream(point.settings.seed)) for g, probe in asked.items()}
 
 

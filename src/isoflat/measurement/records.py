@@ -23,7 +23,7 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.geometry.layerwise import stationarity
 from isoflat.linalg.eigen.extremes import Extremes
-from isoflat.linalg.solver import Outcome, Probe
+from isoflat.linalg.solver import Outcome, SingleProduct
 from isoflat.measurement.subject import Subject
 from isoflat.measures.base import Findings, Measure, Question, SolverQuery
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint, MatrixProducts
@@ -182,7 +182,7 @@ class RecordWriter:
             found
             for (g, question), found in self.answers.items()
             if isinstance(found, Outcome)
-            if g == geometry and isinstance(question, SolverQuery) and isinstance(question.solver, Probe)
+            if g == geometry and isinstance(question, SolverQuery) and isinstance(question.solver, SingleProduct)
         )
         gradient = point.survey.gradient
         moved = (identity.rates * gradient)[:, None]

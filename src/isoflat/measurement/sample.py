@@ -39,7 +39,7 @@ from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.remainder import Remainder
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Outcome, Probe, Solver
+from isoflat.linalg.solver import Outcome, SingleProduct, Solver
 from isoflat.measurement.engine import Measurement, generator_checks
 from isoflat.measurement.lockstep import Task, outcomes
 from isoflat.measurement.records import Answers, Refusal, Result
@@ -255,7 +255,7 @@ class _Sampler:
         scale = self.seen.rows / sample.size
         seen = replace(self.seen, gradient=survey.gradient, unused=survey.unused, seconds=survey.seconds * scale)
         point = replace(self._point(sample), survey=replace(seen, hardness=None))
-        tasks = {key: self._task(key, point, Probe(witness)) for key, witness in witnesses.items()}
+        tasks = {key: self._task(key, point, SingleProduct(witness)) for key, witness in witnesses.items()}
         checks = generator_checks(point)
         done = outcomes([*tasks.values(), *checks.values()], self.measurement.report)
         answers: dict[Key, Outcome] = dict(zip(checks, done[len(tasks) :], strict=True))

@@ -33,7 +33,7 @@ from isoflat.geometry.traced import Traced
 from isoflat.linalg.eigen.extremes import End, Extremes, Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.linalg.eigen.recheck import Recheck, Seen
+from isoflat.linalg.eigen.recheck import Recheck, RecheckResult
 from isoflat.linalg.operator import Pullback
 from isoflat.linalg.solver import Outcome
 from isoflat.measurement.engine import Measurement, opened
@@ -390,7 +390,7 @@ def _multiplied(
     }
 
 
-def judged(case: _Case, seen: Seen, where: Point, loose: float) -> Check:
+def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Check:
     """What two products say about a stored number.
 
     Args:

@@ -19,7 +19,7 @@ from isoflat.risk.batches import even
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.linearise import linearise
 from isoflat.risk.parts import by_hardness
-from isoflat.risk.plan import Plan, available_memory, plan
+from isoflat.risk.plan import ProductPlan, available_memory, plan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.guarded import Guarded
 from isoflat.risk.routes.reverse import Recomputed
@@ -40,7 +40,7 @@ class MatrixProducts:
         costs: of the parts, where there are several.
     """
 
-    plan: Plan
+    plan: ProductPlan
     parts: tuple[Guarded, ...]
     costs: tuple[float, ...]
 
@@ -157,7 +157,7 @@ class EvaluationPoint:
         return replace(self, products=made, refused=refused)
 
 
-def _parts(risk: EmpiricalRisk, seen: Survey, planned: Plan) -> list[EmpiricalRisk]:
+def _parts(risk: EmpiricalRisk, seen: Survey, planned: ProductPlan) -> list[EmpiricalRisk]:
     """The risk as a sum of parts, those with the hardest examples first; the whole where that does not pay."""
     places = by_hardness(seen.hardness) if planned.divisible else ()
     if not places:

@@ -12,7 +12,7 @@ from typing import Any, TypedDict, TypeVar, final
 import torch
 
 from isoflat.core.errors import UsageError
-from isoflat.risk.linearise import Check
+from isoflat.risk.linearise import ProductCheck
 from isoflat.risk.network import Selector
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups.base import Symmetry
@@ -97,16 +97,16 @@ class Settings:
     dtype: torch.dtype | str | None = None
     device: torch.device | str | None = None
     progress: bool = False
-    check: Check = Check.REFUSE
+    check: ProductCheck = ProductCheck.REFUSE
     reproducible_sum: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning; a number of products becomes a `Budget`, a name of a check that check."""
         given: Any = self.budget
         object.__setattr__(self, "budget", Budget(given) if isinstance(given, int) else given or Budget())
-        if self.check not in set(Check):
-            raise UsageError(f"check must be one of {', '.join(Check)}, got {self.check!r}")
-        object.__setattr__(self, "check", Check(self.check))
+        if self.check not in set(ProductCheck):
+            raise UsageError(f"check must be one of {', '.join(ProductCheck)}, got {self.check!r}")
+        object.__setattr__(self, "check", ProductCheck(self.check))
         if self.inside is not None and self.certify:
             raise UsageError(
                 f"{str(self.inside).removeprefix('torch.')} may be used inside products, but never in a certificate: pass "
@@ -156,7 +156,7 @@ class SharedKeywords(TypedDict, total=False):
     dtype: torch.dtype | str | None
     device: torch.device | str | None
     progress: bool
-    check: Check | str
+    check: ProductCheck | str
     reproducible_sum: bool
 
 
@@ -227,7 +227,7 @@ def _default(item: Any) -> Any:
     """The default of a field as a user would write it: None where one is made."""
     if item.default is MISSING:
         return None
-    return str(item.default) if isinstance(item.default, Check) else item.default
+    return str(item.default) if isinstance(item.default, ProductCheck) else item.default
 
 
 def _annotation(name: str) -> Any:

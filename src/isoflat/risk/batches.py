@@ -29,10 +29,11 @@ class Batches:
     """Batches that come out the same at each pass.
 
     Attributes:
-        source: returns a fresh iterator over the batches.
-        volatile: whether the source could give other data at the next pass (a loader), so that passes are compared.
-        digests: what each batch hashed to at the first pass; None before it.
-        evenly: the same rows in batches that so many processes share evenly; None where the user made the batches.
+        source: function that returns a fresh iterator over the batches.
+        volatile: flag that the source could give other data at the next pass (a loader), so that passes are compared.
+        digests: hash of each batch at the first pass; None before it.
+        evenly: function of the number of processes that gives the same rows in batches which they share evenly; None where
+            the user made the batches.
     """
 
     source: Callable[[], Iterator[Any]]
@@ -68,11 +69,11 @@ class Batches:
         )
 
     def only(self, places: Tensor, rows: int) -> Batches:
-        """Some of the rows, in batches of so many.
+        """Subset of the rows, in batches of a given size.
 
         Args:
-            places: of the rows in the data, ascending, shape `(k,)`.
-            rows: of a batch.
+            places: places of the rows in the data, ascending, shape `(k,)`.
+            rows: number of rows of a batch.
         """
 
         def source() -> Iterator[Any]:
@@ -154,7 +155,7 @@ def as_batches(data: Any, rows: int = ROWS) -> Batches:
     Args:
         data: a loader, a list of batches, a pair of tensors or arrays, a map-style dataset, an iterable that can be
             iterated again, or a function returning a fresh iterator.
-        rows: rows per batch where the library cuts them itself.
+        rows: number of rows per batch where the library cuts them itself.
 
     Raises:
         DataError: the data shuffles, can be read once only, or has no known form.
@@ -222,7 +223,7 @@ def even(total: int, rows: int, world: int) -> int:
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:
-    """All tensors inside a batch, in order."""
+    """Tensors inside a batch, in order."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, np.ndarray):

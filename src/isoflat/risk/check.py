@@ -1,4 +1,4 @@
-"""Are the products those of the loss? A check against differences of gradients, on a few rows, in float64."""
+"""Check of products against differences of gradients, on a few rows, in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.base import Linearisation, gradient
 
 Route = Callable[[EmpiricalRisk, State], Linearisation]
-"""A product route, as what builds it."""
+"""Constructor of a product route."""
 
 ROWS = 4
 """Rows that are enough to tell a formula from a wrong one."""
@@ -50,15 +50,15 @@ DRAWN = 1_000_003
 
 @final
 @dataclass(frozen=True)
-class Sample:
+class CheckedRows:
     """The risk of a few rows close to a point, in float64.
 
     Close to it, not at it: units that are dead, or zero biases behind them, sit on kinks there, where products and
     differences are of two minds though both are right.
 
     Attributes:
-        risk: of the rows.
-        state: the point they are compared at.
+        risk: empirical risk of the rows.
+        state: point of the comparison.
         scales: typical size of the tensor that each entry is in, shape `(n,)`; zero where nothing has a gradient, such as
             an embedding's row of padding: the network depends on it, but it is held.
     """
@@ -68,7 +68,7 @@ class Sample:
     scales: Tensor
 
     @staticmethod
-    def of(risk: EmpiricalRisk, state: State, rows: int = ROWS) -> Sample:
+    def of(risk: EmpiricalRisk, state: State, rows: int = ROWS) -> CheckedRows:
         """The first rows of the first batch; all of them where a loss of the user's own may need them together."""
         batch = next(iter(risk.batches), None)
         if batch is None:
@@ -85,7 +85,7 @@ class Sample:
         scales = space.spread(typical.to(center.device))
         beside = center + AWAY * scales * _drawn(space.size, "beside", center.device)
         moved = wide.replace(space.unflatten(beside))
-        sample = Sample(_unsure(alone, moved, batch), moved, scales)
+        sample = CheckedRows(_unsure(alone, moved, batch), moved, scales)
         # What fails here is no question of routes.
         gradient = sample.gradient(beside)
         return replace(sample, scales=torch.where(gradient != 0, scales, 0.0)) if bool(gradient.any()) else sample
@@ -109,11 +109,11 @@ class Sample:
         return product
 
     def difference(self, direction: Tensor, product: Tensor) -> float:
-        """How far a product is from central differences of gradients."""
+        """Relative distance of a product from central differences of gradients."""
         return self._distance(direction, product, self.gradient)
 
     def slope(self, direction: Tensor) -> float:
-        """How far the gradient is from central differences of the loss, along a direction."""
+        """Relative distance of the gradient from central differences of the loss, along a direction."""
         slope = inner([direction], self.gradient(self.state.vector))
         return self._distance(direction, slope, self.loss)
 
@@ -141,7 +141,7 @@ class Sample:
             return torch.tensor([self.risk.value(moved)], dtype=torch.float64, device=moved.device)
 
     def gradient(self, vector: Tensor) -> Tensor:
-        """Of the rows' risk, where the trainable tensors have these values."""
+        """Gradient of the rows' risk, where the trainable tensors have these values."""
         moved = self.state.replace(self.state.space.unflatten(vector))
         with exactly(moved.device):
             return self.risk.accumulate(lambda _, batch: gradient(self.risk, moved, batch), vector)
@@ -166,7 +166,7 @@ def _drawn(size: int, label: str | int, device: torch.device) -> Tensor:
     return drawn.repeat(-(-size // DRAWN))[:size]
 
 
-def disagreement(sample: Sample, route: Route) -> float:
+def disagreement(sample: CheckedRows, route: Route) -> float:
     """Worst relative difference between products and differences of gradients, along two random directions."""
     worst = 0.0
     for k in range(2):
@@ -175,7 +175,7 @@ def disagreement(sample: Sample, route: Route) -> float:
     return worst
 
 
-def asymmetry(sample: Sample, route: Route) -> float:
+def asymmetry(sample: CheckedRows, route: Route) -> float:
     """`|⟨u, Hv⟩ − ⟨v, Hu⟩|` in units of `‖u‖ ‖Hv‖ + ‖v‖ ‖Hu‖`, for two random directions."""
     u, v = (sample.direction(k) for k in range(2))
     hu, hv = (sample.product(route, direction) for direction in (u, v))

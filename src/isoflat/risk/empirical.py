@@ -16,7 +16,7 @@ from isoflat.core.state import State
 from isoflat.risk.batches import Batches, Weighted, alone, digest, move, rows_of
 from isoflat.risk.losses import Loss, TargetLoss, Term, call, check_mean, importance, split
 from isoflat.risk.network import Network
-from isoflat.risk.ranks import Part, Ranks
+from isoflat.risk.ranks import BatchSum, Ranks
 
 T = TypeVar("T")
 
@@ -24,17 +24,17 @@ T = TypeVar("T")
 @final
 @dataclass(frozen=True)
 class Survey:
-    """What one plain gradient pass over the data tells.
+    """Results of one plain gradient pass over the data.
 
     Attributes:
         loss: empirical risk.
-        gradient: its gradient, shape `(n,)`, float64; empty after a screening, which has none.
+        gradient: gradient of the risk, shape `(n,)`, float64; empty after a screening, which has none.
         accuracy: share of correct predictions; None where undefined.
         chance: accuracy of always predicting the most frequent class; None where undefined.
-        rows: examples.
-        count: counted targets or their weights.
+        rows: number of examples.
+        count: number of counted targets, or sum of their weights.
         digests: hash of each batch.
-        unused: trainable tensors that the loss does not depend on.
+        unused: names of trainable tensors that the loss does not depend on.
         hardness: `‖∂ total/∂z‖` of each row of the data, z the model's output, shape `(rows,)` (`risk.parts`), or its
             importance after a screening (`losses.importance`); None where the output does not have the rows.
         seconds: duration of the pass: the unit of cost.
@@ -61,11 +61,11 @@ class EmpiricalRisk:
     change nothing; nor does the number of processes that share the batches.
 
     Attributes:
-        network: the model.
-        loss: of a batch.
-        batches: the data.
-        ranks: the processes that share it.
-        of: what a mean divides by where the data is a part of more data; None for the data's own count.
+        network: model as a function of its tensors.
+        loss: loss of a batch.
+        batches: data in a fixed order.
+        ranks: processes that share the data.
+        of: divisor of a mean where the data is a part of more data; None for the data's own count.
     """
 
     network: Network
@@ -85,21 +85,21 @@ class EmpiricalRisk:
         return self.network(state, lambda model: loss(model, moved))
 
     def target(self, state: State, batch: Any) -> Any:
-        """What the loss compares the output of a batch with; None where the model computes its own loss."""
+        """Target that the loss compares the output of a batch with; None where the model computes its own loss."""
         return split(move(alone(batch), state.device, state.dtype))[1] if isinstance(self.loss, TargetLoss) else None
 
     def accumulate(
-        self, per_batch: Callable[[int, Any], Part], like: Tensor, over: Iterable[Any] | None = None
+        self, per_batch: Callable[[int, Any], BatchSum], like: Tensor, over: Iterable[Any] | None = None
     ) -> Tensor:
         """`Σ total / Σ count` over the batches, added in float64: the only loop over data there is.
 
         Of several processes each reads all batches and computes its own; all return the same bits.
 
         Args:
-            per_batch: one batch's part, from its index and content.
-            like: a tensor of the shape and on the device of a total: the vectors that are multiplied, so that every
+            per_batch: function that gives one batch's share from its index and content.
+            like: tensor of the shape and on the device of a total: the vectors that are multiplied, so that every
                 process is seen to multiply the same, or integers.
-            over: what to run over instead of the batches themselves: one item for each, such as a kept graph; items of
+            over: items to run over instead of the batches: one for each, such as a kept graph; items of
                 batches that other processes own are not looked at.
 
         Raises:
@@ -118,17 +118,17 @@ class EmpiricalRisk:
         return found.total.div_(count) if self.loss.averages else found.total
 
     def own(self, make: Callable[[int, Any], T]) -> Iterator[T | None]:
-        """Something for each batch of this process, from its index and content; None for those of other processes."""
+        """Results of `make` for each batch of this process, from its index and content; None for those of others."""
         for index, batch in enumerate(self.batches):
             yield make(index, batch) if self.ranks.owns(index) else None
 
     def value(self, state: State) -> float:
         """The empirical risk at a state."""
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             with torch.no_grad():
                 term = self.term(state, batch)
-            return Part(term.total.detach().reshape(1).double(), term.count)
+            return BatchSum(term.total.detach().reshape(1).double(), term.count)
 
         return float(self.accumulate(per_batch, _shape(1, state)))
 
@@ -156,11 +156,12 @@ class EmpiricalRisk:
             NondeterministicRisk: the loss of one batch is random.
             UnsupportedModel: the forward pass writes into parameters or buffers.
         """
-        self.ranks.on_all_ranks(lambda: self._probe(state), lambda loss: {"loss of the first batch": f"{loss:.4g}"})
+        with self.ranks.agreeing() as facts:
+            facts["loss of the first batch"] = f"{self._probe(state):.4g}"
         tally = _Tally(state)
         started = time.monotonic()
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             leaves = leaf_state(state)
             term = self.term(leaves, batch)
             parameters = list(leaves.parameters.values())
@@ -168,7 +169,7 @@ class EmpiricalRisk:
             gradients = differentiate(term.total, [*parameters, term.z] if hard and term.z is not None else parameters)
             slope = gradients.pop() if hard else None
             tally.hardness[index] = None if slope is None else slope.detach().reshape(len(slope), -1).norm(dim=1).cpu()
-            return Part(torch.cat([tally.loss(index, term), *tally.gradient(index, gradients)]), term.count)
+            return BatchSum(torch.cat([tally.loss(index, term), *tally.gradient(index, gradients)]), term.count)
 
         mean = self.accumulate(per_batch, _shape(1 + state.space.size, state), over=tally.digesting(self.batches))
         tally.join(self.ranks.gather(tally.counts))
@@ -182,7 +183,8 @@ class EmpiricalRisk:
             UsageError: the loss is no function of output and target, or the output does not have the rows.
             IsoflatError: as for `survey`.
         """
-        self.ranks.on_all_ranks(lambda: self._probe(state), lambda loss: {"loss of the first batch": f"{loss:.4g}"})
+        with self.ranks.agreeing() as facts:
+            facts["loss of the first batch"] = f"{self._probe(state):.4g}"
         tally, loss = _Tally(state), self.loss
         if not isinstance(loss, TargetLoss):
             raise UsageError(
@@ -191,7 +193,7 @@ class EmpiricalRisk:
             )
         started = time.monotonic()
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             inputs, target = split(move(alone(batch), state.device, state.dtype))
             with torch.no_grad():
                 output = self.network(state, lambda model: loss.output(model, inputs))
@@ -203,7 +205,7 @@ class EmpiricalRisk:
                 )
             term = loss.of(z, target, len(z))
             tally.hardness[index] = importance(term.total, z, stream(0, "importance", index))
-            return Part(tally.loss(index, term), term.count)
+            return BatchSum(tally.loss(index, term), term.count)
 
         mean = self.accumulate(per_batch, _shape(1, state), over=tally.digesting(self.batches))
         tally.join(self.ranks.gather(tally.counts))
@@ -245,7 +247,7 @@ _COUNTED = ("rows", "count", "correct", "counted", "classes", "used", "hardness"
 
 
 class _Tally:
-    """What the survey gathers beside the gradient."""
+    """Accumulator of everything that a survey gathers beside the gradient."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -265,7 +267,7 @@ class _Tally:
             yield batch
 
     def loss(self, index: int, term: Term) -> Tensor:
-        """Count what is in a batch; its summed loss, shape `(1,)`, float64."""
+        """Count a batch's rows and predictions; returns its summed loss, shape `(1,)`, float64."""
         total = term.total.detach().reshape(1).double()
         if not bool(torch.isfinite(total).all()):
             raise NonFinite(f"the loss of batch {index} is {float(total)}: check its inputs and targets for NaN")
@@ -295,7 +297,7 @@ class _Tally:
 
     @property
     def counts(self) -> Mapping[str, Any]:
-        """What was counted in the batches that this process owns."""
+        """Counts over the batches that this process owns."""
         return {name: getattr(self, name) for name in _COUNTED}
 
     def join(self, counts: list[Mapping[str, Any]]) -> None:
@@ -325,7 +327,7 @@ class _Tally:
         )
 
     def _hardness(self) -> Tensor | None:
-        """Of all rows in the order of the data."""
+        """Hardness of all rows in the order of the data; None where it is not known."""
         found = [rows for _, rows in sorted(self.hardness.items()) if rows is not None]
         return torch.cat(found) if found and len(found) == len(self.hardness) else None
 

@@ -1,4 +1,4 @@
-"""What a loss says of how targets are distributed: `total = Σ_t m_t (−log p(y_t | z_t))`, up to a constant.
+"""Likelihoods that losses are negative logarithms of: `total = Σ_t m_t (−log p(y_t | z_t))`, up to a constant.
 
 Drawing labels ỹ from `p(· | z)` gives residuals `r̃_t = √m_t ∂(−log p(ỹ_t | z_t))/∂z_t` with `E r̃_t r̃_tᵀ = m_t ∂²(−log
 p)/∂z_t²`, the loss's Hessian in the output (Martens 2020, section 9.2).
@@ -23,7 +23,7 @@ class Likelihood(ABC):
     """The distribution of a batch's targets, given its output.
 
     Attributes:
-        mass: m, what each target weighs: zero for ignored ones. A class weight multiplies by the data's own class,
+        mass: weight m of each target, zero for ignored ones. A class weight multiplies by the data's own class,
             as if the example were there so often.
     """
 
@@ -35,7 +35,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def residual(self, z: Tensor, labels: Tensor) -> Tensor:
-        """r̃, the shape of z."""
+        """Residual r̃ at given labels, in the shape of z."""
 
     @abstractmethod
     def outer(self, residual: Tensor, tangent: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Gaussian(Likelihood):
     """Squared error `(z − y)²`: each entry of z is the mean of a label of its own, of variance 1/2."""
 
     def draw(self, z: Tensor, uniform: Tensor) -> Tensor:
-        """How far labels lie from z, in standard deviations; in the shape of z."""
+        """Distances of labels from z in standard deviations, in the shape of z."""
         return torch.special.ndtri(uniform)
 
     def residual(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def likelihood(loss: Loss, z: Tensor, target: Tensor | None) -> Likelihood:
 
 
 def class_axis(z: Tensor) -> int:
-    """Where the classes lie, as in torch.nn.CrossEntropyLoss."""
+    """Dimension of the classes, by the convention of torch.nn.CrossEntropyLoss."""
     return 1 if z.ndim > 1 else 0
 
 

@@ -1,4 +1,4 @@
-"""Choosing a product route: the cheapest that works, checked against differences of gradients."""
+"""Choice of a product route: the cheapest that works, checked against differences of gradients."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from isoflat.core.errors import UnsupportedModel
 from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.risk.batches import rows_of
-from isoflat.risk.check import AGREEMENT, ROWS, Sample, disagreement
+from isoflat.risk.check import AGREEMENT, ROWS, CheckedRows, disagreement
 from isoflat.risk.empirical import EmpiricalRisk, Survey
-from isoflat.risk.plan import Plan
+from isoflat.risk.plan import ProductPlan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.differences import STEP, Differences
 from isoflat.risk.routes.forward import Forward
@@ -24,11 +24,11 @@ from isoflat.risk.routes.reverse import Recomputed
 _REMEDY = "Make it differentiable; check='warn' measures nevertheless"
 
 ROUTES: tuple[type[Linearisation], ...] = (Recomputed, Forward, Differences)
-"""In the order in which they are tried; the first also stands for graphs that are kept."""
+"""Routes in the order in which they are tried; the first also stands for graphs that are kept."""
 
 
-class Check(StrEnum):
-    """What happens where products disagree with differences of gradients."""
+class ProductCheck(StrEnum):
+    """Reaction to products that disagree with differences of gradients."""
 
     REFUSE = "refuse"
     """An error."""
@@ -48,21 +48,21 @@ class Choice:
 
     @property
     def exact(self) -> bool:
-        """Whether its products are exact up to rounding."""
+        """Flag that its products are exact up to rounding."""
         return self.route is not Differences
 
 
-def choose(risk: EmpiricalRisk, state: State, check: Check = Check.REFUSE) -> Choice:
+def choose(risk: EmpiricalRisk, state: State, check: ProductCheck = ProductCheck.REFUSE) -> Choice:
     """The first route that works on a few rows, in float64.
 
     Raises:
         UnsupportedModel: none does; or products disagree with differences of gradients, these with those of the loss, and
             `check` refuses that.
     """
-    return retry_smaller(Grain(ROWS), lambda rows: _chosen(Sample.of(risk, state, rows), check))
+    return retry_smaller(Grain(ROWS), lambda rows: _chosen(CheckedRows.of(risk, state, rows), check))
 
 
-def _chosen(sample: Sample, check: Check) -> Choice:
+def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
     risk, state = sample.risk, sample.state
     failures: list[str] = []
     wrong: list[str] = []
@@ -81,7 +81,7 @@ def _chosen(sample: Sample, check: Check) -> Choice:
             f"Hessian products differ by {worst:.1e} from central differences of gradients: part of the network is cut out "
             "of the second derivative (detach, no_grad, .item(), .data, rounding, or a custom backward)"
         )
-        if route is not Differences and worst > AGREEMENT and check is Check.REFUSE:
+        if route is not Differences and worst > AGREEMENT and check is ProductCheck.REFUSE:
             wrong.append(cut)
             failures.append(f"{name}: products differ by {worst:.1e} from differences of gradients")
             continue
@@ -101,7 +101,7 @@ def _chosen(sample: Sample, check: Check) -> Choice:
     )
 
 
-def check_gradient(risk: EmpiricalRisk, state: State, check: Check = Check.REFUSE) -> tuple[str, ...]:
+def check_gradient(risk: EmpiricalRisk, state: State, check: ProductCheck = ProductCheck.REFUSE) -> tuple[str, ...]:
     """Compare the gradient with differences of the loss on a few rows, in float64, where no products with the Hessian are.
 
     Returns:
@@ -112,18 +112,18 @@ def check_gradient(risk: EmpiricalRisk, state: State, check: Check = Check.REFUS
     """
 
     def slope(rows: int) -> float:
-        sample = Sample.of(risk, state, rows)
+        sample = CheckedRows.of(risk, state, rows)
         direction = sample.direction(0)
         return sample.slope(direction) if bool(direction.any()) else 0.0
 
-    worst = 0.0 if check is Check.SKIP else retry_smaller(Grain(ROWS), slope)
+    worst = 0.0 if check is ProductCheck.SKIP else retry_smaller(Grain(ROWS), slope)
     if worst <= AGREEMENT:
         return ()
     cut = (
         f"gradients differ by {worst:.1e} from central differences of losses: part of the network is cut out of the first "
         "derivative (detach, no_grad, .item(), .data, rounding, or a custom backward)"
     )
-    if check is Check.REFUSE:
+    if check is ProductCheck.REFUSE:
         raise UnsupportedModel(f"{cut}. {_REMEDY}")
     return (cut,)
 
@@ -149,7 +149,7 @@ def survey(risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, Survey]:
     return retry_smaller(grain, work)
 
 
-def linearise(risk: EmpiricalRisk, state: State, plan: Plan) -> Guarded:
+def linearise(risk: EmpiricalRisk, state: State, plan: ProductPlan) -> Guarded:
     """Products as planned; where memory runs out nevertheless, in smaller pieces."""
     grain = Grain(plan.rows)
     if plan.route is Differences:
@@ -160,25 +160,30 @@ def linearise(risk: EmpiricalRisk, state: State, plan: Plan) -> Guarded:
         return risk if uncut else replace(risk, batches=risk.batches.cut(rows))
 
     def keep(rows: int) -> Linearisation:
-        made = cut(rows)
-        if plan.route is not Recomputed:
-            return plan.route(made, state)
-        route = Recomputed(made, state, plan.graph)
-        return route.keep() if plan.kept and not grain.halvings else route
+        # One process without room makes all of them cut finer, so that they go on cutting alike.
+        with risk.ranks.agreeing():
+            made = cut(rows)
+            if plan.route is not Recomputed:
+                return plan.route(made, state)
+            route = Recomputed(made, state, plan.graph)
+            return route.keep() if plan.kept and not grain.halvings else route
 
-    # One process without room makes all of them cut finer, so that they go on cutting alike.
-    return Guarded(risk, state, [retry_smaller(grain, lambda rows: risk.ranks.on_all_ranks(lambda: keep(rows)))], grain)
+    return Guarded(risk, state, [retry_smaller(grain, keep)], grain)
 
 
-def _tried(sample: Sample, route: type[Linearisation], check: Check) -> float:
-    """Whether a route works at all; how far it is from differences of gradients, or these from those of other steps."""
+def _tried(sample: CheckedRows, route: type[Linearisation], check: ProductCheck) -> float:
+    """Distance of a route's products from differences of gradients, or of these from those of another step.
+
+    Raises:
+        RuntimeError: the route does not work on this network.
+    """
     if route is Differences:
         direction = sample.direction(0)
         near, far = (
             Differences(sample.risk, sample.state, step).products(direction[:, None]) for step in (STEP, 4 * STEP)
         )
         return norm(near - far) / (norm(near) or 1.0)
-    if check is Check.SKIP:
+    if check is ProductCheck.SKIP:
         sample.product(route, sample.direction(0))
         return 0.0
     return disagreement(sample, route)

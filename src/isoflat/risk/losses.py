@@ -23,15 +23,15 @@ from isoflat.risk.batches import rows_of
 @final
 @dataclass(frozen=True)
 class Term:
-    """What one batch contributes to the empirical risk `Σ total / Σ count`.
+    """Contribution of one batch to the empirical risk `Σ total / Σ count`.
 
     Attributes:
         total: summed loss, a scalar with a graph.
-        count: counted targets, or their weights; what a mean divides by.
-        rows: rows of data.
+        count: number of counted targets, or sum of their weights; the divisor of a mean.
+        rows: number of rows of data.
         output: predictions, where accuracy is defined.
         target: class indices that count, aligned with `output`'s rows.
-        z: the model's output with its graph, where the loss is a function of it; None where that is not known.
+        z: output of the model with its graph, where the loss is a function of it; None where that is not known.
     """
 
     total: Tensor
@@ -47,10 +47,10 @@ class Loss(ABC):
     """A loss in the base form.
 
     Attributes:
-        averages: whether the risk is `Σ total / Σ count`; False for `Σ total`.
-        logits: what is done with scores first: "raw" for nothing.
-        notes: how batches are weighted, where a reader must know it.
-        label: what reasons in a result call it, whatever its class is named.
+        averages: flag that the risk is `Σ total / Σ count`; False for `Σ total`.
+        logits: transformation of the scores before the loss; "raw" for none.
+        notes: remarks on how batches are weighted, where a reader must know it.
+        label: fixed name in reasons of a result, whatever the class is named.
     """
 
     label: ClassVar[str]
@@ -93,7 +93,7 @@ class BatchLoss(Loss):
 @final
 @dataclass(frozen=True)
 class ModelLoss(Loss):
-    """For models whose output carries its loss as `.loss`: a mean, weighted by rows."""
+    """Loss of models whose output carries it as `.loss`: a mean, weighted by rows."""
 
     label: ClassVar[str] = "ModelLoss"
 
@@ -118,14 +118,14 @@ class TargetLoss(Loss):
     """A loss of output and target, for batches `(inputs, targets)`.
 
     Attributes:
-        summed: `f(output, target)`, summed over counted targets.
-        count: `f(output, target)`: what the mean divides by.
-        classes: the class indices whose predictions count towards accuracy, as a mask; None if undefined.
-        claimed_mean: a function of the user's that must prove to be a mean over rows (`check_mean`).
-        criterion: the torch criterion it was made from; None for a function of the user's.
-        scores: what the model's output becomes before it is the output that all of this speaks of.
-        gain: what it is multiplied by there; None where that is no single number.
-        wanted: what the loss is to be once scores are scaled (`risk.temperature`); None for what it is.
+        summed: loss `f(output, target)`, summed over counted targets.
+        count: divisor `f(output, target)` of the mean.
+        classes: mask of the targets whose predictions count towards accuracy; None if undefined.
+        claimed_mean: user's function that must prove to be a mean over rows (`check_mean`).
+        criterion: torch criterion that it was made from; None for a user's function.
+        scores: map from the model's output to the `output` that the loss is a function of; None for the identity.
+        gain: factor that the map multiplies by; None where it is no single number.
+        wanted: target value of the loss once scores are scaled (`risk.temperature`); None to leave it.
     """
 
     label: ClassVar[str] = "TargetLoss"
@@ -144,7 +144,7 @@ class TargetLoss(Loss):
         return self.of(self.output(model, inputs), target, rows_of(target if _has_rows(target) else inputs))
 
     def output(self, model: Callable[..., Any], inputs: Any) -> Tensor:
-        """What the loss is a function of."""
+        """Output that the loss is a function of: the model's, after `scores`."""
         output = call(model, inputs)
         return output if self.scores is None else self.scores(output)
 
@@ -169,7 +169,7 @@ class TargetLoss(Loss):
         return each(output, target).reshape(len(output), -1).sum(1)
 
     def row_counts(self, output: Tensor, target: Tensor) -> Tensor:
-        """What `count` is of each row by itself, shape `(rows,)`, float64, on the CPU."""
+        """Divisor `count` of each row by itself, shape `(rows,)`, float64, on the CPU."""
         rows = len(output)
         if self.classes is None or not _are_classes(output, target):
             # Every row has as many entries.
@@ -247,12 +247,12 @@ def _directions_of(scores: Tensor) -> Tensor:
 
 
 def importance(total: Tensor, z: Tensor, stream: torch.Generator) -> Tensor:
-    """How much of the curvature each row may carry: `‖∂ℓ/∂z‖ + tr ∂²ℓ/∂z²`, shape `(rows,)`, on the CPU.
+    """Importance of each row for the curvature, `‖∂ℓ/∂z‖ + tr ∂²ℓ/∂z²`: shape `(rows,)`, on the CPU.
 
     Args:
         total: summed loss with a graph.
-        z: the output it is a function of, shape `(rows, …)`, outputs along dimension 1.
-        stream: of random signs that stand for the outputs where these are many.
+        z: output that it is a function of, shape `(rows, …)`, outputs along dimension 1.
+        stream: random stream of signs that stand for the outputs where these are many.
     """
     slope = torch.autograd.grad(total, z, create_graph=True)[0]
     found = slope.detach().reshape(len(z), -1).norm(dim=1)
@@ -267,11 +267,11 @@ def importance(total: Tensor, z: Tensor, stream: torch.Generator) -> Tensor:
 
 
 SIGNS = 64
-"""Directions in which a loss's curvature in its output is looked at, at most."""
+"""Largest number of directions in which a loss's curvature in its output is taken."""
 
 
 def _directions(z: Tensor, stream: torch.Generator) -> list[Tensor]:
-    """Every output by itself, or random signs for all of them."""
+    """Directions in the output: the unit vectors, or random signs where there are many."""
     if z.ndim == 1:
         return [torch.ones_like(z)]
     if z.shape[1] > SIGNS:
@@ -386,7 +386,7 @@ def _from_function(function: Callable[[Tensor, Tensor], Tensor]) -> TargetLoss:
 
 
 def check_mean(loss: Any, output: Tensor, target: Tensor) -> None:
-    """Whether a loss function averages over rows: writing every row twice must not change it.
+    """Check that a loss function averages over rows: writing every row twice must not change it.
 
     Raises:
         UsageError: it sums, or mixes rows.

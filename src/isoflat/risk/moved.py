@@ -13,7 +13,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.state import State
 from isoflat.risk.empirical import EmpiricalRisk, differentiate, leaf_state
 from isoflat.risk.network import exactly
-from isoflat.risk.ranks import Part
+from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.base import joined
 
 
@@ -59,9 +59,9 @@ def evaluate(requests: Sequence[AtWeights]) -> list[Moved]:
     device = requests[0].state.device
     sizes = [1 + request.state.space.size if request.gradient else 1 for request in requests]
 
-    def per_batch(index: int, batch: Any) -> Part:
+    def per_batch(index: int, batch: Any) -> BatchSum:
         found = [_terms(request, batch) for request in requests]
-        return Part(torch.cat([total for total, _ in found]), found[0][1])
+        return BatchSum(torch.cat([total for total, _ in found]), found[0][1])
 
     with exactly(device):
         like = torch.zeros(sum(sizes), dtype=torch.int8, device=device)

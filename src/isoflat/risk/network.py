@@ -31,7 +31,7 @@ class Network:
     """A module, read only.
 
     Attributes:
-        module: the user's.
+        module: module of the user.
         inside: precision that torch's autocast may use inside a float32 pass; None for float32 throughout.
 
     >>> network = Network(nn.Linear(2, 1, bias=False))
@@ -49,7 +49,7 @@ class Network:
             raise UsageError(f"expected a torch.nn.Module as the model, got {type(self.module).__name__}")
 
     def __call__(self, state: State, use: Callable[[nn.Module], Any]) -> Any:
-        """What `use(model)` returns when the model's tensors are those of the state.
+        """Result of `use(model)` where the model's tensors are those of the state.
 
         Running means among the parameters are differentiated by as well, which torch's batch normalisation does not do:
         moving one is moving its input the other way.
@@ -79,7 +79,7 @@ class Network:
         Tied tensors appear once. Nothing is copied but the buffers.
 
         Args:
-            params: a glob or several, or a predicate of name and tensor; None for all that require gradients.
+            params: glob, or several, or predicate of name and tensor; None for all that require gradients.
 
         Raises:
             UsageError: nothing is selected.
@@ -184,7 +184,7 @@ def settings(*wanted: tuple[Any, str, Any]) -> Iterator[None]:
 
 
 KERNELS = tuple((place, kind) for place in ("cuda", "mkldnn") for kind in ("matmul", "conv", "rnn"))
-"""What `torch.backends` has a `fp32_precision` of."""
+"""Backends and kinds of kernels for which `torch.backends` has a `fp32_precision`."""
 
 
 @contextmanager

@@ -11,24 +11,24 @@ from __future__ import annotations
 from torch import Tensor
 
 TAILS = (0.05, 0.005)
-"""Of the total hardness, what the parts after the first carry together, after the second, and so on. On a multilayer
+"""Shares of the total hardness that the parts after the first carry together, after the second, and so on. On a multilayer
 perceptron and a LeNet on MNIST the norm of what was left was about twice that share of the whole."""
 
 MINORITY = 0.35
 """Share of the data that the first part may have; where hard examples are more than that nothing is gained."""
 
 FEWEST = 256
-"""Rows of a part at least: with fewer, what a pass costs does not depend on their number."""
+"""Least number of rows of a part: with fewer, what a pass costs does not depend on their number."""
 
 WORTHWHILE = 2048
-"""Rows of data for which it is worth while."""
+"""Least number of rows of data for which parts are worth while."""
 
 
 def by_hardness(hardness: Tensor | None) -> tuple[Tensor, ...]:
     """The places of the examples of each part, in the order of the data; a single part where it does not pay.
 
     Args:
-        hardness: of each example, shape `(rows,)`; None if it is not known.
+        hardness: hardness of each example, shape `(rows,)`; None if it is not known.
 
     >>> import torch
     >>> hardness = torch.full((10_000,), 1e-5)

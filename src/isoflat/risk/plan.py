@@ -1,4 +1,4 @@
-"""What products will take in memory, before any is made."""
+"""Forecast of the memory that products take, and the plan that fits it."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ SAMPLE = 8
 """Rows whose graph is weighed, and twice as many: what grows with the rows is told from what does not."""
 
 IN_FLIGHT = 0.45
-"""What a product through a graph that is let go holds at its peak beside the graph, as a part of it: 0.25 to 0.45 was
+"""Peak memory of a product through a graph that is let go, beside the graph and as a share of it: 0.25 to 0.45 was
 measured on multilayer perceptrons, convolutional networks and transformers (`tests/laws/test_memory.py`)."""
 
 
 @final
 @dataclass(frozen=True)
-class Plan:
-    """How products are made, and what they take.
+class ProductPlan:
+    """Plan of how products are computed, with their memory.
 
     Attributes:
         route: kind of products.
-        graph: what they go through, on the reverse route.
+        graph: kind of graph that they go through, on the reverse route.
         rules: names of the second-order rules that apply there.
-        kept: whether gradient graphs stay between products.
-        rows: of a piece that is differentiated at a time.
-        whole: whether batches are taken as they come.
-        divisible: whether they could be cut: whether the loss of a batch is a sum over its rows.
-        forecast: bytes that products take at their peak, beyond weights and the vectors of solvers.
+        kept: flag that gradient graphs stay in memory between products.
+        rows: number of rows of a piece that is differentiated at a time.
+        whole: flag that batches are taken as they come.
+        divisible: flag that batches may be cut, because the loss of a batch is a sum over its rows.
+        forecast: peak memory of the products in bytes, beyond weights and the vectors of solvers.
     """
 
     route: type[Linearisation]
@@ -53,7 +53,7 @@ class Plan:
     forecast: int
 
     def __str__(self) -> str:
-        """For people."""
+        """Plan in words, for people."""
         what = "graphs kept" if self.kept else "nothing kept"
         cut = "batches as they come" if self.whole else f"{self.rows} rows at a time"
         return f"{what}, {cut}, {self.forecast / 2**30:.2g} GiB"
@@ -62,7 +62,7 @@ class Plan:
 @final
 @dataclass(frozen=True)
 class Weighed:
-    """A graph, measured.
+    """Measured memory of a graph.
 
     Attributes:
         held: bytes that it holds on to.
@@ -85,7 +85,7 @@ class _Growth:
 
     @staticmethod
     def through(few: int, more: int, rows: int) -> _Growth:
-        """From so many rows and twice as many."""
+        """Line through the memory of two graphs, one with twice the rows of the other."""
         row = max(more - few, 0) / rows
         return _Growth(max(few - row * rows, 0.0), row)
 
@@ -101,7 +101,7 @@ def plan(
     rows: int,
     memory: int,
     graph: type[Graph] = GradientGraph,
-) -> Plan:
+) -> ProductPlan:
     """Keep the graphs if they fit; else rebuild them, in pieces that fit.
 
     Args:
@@ -109,7 +109,7 @@ def plan(
         state: the point.
         route: kind of products.
         rows: examples in the data.
-        memory: bytes that products may take.
+        memory: number of bytes that products may take.
         graph: what products go through, on the reverse route.
 
     Raises:
@@ -124,7 +124,7 @@ def plan(
     vectors = _vectors(state)
     kept = held.of(rows, -(-rows // count)) + saved.of(count) + vectors
     if route is Recomputed and kept <= memory:
-        return Plan(route, graph, rules, True, count, True, not whole, int(kept))
+        return ProductPlan(route, graph, rules, True, count, True, not whole, int(kept))
     piece = count
     while piece > 1 and not whole and _passing(saved, piece) + vectors > memory:
         piece = (piece + 1) // 2
@@ -135,11 +135,11 @@ def plan(
             f"the memory budget of {memory} bytes is too small: products on {what} take about {forecast}. Raise the "
             f"budget, {'give smaller batches, ' if piece > 1 else ''}or measure fewer tensors with params="
         )
-    return Plan(route, graph, rules, False, piece, piece == count, not whole, forecast)
+    return ProductPlan(route, graph, rules, False, piece, piece == count, not whole, forecast)
 
 
 def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
-    """Whether the loss of a few rows is the sum over two halves of them, with their counts: only then may data be cut.
+    """Test of whether the loss of a few rows is the sum over two halves of them, counts too: only then may data be cut.
 
     Where network or loss cannot be called on a part of a batch at all, it may not.
     """
@@ -164,7 +164,7 @@ def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
 
 
 def weigh(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph] = GradientGraph) -> Weighed:
-    """What one batch's graph takes, found by building it once."""
+    """Memory of one batch's graph, found by building it once."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*state.tensors.values(), *tensors(batch))}
     saved: list[tuple[weakref.ref[_Saved], UntypedStorage]] = []
 
@@ -184,7 +184,7 @@ def weigh(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph] = Gra
 
 @final
 class _Saved:
-    """What stands for a tensor in a graph, as long as the graph needs it."""
+    """Placeholder of a tensor in a graph, alive as long as the graph needs it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -193,7 +193,7 @@ class _Saved:
 def _weights(
     risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph], whole: bool
 ) -> tuple[_Growth, _Growth, frozenset[str]]:
-    """What a graph holds, what is saved on the way, and its rules; by the whole batch where that cannot be cut."""
+    """Memory held by a graph and saved on the way to it, and its rules; of the whole batch where that cannot be cut."""
     if whole:
         made, rows = weigh(risk, state, batch, kind), rows_of(batch)
         return _Growth(0.0, made.held / rows), _Growth(0.0, made.saved / rows), made.rules
@@ -204,7 +204,7 @@ def _weights(
 
 
 def _passing(saved: _Growth, rows: int) -> float:
-    """Of a graph that is let go after a product."""
+    """Peak memory of a product through a graph that is let go after it."""
     return (1 + IN_FLIGHT) * saved.of(rows)
 
 

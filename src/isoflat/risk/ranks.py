@@ -1,4 +1,4 @@
-"""Several processes that share one measurement: the only place that knows `torch.distributed`.
+"""Processes that share one measurement; the only module that knows `torch.distributed`.
 
 Batches go round the ranks; weights, data and seeds are replicated. A sum over data is one `all_reduce`, which hands the
 same bits to every rank (gloo and NCCL both reduce each entry in one place and copy it), so that all ranks run the same
@@ -29,7 +29,7 @@ TIMEOUT = 600.0
 """Seconds that a rank waits for the others, where the library starts the group."""
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun puts into the environment of each process."""
+"""Variables that torchrun puts into the environment of each process."""
 
 _LOST = (
     "a process of the group ended, or did not answer in time, so that the sum over its data is missing. Look for the "
@@ -40,8 +40,8 @@ _LOST = (
 
 @final
 @dataclass(frozen=True)
-class Part:
-    """One batch's share of a sum over data."""
+class BatchSum:
+    """Share of one batch in a sum over data: its total, and its count."""
 
     total: Tensor
     count: float
@@ -49,13 +49,13 @@ class Part:
 
 @final
 @dataclass(frozen=True)
-class Sum:
-    """All parts together.
+class DataSum:
+    """Sum over all batches.
 
     Attributes:
-        total: their sum, float64; None where there was no batch.
-        count: what a mean divides by.
-        batches: how many there were on all ranks.
+        total: sum of the batches' totals, float64; None where there was no batch.
+        count: sum of their counts, the divisor of a mean.
+        batches: number of batches on all ranks.
     """
 
     total: Tensor | None
@@ -71,7 +71,7 @@ class _Failure(NamedTuple):
 
 
 class _Report(NamedTuple):
-    """What a rank says of itself beside its part of a sum; whole numbers, exact in float64."""
+    """State of one rank beside its share of a sum, in whole numbers, which are exact in float64."""
 
     batches: int
     checksum: int
@@ -84,9 +84,9 @@ class Ranks:
     """The processes that share a measurement, and which of them this one is.
 
     Attributes:
-        rank: this process.
-        world: how many there are.
-        ordered: whether parts are added in the order of the batches, whatever the number of ranks: the same bits for
+        rank: number of this process.
+        world: number of processes.
+        ordered: flag that batches are added in their order, whatever the number of ranks: the same bits for
             all of them, at one broadcast per batch.
 
     >>> [index for index in range(7) if Ranks(rank=1, world=3).owns(index)]
@@ -106,19 +106,19 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that prints and writes."""
+        """Flag that this is the rank that prints and writes."""
         return self.rank == 0
 
     def owns(self, index: int) -> bool:
-        """Whether the batch of this index is computed here."""
+        """Test of whether the batch of this index is computed here."""
         return index % self.world == self.rank
 
     def most(self, batches: int) -> int:
-        """How many batches one rank owns at most; all of them where the number of ranks must not change a choice."""
+        """Largest number of batches that one rank owns; all where the number of ranks must not change a choice."""
         return batches if self.ordered else -(-batches // self.world)
 
     def share(self, memory: int, device: torch.device) -> int:
-        """What every rank can have of the bytes that each of them finds free, where some may be on one machine.
+        """Bytes that every rank can take of those that each finds free, where some may be on one machine.
 
         Raises:
             RankLost: a rank is gone.
@@ -127,12 +127,12 @@ class Ranks:
         places = [place for _, place in found]
         return min(free // places.count(place) for free, place in found)
 
-    def add(self, parts: Iterable[Part | None], like: Tensor) -> Sum:
+    def add(self, parts: Iterable[BatchSum | None], like: Tensor) -> DataSum:
         """The sum of all batches' parts; the same bits on every rank.
 
         Args:
-            parts: one for each batch in order, None for those of other ranks.
-            like: a tensor of the shape and on the device of a total. Where it holds numbers, they are what is
+            parts: share of each batch in order, None for batches of other ranks.
+            like: tensor of the shape and on the device of a total. Where it holds numbers, they are what is
                 multiplied, and must be the same on all ranks.
 
         Raises:
@@ -144,38 +144,49 @@ class Ranks:
             return _plain(parts)
         return self._in_order(parts, like) if self.ordered else self._at_once(parts, like)
 
-    def on_all_ranks(self, work: Callable[[], T], facts: Callable[[T], Mapping[str, str]] = lambda _: {}) -> T:
+    @contextmanager
+    def agreeing(self) -> Iterator[dict[str, str]]:
         """Work that every rank does for itself: where it fails on one, or comes out differently, it fails on all.
 
-        Args:
-            work: what to do.
-            facts: what must be the same on all ranks, by name, from what the work returned.
+        Yields:
+            Facts that must be the same on all ranks, by name; the block writes them down.
 
         Raises:
             RanksDiffer: the facts differ; the message says which, and where.
             RankLost: a rank is gone.
-            Exception: what the work raised on any rank.
+            Exception: what the block raised on any rank.
+
+        >>> with Ranks().agreeing() as facts:
+        ...     route = "reverse"
+        ...     facts["route"] = route
+        """
+        facts: dict[str, str] = {}
+        if self.world == 1:
+            yield facts
+            return
+        failure: Exception | None = None
+        try:
+            yield facts
+        except Exception as error:  # noqa: BLE001 (raised below, once the other ranks know)
+            failure = error
+        found = self._gather((_portable(failure), facts))
+        self._settle([failed for failed, _ in found], failure)
+        compare([theirs for _, theirs in found])
+
+    def on_all_ranks(self, work: Callable[[], T], facts: Callable[[T], Mapping[str, str]] = lambda _: {}) -> T:
+        """The result of `work`, done under `agreeing`, with `facts` of it where there are several ranks.
 
         >>> Ranks().on_all_ranks(lambda: 3)
         3
         """
-        if self.world == 1:
-            return work()
-        result: Any = None
-        failure: Exception | None = None
-        mine: dict[str, str] = {}
-        try:
+        with self.agreeing() as agreed:
             result = work()
-            mine = dict(facts(result))
-        except Exception as error:  # noqa: BLE001 (raised below, once the other ranks know)
-            failure = error
-        found = self._gather((_told(failure), mine))
-        self._settle([told for told, _ in found], failure)
-        compare([facts for _, facts in found])
+            if self.world > 1:
+                agreed.update(facts(result))
         return result
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank.
+        """Values of all ranks, by rank.
 
         Raises:
             RankLost: a rank is gone.
@@ -194,7 +205,7 @@ class Ranks:
         _collective(lambda: dist.broadcast_object_list(held, src=0))
         return held[0]
 
-    def _at_once(self, parts: Iterable[Part | None], like: Tensor) -> Sum:
+    def _at_once(self, parts: Iterable[BatchSum | None], like: Tensor) -> DataSum:
         """One collective: this rank's sum with the count and the reports of all ranks behind it."""
         size, device = like.numel(), _carrier(like.device)
         flat = torch.zeros(size + 1 + 3 * self.world, dtype=torch.float64, device=device)
@@ -212,9 +223,9 @@ class Ranks:
         reports[self.rank] = _reported(batches, like, failure)
         _collective(lambda: dist.all_reduce(flat))
         self._check(reports, failure)
-        return Sum(total.to(like.device) if batches else None, float(flat[size]), batches)
+        return DataSum(total.to(like.device) if batches else None, float(flat[size]), batches)
 
-    def _in_order(self, parts: Iterable[Part | None], like: Tensor) -> Sum:
+    def _in_order(self, parts: Iterable[BatchSum | None], like: Tensor) -> DataSum:
         """Round by round, a batch for each rank: all compute, then each part is sent to all and added in turn."""
         size, device = like.numel(), _carrier(like.device)
         source, total, count, batches = iter(parts), None, 0.0, 0
@@ -244,23 +255,23 @@ class Ranks:
                 total = sent[:size].clone() if total is None else total.add_(sent[:size])
                 count += float(sent[size])
             batches += filled
-        return Sum(None if total is None else total.view(like.shape).to(like.device), count, batches)
+        return DataSum(None if total is None else total.view(like.shape).to(like.device), count, batches)
 
     def _check(self, reports: Tensor, failure: Exception | None) -> None:
         """Raise on all ranks what one of them reports."""
         found = [_Report(*map(int, row)) for row in reports.tolist()]
         if any(report.failed for report in found):
-            self._settle(self._gather(_told(failure)), failure)
+            self._settle(self._gather(_portable(failure)), failure)
         compare([{"number of batches read": str(report.batches)} for report in found])
         compare([{"vectors that are multiplied": f"checksum {report.checksum:x}"} for report in found])
 
-    def _settle(self, told: Sequence[_Failure | None], own: Exception | None) -> None:
+    def _settle(self, failures: Sequence[_Failure | None], own: Exception | None) -> None:
         """Raise the same error on all ranks, if there is one; each its own where all have failed."""
-        failed = [rank for rank, failure in enumerate(told) if failure is not None]
+        failed = [rank for rank, failure in enumerate(failures) if failure is not None]
         if own is not None and len(failed) == self.world:
             raise own
         for rank in failed[:1]:
-            kind, message = told[rank]  # pyrefly: ignore
+            kind, message = failures[rank]  # pyrefly: ignore
             error = kind.__new__(kind)
             error.args = (f"rank {rank}: {message}",)
             raise error from own
@@ -275,7 +286,7 @@ def compare(facts: Sequence[Mapping[str, str]]) -> None:
     """See that every rank has the same facts.
 
     Args:
-        facts: by rank.
+        facts: facts of each rank, by rank.
 
     Raises:
         RanksDiffer: one has other facts than most; the lowest rank is right where there is no majority.
@@ -303,7 +314,7 @@ def compare(facts: Sequence[Mapping[str, str]]) -> None:
 
 
 def launched() -> bool:
-    """Whether this process was started by torchrun, or by a launcher that sets the same variables."""
+    """Test of whether this process was started by torchrun, or by a launcher that sets the same variables."""
     return all(name in os.environ for name in _LAUNCHED)
 
 
@@ -316,11 +327,11 @@ def own_device(device: torch.device | None) -> torch.device | None:
 
 @contextmanager
 def joined(device: torch.device | None = None, timeout: float = TIMEOUT) -> Iterator[None]:
-    """Inside, this process is in the group that torchrun started; a group that is there already is left alone.
+    """Join the group that torchrun started, for the time of a block; a group that is there already is left alone.
 
     Args:
-        device: where this process computes; on an accelerator sums go through NCCL, elsewhere through gloo.
-        timeout: seconds after which a rank that does not answer is given up.
+        device: device of this process; on an accelerator sums go through NCCL, elsewhere through gloo.
+        timeout: number of seconds after which a rank that does not answer is given up.
 
     Raises:
         RankLost: the others did not come.
@@ -369,7 +380,7 @@ def check_whole(module: nn.Module) -> None:
         )
 
 
-def _plain(parts: Iterable[Part | None]) -> Sum:
+def _plain(parts: Iterable[BatchSum | None]) -> DataSum:
     """The sum in one process."""
     total: Tensor | None = None
     count, batches = 0.0, 0
@@ -378,7 +389,7 @@ def _plain(parts: Iterable[Part | None]) -> Sum:
         if part is not None:
             total = part.total.double() if total is None else total.add_(part.total)
             count += part.count
-    return Sum(total, count, batches)
+    return DataSum(total, count, batches)
 
 
 def _collective(call: Callable[[], T]) -> T:
@@ -390,7 +401,7 @@ def _collective(call: Callable[[], T]) -> T:
 
 
 def _carrier(device: torch.device) -> torch.device:
-    """Where a sum is exchanged: NCCL alone cannot reach the host's memory."""
+    """Device through which a sum is exchanged: NCCL alone cannot reach the host's memory."""
     if device.type == "cpu" and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -401,14 +412,14 @@ def _reported(batches: int, like: Tensor, failure: Exception | None) -> Tensor:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Of the bits of a floating-point tensor, below 2⁵²; 0 for others. Whole numbers: the order of adding is free."""
+    """Checksum of the bits of a floating-point tensor, below 2⁵²; 0 for others. Whole numbers: the order of adding is free."""
     if not tensor.is_floating_point() or not tensor.numel():
         return 0
     bits = tensor.detach().contiguous().view(torch.int64 if tensor.dtype.itemsize == 8 else torch.int32)
     return int((bits * bits).sum()) % 2**52
 
 
-def _told(failure: Exception | None) -> _Failure | None:
+def _portable(failure: Exception | None) -> _Failure | None:
     """An error in a form that any rank can raise: of its own type where all ranks know it."""
     if failure is None:
         return None

@@ -36,10 +36,10 @@ def derivative(risk: EmpiricalRisk, state: State, batch: Any, *directions: Tenso
     """The derivative of each row's summed loss along all directions in turn, shape `(rows,)`; no weight applied.
 
     Args:
-        risk: with a loss of output and target.
-        state: the point.
-        batch: of the data.
-        directions: each of shape `(n,)`; as many as the order of the derivative.
+        risk: empirical risk with a loss of output and target.
+        state: weights and buffers.
+        batch: batch of the data.
+        directions: vectors of shape `(n,)`, as many as the order of the derivative.
 
     Raises:
         UsageError: rows have no losses of their own.

@@ -1,4 +1,4 @@
-"""Samples of the data with known chances, and what they tell of all of it.
+"""Samples of the data with known inclusion probabilities, and estimates of sums over all of it.
 
 Of a trained classifier's examples few carry nearly all of the curvature, and which ones is known from the network's
 outputs: an example enters the Hessian through `∂²ℓ/∂z²` and `∂ℓ/∂z` (`losses.importance`). So each is drawn with a chance
@@ -28,11 +28,11 @@ EVEN = 0.02
 @final
 @dataclass(frozen=True)
 class Sample:
-    """Some of the rows of the data.
+    """Sample of the rows of the data.
 
     Attributes:
-        places: of the rows, ascending, shape `(m,)`.
-        chances: with which each was to be drawn, shape `(m,)`, float64; 1 for those that are in it for certain.
+        places: places of the rows in the data, ascending, shape `(m,)`.
+        chances: inclusion probability of each, shape `(m,)`, float64; 1 for rows that are in it for certain.
     """
 
     places: Tensor
@@ -45,18 +45,18 @@ class Sample:
 
     @property
     def certain(self) -> int:
-        """How many are in it for certain."""
+        """Number of rows that are in it for certain."""
         return int((self.chances == 1).sum())
 
     @property
     def drawn(self) -> Sample:
-        """The others: what chance decides about."""
+        """Sample of the rows that chance decided about."""
         open_ = self.chances < 1
         return Sample(self.places[open_], self.chances[open_])
 
     @staticmethod
     def of(chances: Tensor, stream: torch.Generator) -> Sample:
-        """Drawn without replacement with given chances, shape `(rows,)`: systematically, in a random order.
+        """Draw without replacement with given inclusion probabilities, shape `(rows,)`: systematically, in a random order.
 
         >>> from isoflat.core.rng import stream
         >>> sample = Sample.of(torch.tensor([1.0, 0.5, 0.5, 0.0], dtype=torch.float64), stream(0))
@@ -71,7 +71,7 @@ class Sample:
         return Sample(places, chances[places])
 
     def beyond(self, chances: Tensor) -> Sample:
-        """All that are certain under other chances, and of the rest those of this sample, with its own chances."""
+        """Sample of all rows that are certain under other chances, and of the rest those drawn here, with their chances."""
         certain = (chances == 1).nonzero()[:, 0]
         others = chances[self.places] < 1
         places = torch.cat([certain, self.places[others]])
@@ -83,9 +83,9 @@ class Sample:
         """The risk as this sample has it: unbiased, and so are its derivatives.
 
         Args:
-            risk: of all the data.
-            of: what a mean over all the data divides by.
-            rows: of a batch.
+            risk: empirical risk of all the data.
+            of: divisor of a mean over all the data.
+            rows: number of rows of a batch.
         """
         rows = even(self.size, rows, risk.ranks.world)
         weights = (1 / self.chances).split(rows)
@@ -98,7 +98,7 @@ class Sample:
         few, where few examples make most of it. What is certain does not scatter.
 
         Args:
-            values: of each row that was drawn, shape `(drawn.size,)`.
+            values: value of each row that was drawn, shape `(drawn.size,)`.
         """
         chances = self.drawn.chances
         left, y = 1 - chances, values.double().cpu() / chances
@@ -115,8 +115,8 @@ class Sample:
         """The standard error that a sample with other chances would have, as this one sees it.
 
         Args:
-            values: of each row of this sample, shape `(m,)`.
-            chances: of all rows, shape `(rows,)`.
+            values: value of each row of this sample, shape `(m,)`.
+            chances: inclusion probabilities of all rows, shape `(rows,)`.
         """
         q, others = values.double().cpu(), chances[self.places]
         left = (1 - others) / self.chances
@@ -129,7 +129,7 @@ def inclusion(scores: Tensor, size: float) -> Tensor:
 
     Args:
         scores: importance of each row, not negative, shape `(rows,)`.
-        size: of the sample, at most as many as there are rows.
+        size: expected size of the sample, at most the number of rows.
 
     >>> inclusion(torch.tensor([8.0, 1.0, 1.0, 0.0]), 2).mul(100).round().div(100).tolist()
     [1.0, 0.49, 0.49, 0.02]
@@ -151,10 +151,10 @@ def curvatures(risk: EmpiricalRisk, state: State, one: Tensor, other: Tensor) ->
     """`dᵀ ∇²ℓ_i e` of each row's loss ℓ_i by two forward derivatives, shape `(rows,)`, on the CPU; no weight applied.
 
     Args:
-        risk: with a loss of output and target.
-        state: the point.
-        one: d, shape `(n,)`.
-        other: e, shape `(n,)`.
+        risk: empirical risk with a loss of output and target.
+        state: weights and buffers.
+        one: direction d, shape `(n,)`.
+        other: direction e, shape `(n,)`.
 
     Raises:
         UnsupportedModel: an operation of the network has no forward derivative.

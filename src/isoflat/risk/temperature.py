@@ -1,4 +1,4 @@
-"""Scores scaled until the loss is what is wanted, so that networks of unequal loss can be compared at an equal one."""
+"""Scores scaled until the loss has a given value, so that networks of unequal loss can be compared at an equal one."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def compiled(module: nn.Module) -> bool:
-    """Whether a part of a network is compiled, in place or in a wrapper."""
+    """Test of whether a part of a network is compiled, in place or in a wrapper."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     return compiler is not None and any(
         part._compiled_call_impl is not None or isinstance(part, compiler.OptimizedModule) for part in module.modules()

@@ -1,4 +1,4 @@
-"""From what random probes saw to how many eigenvalues there are: the exact law of their average, inverted.
+"""Bounds on eigenvalue counts from the average spectral distribution of random probes, whose exact law is inverted.
 
 Let g_1 … g_m be standard normal in ℝᴺ and `B(x) = Σ_p ‖1[A ≤ x] g_p‖² / Σ_p ‖g_p‖²`: the average of the distributions of
 the directions `v_p = g_p/‖g_p‖`, which are uniform on the sphere, each with share `‖g_p‖² / Σ ‖g_p‖²`. Where j of the N
@@ -42,7 +42,7 @@ def uniform_error(size: int, probes: int, failure: float) -> float:
     Args:
         size: number N of eigenvalues.
         probes: number m of probes.
-        failure: probability that it does not hold.
+        failure: probability that the bound does not hold.
 
     >>> round(uniform_error(10**6, 1, 0.05), 4), round(uniform_error(1001, 1, 0.05), 3)
     (0.0019, 0.103)
@@ -56,17 +56,17 @@ def uniform_error(size: int, probes: int, failure: float) -> float:
 
 
 def counted(lower: Reals, upper: Reals, size: int, probes: int, failure: float) -> tuple[Whole, Whole]:
-    """How many eigenvalues there can be where an average of probes lies between bounds.
+    """Bounds on the number of eigenvalues below given points, from bounds on the average distribution B of the probes.
 
     Args:
         lower: bounds on B from below, shape `(g,)`.
-        upper: bounds on B from above alike, at the same places or at others.
+        upper: bounds on B from above, shape `(g,)`, at the same places or at others.
         size: number N of eigenvalues.
         probes: number m of probes.
-        failure: probability that any of it is wrong.
+        failure: probability that any returned number is wrong.
 
     Returns:
-        At least so many at the places of `lower`, and at most so many at those of `upper`.
+        The least number of eigenvalues at each place of `lower`, and the largest at each place of `upper`.
 
     >>> least, most = counted(np.array([0.5]), np.array([0.5]), 10**6, 4, 0.05)
     >>> int(least[0]), int(most[0])
@@ -95,13 +95,13 @@ class _NearEnds:
     failure: float
 
     def reach(self, j: Whole, mass: Reals) -> Flags:
-        """Whether j eigenvalues may have so much mass."""
+        """Test of whether j eigenvalues may carry at least this mass."""
         few, inside = self._law(j)
         much = betaincc(*few, mass) >= self._tolerated(j)
         return np.where(inside, much, (j == self.size) | (mass <= 0))
 
     def fit(self, j: Whole, mass: Reals) -> Flags:
-        """Whether j eigenvalues may have so little mass."""
+        """Test of whether j eigenvalues may carry at most this mass."""
         few, inside = self._law(j)
         little = betainc(*few, mass) >= self._tolerated(j)
         return np.where(inside, little, (j == 0) | (mass >= 1))

@@ -17,14 +17,14 @@ from isoflat.linalg.solver import Domain, Solver, Steps
 @final
 @dataclass(frozen=True)
 class Deflated(Solver[Density]):
-    """Outliers first, then the density of the rest.
+    """Spectral density in two stages: outliers by one Lanczos run, then the density of the rest by random probes.
 
     Attributes:
-        outliers: at most so many are taken out.
-        probes: random probes.
+        outliers: largest number of eigenvalues that are taken out.
+        probes: number of random probes.
         depth: products per probe, and of the run that looks for outliers.
         confidence: probability that the band holds everywhere.
-        max_products: budget in all.
+        max_products: largest number of products in all.
         seconds: budget of wall-clock time, a third of it for the outliers; None for no limit.
 
     Raises:
@@ -68,7 +68,7 @@ class Deflated(Solver[Density]):
         return probes * depth + (depth + outliers if outliers > 0 else 0) if budget is None else budget
 
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Density]:
-        """Probes are drawn from the same stream after the start of the first run, and so independent of it."""
+        """Run both stages; probes are drawn from the stream after the first run's start, and so are independent of it."""
         density = StochasticLanczosQuadrature(
             self.probes, self.depth, self.confidence, max_products=self.max_products, seconds=self.seconds
         )

@@ -14,15 +14,15 @@ Reals = NDArray[np.float64]
 
 @final
 @dataclass(frozen=True)
-class Run:
-    """What is left of a Lanczos run from a unit vector q: coefficients of `A + E`, E the rounding.
+class JacobiMatrix:
+    """Coefficients of a Lanczos run from a unit vector q: the Jacobi matrix of `A + E`, E the rounding.
 
     The *distribution* of q is `μ(−∞, x] = Σ_{λ_i ≤ x} ⟨u_i, q⟩²` over the eigenpairs of A.
 
     Attributes:
         alphas: diagonal of T, shape `(k,)`.
         betas: couplings, shape `(k,)`, the last one towards the vector that would come next.
-        closed: whether the last coupling is rounding, so that the distribution has no atoms but the nodes.
+        closed: flag that the last coupling is rounding, so that the distribution has no atoms but the nodes.
     """
 
     alphas: Reals
@@ -30,9 +30,9 @@ class Run:
     closed: bool
 
     def gauss(self) -> tuple[Reals, Reals]:
-        """Nodes, ascending, and weights with sum 1: exact for polynomials up to degree `2k − 1`.
+        """Gauss quadrature (Golub and Welsch 1969): nodes, ascending, and weights with sum 1, exact up to degree `2k − 1`.
 
-        >>> nodes, weights = Run(np.array([1.0, 1.0]), np.array([1.0, 0.5]), closed=False).gauss()
+        >>> nodes, weights = JacobiMatrix(np.array([1.0, 1.0]), np.array([1.0, 0.5]), closed=False).gauss()
         >>> nodes.round(12).tolist(), weights.round(12).tolist()
         ([0.0, 2.0], [0.5, 0.5])
         """
@@ -76,8 +76,8 @@ def _quadrature(alphas: Reals, betas: Reals) -> tuple[Reals, Reals]:
     return np.asarray(values), weights / weights.sum()
 
 
-def pooled(runs: list[Run], shares: Reals) -> tuple[Reals, Reals, Reals]:
-    """Bounds on the average of the runs' distributions, each with its share; shapes and meaning as of `Run.bounds`.
+def pooled(runs: list[JacobiMatrix], shares: Reals) -> tuple[Reals, Reals, Reals]:
+    """Bounds on the average of the runs' distributions, each with its share; shapes and meaning as of `JacobiMatrix.bounds`.
 
     What is rounding in the sums of weights is conceded.
     """

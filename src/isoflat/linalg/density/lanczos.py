@@ -1,4 +1,4 @@
-"""Stochastic Lanczos quadrature: the spectrum as a few random probes see it, with a band that holds everywhere."""
+"""Stochastic Lanczos quadrature: a spectral density from a few random probes, with a band that holds everywhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isoflat.core.density import Atoms, Density, Outlier, Quadrature
 from isoflat.core.errors import UsageError
 from isoflat.linalg.certificate import outer_bounds
 from isoflat.linalg.density.counts import counted
-from isoflat.linalg.density.gauss import Reals, Run, pooled
+from isoflat.linalg.density.gauss import JacobiMatrix, Reals, pooled
 from isoflat.linalg.eigen.complement import RitzBasis
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.orthogonal import orthogonalise
@@ -30,7 +30,7 @@ ENDS = 0.1
 @final
 @dataclass(frozen=True, eq=False)
 class StochasticLanczosQuadrature(Deflating[Density]):
-    """SolverQuery density by Lanczos runs from random probes (Bai, Fahey, Golub 1996; Chen, Trogdon, Ubaru 2021).
+    """Spectral density by Lanczos runs from random probes (Bai, Fahey, Golub 1996; Chen, Trogdon, Ubaru 2021).
 
     *Estimate.* The eigenvalues of a run's tridiagonal matrix, with the squares of its eigenvectors' first entries, are
     Gauss's quadrature of the probe's distribution `μ(−∞, x] = Σ_{λ_i ≤ x} ⟨u_i, v⟩²`; the probes' average estimates the
@@ -100,20 +100,20 @@ class StochasticLanczosQuadrature(Deflating[Density]):
         return min(self.depth, (self.max_products - known) // max(self.probes, 1))
 
     def takes_all(self, n: int) -> bool:
-        """Whether all of n unit vectors cost no more than the probes, so that the spectrum will be exact."""
+        """Test of whether n unit vectors cost no more than the probes, so that the spectrum will be exact."""
         return n <= self.probes * self.affordable
 
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Density]:
-        """Directions first, then probes, a block of them at a time."""
+        """Multiply with the deflated directions, then run the probes, a block of them at a time."""
         if self.takes_all(domain.n):
             return (yield from _whole(domain, self.block, self.confidence))
         expired = clock(self.seconds)
         removed = yield from _removed(self.basis(domain), self.block)
         size = domain.n - len(removed.rows)
-        runs: list[_Seen] = []
+        runs: list[_FinishedRun] = []
         while size and len(runs) < self.probes and not (runs and expired()):
             count = min(self.block, self.probes - len(runs))
-            fresh = [_Probe(removed.rows, domain, stream) for _ in range(count)]
+            fresh = [_ProbeRun(removed.rows, domain, stream) for _ in range(count)]
             active = fresh
             while active:
                 status = f"spectrum: step {active[0].recurrence.k + 1} of {self.affordable}, probe {len(runs) + 1}"
@@ -126,8 +126,8 @@ class StochasticLanczosQuadrature(Deflating[Density]):
             runs += [probe.finished() for probe in fresh]
         return self._result(removed, runs, size)
 
-    def _result(self, removed: _Removed, probes: list[_Seen], size: int) -> Density:
-        """What the runs say together."""
+    def _result(self, removed: _DeflatedPart, probes: list[_FinishedRun], size: int) -> Density:
+        """Density with its band, from all runs together."""
         low, high, rounding = self._bulk(probes, size) if size else (_NONE, _NONE, 0.0)
         inside = (low[0][0], high[0][-1]) if size else None
         slack = rounding + removed.shift(inside)
@@ -157,7 +157,7 @@ class StochasticLanczosQuadrature(Deflating[Density]):
             return f"budget of {self.max_products} products spent: {done} instead of {self.depth}"
         return f"budget of {self.seconds:g} seconds spent: {done} taken"
 
-    def _bulk(self, probes: list[_Seen], size: int) -> tuple[_Spectrum, _Spectrum, float]:
+    def _bulk(self, probes: list[_FinishedRun], size: int) -> tuple[_Spectrum, _Spectrum, float]:
         """Two spectra between which that of the complement lies, and what rounding may add."""
         failure = 1 - self.confidence
         ends = [probe.ends(size, ENDS * failure / len(probes)) for probe in probes]
@@ -182,18 +182,18 @@ _NONE: _Spectrum = (np.empty(0), np.empty(0, dtype=np.int64))
 
 @final
 @dataclass(frozen=True)
-class _Seen:
+class _FinishedRun:
     """A finished run, without its Krylov basis.
 
     Attributes:
-        run: its coefficients.
-        quadrature: Gauss's, of the probe.
-        rounding: what rounding may do to an eigenvalue.
-        scale: of the run: a power of two.
-        log_couplings: as `linalg.certificate` wants them, in units of `scale`.
+        run: coefficients of the run.
+        quadrature: Gauss quadrature of the probe.
+        rounding: largest change of an eigenvalue by rounding, in order of magnitude.
+        scale: power of two that the run's coefficients were divided by.
+        log_couplings: `Σ ln β_j` for `linalg.certificate`, in units of `scale`.
     """
 
-    run: Run
+    run: JacobiMatrix
     quadrature: Quadrature
     rounding: float
     scale: float
@@ -211,17 +211,17 @@ class _Seen:
         return lower * self.scale, upper * self.scale
 
 
-class _Probe:
+class _ProbeRun:
     """A Lanczos run under way.
 
     Attributes:
-        recurrence: the run.
-        square: `‖g‖²` of the Gaussian vector whose direction it starts from.
-        closed: whether its Krylov space is, so that nothing is left to see.
+        recurrence: Lanczos recurrence of the run.
+        square: `‖g‖²` of the Gaussian vector whose direction the run starts from.
+        closed: flag that the Krylov space is invariant up to rounding, so that further steps tell nothing.
     """
 
     def __init__(self, rows: Sequence[Tensor], domain: Domain, stream: torch.Generator) -> None:
-        """From a Gaussian vector without its components along the rows: its direction is uniform on their complement."""
+        """Start from a Gaussian vector projected off the rows: its direction is uniform on their complement."""
         draw = gaussian(domain.n, 1, stream)[:, 0].to(domain.device)
         length = orthogonalise(rows, draw)[1]
         self.recurrence = Recurrence(draw.div_(length), domain.dtype, rows)
@@ -233,12 +233,12 @@ class _Probe:
         self.recurrence.extend(product)
         self.closed = self.recurrence.exhausted or self.recurrence.betas[-1] <= self.recurrence.rounding
 
-    def finished(self) -> _Seen:
-        """What it saw."""
+    def finished(self) -> _FinishedRun:
+        """Coefficients and quadrature of the finished run."""
         done, scale = self.recurrence, self.recurrence.scale
-        run = Run(np.array(done.alphas) * scale, np.array(done.betas) * scale, self.closed)
+        run = JacobiMatrix(np.array(done.alphas) * scale, np.array(done.betas) * scale, self.closed)
         nodes, weights = run.gauss()
-        return _Seen(
+        return _FinishedRun(
             run=run,
             quadrature=Quadrature(tuple(nodes.tolist()), tuple(weights.tolist()), self.square),
             rounding=(1 + self.closed) * done.rounding * scale,  # what was left out in the end is rounding, too
@@ -249,8 +249,8 @@ class _Probe:
 
 @final
 @dataclass(frozen=True)
-class _Removed:
-    """What was taken out before probes are drawn.
+class _DeflatedPart:
+    """Directions taken out before probes are drawn, and the outliers along them.
 
     Attributes:
         rows: orthonormal vectors X, float64.
@@ -263,7 +263,11 @@ class _Removed:
     coupling: float
 
     def shift(self, inside: tuple[float, float] | None) -> float:
-        """By how much eigenvalues may differ from those of the two parts, for a complement between two ends."""
+        """Bound on the distance of the eigenvalues from those of the two decoupled parts (Li and Li 2005).
+
+        Args:
+            inside: both ends of the spectrum on the complement; None where there is no complement.
+        """
         if inside is None or not self.coupling:
             return 0.0
         gaps = [max(inside[0] - outlier.value, outlier.value - inside[1], 0.0) for outlier in self.outliers]
@@ -271,10 +275,10 @@ class _Removed:
         return self.coupling / (half + math.hypot(half, 1.0))
 
 
-def _removed(rows: Sequence[Tensor], block: int) -> Steps[_Removed]:
-    """Fresh products in float64 with directions, and what they leave."""
+def _removed(rows: Sequence[Tensor], block: int) -> Steps[_DeflatedPart]:
+    """Deflated part of the operator, from fresh products in float64 with the directions."""
     if not rows:
-        return _Removed((), (), 0.0)
+        return _DeflatedPart((), (), 0.0)
     basis = torch.linalg.qr(torch.stack(list(rows), dim=1).double())[0]
     images: list[Tensor] = []
     for columns in basis.split(block, dim=1):
@@ -282,7 +286,7 @@ def _removed(rows: Sequence[Tensor], block: int) -> Steps[_Removed]:
         images += (yield Request(columns, double=True, status=status)).unbind(1)
     trial = RitzBasis.of(basis.unbind(1), images)
     outliers = [Outlier(float(value), trial.defect(j)) for j, value in enumerate(trial.values)]
-    return _Removed(trial.vectors, tuple(outliers), float(np.linalg.norm(trial.coupling)))
+    return _DeflatedPart(trial.vectors, tuple(outliers), float(np.linalg.norm(trial.coupling)))
 
 
 def _whole(domain: Domain, block: int, confidence: float) -> Steps[Density]:

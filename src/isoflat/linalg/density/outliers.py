@@ -1,4 +1,4 @@
-"""Which eigenvectors to take out before probes are drawn: those that a Lanczos run has separated from the rest."""
+"""Eigenvectors to deflate before probes are drawn: those that a Lanczos run has separated from the rest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLEAR = 0.1
 """Largest residual of a separated group, in units of the gap behind it: a bound on the sine of its angle to the truth."""
 
 FINE = 1e-3
-"""By how much taking a group out may move an eigenvalue, in units of the range of the rest."""
+"""Largest shift of an eigenvalue by taking a group out, in units of the range of the rest."""
 
 
 @final
@@ -49,8 +49,8 @@ class Outliers(Solver[Separated]):
     again and adds what they miss to its band.
 
     Attributes:
-        limit: at most so many.
-        depth: steps of the run.
+        limit: largest number of vectors.
+        depth: largest number of steps of the run.
         seconds: budget of wall-clock time; None for no limit.
 
     Raises:
@@ -77,7 +77,7 @@ class Outliers(Solver[Separated]):
             raise UsageError(f"expected a limit from 1 on and a depth from 2 on, got {self.limit} and {self.depth}")
 
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Separated]:
-        """One run, then its separated Ritz vectors."""
+        """Run Lanczos once, and return its separated Ritz vectors."""
         expired = clock(self.seconds)
         run = Recurrence(sphere(domain.n, stream).to(domain.device), domain.dtype)
         while not run.exhausted and run.k < self.depth and not (run.k and expired()):
@@ -95,7 +95,7 @@ class Outliers(Solver[Separated]):
 
 
 def separated(values: Reals, residuals: Reals, masses: Reals, limit: int, rounding: float) -> tuple[int, int]:
-    """How many Ritz values to take from each end.
+    """Numbers of Ritz values to take from each end.
 
     A group at an end is separated where the norm r of its residuals, and rounding, are at most `CLEAR` times the gap g
     behind it, and taking it out moves no eigenvalue by more than `FINE` times the range of the rest, `r²/g` being about what it moves
@@ -105,10 +105,10 @@ def separated(values: Reals, residuals: Reals, masses: Reals, limit: int, roundi
 
     Args:
         values: Ritz values, ascending, shape `(k,)`.
-        residuals: `‖A x_j − θ_j x_j‖` as the recurrence has them, alike.
-        masses: squares of the start's components along the Ritz vectors, alike.
-        limit: most members of both groups together.
-        rounding: of the run.
+        residuals: `‖A x_j − θ_j x_j‖` by the recurrence, shape `(k,)`.
+        masses: squares of the start's components along the Ritz vectors, shape `(k,)`.
+        limit: largest number of members of both groups together.
+        rounding: rounding error of the run's coefficients.
 
     Returns:
         Numbers at the bottom and at the top.

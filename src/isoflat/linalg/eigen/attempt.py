@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,37 +14,35 @@ from torch import Tensor
 from isoflat.core import space
 from isoflat.core.fingerprint import fingerprint
 from isoflat.core.rng import stream as fresh_stream
-from isoflat.linalg.eigen.complement import Aim, ComplementBounds, RitzBasis, complement_bounds
+from isoflat.linalg.eigen.complement import ComplementBounds, RitzBasis, StoppingRule, complement_bounds
 from isoflat.linalg.eigen.extremes import REACHED, ROUNDING
-from isoflat.linalg.eigen.pairs import Pair, Pairs, Reals
+from isoflat.linalg.eigen.many import EigenpairSolver
+from isoflat.linalg.eigen.pairs import Eigenpair, Pairs, Reals
 from isoflat.linalg.eigen.verified import Verified, slots
 from isoflat.linalg.orthogonal import orthonormalise
 from isoflat.linalg.solver import Domain, Request, Steps
-
-if TYPE_CHECKING:
-    from isoflat.linalg.eigen.many import Many
 
 
 class Attempt:
     """One run under way.
 
     Attributes:
-        top: how many of the largest are wanted, clamped.
-        bottom: how many of the smallest.
-        wanted: how many pairs that are together; n where they meet.
-        spent: products.
-        attempts: at a certificate.
-        length: products that the last of them took; 0 where it did not come to its end.
-        final: whether it is to make the best of what there is, because the search has no budget left.
-        tight: what the search is asked for, as a part of what the tolerance allows, for each pair.
-        poor: which of the pairs will not do, whatever is found out about the rest.
-        blamed: whose residuals are to blame for it.
-        highs: the best of all bounds from above, as `Verified.bounds` orders them.
-        lows: from below.
-        reach: the largest magnitude met on complements.
+        top: number of largest eigenvalues wanted, at most n.
+        bottom: number of smallest eigenvalues wanted, at most n.
+        wanted: number of pairs in all, at most n.
+        spent: products spent so far.
+        attempts: number of attempts at a certificate.
+        length: products of the last certificate; 0 where it did not come to its end.
+        final: flag that the search has no budget left, so that its present vectors must do.
+        tight: factor on the tolerance that the search aims for, for each pair.
+        poor: mask of pairs that miss the tolerance whatever the bounds on the rest.
+        blamed: mask of pairs whose residuals are the reason.
+        highs: best bounds from above so far, in the order of `Verified.bounds`.
+        lows: best bounds from below so far, in the same order.
+        reach: largest magnitude met on complements.
     """
 
-    def __init__(self, task: Many, domain: Domain, stream: torch.Generator) -> None:
+    def __init__(self, task: EigenpairSolver, domain: Domain, stream: torch.Generator) -> None:
         self.task, self.domain = task, domain
         self.started = time.monotonic()
         self.top, self.bottom = min(task.largest, domain.n), min(task.smallest, domain.n)
@@ -62,7 +59,7 @@ class Attempt:
         self.stream = fresh_stream(draw, "certificate", fingerprint(seen))
 
     def steps(self) -> Steps[Pairs]:
-        """All of it."""
+        """Search, verify and certify until every pair is good enough or the budget is spent."""
         while True:
             yield from self._find()
             verified = yield from self._verified()
@@ -81,7 +78,7 @@ class Attempt:
             return self._result(verified, REACHED if self._good(verified) else stopped)
 
     def _over(self, more: int) -> str:
-        """Why so many products more cannot be spent; empty if they can."""
+        """Reason that so many products more cannot be spent, in words; empty if they can."""
         task = self.task
         if self.spent + more > task.max_products:
             return f"budget of {task.max_products} products spent"
@@ -90,7 +87,7 @@ class Attempt:
         return ""
 
     def _reserve(self) -> int:
-        """What the search leaves of the budget: for fresh products, and a certificate about as long as the last one."""
+        """Products that the search must leave: for fresh products, and for a certificate about as long as the last one."""
         certificate = self.length + 2 if self.length else max(self.task.max_products // 4, 1)
         return self.wanted + (certificate if self.task.certify else 0)
 
@@ -99,7 +96,7 @@ class Attempt:
         return self.task.rtol * np.abs(verified.wanted)
 
     def _good(self, verified: Verified) -> bool:
-        """Whether every pair is as good as was asked for."""
+        """Test of whether every pair meets the tolerance."""
         reached = verified.widths(self.highs, self.lows, self.reach) if self.task.certify else verified.defects
         return bool((reached <= self._targets(verified)).all())
 
@@ -145,7 +142,7 @@ class Attempt:
             self.spent += yield from self.search.advance(goals, self.task.max_products - self.spent - kept)
 
     def _settled(self) -> NDArray[np.bool_]:
-        """Which of the pairs the search cannot make better."""
+        """Mask of the pairs that the search cannot make better."""
         residuals = self.search.ritz()[1]
         small = residuals[slots(len(residuals), self.top, self.bottom)] <= self.search.rounding
         return small | self.search.stuck | self.final
@@ -203,13 +200,13 @@ class Attempt:
             return 4 * (verified.noise(left.reach) + verified.slack(left.reach))
 
         def enough(left: ComplementBounds) -> bool:
-            """As tight as was asked for; of pairs with which the search is done, about as tight as they can become."""
+            """Test of the tolerance; pairs that cannot improve need about their tightest width only."""
             possible = least(left)
             final = settled | (possible <= rounding(left))
             limits = np.where((possible > 0.75 * targets) & final, 2 * possible, targets)
             return bool((verified.widths(*verified.bounds(left), left.reach) <= limits).all())
 
-        aim = Aim(
+        aim = StoppingRule(
             failure=(1 - self.task.confidence) / (self.attempts * (self.attempts + 1)),
             enough=enough,
             affordable=lambda more: not self._over(math.ceil(more)),
@@ -252,7 +249,7 @@ class Attempt:
         )
 
     def _enclosure(self, verified: Verified, j: int) -> tuple[float, float]:
-        """Of the j-th of the verified values, ascending."""
+        """Enclosure of the j-th of the verified values, ascending."""
         place, value, slack = len(verified.values) - 1 - j, float(verified.values[j]), verified.slack(self.reach)
         lower, upper = -math.inf, math.inf
         if place < self.top:
@@ -261,7 +258,7 @@ class Attempt:
             lower, upper = max(lower, min(float(self.lows[j]), value)), min(upper, value + slack)
         return lower, upper
 
-    def _pair(self, verified: Verified, j: int) -> Pair:
+    def _pair(self, verified: Verified, j: int) -> Eigenpair:
         value, (lower, upper) = float(verified.values[j]), self._enclosure(verified, j)
         others = [self._enclosure(verified, i) for i in range(self.wanted) if i != j]
         if self.wanted < self.domain.n:
@@ -269,7 +266,7 @@ class Attempt:
             others.append((float(self.lows[-1]), float(self.highs[-1])))
         distance = min((max(low - value, value - high, 0.0) for low, high in others), default=math.inf)
         residual = verified.trial.defect(j)
-        return Pair(
+        return Eigenpair(
             value=value,
             lower=lower,
             upper=upper,

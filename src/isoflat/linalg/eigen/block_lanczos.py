@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.linalg.eigen.many import Many
-from isoflat.linalg.eigen.pairs import Reals, Search
+from isoflat.linalg.eigen.attempt import Attempt
+from isoflat.linalg.eigen.many import EigenpairSolver
+from isoflat.linalg.eigen.pairs import Pairs, Reals, Search
 from isoflat.linalg.krylov.block import BlockRecurrence
 from isoflat.linalg.solver import Domain, Request, Steps
 
@@ -22,8 +23,8 @@ USUAL = 4
 
 @final
 @dataclass(frozen=True, eq=False)
-class Eigenpairs(Many):
-    """Several eigenpairs at both ends by block Lanczos with full re-orthogonalisation, each with its enclosure.
+class Eigenpairs(EigenpairSolver):
+    """Block Lanczos with full re-orthogonalisation for several eigenpairs at both ends, each with its enclosure.
 
     Only residuals of pairs that are not good enough yet are multiplied (`krylov.block`). A start of some vectors finds an
     eigenvalue as often as there are vectors; what they leave out of a larger multiplicity is found by the certificate, at
@@ -51,6 +52,10 @@ class Eigenpairs(Many):
         if self.block is not None and self.block < 1:
             raise UsageError(f"expected a block of at least one vector, got {self.block}")
 
+    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Pairs]:
+        """Search, verify, certify; again from the start where the certificate shows that something was missed."""
+        return (yield from Attempt(self, domain, stream).steps())
+
     def search(self, domain: Domain, stream: torch.Generator) -> Search:
         """Block Lanczos from the warm start, padded."""
         width = self.block or min(self.largest + self.smallest, USUAL)
@@ -62,7 +67,7 @@ class _BlockLanczos(Search):
     """Block Lanczos, one step at a time.
 
     Attributes:
-        unseen: vectors of the start that have not been multiplied yet.
+        unseen: number of start vectors that have not been multiplied yet.
     """
 
     def __init__(self, recurrence: BlockRecurrence, block: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What a few trial vectors leave of a spectrum: enclosures from any start, certified by a fresh random one.
+"""Enclosures of eigenvalues from any trial vectors, certified by a fresh random start on their complement.
 
 Let X be orthonormal trial vectors, however they were found, and B the operator on their complement. In the basis of X
 and its complement
@@ -10,7 +10,8 @@ so that the j-th largest eigenvalue of A is at most that of the right matrix, wh
 U lies below the Ritz values the price of a residual is quadratic, `‖R‖² / (θ − U)`, and U need not be sharp at all: a
 Lanczos run from a fresh random start in the complement, which by itself would need many steps for a tight bound, stops
 as soon as U is clear of θ. Where A is a sum of parts, `U = Σ_p U_p` with a run in each part by itself: parts that weigh
-little need a few steps only, however dear their products are.
+little need a few steps only, however dear their products are. `docs/concepts/certificate.md`, "Several eigenvalues, from any
+start", has the proof.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ PATIENCE = 3
 @final
 @dataclass(frozen=True)
 class ComplementBounds:
-    """What is known of the spectrum of `B = (I − X Xᵀ) A (I − X Xᵀ)`.
+    """Bounds on the spectrum of `B = (I − X Xᵀ) A (I − X Xᵀ)`.
 
     Attributes:
         lower: bound on its smallest eigenvalue.
         upper: bound on its largest eigenvalue.
         bottom: smallest Ritz value, summed over the groups of parts.
-        top: largest Ritz value, summed alike.
-        weight: the largest magnitude of a Ritz value, summed over the groups after the first: what these weigh, about.
-        products: spent, in products with all of A.
-        runs: one in each group.
-        reached: whether the bounds were as tight as was asked for.
+        top: largest Ritz value, summed over the groups of parts.
+        weight: largest magnitude of a Ritz value, summed over the groups after the first: about the norm of these.
+        products: cost in products with all of A.
+        runs: Lanczos run of each group.
+        reached: flag that the bounds met the stopping rule.
     """
 
     lower: float
@@ -69,7 +70,7 @@ class ComplementBounds:
 
     @property
     def steps(self) -> int:
-        """Of all runs together."""
+        """Number of steps of all runs together."""
         return sum(run.k for run in self.runs)
 
     def beyond(self, below: float, above: float) -> list[Tensor]:
@@ -83,11 +84,11 @@ class ComplementBounds:
 @final
 @dataclass(frozen=True)
 class RitzBasis:
-    """RitzBasis vectors and their products, rotated so that `Xᵀ A X` is diagonal.
+    """Trial vectors and their products, rotated so that `Xᵀ A X` is diagonal.
 
     Attributes:
         vectors: X, rows of shape `(n,)`, float64, orthonormal.
-        images: `A X` alike.
+        images: `A X`, rows of shape `(n,)`, float64.
         values: Ritz values, ascending, shape `(d,)`.
         coupling: C with `Rᵀ R = Cᵀ C` for the residuals `R = (I − X Xᵀ) A X`, shape `(d, d)`.
     """
@@ -99,7 +100,12 @@ class RitzBasis:
 
     @staticmethod
     def of(vectors: Sequence[Tensor], images: Sequence[Tensor]) -> RitzBasis:
-        """Rayleigh and Ritz on orthonormal vectors."""
+        """Rayleigh-Ritz procedure on orthonormal vectors.
+
+        Args:
+            vectors: rows of shape `(n,)`, float64, orthonormal.
+            images: products of A with them.
+        """
         values, turn = np.linalg.eigh(gram(vectors, images))
         columns = [torch.from_numpy(np.ascontiguousarray(turn[:, j])) for j in range(len(values))]
         turned, moved = ([space.combine(column, rows) for column in columns] for rows in (vectors, images))
@@ -122,8 +128,8 @@ class RitzBasis:
         """Bounds on the d largest eigenvalues from above, and on the d smallest from below; both ascending.
 
         Args:
-            lower: bound on the spectrum of the complement.
-            upper: bound alike.
+            lower: lower bound on the spectrum of the complement.
+            upper: upper bound on it.
 
         >>> start = torch.tensor([1.0, 0.0], dtype=torch.float64)
         >>> trial = RitzBasis.of([start], [torch.tensor([2.0, 0.5], dtype=torch.float64)])
@@ -144,14 +150,14 @@ class RitzBasis:
 
 @final
 @dataclass(frozen=True)
-class Aim:
-    """What bounds are wanted for, and at what price.
+class StoppingRule:
+    """Stopping rule of bounds on a complement: failure probability, tightness and budget.
 
     Attributes:
         failure: probability that a bound is wrong, both ends and all groups together.
-        enough: whether bounds are tight enough.
-        affordable: whether so many products can be spent in all.
-        status: for a progress bar.
+        enough: test of whether bounds are tight enough.
+        affordable: test of whether so many products can be spent in all.
+        status: text for a progress bar.
     """
 
     failure: float
@@ -161,7 +167,7 @@ class Aim:
 
 
 def complement_bounds(
-    trial: RitzBasis, domain: Domain, stream: torch.Generator, groups: Sequence[Parts], aim: Aim
+    trial: RitzBasis, domain: Domain, stream: torch.Generator, groups: Sequence[Parts], aim: StoppingRule
 ) -> Steps[ComplementBounds]:
     """Bound the spectrum on the complement of a Ritz basis, one Lanczos run in each group of parts.
 
@@ -169,16 +175,16 @@ def complement_bounds(
     cannot become so (the Ritz values themselves add up to too much), or with the budget.
 
     Args:
-        trial: the trial vectors.
-        domain: of A.
-        stream: of the fresh starts.
-        groups: parts that share a run; together they are all of A.
-        aim: when to stop.
+        trial: trial vectors X with their products.
+        domain: domain of A.
+        stream: random stream of the fresh starts.
+        groups: groups of parts that share a run; together they are all of A.
+        aim: stopping rule.
     """
-    levels = [_Level.fresh(trial, domain, stream, parts) for parts in groups]
+    levels = [_PartRun.fresh(trial, domain, stream, parts) for parts in groups]
     spent = 0.0
     while True:
-        known = _seen(levels, spent)
+        known = _combined(levels, spent)
         done = all(level.recurrence.k for level in levels)
         reached = done and aim.enough(known)
         hopeless = done and not aim.enough(replace(known, lower=known.bottom, upper=known.top))
@@ -193,13 +199,13 @@ def complement_bounds(
 
 
 @dataclass
-class _Level:
+class _PartRun:
     """A Lanczos run on the complement in some of the parts.
 
     Attributes:
-        parts: which.
-        share: cost of its products.
-        recurrence: the run.
+        parts: places of the parts.
+        share: cost of a product with them, in products with all of A.
+        recurrence: Lanczos recurrence of the run.
         lower: bound on the smallest eigenvalue.
         upper: bound on the largest eigenvalue.
         bottom: smallest Ritz value.
@@ -217,17 +223,17 @@ class _Level:
     gains: list[float] = field(default_factory=list)
 
     @staticmethod
-    def fresh(trial: RitzBasis, domain: Domain, stream: torch.Generator, parts: Parts) -> _Level:
-        """From a uniform point of the complement's sphere."""
+    def fresh(trial: RitzBasis, domain: Domain, stream: torch.Generator, parts: Parts) -> _PartRun:
+        """Start at a uniform point of the complement's unit sphere."""
         start = sphere(domain.n, stream).to(domain.device)
         size = orthogonalise(trial.vectors, start)[1]
         # Where the trial vectors are a basis nothing is left, and any start does for the zero operator.
         start = start / size if size else sphere(domain.n, stream).to(domain.device)
-        return _Level(parts, domain.share(parts), Recurrence(start, domain.dtype, trial.vectors))
+        return _PartRun(parts, domain.share(parts), Recurrence(start, domain.dtype, trial.vectors))
 
     @property
     def promise(self) -> float:
-        """By how much the next step will tighten the bounds, in units of its cost, if it does as well as the last ones."""
+        """Expected gain of the next step in the distance of the bounds, per unit of cost, from the last few steps."""
         if self.recurrence.exhausted:
             return 0.0
         if not self.gains:
@@ -248,8 +254,8 @@ class _Level:
         self.bottom, self.top = float(ritz[0]) * run.scale, float(ritz[-1]) * run.scale
 
 
-def _seen(levels: Sequence[_Level], spent: float) -> ComplementBounds:
-    """What the runs say together."""
+def _combined(levels: Sequence[_PartRun], spent: float) -> ComplementBounds:
+    """Bounds on the sum of the parts, from the bounds of each run."""
     lower, upper, bottom, top = (
         math.fsum(getattr(level, name) for level in levels) for name in ("lower", "upper", "bottom", "top")
     )

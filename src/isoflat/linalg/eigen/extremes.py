@@ -1,4 +1,4 @@
-"""What is known of both ends of a spectrum."""
+"""Bounds on both ends of a spectrum."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import final
 from torch import Tensor
 
 REACHED = "tolerance reached"
-"""Why a run ended that did what was asked."""
+"""Reason that a run gives for its end where it met the tolerance."""
 
 ROUNDING = "as tight as rounding allows"
-"""Why a run ended whose tolerance lies below what the precision of the products can give."""
+"""Reason that a run gives for its end where the tolerance lies below the precision of its products."""
 
 
 class Which(StrEnum):
-    """Which eigenvalue is asked for."""
+    """Choice of the eigenvalue: the largest, the smallest, or the one of largest magnitude."""
 
     LARGEST = "largest"
     SMALLEST = "smallest"
@@ -26,14 +26,14 @@ class Which(StrEnum):
 @final
 @dataclass(frozen=True)
 class End:
-    """What is known of one end of the spectrum.
+    """Two-sided bound on the eigenvalue at one end of the spectrum.
 
     Attributes:
-        value: a Rayleigh quotient: the eigenvalue lies beyond it, up to `slack`.
-        bound: the eigenvalue lies before it, with the run's confidence; infinite if uncertified.
-        slack: error of `value` itself, from the rounding of products.
+        value: Rayleigh quotient; the eigenvalue lies beyond it (further out), up to `slack`.
+        bound: outer bound on the eigenvalue, with the run's confidence; infinite if uncertified.
+        slack: rounding error of `value` itself.
         residual: `‖A x − value·x‖` from a product of its own; None if only the recurrence looked at this end.
-        vector: the Ritz vector x, shape `(n,)`.
+        vector: Ritz vector x, shape `(n,)`.
     """
 
     value: float
@@ -49,14 +49,14 @@ class Extremes:
     """Both ends of a spectrum.
 
     Attributes:
-        bottom: smallest eigenvalue.
-        top: largest eigenvalue.
-        which: the end that was refined until `reached`.
-        reached: whether the tolerance was reached.
+        bottom: bound on the smallest eigenvalue.
+        top: bound on the largest eigenvalue.
+        which: end that was refined.
+        reached: flag that the tolerance was reached.
         confidence: probability that every bound holds; 0 if uncertified.
         noise: estimated rounding error of a product along the Ritz vector.
         products: products used, the final ones included.
-        stopped: why the run ended, in words.
+        stopped: reason for the end of the run, in words.
     """
 
     bottom: End
@@ -70,7 +70,7 @@ class Extremes:
 
     @property
     def wanted(self) -> End:
-        """The end asked for; for `Which.MAGNITUDE` the one that is larger in absolute value.
+        """End that was asked for; for `Which.MAGNITUDE` the one that is larger in absolute value.
 
         Only one end has had a product of its own in the end; on a tie, where rounding decides, it is that one.
         """

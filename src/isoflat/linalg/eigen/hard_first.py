@@ -7,9 +7,9 @@ Of a trained classifier's Hessian nearly all sits on the few examples that are n
    surrogate `A_S + D Xᵀ + X Dᵀ − X (Xᵀ D) Xᵀ` with `D = (A − A_S) X`, which agrees with A on all vectors X multiplied
    so far, finds the next one, again at the first part's cost. If the surrogate is poor the part is enlarged, until it is
    the whole and the method is Lanczos from a good start;
-3. `linalg.eigen.outside` bounds what is left on the complement, from fresh random starts, part by part.
+3. `linalg.eigen.complement` bounds what is left on the complement, from fresh random starts, part by part.
 
-The bounds hold however the vectors of 1 and 2 were found.
+The bounds hold however the vectors of 1 and 2 were found (`docs/concepts/hard-examples-first.md`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from isoflat.core import space
-from isoflat.linalg.eigen.complement import Aim, ComplementBounds, RitzBasis, complement_bounds
+from isoflat.linalg.eigen.complement import ComplementBounds, RitzBasis, StoppingRule, complement_bounds
 from isoflat.linalg.eigen.extremes import REACHED, ROUNDING, End, Extremes, Which
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.krylov.recurrence import Recurrence
@@ -43,18 +43,18 @@ BLUR = 0.01
 of the residual that is left."""
 
 USEFUL = 0.3
-"""What a surrogate must make of the residual, or the part is enlarged."""
+"""Factor by which a surrogate must reduce the residual, or the part is enlarged."""
 
 
 @final
 @dataclass(frozen=True)
 class HardFirst(Solver[Extremes]):
-    """Extreme eigenvalue of a sum of parts, the heaviest of them first; `Lanczos` where there are no parts.
+    """Solver for the extreme eigenvalue of a sum, its heaviest part first; `Lanczos` where there are no parts.
 
     For the smallest eigenvalue, which may sit anywhere in the data, it is `Lanczos` too.
 
     Attributes:
-        whole: the solver of an operator without parts, with the tolerance, the confidence and the budget.
+        whole: solver of an operator without parts; it has tolerance, confidence and budget.
 
     >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense, Sum
@@ -70,26 +70,26 @@ class HardFirst(Solver[Extremes]):
     whole: Lanczos
 
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Extremes]:
-        """Find, verify, certify."""
+        """Find a vector on the first part, verify it on the whole, certify it."""
         if len(domain.shares) == 1 or self.whole.which is Which.SMALLEST or self.whole.max_products < FEWEST:
             return (yield from self.whole.steps(domain, stream))
-        return (yield from _Search(self.whole, domain, stream).steps())
+        return (yield from _HardFirstRun(self.whole, domain, stream).steps())
 
 
 @final
 @dataclass(frozen=True)
-class _Verified:
+class _VerifiedVector:
     """The best vector found, with its product in full precision.
 
     Attributes:
-        trial: all vectors that were multiplied.
+        trial: all vectors that were multiplied, with their products.
         chosen: place of the best one among the Ritz values.
-        value: its Rayleigh quotient.
+        value: Rayleigh quotient of the best vector x.
         residual: `‖A x − value·x‖`.
-        surprise: how far the precise product with the explored parts is from what was predicted.
-        slack: error of the value.
-        rounding: what rounding amounts to at least.
-        size: of the explored parts: the Rayleigh quotient with them.
+        surprise: distance of the precise product with the explored parts from the predicted one.
+        slack: rounding error of the value.
+        rounding: least rounding error of a product.
+        size: Rayleigh quotient of x with the explored parts alone.
     """
 
     whole: Lanczos
@@ -103,32 +103,32 @@ class _Verified:
     size: float
 
     def noise(self, weight: float) -> float:
-        """Of a product with all parts, if those not explored, of this norm, round off alike."""
+        """Rounding error of a product with all parts, if the unexplored ones, of norm `weight`, round alike."""
         return self.surprise * (1 + weight / abs(self.size) if self.size else 1.0) + self.rounding
 
     def bounds(self, left: ComplementBounds) -> tuple[float, float]:
-        """Of the whole spectrum."""
+        """Lower and upper bound on the whole spectrum."""
         noise = self.noise(left.weight)
         upper, lower = self.trial.bounds(left.lower, left.upper)
         return min(float(lower[0]) - noise, self.value), max(float(upper[-1]) + noise, self.value)
 
     def enough(self, left: ComplementBounds) -> bool:
-        """Whether the enclosure is as narrow as was asked for."""
+        """Test of whether the enclosure meets the tolerance."""
         lower, upper = self.bounds(left)
         end = upper if self.whole.which is Which.LARGEST else max(upper, -lower)
         inner = self.value if self.whole.which is Which.LARGEST else abs(self.value)
         return end - inner + self.slack <= self.whole.rtol * abs(self.value)
 
 
-class _Search:
-    """One run under way.
+class _HardFirstRun:
+    """State of one run.
 
     Attributes:
-        hard: the parts that are explored.
+        hard: places of the explored parts S.
         vectors: X, orthonormal, float64.
         images: `A X`.
-        near: `A_S X`, with the explored parts.
-        gap: of the explored parts, between the two Ritz values of largest magnitude, relative.
+        near: `A_S X`, products with the explored parts.
+        gap: relative gap of the two Ritz values of largest magnitude on the explored parts.
         defect: relative residual of the best vector so far.
     """
 
@@ -147,7 +147,7 @@ class _Search:
 
     @property
     def products(self) -> int:
-        """Spent so far, in products with the whole, rounded up; shares add up to one but for rounding."""
+        """Cost so far in products with the whole, rounded up; shares add up to one but for rounding."""
         return math.ceil(round(self.spent, 9))
 
     @property
@@ -161,13 +161,13 @@ class _Search:
         return (1 - self.whole.confidence) / 2
 
     def steps(self) -> Steps[Extremes]:
-        """All of it; where parts are of no help, Lanczos on the whole with what is left of the budget."""
+        """Run to the end; where parts are of no help, by Lanczos on the whole with what is left of the budget."""
         trial, stopped = yield from self._found()
         verified = yield from self._verified(trial)
         if not self.whole.certify:
             return self._extremes(verified, None, stopped)
         if self.rest:
-            aim = Aim(self.failure, verified.enough, self._affordable, f"{verified.value:.5g}")
+            aim = StoppingRule(self.failure, verified.enough, self._affordable, f"{verified.value:.5g}")
             groups: list[Parts] = [self.hard, *((p,) for p in self.rest)]
             left = yield from complement_bounds(verified.trial, self.domain, self.stream, groups, aim)
             self.spent += left.products
@@ -180,7 +180,7 @@ class _Search:
         return replace(result, products=result.products + self.products, confidence=self.whole.confidence)
 
     def _found(self) -> Steps[tuple[RitzBasis, str]]:
-        """A vector whose residual is small enough, and why the search ended."""
+        """Search for a vector whose residual is small enough; returns the basis, and the reason for the end."""
         vector = yield from self._explored(None)
         before = math.inf
         while True:
@@ -234,7 +234,7 @@ class _Search:
                 return run.combine(coefficients[:, best])
 
     def _correct(self, product: Tensor, vector: Tensor, far: list[Tensor]) -> None:
-        """`A_S z` to the surrogate's product, in place."""
+        """Turn `A_S z` into the surrogate's product, in place."""
         if far:
             along, across = space.inner(self.vectors, vector), space.inner(far, vector)
             inside = torch.stack([space.inner(self.vectors, row) for row in far], dim=1)
@@ -267,7 +267,7 @@ class _Search:
                 )
             self.hard += added
 
-    def _verified(self, trial: RitzBasis) -> Steps[_Verified]:
+    def _verified(self, trial: RitzBasis) -> Steps[_VerifiedVector]:
         """One precise product: with the explored parts where a certificate needs the noise, with all where products were coarse."""
         chosen = self._chosen(trial)
         vector, predicted = trial.vectors[chosen], trial.images[chosen]
@@ -275,7 +275,9 @@ class _Search:
         rounding = working * len(self.vectors) * abs(float(trial.values[chosen]))
         if not (self.whole.certify or self.whole.precise):
             value = float(trial.values[chosen])
-            return _Verified(self.whole, trial, chosen, value, trial.defect(chosen), 0.0, rounding, rounding, value)
+            return _VerifiedVector(
+                self.whole, trial, chosen, value, trial.defect(chosen), 0.0, rounding, rounding, value
+            )
         parts = None if self.whole.precise else self.hard
         turn = space.inner(self.vectors, vector)
         expected = predicted if parts is None else space.combine(turn, self.near)
@@ -288,10 +290,10 @@ class _Search:
         final = torch.finfo(torch.float64).eps
         slack = surprise * (final / working + (beyond / abs(size) if size else 0.0)) + rounding * final / working
         residual = space.norm(torch.sub(image, vector, alpha=value))
-        return _Verified(self.whole, trial, chosen, value, residual, surprise, slack, rounding, size)
+        return _VerifiedVector(self.whole, trial, chosen, value, residual, surprise, slack, rounding, size)
 
-    def _extremes(self, verified: _Verified, left: ComplementBounds | None, stopped: str) -> Extremes:
-        """In the common form. Of the other end only the bound is news: the Rayleigh quotient there is any vector's."""
+    def _extremes(self, verified: _VerifiedVector, left: ComplementBounds | None, stopped: str) -> Extremes:
+        """Both ends in the common form. At the other end only the bound is new: any vector's Rayleigh quotient lies there."""
         lower, upper = (-math.inf, math.inf) if left is None else verified.bounds(left)
         trial, which = verified.trial, self.whole.which
         top = which is Which.LARGEST or verified.value >= 0
@@ -325,12 +327,12 @@ class _Search:
         return (yield Request(vectors, double=double, status=status, parts=parts))[:, 0]
 
     def _affordable(self, more: float) -> bool:
-        """Whether so many products more can be spent, with one kept for the end."""
+        """Test of whether so many products more can be spent, with one kept for the end."""
         late = self.whole.seconds is not None and time.monotonic() - self.started > self.whole.seconds
         return self.spent + more <= self.whole.max_products - 1 and not late
 
     def _exhausted(self) -> str:
-        """Which budget it was."""
+        """Name of the budget that is spent, in words."""
         if self.whole.seconds is not None and time.monotonic() - self.started > self.whole.seconds:
             return f"budget of {self.whole.seconds:g} seconds spent"
         return f"budget of {self.whole.max_products} products spent"

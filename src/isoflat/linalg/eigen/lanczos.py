@@ -28,12 +28,13 @@ class Lanczos(Solver[Extremes]):
     product with the recurrence's prediction gives the rounding noise, which widens the enclosure.
 
     Attributes:
-        which: the end that is refined.
+        which: end that is refined.
         rtol: relative width of the enclosure (certified) or relative true residual (uncertified) to reach.
         confidence: probability that the enclosure holds.
-        certify: False stops on the residual, skips the float64 product and leaves the outer ends infinite.
-        precise: take the last product in float64 although nothing is certified.
-        max_products: budget, the final product included.
+        certify: switch of the certificate; False stops on the residual, skips the float64 product and leaves the outer ends
+            infinite.
+        precise: switch that takes the last product in float64 although nothing is certified.
+        max_products: largest number of products, the final one included.
         seconds: budget of wall-clock time; None for no limit.
 
     >>> from isoflat.core.rng import stream
@@ -105,7 +106,7 @@ class Lanczos(Solver[Extremes]):
         return Extremes(ends[0], ends[1], self.which, False, 0.0, 0.0, recurrence.k, "")
 
     def _stop(self, recurrence: Recurrence, view: Extremes, seconds: float, noise: float, verified: int) -> str:
-        """Why to stop now; empty to go on."""
+        """Reason to stop now, in words; empty to go on."""
         if recurrence.exhausted:
             return "the Krylov space is the whole space"
         error = self._error(view)
@@ -120,7 +121,7 @@ class Lanczos(Solver[Extremes]):
         return ""
 
     def _error(self, view: Extremes) -> float:
-        """What the tolerance is about: the width of the enclosure, or the residual."""
+        """Quantity that the tolerance limits: the width of the enclosure, or the residual."""
         if self.certify:
             lower, upper = view.interval()
             return upper - lower

@@ -1,10 +1,10 @@
 """Many eigenpairs at both ends of a spectrum: found from any start, certified from a fresh random one.
 
-1. *Search.* Block Lanczos (`block_lanczos`) or LOBPCG (`lobpcg`) from warm vectors, random ones, or both, until its own
-   residuals are small enough. Nothing here needs to be random, or right.
+1. *Search.* Block Lanczos (`block_lanczos`) from warm vectors, random ones, or both, until its own residuals are small
+   enough. Nothing here needs to be random, or right.
 2. *Verify.* Fresh products of the vectors found, in float64, and Rayleigh and Ritz once more: values and residuals come
    from here only.
-3. *Certify.* `outside` bounds the spectrum on the complement, from a random start that knows nothing of the search; the
+3. *Certify.* `complement` bounds the spectrum on the complement, from a random start that knows nothing of the search; the
    eigenvalues of a small comparison matrix then bound those of A (`docs/concepts/certificate.md`). If the complement
    holds an eigenvalue that belongs among the wanted ones, it goes into the search, and all begins again.
 """
@@ -20,25 +20,24 @@ from torch import Tensor
 
 from isoflat.core import space
 from isoflat.core.errors import UsageError
-from isoflat.linalg.eigen.attempt import Attempt
 from isoflat.linalg.eigen.pairs import Pairs, Search
 from isoflat.linalg.probes import sphere
-from isoflat.linalg.solver import Domain, Steps, Told
+from isoflat.linalg.solver import Domain, SolverWithVectors
 
 
 @dataclass(frozen=True, eq=False)
-class Many(Told[Pairs], ABC):
-    """What solvers for many eigenpairs share: the question, the budget, and everything but the search.
+class EigenpairSolver(SolverWithVectors[Pairs], ABC):
+    """Solver for many eigenpairs at both ends, whatever its search: the question, the tolerance and the budget.
 
     Attributes:
-        largest: how many of the largest eigenvalues; all there are if that is fewer.
-        smallest: how many of the smallest.
+        largest: number of largest eigenvalues wanted; at most n are returned.
+        smallest: number of smallest eigenvalues wanted.
         start: vectors to begin from as columns, shape `(n, m)`, in any position; None for random ones only. However
             bad they are, they cost products, not truth.
         rtol: width of each enclosure (certified), or true residual (uncertified), relative to the value.
         confidence: probability that all enclosures hold.
-        certify: False stops on the residuals, skips float64 and the certificate, and leaves the outer ends infinite.
-        max_products: budget, fresh products and the certificate's included.
+        certify: switch of the certificate; False stops on the residuals, skips float64 and leaves the outer ends infinite.
+        max_products: largest number of products, fresh ones and the certificate's included.
         seconds: budget of wall-clock time, looked at between passes; None for no limit.
     """
 
@@ -67,11 +66,6 @@ class Many(Told[Pairs], ABC):
     @abstractmethod
     def search(self, domain: Domain, stream: torch.Generator) -> Search:
         """A search that has not begun."""
-
-    @final
-    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Pairs]:
-        """Search, verify, certify; again from the start where the certificate shows that something was missed."""
-        return (yield from Attempt(self, domain, stream).steps())
 
     @final
     def columns(self, domain: Domain, width: int, stream: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""What many eigenpairs are, and what a search for them is."""
+"""Eigenpairs with their enclosures, and the interface of a search for them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Reals = NDArray[np.float64]
 
 @final
 @dataclass(frozen=True)
-class Pair:
-    """An eigenvalue with its enclosure, and an approximate eigenvector.
+class Eigenpair:
+    """An eigenvalue with its enclosure `[lower, upper]`, and an approximate eigenvector.
 
     Attributes:
-        value: a Ritz value of fresh products; the eigenvalue lies beyond it, up to rounding.
-        lower: the eigenvalue is at least this.
-        upper: the eigenvalue is at most this.
+        value: Ritz value of fresh products; the eigenvalue lies beyond it (further out), up to rounding.
+        lower: lower bound on the eigenvalue.
+        upper: upper bound on the eigenvalue.
         residual: `‖A x − value·x‖`, from a product of its own.
-        vector: x, shape `(n,)`, float64, of length 1.
-        clustered: whether another eigenvalue may lie in the enclosure: then the value is certified, the vector is not.
+        vector: unit vector x, shape `(n,)`, float64.
+        clustered: flag that another eigenvalue may lie in the enclosure: the value is certified, the vector is not.
         angle: bound on the sine of the angle between x and the eigenvector; 1 where nothing is known.
     """
 
@@ -46,17 +46,17 @@ class Pairs:
     """Both ends of a spectrum, several eigenvalues each.
 
     Attributes:
-        largest: descending; the j-th encloses the j-th largest eigenvalue, counted with multiplicity.
-        smallest: ascending, alike. All of the spectrum where more was asked for than there is.
-        reached: whether the tolerance was reached for every pair.
+        largest: largest eigenvalues, descending; the j-th encloses the j-th largest, counted with multiplicity.
+        smallest: smallest eigenvalues, ascending, alike.
+        reached: flag that the tolerance was reached for every pair.
         confidence: probability that all enclosures hold; 0 if uncertified, where outer ends are infinite.
         noise: estimated rounding error of a product.
-        products: products used, fresh ones and those of the certificate included.
-        stopped: why the run ended, in words.
+        products: number of products used, fresh ones and those of the certificate included.
+        stopped: reason for the end of the run, in words.
     """
 
-    largest: tuple[Pair, ...]
-    smallest: tuple[Pair, ...]
+    largest: tuple[Eigenpair, ...]
+    smallest: tuple[Eigenpair, ...]
     reached: bool
     confidence: float
     noise: float
@@ -75,7 +75,7 @@ class Search(ABC):
     @property
     @abstractmethod
     def rounding(self) -> float:
-        """What rounding amounts to in the precision of the products."""
+        """Rounding error of the Ritz values in the precision of the products."""
 
     @property
     @abstractmethod
@@ -85,15 +85,15 @@ class Search(ABC):
     @property
     @abstractmethod
     def stuck(self) -> bool:
-        """Whether no product could make it better: the whole space is spanned, or rounding is all that is left."""
+        """Flag that no product can improve the pairs: the whole space is spanned, or rounding is all that is left."""
 
     @abstractmethod
     def ritz(self) -> tuple[Reals, Reals]:
-        """All Ritz values, ascending, and their residuals alike."""
+        """Ritz values, ascending, and their residuals in the same order."""
 
     @abstractmethod
     def pairs(self, chosen: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Ritz vectors, float64, and what their products should be."""
+        """Ritz vectors in float64, and their products as the search predicts them."""
 
     @abstractmethod
     def advance(self, goals: dict[int, float], room: int) -> Steps[int]:
@@ -101,7 +101,7 @@ class Search(ABC):
 
         Args:
             goals: residuals to reach, by the place of the Ritz value; empty where there are too few of them yet.
-            room: at most so many products.
+            room: largest number of products.
 
         Returns:
             Number of products taken.

@@ -27,9 +27,9 @@ class PowerMethod(Solver[Extremes]):
     taken up to the sign. It says nothing about the error: there is no outer bound.
 
     Attributes:
-        frame: E, used by the stopping rule only; None for the identity.
-        tol: relative change of v at which to stop; the paper's 1e-8.
-        max_products: at most so many products; the paper's 1000.
+        frame: frame E, used by the stopping rule only; None for the identity.
+        tol: relative change of v at which the iteration stops; the paper's 1e-8.
+        max_products: largest number of products; the paper's 1000.
 
     >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense

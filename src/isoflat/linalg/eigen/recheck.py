@@ -1,4 +1,4 @@
-"""A stored extreme eigenvalue looked at again, by the vector that carries it and a random one: two products."""
+"""Check of a stored extreme eigenvalue by two products: with its eigenvector, and with a random vector."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from isoflat.core.space import inner, norm
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.orthogonal import orthogonalise
 from isoflat.linalg.probes import sphere
-from isoflat.linalg.solver import Domain, Request, Steps, Told
+from isoflat.linalg.solver import Domain, Request, SolverWithVectors, Steps
 
 ROUNDINGS = 100
-"""Of float64, that a product may be off by, relative to its size."""
+"""Relative error allowed to a product, in units of float64 rounding."""
 
 
 @final
 @dataclass(frozen=True)
-class Seen:
-    """What two products tell, in float64.
+class RecheckResult:
+    """Result of the two products of a recheck, in float64.
 
     Attributes:
-        rayleigh: ρ of the witness.
-        residual: r of the witness.
+        rayleigh: Rayleigh quotient ρ of the witness.
+        residual: norm r of its residual.
         low: smallest Ritz value of the span of both vectors.
-        high: largest of them.
+        high: largest Ritz value of that span.
         length: norm of A on that span.
-        rounding: what the products are off by, as their sizes and their asymmetry tell.
+        rounding: error of the products, by their sizes and their asymmetry.
     """
 
     rayleigh: float
@@ -41,19 +41,19 @@ class Seen:
     rounding: float
 
     def reach(self, which: Which) -> float:
-        """What the number is at least, of a smallest eigenvalue at most: proved, whatever the witness."""
+        """Proved bound on the number, whatever the witness: from below, for a smallest eigenvalue from above."""
         return {Which.MAGNITUDE: self.length, Which.LARGEST: self.high, Which.SMALLEST: self.low}[which]
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Recheck(Told[Seen]):
-    """Two products in float64: with the witness, and with a random vector orthogonal to it.
+class Recheck(SolverWithVectors[RecheckResult]):
+    """Solver that takes two products in float64: with the witness, and with a random vector orthogonal to it.
 
     Half of the second one is uniform on the sphere, half is the witness's residual: more is hidden there, if anywhere.
 
     Attributes:
-        witness: shape `(n,)`, of any length but zero.
+        witness: vector of shape `(n,)`, of any length but zero.
 
     >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
@@ -66,7 +66,7 @@ class Recheck(Told[Seen]):
 
     witness: Tensor
 
-    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[Seen]:
+    def steps(self, domain: Domain, stream: torch.Generator) -> Steps[RecheckResult]:
         """Ask twice; once where there is one dimension only."""
         x = self.witness.to(domain.device, torch.float64)
         x = x / norm(x)
@@ -80,7 +80,7 @@ class Recheck(Told[Seen]):
             y = y + rest / residual
         left = orthogonalise([x], y)[1]
         if left <= eps:
-            return Seen(rayleigh, residual, rayleigh, rayleigh, size, eps * size)
+            return RecheckResult(rayleigh, residual, rayleigh, rayleigh, size, eps * size)
         y = y / left
         other = (yield Request(y[:, None], double=True, status="a random vector"))[:, 0]
         small = torch.stack([inner([x, y], part) for part in (image, other)]).cpu()
@@ -88,4 +88,4 @@ class Recheck(Told[Seen]):
         ritz = torch.linalg.eigvalsh((small + small.mT) / 2)
         largest = math.sqrt(max(float(torch.linalg.eigvalsh(lengths)[-1]), 0.0))
         asymmetry = abs(float(small[0, 1] - small[1, 0]))
-        return Seen(rayleigh, residual, float(ritz[0]), float(ritz[-1]), largest, eps * largest + asymmetry)
+        return RecheckResult(rayleigh, residual, float(ritz[0]), float(ritz[-1]), largest, eps * largest + asymmetry)

@@ -1,4 +1,4 @@
-"""What one vector leaves of a spectrum, as a solver of its own."""
+"""Bounds on the spectrum on the complement of one vector, as a solver."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from isoflat.linalg.eigen.complement import Aim, ComplementBounds, RitzBasis, complement_bounds
+from isoflat.linalg.eigen.complement import ComplementBounds, RitzBasis, StoppingRule, complement_bounds
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
 
 CLEAR = 0.25
-"""How much of the gap to the vector's own value a bound may take: what a residual costs is then 4/3 of the least."""
+"""Share of the gap to the vector's own value that a bound may take: a residual then costs 4/3 of the least."""
 
 
 @final
@@ -21,9 +21,9 @@ class Remainder(Solver[ComplementBounds]):
     """Bounds on the spectrum on a vector's complement, tight enough to tell it from the vector's Rayleigh quotient.
 
     Attributes:
-        vector: of length 1, shape `(n,)`.
+        vector: unit vector, shape `(n,)`.
         confidence: probability that both bounds hold.
-        max_products: budget, the one with the vector included.
+        max_products: largest number of products, the one with the vector included.
 
     >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
@@ -40,7 +40,7 @@ class Remainder(Solver[ComplementBounds]):
     max_products: int = 300
 
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[ComplementBounds]:
-        """The vector's product, then a run on the complement."""
+        """Multiply the vector, then run Lanczos on its complement."""
         status = "what a vector leaves"
         product = (yield Request(self.vector[:, None].to(domain.dtype), status=status))[:, 0]
         trial = RitzBasis.of([self.vector], [product])
@@ -50,5 +50,5 @@ class Remainder(Solver[ComplementBounds]):
             above = left.upper - left.top <= CLEAR * (size - left.top)
             return above and left.bottom - left.lower <= CLEAR * (size + left.bottom)
 
-        aim = Aim(1 - self.confidence, enough, lambda spent: spent + 1 <= self.max_products, status)
+        aim = StoppingRule(1 - self.confidence, enough, lambda spent: spent + 1 <= self.max_products, status)
         return (yield from complement_bounds(trial, domain, stream, (None,), aim))

@@ -1,4 +1,4 @@
-"""Eigenvectors that were found, with fresh products: what is known of the spectrum, given bounds on the rest of it."""
+"""Found eigenvectors with fresh products, and the bounds on the spectrum that follow from bounds on their complement."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Verified:
     """The wanted vectors with fresh products; arrays are of the largest, descending, then of the smallest, ascending.
 
     Attributes:
-        trial: the vectors.
-        top: how many of the largest are wanted.
-        bottom: how many of the smallest.
+        trial: wanted vectors with their products.
+        top: number of largest eigenvalues wanted.
+        bottom: number of smallest eigenvalues wanted.
         surprise: distance of the products from what the search predicted.
-        rounding: what rounding amounts to in the search.
-        size: the largest magnitude that it met.
+        rounding: rounding error of the search.
+        size: largest magnitude that the search met.
         working: precision of the search's products, and of those of a certificate.
-        final: of the fresh ones.
+        final: precision of the fresh products.
     """
 
     trial: RitzBasis
@@ -40,17 +40,17 @@ class Verified:
 
     @property
     def values(self) -> Reals:
-        """All Ritz values, ascending."""
+        """Ritz values, ascending."""
         return self.trial.values
 
     @property
     def wanted(self) -> Reals:
-        """The values that are asked for."""
+        """Ritz values that are asked for, in the order of `slots`."""
         return self.values[slots(len(self.values), self.top, self.bottom)]
 
     @property
     def defects(self) -> Reals:
-        """Their residuals."""
+        """Residuals of the wanted values, in the same order."""
         found = [self.trial.defect(j) for j in range(len(self.values))]
         return np.array(found)[slots(len(found), self.top, self.bottom)]
 
@@ -69,7 +69,7 @@ class Verified:
         return torch.finfo(torch.float64).eps * math.sqrt(self.trial.vectors[0].shape[0])
 
     def bounds(self, left: ComplementBounds) -> tuple[Reals, Reals]:
-        """Where the spectrum lies, given what is known of it on the complement.
+        """Bounds on the wanted eigenvalues and on the next ones, from bounds on the complement.
 
         Returns:
             Bounds from above on the largest eigenvalues, descending, and on the next one after them; and from below on the
@@ -81,19 +81,19 @@ class Verified:
         return np.append(high[::-1] + slack, upper)[: self.top + 1], np.append(low - slack, lower)[: self.bottom + 1]
 
     def exact(self) -> tuple[Reals, Reals]:
-        """The same where there is no complement."""
+        """Bounds where the vectors span the whole space, so that there is no complement."""
         high, low = np.append(self.values[::-1], -math.inf), np.append(self.values, math.inf)
         return high[: self.top + 1] + self.slack(0.0), low[: self.bottom + 1] - self.slack(0.0)
 
     def widths(self, highs: Reals, lows: Reals, reach: float) -> Reals:
-        """Of the enclosures that such bounds make."""
+        """Widths of the enclosures that such bounds make, in the order of `slots`."""
         outer, inner = np.concatenate([highs[: self.top], -lows[: self.bottom]]), self.wanted.copy()
         inner[self.top :] *= -1
         return outer - inner + self.slack(reach)
 
 
 def slots(found: int, top: int, bottom: int) -> list[int]:
-    """The places, among so many ascending values, of the largest, descending, then of the smallest, ascending.
+    """Places, among so many ascending values, of the largest, descending, then of the smallest, ascending.
 
     >>> slots(10, 2, 3)
     [9, 8, 0, 1, 2]

@@ -31,8 +31,8 @@ class BlockRecurrence:
     Attributes:
         n: dimension.
         scale: power of two near the largest of the first products that are not zero.
-        size: the largest magnitude met so far, in units of `scale`.
-        active: how many of the waiting directions are to be multiplied next.
+        size: largest magnitude met so far, in units of `scale`.
+        active: number of waiting directions that are multiplied next.
     """
 
     def __init__(self, start: Tensor, dtype: torch.dtype) -> None:
@@ -62,7 +62,7 @@ class BlockRecurrence:
 
     @property
     def exhausted(self) -> bool:
-        """Whether no direction waits: the basis is all of ℝⁿ."""
+        """Flag that no direction waits: the basis spans ℝⁿ."""
         return not self._waiting
 
     @property
@@ -72,11 +72,11 @@ class BlockRecurrence:
 
     @property
     def rounding(self) -> float:
-        """What rounding amounts to: T is that of `A + E` with `‖E‖ = O(k eps ‖A‖)`; in units of `scale`."""
+        """Rounding error of T: it is that of `A + E` with `‖E‖ = O(k eps ‖A‖)`; in units of `scale`."""
         return self.rounding_at(torch.finfo(self._dtype).eps)
 
     def rounding_at(self, eps: float) -> float:
-        """The same for products of another precision; sums over n entries are in float64 in any case."""
+        """Rounding error of T for products of another precision; sums over n entries are in float64 in any case."""
         return (eps * self.k + torch.finfo(torch.float64).eps * math.sqrt(self.n)) * self.size
 
     def admit(self, vector: Tensor) -> bool:
@@ -151,7 +151,7 @@ class BlockRecurrence:
         return vector.div_(space.norm(vector))
 
     def predicted(self, value: float, coefficients: Matrix, vector: Tensor) -> Tensor:
-        """What the recurrence says `A x` is, for a Ritz pair: `θ x + P C s`."""
+        """Product `A x` of a Ritz vector as the recurrence predicts it: `θ x + P C s`."""
         product = value * vector
         if self._waiting:
             product += _combined(self.residuals(coefficients), self._waiting)

@@ -30,7 +30,7 @@ class Recurrence:
         scale: power of two near `‖A q₁‖`, so that nothing depends on the unit of the loss.
         log_couplings: `Σ ln β` over all couplings, in units of `scale`, each taken as no less than `rounding`, because
             below that it is not known; −inf once the space is exhausted.
-        exhausted: whether there is no next basis vector: the Krylov space is ℝⁿ, or the complement of the rows beside
+        exhausted: flag that there is no next basis vector: the Krylov space is ℝⁿ, or the complement of the rows beside
             it, or the operator is zero.
     """
 
@@ -63,11 +63,11 @@ class Recurrence:
 
     @property
     def rounding(self) -> float:
-        """What rounding amounts to: T is that of `A + E` with `‖E‖ = O(k eps ‖A‖)`; in units of `scale`."""
+        """Rounding error of T: it is that of `A + E` with `‖E‖ = O(k eps ‖A‖)`; in units of `scale`."""
         return self.rounding_at(torch.finfo(self._dtype).eps)
 
     def rounding_at(self, eps: float) -> float:
-        """The same for products of another precision; sums over n entries are in float64 in any case."""
+        """Rounding error of T for products of another precision; sums over n entries are in float64 in any case."""
         return (eps * self.k + torch.finfo(torch.float64).eps * math.sqrt(self.n)) * self._largest
 
     def extend(self, product: Tensor) -> None:
@@ -106,7 +106,7 @@ class Recurrence:
         return vector.div_(space.norm(vector))
 
     def predicted(self, value: float, coefficients: NDArray[np.float64], vector: Tensor) -> Tensor:
-        """What the recurrence says `A x` is, for a Ritz pair: `θ x + β s_k q_{k+1}`."""
+        """Product `A x` of a Ritz vector as the recurrence predicts it: `θ x + β s_k q_{k+1}`."""
         product = value * vector
         if len(self._basis) > self.k:
             product.add_(self._basis[self.k], alpha=self.betas[-1] * float(coefficients[-1]))

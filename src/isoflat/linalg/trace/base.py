@@ -1,4 +1,4 @@
-"""What stochastic estimates share: the result, the pass over probes, deflation, and when not to trust an interval."""
+"""Common parts of stochastic estimators: result, pass over probes, deflation, and the test of an interval's coverage."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from isoflat.core import space
 from isoflat.core.errors import UsageError
 from isoflat.linalg.orthogonal import remove
 from isoflat.linalg.probes import Distribution
-from isoflat.linalg.solver import Domain, Request, Steps, Told
+from isoflat.linalg.solver import Domain, Request, SolverWithVectors, Steps
 
 R = TypeVar("R")
 
 REACHED = "tolerance reached"
-"""Why a run ended that did what was asked."""
+"""Reason that a run gives for its end where it met the tolerance."""
 
 SETTLED = 80
 """Probes that one dominant eigenvalue takes until Student's 95 % cover 93 %; measured, see `doubt`."""
@@ -37,19 +37,19 @@ class TraceEstimate:
 
     Attributes:
         value: the estimate.
-        standard_error: of the value; after a pilot, with the pilot's variance.
+        standard_error: standard error of the value; after a pilot, with the pilot's variance.
         half_width: t-quantile times the standard error, plus `rounding`.
         confidence: nominal coverage of `value ± half_width`.
-        products: products used.
+        products: number of products used.
         samples: one unbiased estimate of the trace per probe, in the order of drawing. Runs with the same stream have
             the same probes: differences of their samples are paired.
-        rounding: what rounding may add, in order of magnitude.
+        rounding: possible rounding error, in order of magnitude.
         concentration: `tr(B⁴)/tr(B²)²`, B the part that was sampled without its mean diagonal: 1 for a single
             eigenvalue, 1/r for r equal ones; None where it was not looked at.
         effective_rank: `tr(A)²/‖A‖_F²` of the part that was sampled; None where it was not looked at.
-        doubt: why the interval may cover less often than stated; empty where nothing speaks against it.
-        reached: whether the tolerance was reached; without one, whether all probes were taken.
-        stopped: why the run ended, in words.
+        doubt: reason that the interval may cover less often than stated; empty where nothing speaks against it.
+        reached: flag that the tolerance was reached; without one, that all probes were taken.
+        stopped: reason for the end of the run, in words.
     """
 
     value: float
@@ -71,8 +71,8 @@ class TraceEstimate:
 
 
 @dataclass(frozen=True, eq=False)
-class Deflating(Told[R], ABC):
-    """A solver that is told directions beforehand: what lies along them is taken exactly, the rest is sampled.
+class Deflating(SolverWithVectors[R], ABC):
+    """Solver with given directions: the operator is exact along them, the rest is sampled.
 
     Attributes:
         directions: orthonormal columns, shape `(n, d)`: converged eigenvectors of outliers; None for none.
@@ -105,8 +105,8 @@ class Deflating(Told[R], ABC):
         return rows
 
 
-class Forms:
-    """Quadratic forms `wᵀ A w` of probes, taken in one by one, and what their products tell beside them.
+class QuadraticForms:
+    """Quadratic forms `wᵀ A w` of probes, taken in one by one, with statistics of their products.
 
     Products of different probes that point the same way betray a matrix dominated by few eigenvalues. With
     `c_j = cos²` of the angle between a product and the one before, `E[c_j s_j² s_{j−1}²]/E[s_j² s_{j−1}²]`, s their
@@ -115,10 +115,10 @@ class Forms:
     one vector.
 
     Attributes:
-        values: the forms, in order.
+        values: quadratic forms, in order.
         norms: `‖A w‖`, in order.
-        noise: what rounding may do to a form, in order.
-        level: whether all probes have the same length before they are projected.
+        noise: possible rounding error of each form, in order.
+        level: flag that all probes have the same length before they are projected.
     """
 
     def __init__(self, level: bool = True) -> None:
@@ -134,9 +134,9 @@ class Forms:
         """Take in a probe and its product.
 
         Args:
-            probe: w, shape `(n,)`, in the precision of the products.
+            probe: vector w, shape `(n,)`, in the precision of the products.
             product: `A w`, or `P A w`, shape `(n,)`, float64.
-            removed: the components that the projection took from the probe, shape `(d,)`; None where there was none.
+            removed: components that the projection took from the probe, shape `(d,)`; None where there was none.
         """
         form, size = float(space.inner([probe], product)[0]), space.norm(probe)
         self.values.append(form)
@@ -156,7 +156,7 @@ class Forms:
 
     @property
     def rounding(self) -> float:
-        """What rounding may do to the mean of the forms."""
+        """Possible rounding error of the mean of the forms."""
         return mean(self.noise)
 
     @property
@@ -189,13 +189,13 @@ def ask(
     """Ask for the products of `count` vectors, some at a time.
 
     Args:
-        draw: the next k vectors as columns, shape `(n, k)`.
-        take: called with each vector, in the precision of the products, and its product, both of shape `(n,)`.
+        draw: function that gives the next k vectors as columns, shape `(n, k)`.
+        take: function called with each vector, in the precision of the products, and its product, both of shape `(n,)`.
         count: number of vectors.
-        block: at most so many share a pass over the data.
-        domain: where the operator's vectors live.
-        status: what is being done, for a progress bar.
-        over: called with the number of vectors done; whether to leave it at that.
+        block: largest number of vectors that share a pass over the data.
+        domain: domain of the operator.
+        status: current activity in words, for a progress bar.
+        over: test, called with the number of vectors done, of whether to stop there.
 
     Returns:
         Number of products taken.
@@ -212,7 +212,7 @@ def ask(
 
 
 def along(rows: Sequence[Tensor]) -> Callable[[int], Tensor]:
-    """Given rows, some at a time, as columns: what `ask` draws from."""
+    """Source of given rows for `ask`: some at a time, as columns."""
     waiting = list(rows)
 
     def draw(k: int) -> Tensor:
@@ -223,17 +223,17 @@ def along(rows: Sequence[Tensor]) -> Callable[[int], Tensor]:
     return draw
 
 
-class Beyond:
-    """Random columns without their components along orthonormal rows, some at a time: what `ask` draws from.
+class ProjectedProbes:
+    """Source of random columns for `ask`, projected off orthonormal rows.
 
     Attributes:
-        forms: the forms of the projected operator, from what `take` is given.
+        forms: quadratic forms of the projected operator, from the products given to `take`.
     """
 
     def __init__(
         self, rows: Sequence[Tensor], domain: Domain, distribution: Distribution, stream: torch.Generator
     ) -> None:
-        self.forms = Forms(level=distribution.level)
+        self.forms = QuadraticForms(level=distribution.level)
         self._rows, self._domain, self._distribution, self._stream = rows, domain, distribution, stream
         self._removed: deque[Tensor] = deque()
 
@@ -304,7 +304,7 @@ def quantile(confidence: float, degrees: int) -> float:
 
 
 def doubt(probes: int, concentration: float, negligible: bool) -> str:
-    """Why a t-interval may cover less often than stated; empty if nothing speaks against it.
+    """Reason that a t-interval may cover less often than stated; empty if nothing speaks against it.
 
     The excess kurtosis of a Gaussian form is 12 times the concentration κ, and its skewness at most √(8 κ), whatever
     the signs of the eigenvalues. Measured at nominal 95 %: a single eigenvalue (κ = 1) covers 86 % with 10 probes, 91 %
@@ -315,8 +315,8 @@ def doubt(probes: int, concentration: float, negligible: bool) -> str:
 
     Args:
         probes: number of samples that the variance is from.
-        concentration: κ.
-        negligible: whether the sampling error is below rounding, so that coverage does not depend on it.
+        concentration: concentration κ of the sampled part.
+        negligible: flag that the sampling error is below rounding, so that coverage does not depend on it.
 
     >>> doubt(64, 0.1, False)
     ''
@@ -342,6 +342,6 @@ def check(probes: int, confidence: float, block: int) -> None:
 
 
 def clock(seconds: float | None) -> Callable[[], bool]:
-    """Whether a budget of wall-clock time, which starts now, is spent."""
+    """Test of whether a budget of wall-clock time, which starts now, is spent."""
     started = time.monotonic()
     return lambda: seconds is not None and time.monotonic() - started > seconds

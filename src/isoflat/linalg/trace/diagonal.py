@@ -13,7 +13,7 @@ from torch import Tensor
 from isoflat.core.errors import UsageError
 from isoflat.linalg.probes import rademacher
 from isoflat.linalg.solver import Domain, Solver, Steps
-from isoflat.linalg.trace.base import Forms, TraceEstimate, ask, check, deviation, doubt, mean, quantile
+from isoflat.linalg.trace.base import QuadraticForms, TraceEstimate, ask, check, deviation, doubt, mean, quantile
 
 
 @final
@@ -23,10 +23,10 @@ class DiagonalEstimate:
 
     Attributes:
         diagonal: estimates of the entries, shape `(n,)`, float64.
-        standard_errors: of each entry, shape `(n,)`, float64.
-        blocks: the trace of each diagonal block, in order; all from the same probes.
-        confidence: nominal coverage, of each block's interval or of all at once.
-        products: products used.
+        standard_errors: standard error of each entry, shape `(n,)`, float64.
+        blocks: trace of each diagonal block, in order; all from the same probes.
+        confidence: nominal coverage of each block's interval, or of all at once.
+        products: number of products used.
     """
 
     diagonal: Tensor
@@ -38,8 +38,10 @@ class DiagonalEstimate:
 
 @final
 @dataclass(frozen=True)
-class Diagonal(Solver[DiagonalEstimate]):
-    """The mean of `v ∘ A v` over random signs (Bekas, Kokiopoulou, Saad 2007): exact for diagonal matrices.
+class DiagonalEstimator(Solver[DiagonalEstimate]):
+    """Estimator of the diagonal: the mean of `v ∘ A v` over random signs v (Bekas, Kokiopoulou, Saad 2007).
+
+    It is exact for diagonal matrices.
 
     The variance of entry i is `Σ_{j≠i} a_ij²` for one probe. The sum of `v ∘ A v` over a block estimates the block's
     trace; what lies outside the block adds to the variance and nothing to the mean. The standard errors of entries have
@@ -49,7 +51,7 @@ class Diagonal(Solver[DiagonalEstimate]):
     Attributes:
         probes: number of probes, at least 2.
         sizes: lengths of consecutive diagonal blocks, such as `ParameterSpace.sizes`; empty for no blocks.
-        simultaneous: whether all blocks' intervals together hold with `confidence` (Bonferroni), instead of each.
+        simultaneous: flag that all blocks' intervals hold together with `confidence` (Bonferroni), instead of each.
         confidence: nominal coverage of the blocks' t-intervals.
         block: probes that share a pass over the data; it does not change which probes are drawn.
 
@@ -58,7 +60,7 @@ class Diagonal(Solver[DiagonalEstimate]):
 
     >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense
-    >>> run = Diagonal(probes=2, sizes=(1, 2))(Dense(torch.diag(torch.arange(1.0, 4.0).double())), stream(0))
+    >>> run = DiagonalEstimator(probes=2, sizes=(1, 2))(Dense(torch.diag(torch.arange(1.0, 4.0).double())), stream(0))
     >>> run.diagonal.tolist(), [part.value for part in run.blocks]
     ([1.0, 2.0, 3.0], [1.0, 5.0])
     """
@@ -82,7 +84,7 @@ class Diagonal(Solver[DiagonalEstimate]):
         if self.sizes and sum(self.sizes) != domain.n:
             raise UsageError(f"expected blocks that add up to {domain.n}, got {self.sizes}")
         ends = tuple(accumulate(self.sizes, initial=0))
-        parts = [(slice(a, b), Forms()) for a, b in pairwise(ends)]
+        parts = [(slice(a, b), QuadraticForms()) for a, b in pairwise(ends)]
         centre, spread = (torch.zeros(domain.n, dtype=torch.float64, device=domain.device) for _ in range(2))
         taken = 0
 
@@ -102,7 +104,7 @@ class Diagonal(Solver[DiagonalEstimate]):
         blocks = tuple(self._block(forms, used) for _, forms in parts)
         return DiagonalEstimate(centre, errors, blocks, self.confidence, used)
 
-    def _block(self, forms: Forms, used: int) -> TraceEstimate:
+    def _block(self, forms: QuadraticForms, used: int) -> TraceEstimate:
         missed = (1 - self.confidence) / (len(self.sizes) if self.simultaneous else 1)
         error = deviation(forms.values) / math.sqrt(used)
         half = quantile(1 - missed, used - 1) * error

@@ -13,7 +13,18 @@ from isoflat.core import space
 from isoflat.linalg.orthogonal import remove
 from isoflat.linalg.probes import Distribution
 from isoflat.linalg.solver import Domain, Steps
-from isoflat.linalg.trace.base import Beyond, Deflating, Forms, along, ask, check, deviation, doubt, quantile, unit
+from isoflat.linalg.trace.base import (
+    Deflating,
+    ProjectedProbes,
+    QuadraticForms,
+    along,
+    ask,
+    check,
+    deviation,
+    doubt,
+    quantile,
+    unit,
+)
 
 
 @final
@@ -22,17 +33,17 @@ class FrobeniusEstimate:
     """A Frobenius norm with its interval.
 
     Attributes:
-        value: `‖A‖_F`, the root of an unbiased estimate of the square.
+        value: estimate of `‖A‖_F`, the root of an unbiased estimate of the square.
         lower: lower end of the interval.
         upper: upper end.
-        standard_error: of the value, to first order.
+        standard_error: standard error of the value, to first order.
         confidence: nominal coverage.
-        products: products used.
-        exact: the norm of the part that was not sampled.
-        lengths: `‖P A P v‖` per probe, in the order of drawing: `exact² + lengths_j²` estimates the square.
-        rounding: what rounding may add, in order of magnitude.
-        concentration: as in `TraceEstimate`.
-        doubt: why the interval may cover less often than stated; empty where nothing speaks against it.
+        products: number of products used.
+        exact: norm of the part that was not sampled.
+        lengths: lengths `‖P A P v‖` per probe, in the order of drawing: `exact² + lengths_j²` estimates the square.
+        rounding: possible rounding error, in order of magnitude.
+        concentration: concentration of what was sampled, with the meaning it has in `TraceEstimate`.
+        doubt: reason that the interval may cover less often than stated; empty where nothing speaks against it.
     """
 
     value: float
@@ -60,7 +71,7 @@ class FrobeniusEstimate:
 @final
 @dataclass(frozen=True, eq=False)
 class Frobenius(Deflating[FrobeniusEstimate]):
-    """`‖A‖_F` from the mean of `‖A v‖²`, which is Hutchinson's estimator for `tr(A²)`.
+    """Estimator of `‖A‖_F` from the mean of `‖A v‖²`, which is Hutchinson's estimator for `tr(A²)`.
 
     *Variance* of one `‖A v‖²`: `2 ‖A²‖_F²` with Gaussian probes, `2 (‖A²‖_F² − Σ (A²)_ii²)` with signs.
 
@@ -77,7 +88,7 @@ class Frobenius(Deflating[FrobeniusEstimate]):
         probes: number of probes, at least 2.
         confidence: nominal coverage.
         block: probes that share a pass over the data; it does not change which probes are drawn.
-        distribution: of the probes.
+        distribution: distribution of the probes.
         directions: orthonormal columns to deflate, shape `(n, d)`; None for none.
 
     Raises:
@@ -101,10 +112,10 @@ class Frobenius(Deflating[FrobeniusEstimate]):
         check(self.probes, self.confidence, self.block)
 
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[FrobeniusEstimate]:
-        """The exact blocks, then the lengths of projected products."""
+        """Multiply the directions for the exact blocks, then take the lengths of projected products."""
         rows = self.basis(domain)
         blocks: list[float] = []
-        probes = Beyond(rows, domain, self.distribution, stream)
+        probes = ProjectedProbes(rows, domain, self.distribution, stream)
 
         def split(_: Tensor, product: Tensor) -> None:
             rest = product.clone()
@@ -115,7 +126,7 @@ class Frobenius(Deflating[FrobeniusEstimate]):
         used += yield from ask(probes.draw, probes.take, self.probes, self.block, domain, "norm: probe")
         return self._result(math.hypot(*blocks), probes.forms, unit(domain.dtype, domain.n), used)
 
-    def _result(self, exact: float, forms: Forms, eps: float, used: int) -> FrobeniusEstimate:
+    def _result(self, exact: float, forms: QuadraticForms, eps: float, used: int) -> FrobeniusEstimate:
         m = len(forms.norms)
         sampled = math.hypot(*forms.norms) / math.sqrt(m)
         # The squares in units of their mean: their relative deviation is the deviation of the logarithm, to first order.

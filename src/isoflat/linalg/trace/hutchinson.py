@@ -13,9 +13,9 @@ from isoflat.linalg.probes import Distribution
 from isoflat.linalg.solver import Domain, Steps
 from isoflat.linalg.trace.base import (
     REACHED,
-    Beyond,
     Deflating,
-    Forms,
+    ProjectedProbes,
+    QuadraticForms,
     TraceEstimate,
     along,
     ask,
@@ -52,10 +52,10 @@ class Hutchinson(Deflating[TraceEstimate]):
     remedy is to deflate them.
 
     Attributes:
-        probes: number of probes, at least 2; of the pilot where there is a tolerance.
+        probes: number of probes, at least 2; that of the pilot where there is a tolerance.
         confidence: nominal coverage of the t-interval.
         block: probes that share a pass over the data; it does not change which probes are drawn.
-        distribution: of the probes.
+        distribution: distribution of the probes.
         rtol: relative width of the interval to reach; None for `probes` probes and no more.
         max_products: budget of a run with a tolerance, the directions included.
         seconds: budget of wall-clock time, looked at between passes; None for no limit. Two probes are always taken.
@@ -94,10 +94,10 @@ class Hutchinson(Deflating[TraceEstimate]):
             )
 
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[TraceEstimate]:
-        """The exact part, the pilot, and what the pilot asks for."""
+        """Multiply the directions, take the pilot, then as many probes as it asks for."""
         expired = clock(self.seconds)
         rows = self.basis(domain)
-        exact, probes = Forms(), Beyond(rows, domain, self.distribution, stream)
+        exact, probes = QuadraticForms(), ProjectedProbes(rows, domain, self.distribution, stream)
         used = yield from ask(along(rows), exact.take, len(rows), self.block, domain, "trace: direction")
 
         def sample(count: int) -> Steps[int]:
@@ -113,12 +113,12 @@ class Hutchinson(Deflating[TraceEstimate]):
             )
 
         yield from sample(self.probes)
-        pilot = _Pilot.of(probes.forms, math.fsum(exact.values), math.fsum(exact.noise), self)
+        pilot = _PilotSamples.of(probes.forms, math.fsum(exact.values), math.fsum(exact.noise), self)
         planned = pilot.planned(self.max_products - used)
         yield from sample(planned)
         return self._result(pilot, planned, probes.forms, used)
 
-    def _result(self, pilot: _Pilot, planned: int, forms: Forms, used: int) -> TraceEstimate:
+    def _result(self, pilot: _PilotSamples, planned: int, forms: QuadraticForms, used: int) -> TraceEstimate:
         taken = len(forms.values)
         value = pilot.exact + mean(forms.values)
         error = pilot.deviation / math.sqrt(taken)
@@ -148,17 +148,17 @@ class Hutchinson(Deflating[TraceEstimate]):
 
 @final
 @dataclass(frozen=True)
-class _Pilot:
-    """What the first samples say, and how many the tolerance takes.
+class _PilotSamples:
+    """Statistics of the first samples (Stein's first stage), and the number of samples that the tolerance takes.
 
     Attributes:
-        settings: of the run.
+        settings: settings of the run.
         size: number of samples.
-        exact: the part of the trace along the directions.
-        value: the trace as the pilot sees it.
+        exact: part of the trace along the directions.
+        value: estimate of the trace from the pilot.
         deviation: sample standard deviation of one form.
         quantile: t-quantile with the pilot's degrees of freedom.
-        rounding: what rounding may add to the value.
+        rounding: possible rounding error of the value.
     """
 
     settings: Hutchinson
@@ -170,10 +170,10 @@ class _Pilot:
     rounding: float
 
     @staticmethod
-    def of(forms: Forms, exact: float, noise: float, settings: Hutchinson) -> _Pilot:
-        """From the forms taken so far."""
+    def of(forms: QuadraticForms, exact: float, noise: float, settings: Hutchinson) -> _PilotSamples:
+        """Statistics of the forms taken so far."""
         size = len(forms.values)
-        return _Pilot(
+        return _PilotSamples(
             settings=settings,
             size=size,
             exact=exact,
@@ -197,13 +197,13 @@ class _Pilot:
         return ratio * ratio
 
     def planned(self, budget: int) -> int:
-        """Samples in all."""
+        """Number of samples in all, within a budget of products."""
         if self.settings.rtol is None:
             return self.settings.probes
         return max(self.size, math.ceil(min(self.wanted, budget)))
 
     def reason(self, planned: int) -> str:
-        """Why the planned number of samples was not enough."""
+        """Reason that the planned number of samples was not enough, in words."""
         if self._rounded:
             return "as tight as rounding allows"
         if planned >= self.wanted:
@@ -215,5 +215,5 @@ class _Pilot:
 
     @property
     def _rounded(self) -> bool:
-        """Whether rounding alone is more than the tolerance."""
+        """Flag that rounding alone exceeds the tolerance."""
         return self.rounding > (self.settings.rtol or 0.0) / 2 * abs(self.value)

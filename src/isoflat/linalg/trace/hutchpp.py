@@ -1,4 +1,4 @@
-"""Hutch++: what a random sketch sees is taken exactly, the rest is sampled."""
+"""Hutch++: the trace is exact on the range of a random sketch, and sampled on the rest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class HutchPlusPlus(Solver[TraceEstimate]):
         probes: number of probes for the rest, at least 2.
         confidence: nominal coverage of the t-interval.
         block: vectors that share a pass over the data.
-        distribution: of sketch and probes.
+        distribution: distribution of sketch and probes.
 
     Raises:
         UsageError: a setting has no meaning.
@@ -60,7 +60,7 @@ class HutchPlusPlus(Solver[TraceEstimate]):
             raise UsageError(f"a sketch needs at least 1 column, got {self.sketch}; without one, use Hutchinson")
 
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[TraceEstimate]:
-        """Sketch, orthonormalise, then deflate what was found."""
+        """Sketch, orthonormalise, then run Hutchinson's estimator with the sketch deflated."""
         if 2 * self.sketch + self.probes >= domain.n:
             return (yield from exact_trace(domain, self.block, self.confidence))
         span = Span(domain.n, self.sketch, domain.dtype, domain.device)

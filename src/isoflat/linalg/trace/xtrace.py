@@ -21,7 +21,7 @@ from isoflat.linalg.trace.span import Span
 Matrix = NDArray[np.float64]
 
 PARALLEL = float(np.finfo(np.float64).eps) ** 0.5
-"""Where `1 − cos²` of two unit vectors is below this, the plane they span is lost to rounding."""
+"""Threshold on `1 − cos²` of two unit vectors, below which the plane that they span is lost to rounding."""
 
 
 @final
@@ -146,10 +146,10 @@ def leave_one_out(n: int, core: Matrix, images: Matrix, overlaps: Matrix) -> tup
     are dependent, and any k − 1 of them span as much as all.
 
     Args:
-        n: dimension.
-        core: `Qᵀ A Q`, shape `(r, r)`.
-        images: R with `A Ω = Q R`, shape `(r, k)`, upper triangular.
-        overlaps: `Qᵀ Ω`, shape `(r, k)`.
+        n: dimension of A.
+        core: matrix `Qᵀ A Q`, shape `(r, r)`.
+        images: matrix R with `A Ω = Q R`, shape `(r, k)`, upper triangular.
+        overlaps: matrix `Qᵀ Ω`, shape `(r, k)`.
 
     Returns:
         t_i, shape `(k,)`, and for each j the mean over i ≠ j of t_i with j left out as well, shape `(k,)`.

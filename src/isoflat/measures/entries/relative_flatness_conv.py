@@ -27,7 +27,7 @@ from isoflat.measures.entries.last_layer import gain
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.likelihood import likelihood
 from isoflat.risk.network import exactly
-from isoflat.risk.ranks import Part
+from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.output import output_of
 
 MEMORY = 1 << 28
@@ -77,13 +77,13 @@ class _KernelTrace(DataStatistic):
         risk, state = point.risk, point.state
         names: list[str] = []
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             with torch.no_grad():
                 layers = _layers(point, batch)
                 names.append(layers.name)
                 mass = likelihood(risk.loss, layers.z, risk.target(state, batch)).mass.double()
                 total = sum(_contracted(layers, mass, rows) for rows in _pieces(layers))
-            return Part(torch.as_tensor(total, device=state.device).reshape(1), layers.count)
+            return BatchSum(torch.as_tensor(total, device=state.device).reshape(1), layers.count)
 
         with exactly(state.device), torch.no_grad():
             name = _layers(point, next(iter(risk.batches))).name

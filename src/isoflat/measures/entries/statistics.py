@@ -18,7 +18,7 @@ from isoflat.linalg.maps import Identity
 from isoflat.measures.base import DataStatistic, Question
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.network import exactly
-from isoflat.risk.ranks import Part
+from isoflat.risk.ranks import BatchSum
 from isoflat.risk.rows import derivative
 
 
@@ -65,13 +65,13 @@ class FramedMoments(DataStatistic):
             units = frame.pull(torch.ones(frame.rows, 1, dtype=torch.float64, device=state.device))[:, 0]
             return units.square() * found[0]
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             total, count = torch.zeros(frame.columns, dtype=torch.float64, device=state.device), 0.0
             for piece, gradients in row_gradients(risk, state, batch):
                 counts = counts_of(risk, state, piece).to(state.device)
                 total += frame.pull(gradients.T.double()).square() @ torch.where(counts > 0, 1 / counts, 0)
                 count += float(counts.sum())
-            return Part(total, count)
+            return BatchSum(total, count)
 
         point.report("gradients of single rows")
         with exactly(state.device):
@@ -124,12 +124,12 @@ class Radial(DataStatistic):
         """One forward derivative."""
         risk, state = point.risk, point.state
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             counts = counts_of(risk, state, batch).to(state.device)
             total = (
                 derivative(risk, state, batch, state.vector).double().square() * torch.where(counts > 0, 1 / counts, 0)
             ).sum()
-            return Part(total.reshape(1), float(counts.sum()))
+            return BatchSum(total.reshape(1), float(counts.sum()))
 
         point.report("slopes of single rows")
         with exactly(state.device), torch.no_grad():

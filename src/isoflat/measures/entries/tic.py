@@ -17,7 +17,7 @@ from isoflat.geometry.base import Invariance
 from isoflat.measures.base import DataStatistic, Direction, Findings, Measure
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.network import exactly
-from isoflat.risk.ranks import Part
+from isoflat.risk.ranks import BatchSum
 
 MOST = 3000
 """Weights up to which both matrices are formed."""
@@ -46,14 +46,14 @@ class _Full(DataStatistic):
             kept = values > n * torch.finfo(state.dtype).eps * values[-1]
             roots = vectors[:, kept] / values[kept].sqrt()
 
-            def per_batch(index: int, batch: Any) -> Part:
+            def per_batch(index: int, batch: Any) -> BatchSum:
                 sums, count = torch.zeros(1, dtype=torch.float64, device=state.device), 0.0
                 for piece, gradients in row_gradients(risk, state, batch):
                     counts = counts_of(risk, state, piece).to(state.device)
                     shares = torch.where(counts > 0, 1 / counts, 0)
                     sums += (gradients.double() @ roots).square().sum(1) @ shares
                     count += float(counts.sum())
-                return Part(sums, count)
+                return BatchSum(sums, count)
 
             trace = risk.accumulate(per_batch, torch.zeros(1, dtype=torch.int8, device=state.device))
         return float(trace), int(kept.sum())

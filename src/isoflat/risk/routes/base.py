@@ -1,4 +1,4 @@
-"""What a product route is, and what it goes through."""
+"""Interfaces of a product route, and of the graphs that it goes through."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from isoflat.core.space import ParameterSpace
 from isoflat.core.state import State
-from isoflat.risk.empirical import EmpiricalRisk, Part, differentiate, leaf_state
+from isoflat.risk.empirical import EmpiricalRisk, differentiate, leaf_state
+from isoflat.risk.ranks import BatchSum
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Graph(ABC):
     The matrix is `Σ_b shares / Σ_b count_b`; which one it is, each kind of graph says.
 
     Attributes:
-        count: counted targets or their weights.
+        count: number of counted targets, or sum of their weights.
         rules: names of the second-order rules that were applied (`risk.second_order`).
     """
 
@@ -32,7 +33,7 @@ class Graph(ABC):
     @classmethod
     @abstractmethod
     def build(cls, risk: EmpiricalRisk, state: State, batch: Any) -> Self:
-        """What does not depend on the vectors: forward, and backward as far as its graph is needed."""
+        """Graph up to the vectors: forward, and backward as far as its graph is needed."""
 
     @abstractmethod
     def products(self, vectors: Sequence[Sequence[Tensor]], last: bool) -> Tensor:
@@ -44,8 +45,8 @@ class Linearisation(ABC):
     """The Hessian of the empirical risk at a state, or another matrix of the weights, as products.
 
     Attributes:
-        risk: the empirical risk.
-        state: the point.
+        risk: empirical risk.
+        state: weights and buffers.
     """
 
     risk: EmpiricalRisk
@@ -54,11 +55,11 @@ class Linearisation(ABC):
     @property
     @abstractmethod
     def route(self) -> str:
-        """How the products are computed, for the record."""
+        """Name of the method of the products, for the record."""
 
     @property
     def exact(self) -> bool:
-        """Whether products are exact up to rounding."""
+        """Flag that products are exact up to rounding."""
         return True
 
     @abstractmethod
@@ -79,12 +80,12 @@ def columns(space: ParameterSpace, vectors: Tensor) -> list[list[Tensor]]:
     return [list(space.unflatten(column).values()) for column in vectors.T.contiguous()]
 
 
-def gradient(risk: EmpiricalRisk, state: State, batch: Any) -> Part:
+def gradient(risk: EmpiricalRisk, state: State, batch: Any) -> BatchSum:
     """One batch's summed gradient, shape `(n,)`."""
     leaves = leaf_state(state)
     term = risk.term(leaves, batch)
     parameters = list(leaves.parameters.values())
-    return Part(joined(parameters, differentiate(term.total, parameters)), term.count)
+    return BatchSum(joined(parameters, differentiate(term.total, parameters)), term.count)
 
 
 def joined(leaves: Sequence[Tensor], parts: Sequence[Tensor | None]) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from isoflat.core.space import norm
-from isoflat.risk.empirical import Part
 from isoflat.risk.network import exactly
+from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.base import Linearisation, gradient
 
 STEP = torch.finfo(torch.float64).eps ** (1 / 3)
@@ -26,27 +26,27 @@ class Differences(Linearisation):
     taken for curvature.
 
     Attributes:
-        step: h in units of ‖θ‖ / ‖v‖.
+        step: step h in units of ‖θ‖ / ‖v‖.
     """
 
     step: float = STEP
 
     @property
     def route(self) -> str:
-        """For the record."""
+        """Name of the method, for the record."""
         return "central differences of gradients, float64"
 
     @property
     def exact(self) -> bool:
-        """They are not."""
+        """False: differences are approximate."""
         return False
 
     def products(self, vectors: Tensor) -> Tensor:
-        """Two gradients for each column."""
+        """Products by two gradients for each column."""
         state, center = self.state, self.state.vector.double()
         reaches = [self.step * (norm(center) or 1.0) / (norm(vector) or 1.0) for vector in vectors.T]
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             made, count = [], 0.0
             for vector, reach in zip(vectors.T, reaches, strict=True):
                 ends = []
@@ -56,11 +56,11 @@ class Differences(Linearisation):
                     ends.append(end.total)
                     count = end.count
                 made.append((ends[0] - ends[1]) / (2 * reach))
-            return Part(torch.stack(made, dim=1), count)
+            return BatchSum(torch.stack(made, dim=1), count)
 
         with exactly(state.device):
             return self.risk.accumulate(per_batch, vectors)
 
     def double(self) -> Differences:
-        """In float64."""
+        """Route in float64."""
         return replace(self, state=self.state.to(dtype=torch.float64))

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from isoflat.core.state import State
-from isoflat.risk.empirical import Part, differentiate
+from isoflat.risk.empirical import differentiate
 from isoflat.risk.network import exactly
+from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.base import Linearisation, columns, joined
 
 
@@ -27,25 +28,25 @@ class Forward(Linearisation):
 
     @property
     def route(self) -> str:
-        """For the record."""
+        """Name of the method, for the record."""
         return "forward over reverse"
 
     def products(self, vectors: Tensor) -> Tensor:
         """A dual forward and backward pass for each column."""
         wide = columns(self.state.space, vectors)
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             parts = [self._derivative(batch, vector) for vector in wide]
-            return Part(torch.stack([part.total for part in parts], dim=1), parts[0].count)
+            return BatchSum(torch.stack([part.total for part in parts], dim=1), parts[0].count)
 
         with exactly(self.state.device):
             return self.risk.accumulate(per_batch, vectors)
 
     def double(self) -> Forward:
-        """In float64."""
+        """Route in float64."""
         return Forward(self.risk, self.state.to(dtype=torch.float64))
 
-    def _derivative(self, batch: Any, vector: Sequence[Tensor]) -> Part:
+    def _derivative(self, batch: Any, vector: Sequence[Tensor]) -> BatchSum:
         with forward_ad.dual_level():
             names = list(self.state.parameters)
             leaves = [tensor.detach().requires_grad_(True) for tensor in self.state.parameters.values()]
@@ -56,4 +57,4 @@ class Forward(Linearisation):
                 None if gradient is None else forward_ad.unpack_dual(gradient).tangent
                 for gradient in differentiate(term.total, dual)
             ]
-            return Part(joined(leaves, tangents).detach(), term.count)
+            return BatchSum(joined(leaves, tangents).detach(), term.count)

@@ -1,4 +1,4 @@
-"""Out of memory: the work is cut finer, and goes on."""
+"""Recovery from a lack of memory: the work is cut finer, and goes on."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ T = TypeVar("T")
 @final
 @dataclass
 class Grain:
-    """How fine the data is cut at the moment.
+    """Current size of the pieces that the data is cut into.
 
     Attributes:
-        rows: of a piece.
-        halvings: how often it has been halved.
+        rows: number of rows of a piece.
+        halvings: number of times that it has been halved.
     """
 
     rows: int
@@ -48,8 +48,8 @@ class Guarded(Linearisation):
     Graphs that were kept are let go, and rebuilt for each product from then on.
 
     Attributes:
-        inner: the route; a list, so that graphs can be let go.
-        grain: how fine it cuts.
+        inner: route inside; a list, so that graphs can be let go.
+        grain: size of its pieces.
     """
 
     inner: list[Linearisation] = field(repr=False)
@@ -57,12 +57,12 @@ class Guarded(Linearisation):
 
     @property
     def route(self) -> str:
-        """Of what is inside."""
+        """Name of the inner route's method."""
         return self.inner[0].route
 
     @property
     def exact(self) -> bool:
-        """As what is inside."""
+        """Flag that the inner route is exact up to rounding."""
         return self.inner[0].exact
 
     def products(self, vectors: Tensor) -> Tensor:
@@ -79,16 +79,16 @@ class Guarded(Linearisation):
             del old
 
     def on(self, risk: EmpiricalRisk) -> Guarded:
-        """Guarded still."""
+        """Guarded route over other pieces of the data."""
         return Guarded(risk, self.state, [self.inner[0].on(risk)], self.grain)
 
     def double(self) -> Guarded:
-        """In float64, as finely cut as this one is by then."""
+        """Route in float64, cut as finely as this one is by then."""
         return Guarded(self.risk, self.state.to(dtype=torch.float64), [self.inner[0].double()], self.grain)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch has a type for accelerators, and words for the host."""
+    """Test of whether an allocation failed: torch has a type for accelerators, and words for the host."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 

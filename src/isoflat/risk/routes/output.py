@@ -29,14 +29,14 @@ class OutputGraph:
     """One batch's output `z(θ)` with its graph, `J = ∂z/∂θ`.
 
     Attributes:
-        leaves: the trainable tensors.
-        z: the output, of any shape.
-        residual: `r = ∂total/∂z`, with its graph over z.
-        seed: the u of `g(u) = Jᵀ u`.
-        pulled: where `g(u)` hangs on its graph; None for tensors that z does not depend on.
-        count: counted targets or their weights.
+        leaves: trainable tensors as leaves of the graph.
+        z: output of the model, of any shape.
+        residual: derivative `r = ∂total/∂z`, with its graph over z.
+        seed: vector u of `g(u) = Jᵀ u`.
+        pulled: nodes of the graph that `g(u)` hangs on; None for tensors that z does not depend on.
+        count: number of counted targets, or sum of their weights.
         rules: names of the second-order rules that were applied.
-        target: what the loss compares z with; None where the model computes its own loss.
+        target: target that the loss compares z with; None where the model computes its own loss.
     """
 
     leaves: tuple[Tensor, ...]
@@ -114,7 +114,7 @@ def output_of(term: Term) -> Tensor:
 
 
 def check_output(risk: EmpiricalRisk, state: State) -> None:
-    """Whether the weights enter the loss of the first batch only through the model's output.
+    """Check that the weights enter the loss of the first batch only through the model's output.
 
     The gradient that remains when nothing flows back through the output must be zero, exactly.
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from isoflat.core.state import State
-from isoflat.risk.empirical import EmpiricalRisk, Part, differentiate, leaf_state
+from isoflat.risk.empirical import EmpiricalRisk, differentiate, leaf_state
 from isoflat.risk.network import exactly
+from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.base import Graph, Linearisation, columns, joined
 from isoflat.risk.second_order import second_order
 
@@ -27,8 +28,8 @@ class GradientGraph(Graph):
     """One batch's gradient with its graph: its share of the Hessian.
 
     Attributes:
-        leaves: the trainable tensors.
-        gradients: where each gradient hangs on the graph; None where the loss is linear in the tensor, or does without.
+        leaves: trainable tensors as leaves of the graph.
+        gradients: node of the graph that each gradient hangs on; None where the loss is linear in the tensor, or does without.
     """
 
     leaves: tuple[Tensor, ...]
@@ -71,8 +72,8 @@ class Cached(Linearisation):
     """Graphs of all batches stay in memory: a product costs one backward pass through them.
 
     Attributes:
-        kind: what the graphs are.
-        graphs: of each batch; None for batches of other processes.
+        kind: kind of the graphs.
+        graphs: graph of each batch; None for batches of other processes.
     """
 
     kind: type[Graph]
@@ -80,25 +81,25 @@ class Cached(Linearisation):
 
     @property
     def route(self) -> str:
-        """For the record."""
+        """Name of the method, for the record."""
         return "reverse over reverse, graph kept"
 
     def products(self, vectors: Tensor) -> Tensor:
         """One backward pass through the kept graphs for each column."""
         wide = columns(self.state.space, vectors)
 
-        def per_batch(index: int, graph: Graph) -> Part:
-            return Part(graph.products(wide, last=False), graph.count)
+        def per_batch(index: int, graph: Graph) -> BatchSum:
+            return BatchSum(graph.products(wide, last=False), graph.count)
 
         with exactly(self.state.device):
             return self.risk.accumulate(per_batch, vectors, over=self.graphs)
 
     def on(self, risk: EmpiricalRisk) -> Recomputed:
-        """Without graphs."""
+        """Route over other pieces of the data, without kept graphs."""
         return Recomputed(risk, self.state, self.kind)
 
     def double(self) -> Recomputed:
-        """In float64; no graph is kept."""
+        """Route in float64; no graph is kept."""
         return self.on(self.risk).double()
 
 
@@ -108,33 +109,33 @@ class Recomputed(Linearisation):
     """Each product runs forward and backward anew, batch by batch: memory of one batch.
 
     Attributes:
-        kind: what is built of each batch.
+        kind: kind of graph that is built of each batch.
     """
 
     kind: type[Graph] = GradientGraph
 
     @property
     def route(self) -> str:
-        """For the record."""
+        """Name of the method, for the record."""
         return "reverse over reverse, graph rebuilt"
 
     def products(self, vectors: Tensor) -> Tensor:
         """Forward, backward, and one more backward for each column."""
         wide = columns(self.state.space, vectors)
 
-        def per_batch(index: int, batch: Any) -> Part:
+        def per_batch(index: int, batch: Any) -> BatchSum:
             graph = self.kind.build(self.risk, self.state, batch)
-            return Part(graph.products(wide, last=True), graph.count)
+            return BatchSum(graph.products(wide, last=True), graph.count)
 
         with exactly(self.state.device):
             return self.risk.accumulate(per_batch, vectors)
 
     def keep(self) -> Cached:
-        """With the graphs of all batches in memory."""
+        """Route that keeps the graphs of all batches in memory."""
         with exactly(self.state.device):
             graphs = tuple(self.risk.own(lambda _, batch: self.kind.build(self.risk, self.state, batch)))
         return Cached(self.risk, self.state, self.kind, graphs)
 
     def double(self) -> Recomputed:
-        """In float64."""
+        """Route in float64."""
         return Recomputed(self.risk, self.state.to(dtype=torch.float64), self.kind)

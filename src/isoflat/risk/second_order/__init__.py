@@ -22,7 +22,7 @@ from isoflat.risk.second_order.rule import Trace
 
 @contextmanager
 def second_order() -> Iterator[Trace]:
-    """While a gradient graph is built, operations with a rule of ours are differentiated by it.
+    """Differentiate operations by our rules, for the time of a block that builds a gradient graph.
 
     Values stay the same, and so do shapes and strides. What has no rule, or a form the rule does not cover, is left to
     torch.

@@ -16,16 +16,16 @@ from torch.autograd import Function
 from torch.nn.modules.utils import _pair
 
 from isoflat.risk.second_order.places import pick, spread
-from isoflat.risk.second_order.rule import Rule, Trace, eligible
+from isoflat.risk.second_order.rule import SecondOrderRule, Trace, eligible
 
 BITE = 2**20
-"""Entries of a convolution's output that are held before they are pooled: what fits into a processor's cache."""
+"""Entries of a convolution's output that are held before they are pooled: as many as fit into a processor's cache."""
 
 
 @final
 @dataclass(frozen=True)
 class _Pooling:
-    """Of planes of a certain size, from places that are disjoint or not."""
+    """Pooling of planes of a certain size, from places that are disjoint or not."""
 
     size: tuple[int, int]
     disjoint: bool
@@ -34,7 +34,7 @@ class _Pooling:
 @final
 @dataclass(frozen=True)
 class _Window:
-    """How the kernel moves, whether channels lie side by side in memory meanwhile, and what comes after."""
+    """Strides and padding of the kernel, the memory format meanwhile, and the pooling that follows."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -44,7 +44,7 @@ class _Window:
     pooling: _Pooling | None = None
 
     def laid(self, tensor: Tensor) -> Tensor:
-        """The tensor as it is to lie; differentiable."""
+        """Tensor in the memory format of the window; differentiable."""
         return tensor.contiguous(memory_format=torch.channels_last) if self.across else tensor
 
     def forward(self, places: Tensor | None, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,7 +74,7 @@ class _Window:
         )
 
     def _rows(self, places: Tensor) -> int:
-        """Of an even part of all rows."""
+        """Number of rows of an even part of all rows."""
         size = 0 if self.pooling is None else self.pooling.size[0] * self.pooling.size[1]
         rows, most = len(places), max(1, BITE // (places.shape[1] * size))
         return -(-rows // -(-rows // most))
@@ -98,7 +98,7 @@ class _Window:
 
 @final
 class _Convolution(Function):
-    """Of inputs, weight and bias; the values, if pooled, are picked from what was made before."""
+    """Convolution of inputs, weight and bias; values, if pooled, are picked from an earlier convolution."""
 
     @staticmethod
     def forward(  # noqa: PLR0913
@@ -124,12 +124,12 @@ class _Convolution(Function):
         wanted = list(ctx.needs_input_grad[4:])
         outputs = outputs if ctx.window.pooling else ctx.window.laid(outputs)
         factors = ctx.trace.factors(*ctx.saved_tensors)
-        return None, None, None, None, *_Gradients.apply(ctx.window, wanted, outputs, *factors)
+        return None, None, None, None, *_ConvolutionBackward.apply(ctx.window, wanted, outputs, *factors)
 
 
 @final
-class _Gradients(Function):
-    """With respect to inputs, weight and bias; None where not wanted."""
+class _ConvolutionBackward(Function):
+    """Gradients of a convolution in inputs, weight and bias; None where not wanted."""
 
     @staticmethod
     def forward(
@@ -171,7 +171,7 @@ class _Gradients(Function):
 
 
 def _sum(*parts: Tensor | None) -> Tensor | None:
-    """Of those that are there."""
+    """Sum of the tensors that are not None."""
     total = None
     for part in parts:
         total = part if total is None else total if part is None else total + part
@@ -181,7 +181,7 @@ def _sum(*parts: Tensor | None) -> Tensor | None:
 @final
 @dataclass(frozen=True)
 class _Convolved:
-    """What a convolution was made of."""
+    """Arguments of a convolution."""
 
     trace: Trace
     window: _Window
@@ -224,4 +224,4 @@ def _apply(  # noqa: PLR0913
     return output
 
 
-RULE = Rule("convolution", {F.conv2d: _apply})
+RULE = SecondOrderRule("convolution", {F.conv2d: _apply})

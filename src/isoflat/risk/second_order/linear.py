@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd import Function
 
-from isoflat.risk.second_order.rule import Rule, Trace, eligible
+from isoflat.risk.second_order.rule import SecondOrderRule, Trace, eligible
 
 
 @final
@@ -24,12 +24,12 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx: Any, outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
-        return None, *_Gradients.apply(ctx.needs_input_grad[1:], outputs, *ctx.trace.factors(*ctx.saved_tensors))
+        return None, *_LinearBackward.apply(ctx.needs_input_grad[1:], outputs, *ctx.trace.factors(*ctx.saved_tensors))
 
 
 @final
-class _Gradients(Function):
-    """With respect to inputs, weight and bias; None where not wanted."""
+class _LinearBackward(Function):
+    """Gradients of a linear layer in inputs, weight and bias; None where not wanted."""
 
     @staticmethod
     def forward(
@@ -70,4 +70,4 @@ def _apply(trace: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = No
     return _Linear.apply(trace, rows, weight, bias).view(*input.shape[:-1], len(weight))
 
 
-RULE = Rule("linear", {F.linear: _apply})
+RULE = SecondOrderRule("linear", {F.linear: _apply})

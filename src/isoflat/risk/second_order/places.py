@@ -1,4 +1,4 @@
-"""Entries of planes by their places: what max-pooling is once it is known which entries win."""
+"""Selection of entries of planes by their places, which max-pooling is once its maxima are known."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ def pick(planes: Tensor, places: Tensor, across: bool = False) -> Tensor:
     """The entries, shape `(…, h, w)` from `(…, H, W)`; places count along the rows of a plane.
 
     Args:
-        planes: of one or more channels.
-        places: of what to pick.
-        across: whether both have channels side by side in memory, and the entries are to have them; four dimensions.
+        planes: planes of one or more channels.
+        places: places of the entries to pick.
+        across: flag that both have channels side by side in memory, and the entries are to have them; four dimensions.
     """
     if across:
         picked = _beside(planes).flatten(1, 2).gather(1, _beside(places).flatten(1, 2))

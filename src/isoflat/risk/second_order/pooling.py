@@ -12,7 +12,7 @@ from torch.nn.modules.utils import _pair
 
 from isoflat.risk.second_order.places import pick, spread
 from isoflat.risk.second_order.relu import rectified
-from isoflat.risk.second_order.rule import Rule, Trace, eligible
+from isoflat.risk.second_order.rule import SecondOrderRule, Trace, eligible
 
 
 @final
@@ -78,10 +78,10 @@ def _apply(  # noqa: PLR0913
 
 
 def _places(planes: Tensor, *window: Any) -> Tensor:
-    """Where in its plane each window's first maximum is; channels side by side, which vectorises on a processor."""
+    """Places in its plane of each window's first maximum; channels side by side, which vectorises on a processor."""
     if planes.ndim == 4 and planes.device.type == "cpu":
         planes = planes.contiguous(memory_format=torch.channels_last)
     return F.max_pool2d_with_indices(planes, *window)[1].contiguous()
 
 
-RULE = Rule("pooling", {F.max_pool2d: _apply, torch.max_pool2d: _apply})
+RULE = SecondOrderRule("pooling", {F.max_pool2d: _apply, torch.max_pool2d: _apply})

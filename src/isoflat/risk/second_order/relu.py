@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd import Function
 
-from isoflat.risk.second_order.rule import Rule, Trace, eligible
+from isoflat.risk.second_order.rule import SecondOrderRule, Trace, eligible
 
 
 def rectified(source: Tensor, inplace: bool = False) -> Tensor:
@@ -63,7 +63,7 @@ def _apply_inplace(trace: Trace, input: Tensor) -> Any:
     return _apply(trace, input, inplace=True)
 
 
-RULE = Rule(
+RULE = SecondOrderRule(
     "relu",
     {
         F.relu: _apply,

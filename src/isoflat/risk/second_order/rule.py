@@ -1,4 +1,4 @@
-"""What a second-order rule is, and what rules know about the forward pass they act in."""
+"""Second-order rules, and the record of the forward pass that they act in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 @final
 @dataclass(frozen=True)
-class _Made:
+class _RuleOutput:
     output: weakref.ref[Tensor]
     of: Any
     sources: tuple[Tensor, ...]
@@ -37,14 +37,14 @@ class Trace:
 
     used: set[str] = field(default_factory=set)
     _constant: bool = False
-    _last: dict[str, _Made] = field(default_factory=dict)
+    _last: dict[str, _RuleOutput] = field(default_factory=dict)
 
     def remember(self, rule: str, output: Tensor, made_of: Any, sources: Sequence[Tensor]) -> None:
         """Note what a rule made an output of; only its last output is remembered, and not kept alive."""
-        self._last[rule] = _Made(weakref.ref(output), made_of, tuple(sources), _versions(output, *sources))
+        self._last[rule] = _RuleOutput(weakref.ref(output), made_of, tuple(sources), _versions(output, *sources))
 
     def recall(self, rule: str, output: Tensor) -> Any:
-        """What a rule made this output of; None if it did not, or not last, or if anything was written to since."""
+        """Origin of an output that a rule made; None if it did not, or not last, or if anything was written to since."""
         made = self._last.get(rule)
         if made is None or made.output() is not output or made.versions != _versions(output, *made.sources):
             return None
@@ -52,7 +52,7 @@ class Trace:
 
     @contextmanager
     def jacobian(self) -> Iterator[None]:
-        """While a backward graph is built of which only the derivative in what comes from above will be asked for.
+        """Mark that, inside, a backward graph is built of which only the derivative in the cotangent will be asked for.
 
         Torch's own operations are told at each backward pass what is asked for; a function of ours is not.
         """
@@ -63,7 +63,7 @@ class Trace:
             self._constant = False
 
     def factors(self, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
-        """What an operation saved, as a backward graph is to depend on it."""
+        """Saved tensors of an operation, detached where the backward graph must not depend on them."""
         return tuple(None if t is None else t.detach() for t in saved) if self._constant else saved
 
     def forget(self) -> None:
@@ -73,12 +73,12 @@ class Trace:
 
 @final
 @dataclass(frozen=True)
-class Rule:
-    """How certain operations are to be differentiated.
+class SecondOrderRule:
+    """Replacement of some operations by functions with cheaper second derivatives.
 
     Attributes:
-        name: for the record.
-        operations: for each function of torch, `apply(trace, *args, **kwargs)` with the function's own arguments: its
+        name: name of the rule, for the record.
+        operations: replacement of each function of torch, `apply(trace, *args, **kwargs)` with the function's own arguments: its
             value, or `NotImplemented` where the rule does not apply.
     """
 
@@ -87,7 +87,7 @@ class Rule:
 
 
 def eligible(*tensors: Tensor | None) -> bool:
-    """Whether a function of these tensors is differentiated backwards only, and all of them are plain."""
+    """Test of whether a function of these tensors is differentiated backwards only, and all of them are plain."""
     present = [tensor for tensor in tensors if tensor is not None]
     return (
         torch.is_grad_enabled()
