@@ -120,7 +120,8 @@ def compare(
     def prepare(model: torch.nn.Module) -> Subject:
         return subject(model, batches, loss, replace(chosen, initial=None))
 
-    known = ranks.on_all_ranks(lambda: _alike(models, prepare, places, declared or ()))
+    with ranks.agreeing():
+        known = _alike(models, prepare, places, declared or ())
     tables: dict[str, Table] = {}
     for label, model in models.items():
         with _about(label, but=UsageError):
