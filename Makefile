@@ -8,13 +8,13 @@ PEERS_ENV := $(PEERS)/.installed
 THREADS ?= 2
 MINUTES ?= 15
 
-.PHONY: demo test lint test-slow test-oracles bench bench-power bench-symmetries bench-gpt2 bench-products bench-catalogue bench-device catalogue results-page clean
+.PHONY: demo test lint golden mutants test-slow test-oracles bench bench-power bench-symmetries bench-gpt2 bench-products bench-catalogue bench-device catalogue results-page clean
 
 demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
 	$(BIN)/isoflat demo
 
 test: $(ENV) lint  ## everything that must hold before a change lands
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --maxfail 20 -m "not slow"
 	ISOFLAT_PRETEND=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/device
 
 lint: $(ENV)
@@ -22,6 +22,13 @@ lint: $(ENV)
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports --no-logo
+
+golden: $(ENV)  ## about seventy measurements on a base commit and here, compared to the last bit: make golden BASE=main [ONLY=sampled]
+	@test -n "$(BASE)" || { echo "name the commit to compare with, such as: make golden BASE=main" >&2; exit 2; }
+	$(BIN)/python tests/golden/compare.py --base "$(BASE)" --only "$(ONLY)"
+
+mutants: $(ENV)  ## one-line faults in a copy of the source, each of which some test must notice; writes docs/mutants.md
+	$(BIN)/python tests/mutants/run.py --jobs $(THREADS) --markdown docs/mutants.md
 
 test-slow: $(ENV)  ## with real MNIST and CIFAR-10 in the folder ISOFLAT_DATA (skipped, and said so, where absent)
 	$(BIN)/python -m pytest -m slow -rs -s

@@ -24,7 +24,8 @@ from isoflat.geometry.quotient import Quotient
 from isoflat.measurement.compare import compare
 from isoflat.measurement.run import measure, measure_all
 from isoflat.measurement.spectrum import spectrum
-from isoflat.measures.base import Budget, Measure
+from isoflat.measures.base import Measure
+from isoflat.measures.settings import Budget
 from isoflat.risk.losses import BatchLoss
 from isoflat.symmetry.canonical.representative import canonicalize, reparametrize
 from isoflat.symmetry.finding.discover import symmetries

@@ -30,9 +30,9 @@ from isoflat.geometry.base import Geometry, Invariance
 from isoflat.geometry.preconditioned import Preconditioned
 from isoflat.geometry.traced import Traced
 from isoflat.measurement.run import measure_all
-from isoflat.measurement.scribe import NOT_APPLICABLE
 from isoflat.measures.base import Measure
 from isoflat.measures.catalogue import find_geometry, find_measure, geometries
+from isoflat.measures.point import NOT_APPLICABLE
 from isoflat.symmetry.finding.discover import symmetries
 from isoflat.symmetry.found import Found
 

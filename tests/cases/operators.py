@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from isoflat.core.rng import stream
-from isoflat.linalg.operator import Dense, Operator
+from isoflat.linalg.operator import Dense, Operator, Pullback
+from isoflat.linalg.solver import Outcome, Solver
+from isoflat.measurement.lockstep import Task, outcomes
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,16 @@ def rotated(values, seed: int = 0, dtype: torch.dtype = torch.float64) -> Dense:
     q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=stream(seed, "basis"), dtype=torch.float64))
     matrix = (q * values) @ q.T
     return Dense(((matrix + matrix.T) / 2).to(dtype))
+
+
+class Job(NamedTuple):
+    """A solver on an operator, to run alone or in step with others."""
+
+    operator: Pullback
+    solver: Solver[Any]
+    stream: torch.Generator
+
+
+def in_lockstep(jobs: Sequence[Job], report: Callable[[str], None] = lambda _: None) -> list[Outcome]:
+    """The outcomes of jobs that share passes."""
+    return outcomes([Task.of(job.solver, job.operator, job.stream) for job in jobs], report)

@@ -15,7 +15,8 @@ from cases.group import Answer, attempt
 from cases.networks import Case, mlp
 from isoflat.core.rng import stream
 from isoflat.core.space import norm
-from isoflat.measurement.prepare import subject
+from isoflat.measurement.subject import subject
+from isoflat.measures.settings import Settings
 from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.reverse import Recomputed
 
@@ -55,7 +56,7 @@ def numbers(ordered: bool, dtype: str = "float64") -> dict[str, list[float]]:
     found = {}
     ranks = Ranks.here(ordered)
     for name, (net, data, criterion) in subjects().items():
-        target = subject(net, data, criterion, dtype=dtype)
+        target = subject(net, data, criterion, Settings(dtype=dtype))
         batches = target.risk.batches if ordered else target.risk.batches.among(ranks.world)
         risk = replace(target.risk, ranks=ranks, batches=batches)
         state, survey = target.state, risk.survey(target.state)
@@ -76,17 +77,21 @@ def numbers(ordered: bool, dtype: str = "float64") -> dict[str, list[float]]:
     return found
 
 
-def measured(ordered: bool = False, names=("ragged batches", "one batch"), dtype="float64"):
+PLACES = {"ragged batches": ["auto", "layerwise"], "one batch": ["layerwise"]}
+"""Geometries of what is measured; every process traces the network once more, so that one subject has to do for that."""
+
+
+def measured(ordered: bool = False, dtype="float64"):
     """The public function: value and enclosure, by subject, measure and geometry; and the estimates in full."""
     values, texts = {}, []
     for name, (net, data, criterion) in subjects().items():
-        if name in names:
+        if name in PLACES:
             table = isoflat.measure_all(
                 net,
                 data,
                 criterion,
                 measures=["quotient_spectral_norm"],
-                geometry=["auto", "layerwise"],
+                geometry=PLACES[name],
                 dtype=dtype,
                 reproducible_sum=ordered,
             )
@@ -180,7 +185,7 @@ def accidents(memory: int | None) -> list[tuple[str, str, float]]:
 
     found = []
     for message in ("planted", "can't allocate memory: planted"):
-        for call in range(1, 46, 2 if memory else 9):
+        for call in range(1, 46, 2 if memory else 15):
             net = Tripped(case.net, call if dist.get_rank() == 1 else 10**9, lambda message=message: fail(message))
             budget = isoflat.Budget(products=40, memory=memory)
             answer = attempt(

@@ -31,7 +31,7 @@ def _off(one, other):
     return worst
 
 
-@pytest.mark.parametrize("world", [2, 4, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))])
 def test_any_number_of_processes_gives_the_same_numbers(world):
     """Ragged batches, fewer batches than processes, ignored targets, and batches that the library cuts."""
     sums, measured, texts = _single(False, "float64")

@@ -8,6 +8,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from cases import recipes
+from cases.group import run
 from isoflat.cli.main import app
 from isoflat.cli.reproduce import followed
 from isoflat.experiments.recipe import parse
@@ -15,21 +17,6 @@ from isoflat.experiments.recipe import parse
 REPRODUCE = ["reproduce", "synthetic-invariance", "--replicates", "1"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ISOFLAT = [*TORCHRUN, "-m", "isoflat"]
-
-WORKER = """
-import sys
-from pathlib import Path
-
-from isoflat.experiments.splits import load_split
-from isoflat.cli.reproduce import followed
-from isoflat.experiments.recipe import parse
-from isoflat.risk.ranks import Ranks, joined
-
-with joined():
-    result = followed(parse(sys.argv[1], "tiny"), None, Path(sys.argv[2]))
-    told = [(n.label, n.diverged, [(r.model_hash, r.estimate.value) for r in n.table]) for n in result.networks]
-    assert Ranks.here().gather(told) == [told] * Ranks.here().world
-"""
 
 RECIPE = """
 title = "t"
@@ -87,9 +74,8 @@ def test_two_processes_find_what_one_finds_and_write_it_once(tmp_path):
 
 def test_what_trains_has_the_weights_of_one_process_and_what_diverges_does_so_for_all(tmp_path):
     followed(parse(RECIPE, "tiny"), None, tmp_path / "one", jobs=1)
-    (tmp_path / "worker.py").write_text(WORKER)
-    run = _run(tmp_path, *TORCHRUN, "worker.py", RECIPE, tmp_path / "two")
-    assert run.returncode == 0, run.stderr
+    answers = run(2, recipes.reproduced, RECIPE, str(tmp_path / "two"))
+    assert all(answer is not None and not answer.error for answer in answers), answers
     one, two = _cells(tmp_path / "one"), _cells(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 3
     assert [cell["weights"] for cell in one.values()] == [cell["weights"] for cell in two.values()]
@@ -97,7 +83,15 @@ def test_what_trains_has_the_weights_of_one_process_and_what_diverges_does_so_fo
     assert not list((tmp_path / "two" / "store" / "under-way").iterdir())
 
 
-@pytest.mark.parametrize("more", [("--jobs", "2"), pytest.param(("--submit", "local"), marks=pytest.mark.slow)])
+def test_workers_of_workers_are_refused_by_all(tmp_path):
+    answers = run(2, recipes.given_workers, RECIPE, str(tmp_path / "two"))
+    assert [answer.value.error for answer in answers] == ["UsageError"] * 2
+    assert all(answer.value.message.startswith("under torchrun") for answer in answers)
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [("--jobs", "2"), ("--submit", "local")])
 def test_workers_of_workers_are_refused_in_one_line(tmp_path, more):
     run = _run(tmp_path, *ISOFLAT, *REPRODUCE, *more)
     assert run.returncode and not run.stdout

@@ -77,18 +77,20 @@ def _measure(net, data, found):
     return isoflat.measure(net, data, nn.CrossEntropyLoss(), symmetries=known, rtol=1e-9)
 
 
-def _some(quick):
-    """All of them; of those that take longest all but one are slow."""
-    heavy = [name for name in BESIDE if name.startswith(("hugging-", "normless")) and name != quick]
-    return [pytest.param(name, marks=pytest.mark.slow if name in heavy else ()) for name in sorted(BESIDE)]
+def _some(*quick):
+    """All of them; but for a few they are slow."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in sorted(BESIDE)]
 
 
 @pytest.mark.parametrize(
     ("name", "frozen"),
     [
         pytest.param(*param.values, frozen, id=f"{param.values[0]}-{word}", marks=param.marks)
-        for word, frozen, quick in (("trained", False, "normless"), ("frozen", True, "hugging-llama"))
-        for param in _some(quick)
+        for word, frozen, other in (
+            ("trained", False, "torch-encoder-post-relu"),
+            ("frozen", True, "torch-encoder-pre-gelu"),
+        )
+        for param in _some("multihead-fused", other)
     ],
 )
 def test_attack_does_not_move_it(name, frozen):
@@ -102,7 +104,7 @@ def test_attack_does_not_move_it(name, frozen):
     assert before.value == pytest.approx(after.value, rel=1e-8)
 
 
-@pytest.mark.parametrize("name", _some("hugging-gpt2"))
+@pytest.mark.parametrize("name", _some("hugging-gpt2", "multihead-fused"))
 def test_attack_does_not_move_it_before_training(name):
     """`up = 0`: `down` is at liberty, and the closed orbit has zeros there."""
     net, data = adapted(name, zero=True, frozen=False), _data(name)

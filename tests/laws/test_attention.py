@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import isoflat
+from cases.found import found_of
 from cases.transformers import SEQUENCE, Adapted, Attention, reader, unpacked
 from cases.zoo import TOKENS, ZOO, Joined, randomised
 from isoflat.core.errors import SymmetryViolated
@@ -65,14 +66,15 @@ def _same_function(a, b, data, tolerance=1e-10):
 
 # Packed ---------------------------------------------------------------------------------------------------------------
 
-PACKED = ["attention-chunked", "attention-by-head", "glu-packed", "glu-bilinear-packed"]
+PACKED = ["attention-chunked", "glu-packed"]
+PACKED_TOO = ["attention-by-head", "attention-unbound", "glu-bilinear-packed"]
 
 
-@pytest.mark.parametrize("name", [*PACKED, pytest.param("attention-unbound", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*PACKED, *(pytest.param(name, marks=pytest.mark.slow) for name in PACKED_TOO)])
 def test_packed_counts_as_unpacked(name):
     """Query, key and value, gate and value: three layers or one, as trained and far out on the orbit."""
     net, data = ZOO[name].build(), _data(name)
-    found, other = _found(net, data), _found(unpacked(net), data)
+    found, other = found_of(name, net), _found(unpacked(net), data)
     wanted = _number(net, data, found=found)
     assert _number(unpacked(net), data, found=other) == pytest.approx(wanted, rel=1e-10)
     moved = isoflat.reparametrize(net, found, seed=3)
@@ -106,8 +108,9 @@ def test_two_linear_maps_side_by_side_are_one():
     data = _data(shape=(3,))
     wanted = _number(one, data)
     assert _number(two, data) == pytest.approx(wanted, rel=1e-10)
-    moved = isoflat.reparametrize(two, _found(two, data), seed=3)
-    assert _number(moved, data) == pytest.approx(wanted, rel=1e-8)
+    found = _found(two, data)
+    moved = isoflat.reparametrize(two, found, seed=3)
+    assert _number(moved, data, found=found) == pytest.approx(wanted, rel=1e-8)
 
 
 # Single entries -------------------------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def test_two_linear_maps_side_by_side_are_one():
 
 SINGLE = [
     "attention-separate",
-    "grouped-queries-flagged",
+    pytest.param("grouped-queries-flagged", marks=pytest.mark.slow),
     "rotary-halves",
     "torch-encoder-pre-gelu",
     "linear-chain-two",
@@ -126,14 +129,13 @@ SINGLE = [
 def test_elementwise_is_proof_against_all_but_rotations(name):
     """Scalings, shifts, common vectors, and whatever may pass between two linear maps."""
     net, data = ZOO[name].build(), _data(name)
-    found = _found(net, data)
+    found = found_of(name, net)
     pairs = replace(found, basis=BasisChange(tuple(f for f in found.basis.families if not f.orthogonal)))
     assert pairs.basis.dimension
     place = ELEMENTWISE.on(found)
     wanted = _number(net, data, place, 1e-9)
-    for seed in (1, 2):
-        twin = isoflat.reparametrize(net, pairs, seed=seed)
-        assert _number(twin, data, ELEMENTWISE.on(replace(found, model=twin)), 1e-9) == pytest.approx(wanted, rel=1e-8)
+    twin = isoflat.reparametrize(net, pairs, seed=1)
+    assert _number(twin, data, ELEMENTWISE.on(replace(found, model=twin)), 1e-9) == pytest.approx(wanted, rel=1e-8)
     loose = {name for family in found.basis.families if family.orthogonal for name in family.names}
     notes = [note for note in place.chart(found.state()).notes if "claim withdrawn" in note]
     assert len(notes) == bool(loose)
@@ -169,10 +171,10 @@ def test_a_rotation_in_a_head_moves_single_entries_unless_singular_vectors_fix_t
         twin[2].value.weight[:2] = turn @ twin[2].value.weight[:2]
         twin[2].output.weight[:, :2] = twin[2].output.weight[:, :2] @ turn.T
     assert _same_function(net, twin, data)
-    nearest = Nearest("nearest", "entry by entry", "none")
-    plain, moved = (_number(n, data, nearest.on(_found(n, data)), 1e-9) for n in (net, twin))
+    nearest, found = Nearest("nearest", "entry by entry", "none"), _found(net, data)
+    plain, moved = (_number(n, data, nearest.on(replace(found, model=n)), 1e-9) for n in (net, twin))
     assert moved != pytest.approx(plain, rel=1e-4)
-    fixed, still = (_number(n, data, ELEMENTWISE.on(_found(n, data)), 1e-9) for n in (net, twin))
+    fixed, still = (_number(n, data, ELEMENTWISE.on(replace(found, model=n)), 1e-9) for n in (net, twin))
     assert still == pytest.approx(fixed, rel=1e-8)
 
 
@@ -212,7 +214,7 @@ def test_an_adapter_that_adds_nothing_counts_as_none():
     assert "2.query.down.weight, 2.value.down.weight (zero on the closed orbit)" in note
     found = _found(net, data)
     twin = isoflat.reparametrize(net, found, seed=1)
-    assert _number(twin, data) == pytest.approx(est.value, rel=1e-8)
+    assert _number(twin, data, found=found) == pytest.approx(est.value, rel=1e-8)
 
 
 def test_a_frozen_base_is_acted_on_nevertheless():
@@ -222,9 +224,8 @@ def test_a_frozen_base_is_acted_on_nevertheless():
         parameter.requires_grad_(".up." in name or ".down." in name)
     found = _found(net, data)
     wanted = _number(net, data, found=found)
-    for seed in (1, 2):
-        twin = isoflat.reparametrize(net, found, seed=seed)
-        assert _number(twin, data, found=found) == pytest.approx(wanted, rel=1e-8)
+    twin = isoflat.reparametrize(net, found, seed=1)
+    assert _number(twin, data, found=found) == pytest.approx(wanted, rel=1e-8)
     plain, moved = (_number(n, data, "layerwise", 1e-3) for n in (net, twin))
     assert max(plain, moved) > 10 * min(plain, moved)
 
@@ -268,7 +269,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "tanh" else n for n in WRONG])
 def test_a_wrong_change_of_basis_is_refused(name, monkeypatch):
     """A rule that lets bases pass where none can: the derivative on the network says no, to that and to nothing else.
 
@@ -329,14 +330,21 @@ def _short(case: str) -> tuple[nn.Module, nn.Module]:
     return full, short
 
 
-@pytest.mark.parametrize("case", ["rank one", "rank one, bias", "dead head", "dead head, bias"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "rank one, bias",
+        "dead head",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("rank one", "dead head, bias")),
+    ],
+)
 def test_a_pair_short_of_rank_is_cut_to_it(case):
     """The same function, and the number of the network that never had the coordinates."""
     full, short = _short(case)
     data = _data()
     assert _same_function(full, short, data)
     found = _found(full, data)
-    wanted = _number(short, data)
+    wanted = _number(short, data, found=found if "dead" in case else None)
     assert _number(full, data, found=found) == pytest.approx(wanted, rel=1e-8)
     twin = isoflat.reparametrize(full, found, seed=1)
     assert _number(twin, data, found=found) == pytest.approx(wanted, rel=1e-8)
@@ -542,8 +550,7 @@ def test_an_edit_by_hand_does_not_move_the_number(edit):
         torch.manual_seed(5)
         change({key: tensor.data for key, tensor in twin.named_parameters()})
     assert _same_function(net, twin, data)
-    found = _found(net, data)
-    before, after = (_number(n, data, rtol=1e-9, found=found) for n in (net, twin))
+    before, after = (_number(n, data, rtol=1e-9, found=found_of(name, net)) for n in (net, twin))
     assert after == pytest.approx(before, rel=1e-8)
     # Negative control: the layer-wise number moves, but with an order of heads.
     plain, moved = (_number(n, data, "layerwise", 1e-4) for n in (net, twin))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cases.found import found_of
 from cases.transformers import TRANSFORMERS, Scores, llama
 from cases.zoo import TOKENS, ZOO, randomised, thinned
 from isoflat.core.state import State
@@ -126,7 +127,7 @@ def _whole(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
 @pytest.mark.parametrize("name", thinned(NAMES, HEAVY))
 def test_null_space_is_what_was_found(name):
     net, inputs = _lively(name)
-    found = symmetries(net, ZOO[name].inputs(), verify=False)
+    found = found_of(name, net, blind=False)
     state = found.state().to(dtype=torch.float64)
     state = replace(state, constants=dict.fromkeys(state.constants, 0.0))
     directions = _directions(net, state)

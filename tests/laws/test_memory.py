@@ -12,8 +12,14 @@ RUN = Path(__file__).parents[1] / "cases" / "memory.py"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's high-water mark")
-@pytest.mark.parametrize("memory", [1 << 34, 100 << 20], ids=["roomy", "tight"])
-@pytest.mark.parametrize(("name", "rows"), [("mlp", 20_000), ("lenet", 1_000), ("encoder", 1_000)])
+@pytest.mark.parametrize(
+    ("name", "rows", "memory"),
+    [
+        pytest.param(name, rows, memory, id=f"{name}-{word}", marks=() if word == quick else pytest.mark.slow)
+        for name, rows, quick in (("mlp", 20_000, "tight"), ("lenet", 1_000, "roomy"), ("encoder", 1_000, "tight"))
+        for memory, word in ((1 << 34, "roomy"), (100 << 20, "tight"))
+    ],
+)
 def test_peak_memory_is_within_a_fifth_of_the_forecast(name, rows, memory):
     """In a process whose allocator gives blocks back at once, so that its mark is what was in use."""
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

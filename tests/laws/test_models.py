@@ -375,7 +375,7 @@ def test_out_of_memory_halves_the_rows_and_goes_on(monkeypatch):
     monkeypatch.undo()
     whole = Recomputed(risk, state).products(vector)
     assert torch.allclose(products, whole, rtol=1e-12)
-    monkeypatch.setattr("isoflat.measurement.session.plan", lambda *args: planned)
+    monkeypatch.setattr("isoflat.measures.point.plan", lambda *args: planned)
     _scarce(monkeypatch, 4)
     estimate = isoflat.measure(net, data, LOSS, rtol=1e-9, check="skip", **OPTIONS)
     assert estimate.value == pytest.approx(wanted.value, rel=1e-12)

@@ -221,6 +221,21 @@ def test_a_penalty_on_weights_shifts_the_spectrum():
     assert seen.value == pytest.approx(float(torch.linalg.matrix_norm(dense, 2)), rel=1e-10)
 
 
+def test_value_and_gradient_are_means_over_counted_targets():
+    """Against autograd on all rows at once, where batches differ in size and some targets are ignored."""
+    case = mlp((4, 5, 3), bias=True, seed=6, rows=11)
+    targets = torch.where(torch.arange(11) % 3 == 0, -100, case.targets)
+    batches = list(zip(case.inputs.split(4), targets.split(4), strict=True))
+    risk = EmpiricalRisk(Network(case.net), as_loss(LOSS), as_batches(batches))
+    state = risk.network.state()
+    loss = LOSS(case.net(case.inputs), targets)
+    slopes = torch.autograd.grad(loss, list(case.net.parameters()))
+    survey = risk.survey(state)
+    assert risk.value(state) == pytest.approx(loss.item(), rel=1e-12)
+    assert survey.loss == pytest.approx(loss.item(), rel=1e-12)
+    assert torch.allclose(survey.gradient, torch.cat([slope.reshape(-1) for slope in slopes]), rtol=1e-10)
+
+
 @pytest.mark.parametrize("shape", [(7,), (7, 4)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_counts_of_rows_are_those_of_each_by_itself(shape, weighted):
@@ -234,4 +249,6 @@ def test_counts_of_rows_are_those_of_each_by_itself(shape, weighted):
         each = [loss.count(z[i : i + 1], y[i : i + 1]) for i in range(len(z))]
         assert loss.row_counts(z, y).tolist() == each
         assert 0 in each
+        alone = torch.stack([loss.summed(z[i : i + 1], y[i : i + 1]) for i in range(len(z))])
+        assert torch.allclose(loss.by_row(z, y), alone, rtol=1e-6)
     assert as_loss(nn.MSELoss()).row_counts(z, z).tolist() == [z[0].numel()] * len(z)

@@ -19,7 +19,8 @@ import isoflat
 from cases.networks import Case, cnn, mlp, scale
 from isoflat.cli.main import app
 from isoflat.curvature.diagonal import gauss_newton_diagonal
-from isoflat.measurement.prepare import subject
+from isoflat.measurement.subject import subject
+from isoflat.measures.settings import Settings
 from isoflat.symmetry.canonical.representative import install
 
 DOUBLE = torch.float64
@@ -397,7 +398,7 @@ def test_fixed_tensors_that_the_frame_reaches_have_no_prior():
         case.net[2].bias.fill_(3.0)
     estimate = isoflat.measure(case.net, case.data, case.criterion, measure=RESCALED, params="*weight")
     assert any("reaches fixed tensors" in note and "2.bias" in note for note in estimate.notes)
-    target = subject(case.net, case.data, case.criterion, "*weight")
+    target = subject(case.net, case.data, case.criterion, Settings(params="*weight"))
     h = target.state.space.unflatten(gauss_newton_diagonal(target.risk, target.state))
     tensors = {e.name: e for e in isoflat.symmetries(case.net, case.inputs).scaling.tensors if e.name in h}
     assert set(tensors) == set(h) == {"0.weight", "1.weight", "2.weight"}

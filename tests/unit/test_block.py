@@ -12,7 +12,7 @@ from isoflat.core.rng import stream
 from isoflat.linalg.krylov.block import BlockRecurrence
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.operator import Dense
-from isoflat.linalg.orthogonal import orthogonalise, restart
+from isoflat.linalg.orthogonal import orthogonalise, orthonormalise, restart
 from isoflat.linalg.probes import sphere, spherical
 
 bulk = np.linspace(-1, 1, 60)
@@ -211,6 +211,30 @@ def test_orthogonalise_gives_up_on_what_lies_in_the_span():
     fresh = restart(rows, vector)
     assert space.norm(space.inner(rows, fresh)) < 1e-14
     assert torch.equal(fresh, restart(rows, vector))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-17, 1e-16, 1e-15, 1e-13])
+def test_what_is_left_is_orthogonal_or_nothing(size):
+    """Nearly all of the vector lies in the rows' span: one pass of subtractions would leave rounding along them."""
+    for seed in range(5):
+        rows = torch.linalg.qr(spherical(40, 6, stream(seed)))[0].T.contiguous().unbind()
+        vector = space.combine(torch.arange(1.0, 7.0, dtype=torch.float64), rows) + size * sphere(
+            40, stream(seed, "new")
+        )
+        left = orthogonalise(rows, vector)[1]
+        assert space.norm(space.inner(rows, vector)) <= 1e-12 * left or left == 0
+
+
+def test_images_go_along_when_vectors_are_made_orthonormal():
+    """From vectors that are far from orthonormal: what comes out is orthonormal, and its images are its products."""
+    draw = torch.randn(4, 9, generator=stream(0, "orthonormalise"), dtype=torch.float64)
+    matrix = torch.randn(9, 9, generator=stream(1, "orthonormalise"), dtype=torch.float64)
+    vectors = [row + 3 * draw[0] for row in draw.clone()]
+    images = [matrix @ vector for vector in vectors]
+    orthonormalise(vectors, images)
+    basis = torch.stack(vectors)
+    assert torch.allclose(basis @ basis.T, torch.eye(4, dtype=torch.float64), atol=1e-13)
+    assert torch.allclose(torch.stack(images), basis @ matrix.T, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

@@ -102,7 +102,7 @@ def test_auto_is_the_default_and_says_what_it_is_invariant_to(folder):
 def test_numbers_over_the_orbit_are_printed_and_in_the_json(folder):
     """All three geometries together: one does not move, two do."""
     asked = [word for place in ("auto", "layerwise", "euclidean") for word in ("--geometry", place)]
-    few = ("--weights", "best.safetensors", "--examples", "100", "--orbit", "2", *asked)
+    few = ("--weights", "best.safetensors", "--examples", "50", "--orbit", "2", *asked)
     result = _measure(*few, "--json")
     assert result.exit_code == 0, result.output
     orbit = json.loads(result.stdout)["orbit"]
@@ -116,7 +116,7 @@ def test_numbers_over_the_orbit_are_printed_and_in_the_json(folder):
 def test_every_measure_in_every_geometry_prints(folder):
     """Also where b/value is not defined: in plain weights, and for traces."""
     asked = [word for name in measures() for word in ("--measure", name)]
-    result = _measure(*asked, "--geometry", "layerwise", "--geometry", "euclidean", "--rtol", "0.5")
+    result = _measure(*asked, "--geometry", "layerwise", "--geometry", "euclidean", "--rtol", "0.5", "--examples", "60")
     assert result.exit_code in (0, 3), result.output
     for name in measures():
         assert name in result.output
@@ -167,7 +167,7 @@ def test_measures_and_doctor(folder):
 
 
 def test_attack_tells_what_survives(folder):
-    few = ("attack", "--model", "cli_nets:normed", "--data", "digits", "--examples", "100", "--points", "2")
+    few = ("attack", "--model", "cli_nets:normed", "--data", "digits", "--examples", "50", "--points", "2")
     result = _run(*few, "--search", "1", "--json")
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom
 
+from cases.operators import Job, in_lockstep
 from isoflat.core.density import Atoms, Density, Outlier, Quadrature
 from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.rng import stream
@@ -25,7 +26,6 @@ from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Operator, Pullback
 from isoflat.linalg.probes import gaussian
-from isoflat.linalg.solver import Job, run_in_lockstep
 from isoflat.linalg.trace.hutchinson import Hutchinson
 
 N = 300
@@ -267,7 +267,7 @@ def test_blocks_and_company_do_not_matter():
         Job(Pullback(operator, Identity(N)), StochasticLanczosQuadrature(probes=4, depth=10), stream(0)),
         Job(Pullback(operator, Identity(N)), Hutchinson(probes=8), stream(1)),
     ]
-    assert run_in_lockstep(operator, jobs)[0].result == alone
+    assert in_lockstep(jobs)[0].result == alone
 
 
 @pytest.mark.parametrize("probes", [1, 2])

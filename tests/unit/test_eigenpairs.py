@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from scipy.stats import binom
 from torch import Tensor
 
-from cases.operators import Spectrum, rotated, spectrum
+from cases.operators import Job, Spectrum, in_lockstep, rotated, spectrum
 from isoflat.core import space
 from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.rng import stream
@@ -29,7 +29,7 @@ from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.maps import Diagonal, Identity
 from isoflat.linalg.operator import Dense, Operator, Pullback
 from isoflat.linalg.probes import spherical
-from isoflat.linalg.solver import Domain, Job, run_in_lockstep
+from isoflat.linalg.solver import Domain
 
 
 def exact_of(operator: Operator) -> np.ndarray:
@@ -592,7 +592,7 @@ def test_pullbacks_share_passes():
     pulled = [Pullback(operator, frame) for frame in frames]
     alone = [Eigenpairs(3)(pullback, stream(0)) for pullback in pulled]
     operator.seen.clear()
-    outcomes = run_in_lockstep(operator, [Job(pullback, Eigenpairs(3), stream(0)) for pullback in pulled])
+    outcomes = in_lockstep([Job(pullback, Eigenpairs(3), stream(0)) for pullback in pulled])
     for outcome, run in zip(outcomes, alone, strict=True):
         assert outcome.products == run.products == outcome.result.products
         assert [pair.value for pair in outcome.result.largest] == pytest.approx([pair.value for pair in run.largest])

@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import Tensor
 
+from cases.operators import Job, in_lockstep
 from isoflat.core.rng import stream
-from isoflat.linalg.eigen.complement import RitzBasis
+from isoflat.linalg.eigen.complement import Aim, RitzBasis, complement_bounds
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Pullback, Sum
 from isoflat.linalg.probes import sphere
-from isoflat.linalg.solver import Domain, Job, run_in_lockstep
+from isoflat.linalg.solver import Domain
 from isoflat.risk.parts import FEWEST, MINORITY, WORTHWHILE, by_hardness
 
 
@@ -53,6 +54,7 @@ def test_encloses(which: Which, sign: float):
     result = HardFirst(Lanczos(which=which, rtol=1e-3))(whole(matrices), stream(0))
     lower, upper = result.interval()
     assert lower <= truth <= upper
+    assert not result.reached or upper - lower <= 1e-3 * abs(result.wanted.value) * (1 + 1e-9)
     assert result.bottom.bound <= float(spectrum[0])
     assert result.top.bound >= float(spectrum[-1])
     vector = result.wanted.vector
@@ -111,8 +113,7 @@ def test_what_the_first_part_is_blind_to_is_found_by_the_certificate():
 def test_budget_is_kept_with_a_valid_enclosure(budget: int):
     matrices = parts()
     operator = whole(matrices)
-    outcome = run_in_lockstep(
-        operator,
+    outcome = in_lockstep(
         [Job(Pullback(operator, Identity(operator.n)), HardFirst(Lanczos(rtol=1e-9, max_products=budget)), stream(0))],
     )[0]
     lower, upper = outcome.result.interval()
@@ -164,14 +165,54 @@ def test_comparison_matrix_bounds_every_eigenvalue():
         assert max(float(trial.values[-1]), float(left[-1])) < spectrum[-1]
 
 
+@pytest.mark.parametrize("bound", [-1.0, 0.3])
+def test_comparison_matrix_is_that_of_all_dimensions(bound: float):
+    """The small matrix has the ends of `[Θ Rᵀ; R U I]`, which is formed here as `A` with `U I` in place of its complement."""
+    n, d = 30, 4
+    matrix = part(n, n, 1.0, 5) - part(n, n, 1.0, 6)
+    basis = torch.linalg.qr(torch.randn(n, d, generator=stream(0, "trial"), dtype=torch.float64))[0]
+    away = torch.eye(n, dtype=torch.float64) - basis @ basis.T
+    values = torch.linalg.eigvalsh(matrix - away @ matrix @ away + bound * away).numpy()
+    upper, lower = RitzBasis.of(list(basis.T), list((matrix @ basis).T)).bounds(bound, bound)
+    assert upper == pytest.approx(values[-d:], abs=1e-12)
+    assert lower == pytest.approx(values[:d], abs=1e-12)
+
+
+def test_bounds_on_the_complement_add_up_over_parts():
+    """Where two parts have their largest eigenvalue along one direction, the complement's is the sum of both."""
+    values = torch.linspace(0, 1, 30, dtype=torch.float64)
+    operator = Sum((Dense(torch.diag(values)), Dense(torch.diag(2 * values))), (1.0, 1.0))
+    known = torch.eye(30, dtype=torch.float64)[0]
+    trial = RitzBasis.of([known], [operator.matmat(known[:, None])[:, 0]])
+    aim = Aim(1e-6, lambda left: left.upper <= 3.2, lambda more: more <= 60)
+    steps = complement_bounds(trial, Domain.of(operator), stream(0), ((0,), (1,)), aim)
+    asked = next(steps)
+    try:
+        while True:
+            asked = steps.send(operator.some(asked.parts).matmat(asked.vectors))
+    except StopIteration as ended:
+        left = ended.value
+    assert left.reached
+    assert left.upper >= 3.0
+    assert left.top == pytest.approx(3.0, rel=0.01)
+
+
 def test_jobs_share_passes_over_parts():
     operator = whole(parts())
     passes: list[int] = []
     jobs = [Job(Pullback(operator, Identity(operator.n)), HardFirst(Lanczos()), stream(k)) for k in range(2)]
-    run_in_lockstep(operator, jobs, lambda status: passes.append(1))
+    in_lockstep(jobs, lambda status: passes.append(1))
     alone: list[int] = []
-    run_in_lockstep(operator, jobs[:1], lambda status: alone.append(1))
+    in_lockstep(jobs[:1], lambda status: alone.append(1))
     assert len(passes) < 1.5 * len(alone)
+
+
+def test_parts_of_a_pullback_add_up_to_it():
+    """Whatever is added beside the parts counts once."""
+    operator = Pullback(whole(parts(20)), Identity(20), Dense(torch.eye(20, dtype=torch.float64)))
+    vectors = torch.randn(20, 2, generator=stream(0, "vectors"), dtype=torch.float64)
+    added = sum(operator.some((p,)).matmat(vectors) for p in range(3))
+    assert torch.allclose(added, operator.matmat(vectors), rtol=1e-12, atol=1e-14)
 
 
 def test_shares():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -241,6 +242,40 @@ def test_smallest_of_a_singular_operator_ends_without_spending_the_budget():
     assert run.products < 40
     assert run.interval()[0] <= 0 <= run.interval()[1] + 1e-14
     assert run.interval()[1] - run.interval()[0] < 1e-11
+
+
+@dataclass(frozen=True)
+class Coarse(Operator):
+    """Products that are too small by a thousandth, unless they are in float64."""
+
+    exact: Dense
+
+    @property
+    def n(self) -> int:
+        return self.exact.n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.exact.device
+
+    def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.exact.matmat(vectors) * (1 - 1e-3)
+
+    def double(self) -> Operator:
+        return self.exact
+
+
+def test_what_products_are_off_by_is_noise_and_widens_the_interval():
+    """The fresh product tells that all others were too small; the bound, which they gave, must make up for it."""
+    run = Lanczos(rtol=1e-2)(Coarse(Dense(torch.diag(torch.linspace(0, 5, 40, dtype=torch.float64)))), stream(0))
+    lower, upper = run.interval()
+    assert run.noise == pytest.approx(1e-3 * 5, rel=0.01)
+    assert lower <= 5 <= upper
+    assert run.top.bound - run.top.value > 0.5 * run.noise
 
 
 def test_small_overlaps_in_float32_do_not_break_the_promise():

@@ -1,6 +1,8 @@
 """Attacks on numbers: the canonical one survives, the paper's and the plain one do not."""
 
 import json
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -23,16 +25,23 @@ def _data():
 
 
 def _attacked(plan, net=None, loss=None, targets=None):
-    net = _net() if net is None else net
+    plain = net is None
+    net = _net() if plain else net
     inputs, classes = _data()
     loss = nn.CrossEntropyLoss() if loss is None else loss
-    found = symmetries(net, inputs, loss=loss if targets is None else None)
-    return attack(net, (inputs, classes if targets is None else targets), loss, found, plan)
+    found = _found() if plain else symmetries(net, inputs, loss=loss if targets is None else None)
+    return attack(net, (inputs, classes if targets is None else targets), loss, replace(found, model=net), plan)
+
+
+@cache
+def _found():
+    """The symmetries of the network that most tests attack, traced once."""
+    return symmetries(_net(), _data()[0], loss=nn.CrossEntropyLoss())
 
 
 @pytest.fixture(scope="module")
 def orbit():
-    return _attacked(Plan(points=2, search=2))
+    return _attacked(Plan(points=2, search=1))
 
 
 def test_the_canonical_number_survives_and_the_others_do_not(orbit):
@@ -47,7 +56,7 @@ def test_the_canonical_number_survives_and_the_others_do_not(orbit):
 
 
 def test_every_copy_is_the_same_function(orbit):
-    assert len(orbit.twins) == 2 + 3 * 2
+    assert len(orbit.twins) == 2 + 3 * 1
     assert orbit.measured
     assert orbit.output_change <= 1e-10
     assert orbit.loss_change <= 1e-10
@@ -65,7 +74,7 @@ def test_ranges_hold_every_value_and_the_worst_copy_is_named(orbit):
 def test_it_is_strict_json_and_repeatable(orbit):
     text = json.dumps(orbit.to_dict(), allow_nan=False)
     assert len(json.loads(text)["copies"]) == len(orbit.twins)
-    again = _attacked(Plan(points=2, search=2))
+    again = _attacked(Plan(points=2, search=1))
     assert [(row.lowest, row.highest, row.worst) for row in again.rows] == [
         (row.lowest, row.highest, row.worst) for row in orbit.rows
     ]

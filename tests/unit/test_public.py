@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from isoflat.measures.catalogue import find_measure, geometries, measures
 SOURCE = Path(isoflat.__file__).parent
 
 
+@cache
 def _trees():
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
 

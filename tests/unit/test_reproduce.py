@@ -187,7 +187,7 @@ def test_a_second_time_nothing_is_computed(result, folder, monkeypatch):
 
 def test_another_number_trains_nothing(result, folder, monkeypatch):
     monkeypatch.setattr(cells, "train", lambda *args, **kwargs: pytest.fail("trained again"))
-    other = _followed(parse(SMALL, "tiny", numbers=[{"measure": "gradient_norm"}]), folder)
+    other = _followed(parse(SMALL, "tiny", orbit=0, numbers=[{"measure": "gradient_norm"}]), folder)
     assert [n.training for n in other.networks] == [n.training for n in result.networks]
 
 

@@ -23,7 +23,7 @@ from isoflat.curvature.matrix import Curvature
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.measurement import sampled
-from isoflat.measurement.prepare import subject
+from isoflat.measurement.subject import subject
 from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import as_loss, importance
@@ -115,6 +115,30 @@ def test_totals_are_unbiased_and_their_intervals_cover():
     assert 0.93 <= hits / 2000 <= 0.975
     # Uniform sampling of as many would be off by several times as much.
     assert spread < 0.25 * float(values.std()) * 3000 * math.sqrt((1 - 0.1) / 300)
+
+
+def test_equal_chances_scatter_as_a_simple_random_sample():
+    """`N √((1 − f) / n) s`, the textbook's standard error of a total without replacement; what is certain adds nothing."""
+    rows, drawn = 50, 8
+    values = torch.tensor(np.random.default_rng(2).normal(3.0, 1.0, drawn))
+    chances = torch.cat([torch.ones(2, dtype=torch.float64), torch.full((drawn,), drawn / rows, dtype=torch.float64)])
+    error, freedom = Sample(torch.arange(len(chances)), chances).scatter(values)
+    assert error == pytest.approx(rows * math.sqrt((1 - drawn / rows) / drawn) * float(values.std()), rel=1e-12)
+    assert 1 <= freedom <= drawn - 1
+
+
+def test_what_is_taken_beyond_a_sample_keeps_totals_unbiased():
+    """Rows that a larger sample has for certain count once; the others count by the chances they were drawn with."""
+    random = np.random.default_rng(4)
+    scores = torch.tensor(random.lognormal(0, 1.5, 100))
+    values = torch.tensor(random.lognormal(0, 0.5, 100))
+    small, large = inclusion(scores, 20), inclusion(scores, 50)
+    totals = []
+    for k in range(400):
+        sample = Sample.of(small, stream(5, k)).beyond(large)
+        assert set((large == 1).nonzero()[:, 0].tolist()) <= set(sample.places.tolist())
+        totals.append(float((values[sample.places] / sample.chances).sum()))
+    assert abs(np.mean(totals) - float(values.sum())) <= 4 * np.std(totals) / math.sqrt(400)
 
 
 def test_forecasts_come_true():

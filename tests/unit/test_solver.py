@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases.operators import Spectrum
+from cases.operators import Job, Spectrum, in_lockstep
 from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.rng import stream
 from isoflat.linalg.eigen.extremes import Extremes, Which
@@ -17,7 +17,7 @@ from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.maps import Complement, Diagonal, Identity
 from isoflat.linalg.operator import Operator, Pullback
-from isoflat.linalg.solver import Domain, Job, Request, Solver, Steps, run_in_lockstep
+from isoflat.linalg.solver import Domain, Request, Solver, Steps
 from isoflat.linalg.trace.base import TraceEstimate
 from isoflat.linalg.trace.hutchinson import Hutchinson
 
@@ -54,7 +54,7 @@ def numbers(result: Extremes | TraceEstimate) -> list[float]:
 def test_together_gives_the_same_bits_as_alone(dtype):
     alone = [job.solver(job.operator, job.stream) for job in jobs(base(dtype))]
     operator = base(dtype)
-    for result, outcome in zip(alone, run_in_lockstep(operator, jobs(operator)), strict=True):
+    for result, outcome in zip(alone, in_lockstep(jobs(operator)), strict=True):
         assert numbers(result) == numbers(outcome.result)
         assert outcome.products == result.products
 
@@ -68,7 +68,7 @@ def test_passes_are_shared(dtype):
         job.solver(job.operator, job.stream)
         rounds.append(len(single.calls))
     operator = base(dtype)
-    outcomes = run_in_lockstep(operator, jobs(operator))
+    outcomes = in_lockstep(jobs(operator))
     longest = max(rounds)
     assert len(operator.calls) == longest + (dtype == torch.float32) - (dtype == torch.float32) * _ends_wide(rounds)
     assert sum(operator.calls) == sum(outcome.products for outcome in outcomes)
@@ -83,7 +83,7 @@ def _ends_wide(rounds: list[int]) -> bool:
 def test_status_lines_name_every_solver_under_way():
     lines: list[str] = []
     operator = base(torch.float64)
-    run_in_lockstep(operator, jobs(operator), lines.append)
+    in_lockstep(jobs(operator), lines.append)
     assert len(lines) == len(operator.calls)
     assert all(word in lines[0] for word in ("Lanczos", "trace", "power"))
 
@@ -104,7 +104,7 @@ def test_float64_requests_get_float64_in_every_part():
     operator, plus = Spectrum(torch.full((N,), 3.0)), Spectrum(torch.full((N,), 7.0))
     job = Job(Pullback(operator, Identity(N), plus), Asking(vector), stream(0))
     expected = 3 * vector + 7 * vector
-    assert torch.equal(run_in_lockstep(operator, [job])[0].result, expected)
+    assert torch.equal(in_lockstep([job])[0].result, expected)
     assert torch.equal(job.solver(job.operator, stream(0)), expected)
     assert not torch.equal((operator.matmat(vector[:, None]) + plus.matmat(vector[:, None]))[:, 0], expected)
 
@@ -119,7 +119,7 @@ def test_a_product_that_is_not_finite_is_refused(bad):
             with pytest.raises(NonFinite, match="float64"):
                 solver(pullback, stream(0))
             with pytest.raises(NonFinite, match="float64"):
-                run_in_lockstep(operator, [Job(pullback, solver, stream(0))])
+                in_lockstep([Job(pullback, solver, stream(0))])
 
 
 def test_a_frame_that_does_not_fit_is_refused():
@@ -142,5 +142,5 @@ def test_frames_are_adjoint_and_projections_project():
 
 def test_nothing_to_do():
     operator = base(torch.float64)
-    assert run_in_lockstep(operator, []) == []
+    assert in_lockstep([]) == []
     assert operator.calls == []

@@ -27,8 +27,9 @@ from isoflat.core.rng import stream
 from isoflat.core.spectrum import Spectrum, ends
 from isoflat.experiments.data import digits
 from isoflat.linalg.operator import Dense
-from isoflat.measurement.prepare import subject, symmetries_of
+from isoflat.measurement.groups import symmetries_of
 from isoflat.measurement.spectrum import VERTICAL, Deflated
+from isoflat.measurement.subject import subject
 from isoflat.measures.catalogue import find_geometry
 from isoflat.report.spectrum import Axis, portrait, smoothed, written
 

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,12 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def norms(folder):
-    """The gradient norm of each checkpoint, measured by itself."""
+    """The gradient norm of each checkpoint, measured by itself; checkpoints are the same in every test."""
+    return list(_norms())
+
+
+@cache
+def _norms():
     from safetensors.torch import load_file
     from study_nets import build
 
@@ -91,7 +97,7 @@ def norms(folder):
                 net.eval(), batch, torch.nn.CrossEntropyLoss(), measures=["gradient_norm"], geometry="layerwise"
             )[0]
         )
-    return [record.estimate.value for record in found]
+    return tuple(record.estimate.value for record in found)
 
 
 def _write(outcomes, name="nets.csv", column="gap", **more):

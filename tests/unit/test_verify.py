@@ -20,8 +20,8 @@ from isoflat.cli.main import app
 from isoflat.core.rng import stream
 from isoflat.linalg.eigen.recheck import Recheck
 from isoflat.linalg.operator import Dense
-from isoflat.measurement.sealed import packed, seal, unpacked
-from isoflat.measurement.witness import Verdict, verify, verify_all
+from isoflat.measurement.verify import Verdict, verify, verify_all
+from isoflat.measurement.witnesses import packed, seal, unpacked
 
 EIGENVALUES = (
     "quotient_spectral_norm", "quotient_largest_eigenvalue", "quotient_smallest_eigenvalue", "hessian_spectral_norm",

@@ -74,8 +74,8 @@ def attack(  # noqa: PLR0913
     """
     from isoflat.experiments.orbit import Plan
     from isoflat.io.inputs import Inputs, check, device_of, prepare, within_memory
-    from isoflat.measurement.prepare import symmetries_of
-    from isoflat.measures.base import Budget
+    from isoflat.measurement.groups import symmetries_of
+    from isoflat.measures.settings import Budget
 
     budget = Budget(max_products, seconds, options.bytes_of(memory))
     measures, places = names or list(NUMBERS), geometry or list(PLACES)

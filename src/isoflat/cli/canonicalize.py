@@ -60,7 +60,7 @@ def canonicalize(  # noqa: PLR0913
         raise UsageError(f"--out {out}: expected a name that ends in .safetensors")
     claim(out, force)
     from isoflat.io.inputs import Inputs, prepare
-    from isoflat.measurement.prepare import symmetries_of
+    from isoflat.measurement.groups import symmetries_of
     from isoflat.symmetry.canonical.representative import Epsilon
 
     inputs = Inputs(
@@ -184,7 +184,7 @@ def _change(found: Found, model: nn.Module, other: nn.Module) -> float:
 
 def _loss(loaded: Loaded, model: nn.Module) -> float:
     """On all the data, in float64."""
-    from isoflat.measurement.prepare import subject
+    from isoflat.measurement.subject import subject
     from isoflat.risk.network import exactly
 
     target = subject(model, loaded.batches, loaded.loss)

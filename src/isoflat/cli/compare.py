@@ -100,7 +100,7 @@ def compare(  # noqa: PLR0913
     from isoflat.io.inputs import Inputs, device_of, within_memory
     from isoflat.io.inputs import check as known
     from isoflat.measurement.compare import compare as compared
-    from isoflat.measures.base import Budget
+    from isoflat.measures.settings import Budget
 
     if all(map(holds_results, checkpoints)):
         _stored(context, checkpoints, reference)
@@ -246,7 +246,8 @@ def load(inputs: Inputs, files: Mapping[str, Path], settings: Mapping[str, Any])
     from isoflat.io.data import load_data
     from isoflat.io.inputs import fill, try_forward
     from isoflat.io.model import build, find_loss
-    from isoflat.measurement.prepare import subject
+    from isoflat.measurement.subject import subject
+    from isoflat.measures.settings import Settings
 
     loss = find_loss(inputs.loss)
     models, notes = {}, []
@@ -256,7 +257,7 @@ def load(inputs: Inputs, files: Mapping[str, Path], settings: Mapping[str, Any])
     _check_apart(models, inputs.model)
     data = load_data(inputs.data, inputs.split, inputs.transform, inputs.examples, inputs.batch_size)
     for model in models.values():
-        try_forward(subject(model, data.batches, loss, **settings))
+        try_forward(subject(model, data.batches, loss, Settings(**settings)))
     return Loaded(models, data.batches, loss, (*notes, *data.notes))
 
 

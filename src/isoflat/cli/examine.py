@@ -14,8 +14,8 @@ from isoflat.io.data import load_data
 from isoflat.io.inputs import Inputs, fill, try_forward
 from isoflat.io.model import build, find_loss
 from isoflat.io.named import reason
-from isoflat.measurement.prepare import subject
-from isoflat.measures.base import Subject
+from isoflat.measurement.subject import Subject, subject
+from isoflat.measures.settings import Settings
 from isoflat.risk.batches import Batches, digest
 from isoflat.risk.check import AGREEMENT, SYMMETRY, CheckedRows, asymmetry, disagreement
 from isoflat.risk.linearise import ProductCheck, choose
@@ -60,7 +60,8 @@ def examine(inputs: Inputs, dtype: str | None = None, device: torch.device | Non
     )
     exam.check("data is the same at a second pass", lambda: _same_twice(_sure(data).batches))
     target = exam.check(
-        "network runs on the data", lambda: _runs(subject(_sure(model), _sure(data).batches, loss, None, dtype, device))
+        "network runs on the data",
+        lambda: _runs(subject(_sure(model), _sure(data).batches, loss, Settings(dtype=dtype, device=device))),
     )
     exam.check("loss is deterministic", lambda: _deterministic(_sure(target)))
     exam.check("loss and gradient are finite", lambda: _finite(_sure(target)))

@@ -78,7 +78,7 @@ def measure(  # noqa: PLR0913
     Exit code 0: every value converged. 3: measured, but not to --rtol. 2: refused, with the reason. 4: a process is lost.
     """
     from isoflat.io.inputs import Inputs
-    from isoflat.measures.base import Budget
+    from isoflat.measures.settings import Budget
 
     inputs = Inputs(
         model=model,
@@ -138,7 +138,7 @@ def measure(  # noqa: PLR0913
         content["orbit"] = over.to_dict()
     packed = b""
     if beside is not None:
-        from isoflat.measurement.sealed import packed as pack
+        from isoflat.measurement.witnesses import packed as pack
 
         packed = pack(kept)
         content["witness"] = {"file": beside.name, "sha256": hashlib.sha256(packed).hexdigest()}
@@ -196,7 +196,7 @@ def evaluate(
     from isoflat.experiments.orbit import Plan
     from isoflat.io.initial import before
     from isoflat.io.inputs import check, device_of, prepare, within_memory
-    from isoflat.measurement.prepare import symmetries_of
+    from isoflat.measurement.groups import symmetries_of
     from isoflat.measurement.run import measure_all
     from isoflat.risk.ranks import Ranks
 

@@ -82,8 +82,8 @@ def spectrum(  # noqa: PLR0913
     from isoflat.io.inputs import Inputs, device_of, prepare, within_memory
     from isoflat.measurement.spectrum import Deflated
     from isoflat.measurement.spectrum import spectrum as measured
-    from isoflat.measures.base import Budget
     from isoflat.measures.catalogue import find_geometry
+    from isoflat.measures.settings import Budget
 
     inputs = Inputs(
         model=model,

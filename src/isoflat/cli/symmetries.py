@@ -49,7 +49,7 @@ def symmetries(  # noqa: PLR0913
     Exit code 0: found and proved. 2: refused, with the reason.
     """
     from isoflat.io.inputs import Inputs, prepare
-    from isoflat.measurement.prepare import symmetries_of
+    from isoflat.measurement.groups import symmetries_of
 
     inputs = Inputs(
         model=model,

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from isoflat.core.record import Record
-    from isoflat.measurement.sealed import Kept
-    from isoflat.measurement.witness import Check
+    from isoflat.measurement.verify import Check
+    from isoflat.measurement.witnesses import Kept
 
 _RECORDED = "Default: as the result says."
 
@@ -154,7 +154,7 @@ class _Checked:
     @property
     def code(self) -> int:
         """The exit code."""
-        from isoflat.measurement.witness import Verdict
+        from isoflat.measurement.verify import Verdict
 
         verdicts = {check.verdict for check in self.checks}
         if Verdict.FALSE in verdicts:
@@ -174,7 +174,7 @@ class _Checked:
 def _checked(path: Path, named: _Named, settings: Mapping[str, Any]) -> _Checked:
     """Read a result, load what it was measured on, and check its numbers."""
     from isoflat.io.inputs import Inputs, load, within_memory
-    from isoflat.measurement.witness import verify_all
+    from isoflat.measurement.verify import verify_all
 
     stored = _read(path)
     chosen = {name: _agreed(name, value, stored.subject.get(name)) for name, value in named.given.items()}
@@ -194,7 +194,7 @@ def _checked(path: Path, named: _Named, settings: Mapping[str, Any]) -> _Checked
 
 def _told(check: Check, edited: bool, named: _Named) -> Check:
     """What two products cannot know: whether the number is the one that was written, and how to measure it again."""
-    from isoflat.measurement.witness import Verdict
+    from isoflat.measurement.verify import Verdict
 
     if check.verdict is Verdict.UNCHECKED and edited:
         words = "its witness is missing from the file of witnesses, which was edited"
@@ -253,8 +253,8 @@ def _read(path: Path) -> _Stored:
     Raises:
         UsageError: it is no result of `isoflat measure`, was edited without care, or its witnesses are not its own.
     """
-    from isoflat.measurement.sealed import seal
-    from isoflat.measurement.witness import carried
+    from isoflat.measurement.verify import carried
+    from isoflat.measurement.witnesses import seal
 
     what = "is no result of isoflat measure"
     try:
@@ -292,7 +292,7 @@ def _record(row: Any) -> Record:
     from pydantic import TypeAdapter, ValidationError
 
     from isoflat.core.record import Record
-    from isoflat.measurement.sealed import seal
+    from isoflat.measurement.witnesses import seal
 
     try:
         record = TypeAdapter(Record).validate_python(asdict(Record.from_dict(row)))
@@ -329,7 +329,7 @@ def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[Kept 
     Raises:
         UsageError: it is not there, is another file, or cannot be read.
     """
-    from isoflat.measurement.sealed import unpacked
+    from isoflat.measurement.witnesses import unpacked
 
     name, expected = (named.get(key) for key in ("file", "sha256")) if isinstance(named, dict) else (None, None)
     if not isinstance(name, str) or not isinstance(expected, str) or Path(name).name != name:

@@ -157,14 +157,16 @@ class Pass:
     Attributes:
         part: a batch's share of the sum, shape `(entries,)`.
         entries: how many numbers it is.
+        status: what is under way, for a progress bar.
     """
 
     part: Callable[[Sweeps], Tensor]
     entries: int
+    status: str = ""
 
 
 def accumulated(risk: EmpiricalRisk, state: State, passes: Sequence[Pass]) -> list[Tensor]:
-    """All of them from a single forward pass over the data: each of shape `(entries,)`, float64."""
+    """Every pass from a single forward pass over the data: each of shape `(entries,)`, float64."""
 
     def per_batch(index: int, batch: Any) -> BatchSum:
         sweeps = Sweeps.record(risk, state, batch)

@@ -28,10 +28,10 @@ from isoflat.experiments.sweep import PAUSE
 from isoflat.io.data import load_data
 from isoflat.io.inputs import Inputs, fill, try_forward, within_memory
 from isoflat.io.model import build, find_loss
-from isoflat.measurement.prepare import subject
 from isoflat.measurement.run import measure_all
-from isoflat.measures.base import Budget
+from isoflat.measurement.subject import subject
 from isoflat.measures.catalogue import find_geometry, find_measure
+from isoflat.measures.settings import Budget, Settings
 from isoflat.risk.batches import Batches, digest
 from isoflat.symmetry.found import VERSION as RULES
 
@@ -244,6 +244,11 @@ class Plan:
     products: int
     device: torch.device | None = None
 
+    @property
+    def seen(self) -> Settings:
+        """The settings that decide what is measured, before anything is."""
+        return Settings(params=self.settings["params"], dtype=self.settings["dtype"], device=self.device)
+
     def table(self, model: torch.nn.Module, batches: Batches, label: str) -> Table:
         """Every number of one network.
 
@@ -296,14 +301,14 @@ def ready(listing: Listing, plan: Plan) -> tuple[tuple[Ready, ...], Batches, tup
     inputs = plan.inputs
     loss, model = find_loss(inputs.loss), build(inputs.model, inputs.seed)
     data = load_data(inputs.data, inputs.split, inputs.transform, inputs.examples, inputs.batch_size)
-    try_forward(subject(model, data.batches, loss, plan.settings["params"], plan.settings["dtype"], plan.device))
+    try_forward(subject(model, data.batches, loss, plan.seen))
     common = _common(plan, fingerprint(*map(digest, data.batches)))
     found, notes, problems = [], list(data.notes), list(listing.problems)
     seen: dict[str, str] = {}
     for row in listing.rows:
         try:
             model, own = filled(row, inputs)
-            target = subject(model, data.batches, loss, plan.settings["params"], plan.settings["dtype"], plan.device)
+            target = subject(model, data.batches, loss, plan.seen)
         except IsoflatError as error:
             problems.append(f"{row.place}: {error}")
             continue

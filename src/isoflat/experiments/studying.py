@@ -41,12 +41,11 @@ def planned(
     """
     from isoflat.experiments.listed import Plan
     from isoflat.io.inputs import check, device_of
-    from isoflat.measurement.run import checked
-    from isoflat.measures.base import Budget
+    from isoflat.measures.settings import Budget, Settings
 
     numbers = _numbers(asked)
     check([n.measure for n in numbers], [n.geometry for n in numbers], budget=Budget(products), **effort)
-    own = {**effort, **settings, "check": str(checked(settings["check"]))}
+    own = {**effort, **settings, "check": str(Settings(check=settings["check"]).check)}
     return Plan(inputs, numbers, own, products, device_of(device))
 
 

@@ -19,10 +19,10 @@ from isoflat.experiments.numbers import Number
 from isoflat.experiments.recipe import Recipe
 from isoflat.experiments.store import Store
 from isoflat.experiments.study import one_thread
-from isoflat.measurement.prepare import subject
 from isoflat.measurement.run import opened, planned
-from isoflat.measures.base import Settings
+from isoflat.measurement.subject import subject
 from isoflat.measures.catalogue import find_measure
+from isoflat.measures.settings import Settings
 from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.finding.discover import symmetries
 
@@ -51,7 +51,7 @@ def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
     Raises:
         IsoflatError: a network cannot be built or traced, or a setting has no meaning.
     """
-    settings, dtype = Settings(recipe.rtol, seed=recipe.seed), getattr(torch, recipe.dtype)
+    settings, dtype = Settings(rtol=recipe.rtol, seed=recipe.seed), getattr(torch, recipe.dtype)
     for number in numbers:
         find_measure(number.measure).questions(settings)
     inputs, targets = (part[:FEW] for part in data.train)
@@ -72,10 +72,10 @@ def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
         elif recipe.orbit:
             symmetries(model, inputs)
         for logits in dict.fromkeys(number.logits for number in numbers):
-            subject(model, [(inputs, targets)], nn.CrossEntropyLoss(), logits=logits)
+            subject(model, [(inputs, targets)], nn.CrossEntropyLoss(), Settings(logits=logits))
         plan = planned([number.measure for number in numbers], [number.geometry for number in numbers])
         prepare = partial(subject, model, [(inputs, targets)], nn.CrossEntropyLoss())
-        with opened(prepare, plan, settings, None, Ranks(), task.label, progress=False):
+        with opened(prepare, plan, settings, Ranks(), task.label):
             pass  # opening traces the network for the geometries that are asked for
 
 

@@ -17,9 +17,9 @@ from isoflat.io.fit import fit
 from isoflat.io.model import build, find_loss
 from isoflat.io.named import reason
 from isoflat.io.weights import read_weights
-from isoflat.measurement.prepare import subject
-from isoflat.measures.base import Settings, Subject
+from isoflat.measurement.subject import Subject, subject
 from isoflat.measures.catalogue import find_geometry, find_measure
+from isoflat.measures.settings import Settings
 from isoflat.risk.batches import Batches, tensors
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import own_device
@@ -124,7 +124,7 @@ def check(measures: list[str], geometry: list[str], **settings: Any) -> None:
     Args:
         measures: names in the catalogue.
         geometry: names of metrics.
-        **settings: as for `isoflat.measures.base.Settings`.
+        **settings: as for `isoflat.measures.settings.Settings`.
 
     Raises:
         UsageError: one of them is unknown or has no meaning.
@@ -151,7 +151,7 @@ def prepare(
         IsoflatError: something cannot be found, opened or fitted.
     """
     loaded = load(inputs)
-    target = subject(loaded.model, loaded.batches, loaded.loss, params, dtype, device)
+    target = subject(loaded.model, loaded.batches, loaded.loss, Settings(params=params, dtype=dtype, device=device))
     try_forward(target)
     return loaded, target
 

@@ -162,7 +162,7 @@ class Sum(Operator):
 class Pullback(Operator):
     """Pullback `Eᵀ A E + K`: an operator A seen through a frame E, plus a part K that costs no pass over the data.
 
-    Several pullbacks of one A can share its products (`linalg.solver.run_in_lockstep`).
+    Several pullbacks of one A can share its products (`linalg.solver.serve`).
 
     Attributes:
         base: operator A on ℝⁿ.

@@ -1,15 +1,14 @@
 """Solvers as coroutines of products: one pass over the data can serve several of them.
 
 A solver never holds an operator. It *asks* for products (`Request`) and is sent them, so that the same code runs alone
-(`Solver.__call__`) or in step with others that need the same Hessian through other frames (`run_in_lockstep`).
+(`Solver.__call__`) or in step with others that need the same Hessian through other frames (`products_of`).
 """
 
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Generic, TypeVar, final
 
@@ -147,13 +146,49 @@ class SingleProduct(Solver[Tensor]):
 
 
 @final
-@dataclass(frozen=True)
-class Job:
-    """One solver on one pullback of the shared base."""
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Products that are waited for, and the operator that they are of.
+
+    Attributes:
+        operator: a pullback of what the data gives; requests for pullbacks of one operator share a pass over the data.
+        request: the vectors, in the operator's coordinates.
+    """
 
     operator: Pullback
-    solver: Solver[Any]
-    stream: torch.Generator
+    request: Request
+
+
+def products_of(solver: Solver[R], operator: Pullback, stream: torch.Generator) -> Generator[Product, Tensor, R]:
+    """A solver on an operator as a coroutine: what it yields can be served together with what others wait for."""
+    steps = solver.steps(Domain.of(operator), stream)
+    try:
+        request = next(steps)
+        while True:
+            request = steps.send((yield Product(operator, request)))
+    except StopIteration as done:
+        return done.value
+
+
+def serve(waiting: Sequence[Product], source: Operator) -> list[Tensor]:
+    """Products in one pass over the data, in order.
+
+    Args:
+        waiting: all of pullbacks of one operator, and of the same parts of it.
+        source: that operator, or its twin in float64.
+    """
+    pushed = [one.operator.frame.push(one.request.vectors) for one in waiting]
+    products = finite(source.some(waiting[0].request.parts).matmat(torch.cat(pushed, dim=1)))
+    widths = [one.request.vectors.shape[1] for one in waiting]
+    return [_pulled(one, part) for one, part in zip(waiting, products.split(widths, dim=1), strict=True)]
+
+
+def _pulled(waiting: Product, products: Tensor) -> Tensor:
+    """The products seen through the frame, in float64 where they were asked for so."""
+    operator, request = waiting.operator.some(waiting.request.parts), waiting.request
+    if request.double and operator.plus is not None:
+        operator = Pullback(operator.base, operator.frame, operator.plus.double())
+    return finite(operator.pull(products, request.vectors))
 
 
 @final
@@ -170,108 +205,6 @@ class Outcome:
     result: Any
     products: int
     seconds: float
-
-
-def run_in_lockstep(
-    base: Operator, jobs: Sequence[Job], report: Callable[[str], None] = lambda _: None
-) -> list[Outcome]:
-    """Run jobs in step: each round asks the base for all their vectors in one pass over the data.
-
-    Products that must be in float64 wait until no others are asked for, so that they share a pass too; where the base
-    is in float64 itself, they join the others. Of products with parts of the base the cheapest come first, so that
-    those who fall behind catch up with the others before these ask for more.
-
-    Args:
-        base: the operator that every job's `operator.base` is.
-        jobs: solvers with the pullback each works on.
-        report: called with a status line once a round.
-
-    Returns:
-        One outcome per job, in order. Seconds are shared by the number of columns.
-
-    >>> from isoflat.linalg.maps import Diagonal, Identity
-    >>> from isoflat.linalg.operator import Dense
-    >>> from isoflat.linalg.eigen.lanczos import Lanczos
-    >>> from isoflat.core.rng import stream
-    >>> base = Dense(torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)))
-    >>> half = Diagonal(torch.tensor([1.0, 2.0], dtype=torch.float64))
-    >>> jobs = [Job(Pullback(base, e), Lanczos(), stream(0)) for e in (Identity(2), half)]
-    >>> [round(outcome.result.top.value, 12) for outcome in run_in_lockstep(base, jobs)]
-    [3.0, 4.0]
-    """
-    runs = [_Run(job) for job in jobs]
-    precise: Operator | None = None
-    for run in runs:
-        run.advance(None)
-    while waiting := [run for run in runs if run.request is not None]:
-        if precise is None and any(run.request and run.request.double for run in waiting):
-            precise = base.double()
-        wants = {run: (run.wide and precise is not base, run.share, run.parts) for run in waiting}
-        first = min(wants.values(), key=lambda want: want[:2])
-        group = [run for run, want in wants.items() if want == first]
-        report("; ".join(dict.fromkeys(run.request.status for run in group if run.request and run.request.status)))
-        source = precise if first[0] and precise is not None else base
-        _serve(group, source.some(first[2]))
-    # Shares of a sum add up to one but for rounding.
-    return [Outcome(run.result, math.ceil(round(run.products, 9)), run.seconds) for run in runs]
-
-
-class _Run:
-    """A job under way."""
-
-    def __init__(self, job: Job) -> None:
-        self.operator = job.operator
-        self.domain = Domain.of(job.operator)
-        self.steps = job.solver.steps(self.domain, job.stream)
-        self.request: Request | None = None
-        self.result: Any = None
-        self.products = 0.0
-        self.seconds = 0.0
-
-    @property
-    def wide(self) -> bool:
-        """Whether it waits for products in float64."""
-        return self.request is not None and self.request.double
-
-    @property
-    def parts(self) -> Parts:
-        """Of what it waits for products."""
-        return None if self.request is None else self.request.parts
-
-    @property
-    def share(self) -> float:
-        """What one of the products it waits for costs."""
-        return self.domain.share(self.parts)
-
-    def advance(self, reply: Tensor | None) -> None:
-        """Send products in; take the next request, or the result."""
-        start = time.monotonic()
-        try:
-            self.request = self.steps.send(reply)  # pyrefly: ignore
-        except StopIteration as done:
-            self.request, self.result = None, done.value
-        self.seconds += time.monotonic() - start
-
-    def pull(self, products: Tensor, request: Request) -> Tensor:
-        """Finish the products of a request, in float64 where it asks for that."""
-        operator = self.operator.some(request.parts)
-        if request.double and operator.plus is not None:
-            operator = Pullback(operator.base, operator.frame, operator.plus.double())
-        return finite(operator.pull(products, request.vectors))
-
-
-def _serve(group: Sequence[_Run], base: Operator) -> None:
-    """One pass over the data for every request of the group."""
-    requests = [run.request for run in group if run.request is not None]
-    widths = [request.vectors.shape[1] for request in requests]
-    start = time.monotonic()
-    pushed = [run.operator.frame.push(request.vectors) for run, request in zip(group, requests, strict=True)]
-    products = finite(base.matmat(torch.cat(pushed, dim=1)))
-    share = (time.monotonic() - start) / sum(widths)
-    for run, request, columns in zip(group, requests, products.split(widths, dim=1), strict=True):
-        run.products += request.vectors.shape[1] * run.share
-        run.seconds += share * request.vectors.shape[1]
-        run.advance(run.pull(columns, request))
 
 
 def finite(products: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from tqdm.auto import tqdm
@@ -21,13 +21,14 @@ from isoflat.geometry.base import Geometry, tensors_hash
 from isoflat.geometry.euclidean import GEOMETRY as PLAIN
 from isoflat.geometry.traced import Traced
 from isoflat.linalg.trace.base import deviation, mean, quantile
-from isoflat.measurement.prepare import subject, symmetries_of
+from isoflat.measurement.groups import symmetries_of
 from isoflat.measurement.run import measure_all
-from isoflat.measures.base import Budget, Direction, Measure, Subject
+from isoflat.measurement.subject import Subject, subject
+from isoflat.measures.base import Direction, Measure
 from isoflat.measures.catalogue import find_geometry, find_measure
+from isoflat.measures.settings import Keywords, Settings, takes_settings
 from isoflat.risk.batches import as_batches
-from isoflat.risk.linearise import ProductCheck
-from isoflat.risk.network import Selector, exactly
+from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups.base import Symmetry
@@ -54,7 +55,13 @@ _REMEDIES = {
 """What to do, by the first word of what differs; the first that applies is said."""
 
 
-def compare(  # noqa: PLR0913
+@takes_settings(
+    initial="weights before training, the same for all networks, as for `isoflat.measure`.",
+    budget="number of products for each network, or a `Budget`; None for the default one.",
+    symmetries="groups you claim for every one of these networks.",
+    progress="whether a progress bar, and a line for each network that is done, are written on standard error.",
+)
+def compare(
     models: Mapping[str, torch.nn.Module],
     data: Any,
     loss: Any = None,
@@ -62,24 +69,9 @@ def compare(  # noqa: PLR0913
     reference: str | None = None,
     measures: Sequence[str | Measure] = ("quotient_spectral_norm",),
     geometry: str | Geometry | Sequence[str | Geometry] = "auto",
-    params: Selector = None,
-    symmetries: Sequence[Symmetry] | None = None,
-    rtol: float = 1e-3,
-    confidence: float | None = None,
-    certify: bool = True,
-    probes: int = 64,
-    sample: str | None = None,
-    logits: str | None = None,
-    initial: torch.nn.Module | Mapping[str, torch.Tensor] | None = None,
-    budget: Budget | int | None = None,
-    seed: int = 0,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    progress: bool = False,
-    check: ProductCheck | str = ProductCheck.REFUSE,
-    reproducible_sum: bool = False,
+    **settings: Unpack[Keywords],
 ) -> Comparison:
-    """Which network is flatter? Measured one after the other on the same samples with the same random numbers.
+    """Tell which network is flatter: all are measured on the same samples with the same random numbers.
 
     Differences come with intervals: a network is called flatter only where the interval leaves 0 out. Before anything
     is measured, all networks are seen to have the same groups; numbers that are invariant to different groups are not
@@ -92,22 +84,7 @@ def compare(  # noqa: PLR0913
         reference: label of the network that the others are printed against; the first by default.
         measures: names in the catalogue.
         geometry: as for `isoflat.measure_all`.
-        params: as for `isoflat.measure`; the same tensors of every network.
-        symmetries: groups you claim for every one of these networks.
-        rtol: as for `isoflat.measure`.
-        confidence: as for `isoflat.measure`.
-        certify: as for `isoflat.measure`; values without a certificate decide nothing.
-        probes: random probes of stochastic estimates; the same for all networks.
-        sample: as for `isoflat.measure`.
-        logits: as for `isoflat.measure`.
-        initial: as for `isoflat.measure`, the same for all networks.
-        budget: as for `isoflat.measure`, for each network.
-        seed: of the random start vectors and probes.
-        dtype: as for `isoflat.measure`.
-        device: as for `isoflat.measure`.
-        progress: a progress bar, and a line for each network that is done, on standard error.
-        check: as for `isoflat.measure`.
-        reproducible_sum: as for `isoflat.measure`.
+        **settings: the fields of `isoflat.Settings`.
 
     Returns:
         The comparison; print it, or ask it for `flattest()`, `between("b", "a")`, `ranks()`.
@@ -129,50 +106,30 @@ def compare(  # noqa: PLR0913
         raise UsageError(f"expected at least two networks, each with its own label, got {', '.join(map(str, models))}")
     if reference is not None and reference not in models:
         raise UsageError(f"reference {reference!r} is none of the networks: {', '.join(models)}")
-    if isinstance(symmetries, Found):
+    chosen = Settings(**settings)  # pyrefly: ignore
+    declared = chosen.symmetries
+    if isinstance(declared, Found):
         raise UsageError(
             "what isoflat.symmetries found belongs to one network: leave it out, and each network's own are found"
         )
     entries = [find_measure(name) for name in measures]
-    chosen = [geometry] if isinstance(geometry, str | Geometry) else list(geometry)
-    places = {find_geometry(entry.geometry or place) for entry in entries for place in chosen}
+    asked = [geometry] if isinstance(geometry, str | Geometry) else list(geometry)
+    places = {find_geometry(entry.geometry or place) for entry in entries for place in asked}
     batches, ranks = as_batches(data), Ranks.here()
 
     def prepare(model: torch.nn.Module) -> Subject:
-        return subject(model, batches, loss, params, dtype, device, logits)
+        return subject(model, batches, loss, replace(chosen, initial=None))
 
-    known = ranks.on_all_ranks(lambda: _alike(models, prepare, places, symmetries or ()))
+    known = ranks.on_all_ranks(lambda: _alike(models, prepare, places, declared or ()))
     tables: dict[str, Table] = {}
     for label, model in models.items():
         with _about(label, but=UsageError):
-            tables[label] = measure_all(
-                model,
-                batches,
-                loss,
-                measures=entries,
-                geometry=chosen,
-                params=params,
-                symmetries=known.get(label, symmetries),
-                rtol=rtol,
-                confidence=confidence,
-                certify=certify,
-                probes=probes,
-                sample=sample,
-                logits=logits,
-                initial=initial,
-                budget=budget,
-                seed=seed,
-                dtype=dtype,
-                device=device,
-                progress=progress,
-                check=check,
-                reproducible_sum=reproducible_sum,
-                label=label,
-            )
+            own: Keywords = {**settings, "symmetries": known.get(label, declared)}
+            tables[label] = measure_all(model, batches, loss, measures=entries, geometry=asked, label=label, **own)
             if omitted := tables[label].omitted:
                 raise UsageError(f"{omitted[0]}. Leave the measure out to compare the others")
         agree({name: _seen(table) for name, table in tables.items()})
-        if progress and ranks.first:
+        if chosen.progress and ranks.first:
             tqdm.write(_done(label, tables[label], len(tables), len(models)), file=sys.stderr)
     found = contrast(list(tables.values()), reference, entries)
     carried = () if loss is not None else ("each network carries its own loss: that all are the same is not checked",)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -14,15 +13,13 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.spectrum import Spectrum
 from isoflat.geometry.base import Geometry
 from isoflat.linalg.density.deflated import Deflated
-from isoflat.measurement.prepare import subject
-from isoflat.measurement.run import checked, opened, planned
-from isoflat.measurement.scribe import Refusal
-from isoflat.measures.base import Budget, Direction, Findings, Measure, Settings, SolverQuery, Subject
-from isoflat.risk.linearise import ProductCheck
-from isoflat.risk.network import Selector
+from isoflat.measurement.engine import opened
+from isoflat.measurement.records import Refusal
+from isoflat.measurement.run import planned
+from isoflat.measurement.subject import subject
+from isoflat.measures.base import Direction, Findings, Measure, SolverQuery
+from isoflat.measures.settings import Budget, Settings, SharedKeywords, takes_settings
 from isoflat.risk.ranks import Ranks
-from isoflat.symmetry.found import Found
-from isoflat.symmetry.groups.base import Symmetry
 
 VERTICAL = (
     "directions that keep the function count among the eigenvalues: they lie at zero where the gradient is zero, and near "
@@ -31,6 +28,15 @@ VERTICAL = (
 """What a reader of a spectrum must know about its zeros."""
 
 
+@takes_settings(
+    "rtol",
+    "certify",
+    "sample",
+    "initial",
+    budget="number of products in all, or a `Budget`; fewer steps are taken where it is too small for all.",
+    dtype=""" "float32" or "float64"; None for the weights' own. Rounding in float32 hides eigenvalues below about 1e-5 of
+    the largest that is not taken out.""".strip(),
+)
 def spectrum(  # noqa: PLR0913
     model: torch.nn.Module,
     data: Any,
@@ -41,19 +47,10 @@ def spectrum(  # noqa: PLR0913
     probes: int = 4,
     steps: int = 64,
     confidence: float = 0.95,
-    params: Selector = None,
-    symmetries: Found | Sequence[Symmetry] | None = None,
-    budget: Budget | int | None = None,
-    logits: str | None = None,
-    seed: int = 0,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    progress: bool = False,
-    check: ProductCheck | str = ProductCheck.REFUSE,
-    reproducible_sum: bool = False,
     label: str = "",
+    **settings: Unpack[SharedKeywords],
 ) -> Spectrum:
-    """All curvatures of a minimum: a density with a band that holds everywhere, and outliers apart.
+    """Measure all curvatures of a minimum: a density with a band that holds everywhere, and outliers apart.
 
     Stochastic Lanczos quadrature on `Eᵀ H E`, E the geometry's frame, after eigenvectors that a first run has separated
     from the rest are taken out (`linalg.density`). Where a network has no more parameters than there would be products, all
@@ -69,18 +66,8 @@ def spectrum(  # noqa: PLR0913
         steps: products per probe, and of the run that looks for outliers: what the band can resolve is about `1/steps` of
             the range without outliers.
         confidence: probability that the band holds everywhere.
-        params: as for `isoflat.measure`.
-        symmetries: as for `isoflat.measure`.
-        budget: number of products in all, or a `Budget`; fewer steps are taken where it is too small for all.
-        logits: as for `isoflat.measure`.
-        seed: of the random probes.
-        dtype: "float32" or "float64"; default the weights' own. Rounding in float32 hides eigenvalues below about 1e-5 of
-            the largest that is not taken out.
-        device: as for `isoflat.measure`.
-        progress: as for `isoflat.measure`.
-        check: as for `isoflat.measure`.
-        reproducible_sum: as for `isoflat.measure`.
         label: what to call this network.
+        **settings: the fields of `isoflat.Settings`.
 
     Returns:
         The spectrum; print it, or ask `density` for quantiles, counts, ranks, each with an enclosure.
@@ -95,20 +82,17 @@ def spectrum(  # noqa: PLR0913
     >>> [round(value, 6) for value in found.density.low.points]  # H = 2 E [x; 1] [x; 1]ᵀ
     [0.145898, 6.854102]
     """
-    if dtype in (torch.bfloat16, "bfloat16"):
+    if settings.get("dtype") in (torch.bfloat16, "bfloat16"):
         raise UsageError("a spectrum is measured in float32 or float64: rounding in bfloat16 hides all but its ends")
+    budget = settings.pop("budget", None)
     limits = budget if isinstance(budget, Budget) else Budget(Deflated.price(outliers, probes, steps, budget))
     solver = Deflated(outliers, probes, steps, confidence, limits.products, limits.seconds)
-    settings = Settings(confidence=confidence, budget=limits, seed=seed, check=checked(check))
+    chosen = Settings(confidence=confidence, budget=limits, **settings)  # pyrefly: ignore
     own = {"outliers": outliers, "probes": probes, "steps": steps}
     entry = replace(_ENTRY, options=own, needs=lambda settings, options: (SolverQuery(solver),))
-    ranks = Ranks.here(reproducible_sum)
-
-    def prepare() -> Subject:
-        return subject(model, data, loss, params, dtype, device, logits)
-
-    with opened(prepare, planned([entry], [geometry]), settings, symmetries, ranks, label, progress) as session:
-        (result,) = session.results()
+    ranks, plan = Ranks.here(chosen.reproducible_sum), planned([entry], [geometry])
+    with opened(lambda: subject(model, data, loss, chosen), plan, chosen, ranks, label) as measurement:
+        (result,) = measurement.results()
         if isinstance(result, Refusal):
             raise result.error
         record = ranks.from_first(result.record)

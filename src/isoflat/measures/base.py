@@ -8,19 +8,22 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar, TypeVar, final
 
-import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.record import Point
-from isoflat.core.state import State
+from isoflat.core.rng import stream
 from isoflat.curvature.matrix import Matrix
 from isoflat.curvature.sweeps import Pass
-from isoflat.geometry.base import Chart, Geometry, Invariance
-from isoflat.linalg.solver import Outcome, Solver
-from isoflat.risk.empirical import EmpiricalRisk, Survey
-from isoflat.risk.linearise import ProductCheck
+from isoflat.geometry.base import Geometry, Invariance
+from isoflat.linalg.operator import Pullback
+from isoflat.linalg.solver import Outcome, Product, Solver, products_of
+from isoflat.measures.point import EvaluationPoint
+from isoflat.measures.settings import Settings
+from isoflat.risk.moved import AtWeights
+
+T = TypeVar("T")
 
 
 class Direction(StrEnum):
@@ -30,78 +33,46 @@ class Direction(StrEnum):
     HIGHER_IS_FLATTER = "higher is flatter"
 
 
-@final
+Steps = Generator[Product | Pass | AtWeights, Any, T]
+"""An answer under way: a request is yielded, and what it gives is sent."""
+
+
 @dataclass(frozen=True)
-class Budget:
-    """Limits that stop a measurement with a wider enclosure.
+class Question(ABC):
+    """What several measures may share: equal questions in one geometry are answered once.
 
     Attributes:
-        products: Hessian-vector products per eigenvalue.
-        seconds: wall-clock time per eigenvalue; None for no limit.
-        memory: bytes that products may take, beyond weights and the solvers' vectors; None for half of what is free.
+        framed: whether the answer depends on the geometry; if not, all geometries at a point share it.
     """
 
-    products: int = 300
-    seconds: float | None = None
-    memory: int | None = None
+    framed: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        """Refuse budgets too small for any answer."""
-        if self.products < 2:
-            raise UsageError(f"a budget needs at least 2 products (one to look, one to verify), got {self.products}")
-        if self.seconds is not None and not self.seconds > 0:
-            raise UsageError(f"a budget of seconds must be positive, got {self.seconds}")
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """Questions whose answers this one is made of: none, unless a question says otherwise.
+
+        Raises:
+            UsageError: there is no answer for this loss, or with what was given.
+            UnsupportedModel: nor for this network.
+        """
+        return ()
+
+    @abstractmethod
+    def steps(self, point: EvaluationPoint, *found: Any) -> Steps[Any]:
+        """The answer as a coroutine of requests.
+
+        Args:
+            point: where, in the geometry that is asked about.
+            *found: the answers to what it requires, in order.
+
+        Raises:
+            UsageError: there is no answer for this loss, or with what was given.
+            UnsupportedModel: nor for this network.
+        """
 
 
 @final
 @dataclass(frozen=True)
-class Settings:
-    """How hard to measure.
-
-    Attributes:
-        rtol: relative width of an enclosure to reach.
-        confidence: probability that an interval holds; None for 1 − 1e-6 (eigenvalues) and 0.95 (traces).
-        certify: False for values with a true residual but no enclosure, at a lower cost.
-        probes: random probes of stochastic estimates.
-        budget: limits.
-        seed: of all random streams.
-        check: what happens where products disagree with differences of gradients.
-        inside: precision that products may use inside, accumulated in float64; never in a certificate.
-        sample: "auto" where a sample of the data may answer, with an interval for what was left out; None for all of it.
-    """
-
-    rtol: float = 1e-3
-    confidence: float | None = None
-    certify: bool = True
-    probes: int = 64
-    budget: Budget = field(default_factory=Budget)
-    seed: int = 0
-    check: ProductCheck = ProductCheck.REFUSE
-    inside: torch.dtype | None = None
-    sample: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse settings without meaning."""
-        if self.inside is not None and self.certify:
-            raise UsageError(
-                f"{str(self.inside).removeprefix('torch.')} may be used inside products, but never in a certificate: pass "
-                "certify=False, or dtype='float32'"
-            )
-        if self.sample not in (None, "auto"):
-            raise UsageError(f"sample must be 'auto', or None for all the data, got {self.sample!r}")
-        if self.sample and not self.certify:
-            raise UsageError("sample='auto' gives an interval, which certify=False does without: drop one of the two")
-        if not 0 < self.rtol < 1:
-            raise UsageError(f"rtol must lie between 0 and 1, got {self.rtol}")
-        if self.confidence is not None and not 0 < self.confidence < 1:
-            raise UsageError(f"confidence must lie strictly between 0 and 1, got {self.confidence}")
-        if self.probes < 2:
-            raise UsageError(f"a standard error needs at least 2 probes, got {self.probes}")
-
-
-@final
-@dataclass(frozen=True)
-class SolverQuery:
+class SolverQuery(Question):
     """One solver on `Eᵀ A E`, or on the covariant `Eᵀ (A + C) E`, E the geometry's frame.
 
     Attributes:
@@ -114,82 +85,42 @@ class SolverQuery:
     covariant: bool = False
     matrix: Matrix = Matrix.HESSIAN
 
+    def steps(self, point: EvaluationPoint, *found: Any) -> Steps[Any]:
+        """The solver's products."""
+        plus = point.geometry.connection(point.state, point.survey.gradient) if self.covariant else None
+        pulled = Pullback(point.operator(self.matrix), point.chart.frame, plus)
+        return products_of(self.solver, pulled, stream(point.settings.seed, self.solver.label))
+
 
 @dataclass(frozen=True)
-class DataStatistic(ABC):
-    """What passes over the data tell without a solver.
+class DataStatistic(Question):
+    """What one pass over the data tells, or none where earlier answers are enough."""
 
-    Attributes:
-        framed: whether the answer depends on the geometry; if not, all geometries at a point share it.
-    """
+    def sweep(self, point: EvaluationPoint, *found: Any) -> Pass | None:
+        """What is summed over the data; None, unless a statistic says otherwise.
 
-    framed: ClassVar[bool] = True
+        Args:
+            point: where.
+            *found: the answers to what it requires, in order.
+        """
+        return None
 
     @abstractmethod
-    def answer(self, scene: Scene) -> Any:
-        """The answer; or a coroutine, which yields other readings and passes over the data and is sent what they give.
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> Any:
+        """The answer.
 
-        Raises:
-            UsageError: there is no such thing for this loss, or with what was given.
-            UnsupportedModel: nor for this network.
+        Args:
+            point: where.
+            total: what the sweep gave, float64; None where there was none.
+            *found: the answers to what it requires, in order.
         """
 
-
-@final
-@dataclass(frozen=True)
-class Scene:
-    """Where a reading takes place.
-
-    Attributes:
-        risk: the empirical risk, its data pinned.
-        geometry: in which is measured.
-        chart: of the geometry at the point.
-        survey: loss and gradient there.
-        settings: how hard.
-        report: called with a status line at each pass over the data.
-        initial: the weights before training, as they were given: shape `(n,)`, float64, in the order of the user's own
-            trainable tensors, which are those of `state` in the Euclidean geometry; None where there are none.
-    """
-
-    risk: EmpiricalRisk
-    geometry: Geometry
-    chart: Chart
-    survey: Survey
-    settings: Settings
-    report: Callable[[str], None]
-    initial: Tensor | None = None
-
-    @property
-    def state(self) -> State:
-        """The point."""
-        return self.chart.state
-
-
-Question = SolverQuery | DataStatistic
-"""What several measures may share: equal questions in one geometry are asked once."""
-
-T = TypeVar("T")
-
-Asking = Generator[DataStatistic | Pass, Any, T]
-"""An answer under way: a reading or a pass over the data is yielded, and what it gives is sent."""
-
-
-@final
-@dataclass(frozen=True)
-class Subject:
-    """What is measured.
-
-    Attributes:
-        risk: the empirical risk.
-        state: the point, in the precision of the products.
-        notes: what was found while preparing it.
-        initial: the trainable tensors before training, shape `(n,)`, float64; None where they are not known.
-    """
-
-    risk: EmpiricalRisk
-    state: State
-    notes: tuple[str, ...] = ()
-    initial: Tensor | None = None
+    @final
+    def steps(self, point: EvaluationPoint, *found: Any) -> Steps[Any]:
+        """One request at most."""
+        wanted = self.sweep(point, *found)
+        total = None if wanted is None else (yield wanted)
+        return self.finish(point, total, *found)
 
 
 @final

@@ -6,8 +6,9 @@ import re
 import warnings
 from collections.abc import Iterable
 from functools import cache
-from importlib import resources
+from importlib import import_module, resources
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 from isoflat.core.catalogue import entries
 from isoflat.core.errors import UnknownName, UsageError
@@ -77,7 +78,8 @@ def find_measure(measure: str | Measure) -> Measure:
         return measure
     parts = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", measure)
     name, inside = (parts[1], parts[2]) if parts else (measure, None)
-    if name not in measures():
+    found = _own(name) or measures().get(name)
+    if found is None:
         raise UnknownName("measure", name, measures())
     options = {}
     for item in filter(None, (piece.strip() for piece in (inside or "").split(","))):
@@ -86,7 +88,15 @@ def find_measure(measure: str | Measure) -> Measure:
             options[pair[1]] = float(pair[2])  # pyrefly: ignore
         except (TypeError, ValueError):
             raise UsageError(f"cannot read option {item!r} of {name}: expected {name}(option=number)") from None
-    return measures()[name].with_options(**options)
+    return found.with_options(**options)
+
+
+def _own(name: str) -> Measure | None:
+    """A measure of this package from its own file, so that one name does not load all the others."""
+    module = f"isoflat.measures.entries.{name}"
+    if not name.isidentifier() or find_spec(module) is None:
+        return None
+    return getattr(import_module(module), "MEASURE", None)
 
 
 def find_geometry(name: str | Geometry) -> Geometry:

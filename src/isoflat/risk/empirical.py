@@ -132,6 +132,17 @@ class EmpiricalRisk:
 
         return float(self.accumulate(per_batch, _shape(1, state)))
 
+    def outputs(self) -> Callable[[State], Tensor]:
+        """The model's output on the first batch, as a function of the state."""
+        inputs, _ = split(next(iter(self.batches)))
+
+        def output(state: State) -> Tensor:
+            moved = move(inputs, state.device, state.dtype)
+            with torch.no_grad():
+                return self.network(state, lambda model: call(model, moved))
+
+        return output
+
     def pinned(self, survey: Survey) -> EmpiricalRisk:
         """The same risk, whose data must from now on come out as at the survey."""
         return replace(self, batches=self.batches.pinned(survey.digests))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.space import inner
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Scene
-from isoflat.risk.empirical import differentiate, leaf_state
-from isoflat.risk.network import exactly
-from isoflat.risk.ranks import BatchSum
-from isoflat.risk.routes.base import joined
+from isoflat.measures.base import Direction, Findings, Measure, Question, Steps
+from isoflat.measures.point import EvaluationPoint
+from isoflat.risk.moved import AtWeights
 
 TRIES = 60
 """Doublings of the first guess, and halvings, at most."""
@@ -28,71 +25,50 @@ ROUNDING = 100
 
 @final
 @dataclass(frozen=True)
-class _Crossing(DataStatistic):
+class _Crossing(Question):
     """Smallest step η along `−E Eᵀ g` at which the loss exceeds its start, between two ends on which rounding has no say.
 
     In float64 whatever the weights are: near a minimum float32 resolves neither the gradient nor how the loss changes along
     the whole step.
     """
 
-    def answer(self, scene: Scene) -> tuple[float, float]:
+    def steps(self, point: EvaluationPoint, *found: Any) -> Steps[tuple[float, float]]:
         """Half a dozen forward passes: doubling until the loss has risen, then interpolation until the ends are rtol apart."""
-        start, gradient = self._start(scene)
-        slope = scene.chart.frame.pull(gradient[:, None])[:, 0]
-        direction = scene.chart.frame.push(slope[:, None])[:, 0]
+        state = point.state.to(dtype=torch.float64)
+        start, gradient = point.survey.loss, point.survey.gradient
+        if point.state.dtype != torch.float64:
+            start, gradient = yield AtWeights(point.risk, state, gradient=True)
+        frame = point.chart.frame
+        slope = frame.pull(gradient[:, None])[:, 0]
+        direction = frame.push(slope[:, None])[:, 0]
         fall = float(inner([slope], slope)[0])
         if not fall:
             raise UsageError("critical sharpness is a step along the gradient, which is zero here")
-
-        def change(step: float) -> float:
-            """Of the loss; infinite where it overflows."""
-            scene.report(f"step {step:.3g}")
-            found = self._loss(scene, direction, step) - start
-            return found if math.isfinite(found) else math.inf
-
         # On a parabola that touches zero the crossing is at 4 L / ‖g‖²: a guess that has the right scale.
         first = 4 * abs(start) / fall or 1.0
-        return _crossing(
-            change, fall, first, ROUNDING * torch.finfo(torch.float64).eps * abs(start), scene.settings.rtol
-        )
-
-    @staticmethod
-    def _start(scene: Scene) -> tuple[float, Tensor]:
-        """Loss and gradient in float64: those of the survey, or a pass of their own."""
-        risk, state = scene.risk, scene.state
-        if state.dtype == torch.float64:
-            return scene.survey.loss, scene.survey.gradient
-        precise = state.to(dtype=torch.float64)
-
-        def per_batch(index: int, batch: Any) -> BatchSum:
-            leaves = leaf_state(precise)
-            term, parameters = risk.term(leaves, batch), list(leaves.parameters.values())
-            slope = joined(parameters, differentiate(term.total, parameters))
-            return BatchSum(torch.cat([term.total.detach().reshape(1), slope]), term.count)
-
-        with exactly(state.device):
-            found = risk.accumulate(per_batch, torch.zeros(1 + state.space.size, dtype=torch.int8, device=state.device))
-        return float(found[0]), found[1:]
-
-    @staticmethod
-    def _loss(scene: Scene, direction: Tensor, step: float) -> float:
-        state = scene.state.to(dtype=torch.float64)
-        moved = state.space.unflatten(state.vector - step * direction)
-        with exactly(state.device):
-            return scene.risk.value(state.replace(moved))
+        noise = ROUNDING * torch.finfo(torch.float64).eps * abs(start)
+        search = _crossing(fall, first, noise, point.settings.rtol)
+        try:
+            step = next(search)
+            while True:
+                moved = state.replace(state.space.unflatten(state.vector - step * direction))
+                reached = yield AtWeights(point.risk, moved, status=f"step {step:.3g}")
+                change = reached.loss - start
+                step = search.send(change if math.isfinite(change) else math.inf)
+        except StopIteration as ends:
+            return ends.value
 
 
-def _crossing(
-    change: Callable[[float], float], fall: float, step: float, noise: float, rtol: float
-) -> tuple[float, float]:
-    """Two steps on which the loss has fallen and risen beyond noise, rtol apart, or with noise between them.
+def _crossing(fall: float, step: float, noise: float, rtol: float) -> Generator[float, float, tuple[float, float]]:
+    """Find two steps on which the loss has fallen and risen beyond noise, rtol apart, or with noise between them.
 
     Change over step starts at `−fall` and is a line where the loss is a parabola: it is interpolated, aiming a little to the
     side of the crossing that is not known well yet, and halves the interval where that does not.
 
+    Yields steps, and is sent the change of the loss after each; an infinite one where it overflows.
+
     Args:
-        change: of the loss after a step.
-        fall: its slope at zero, turned round.
+        fall: slope of the change at zero, turned round.
         step: first guess.
         noise: what a change must exceed to count.
         rtol: relative distance of the ends.
@@ -102,7 +78,7 @@ def _crossing(
     """
     low, high, below, above = 0.0, math.inf, -fall, math.inf
     for _ in range(TRIES):
-        risen = change(step)
+        risen = yield step
         if risen > noise:
             high, above = step, risen / step
             break
@@ -120,7 +96,7 @@ def _crossing(
             crossing = low - below * (high - low) / (above - below)
             aim = crossing * (1 - rtol / 4 if crossing - low > rtol / 2 * crossing else 1 + rtol / 4)
             step = aim if low < aim < high else step
-        risen = change(step)
+        risen = yield step
         if risen > noise:
             high, above, room = step, risen / step, step
         elif risen < -noise:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import Direction, Findings, Measure, Question, Settings
+from isoflat.measures.base import Direction, Findings, Measure, Question
 from isoflat.measures.entries.eigenvalues import eigenvalue, extremes
+from isoflat.measures.settings import Settings
 
 
 def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:

@@ -9,7 +9,8 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.linalg.eigen.extremes import REACHED, Extremes, Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.measures.base import Findings, Question, Settings, SolverQuery
+from isoflat.measures.base import Findings, Question, SolverQuery
+from isoflat.measures.settings import Settings
 
 CONFIDENCE = 1 - 1e-6
 """Default for eigenvalues: the price of certainty is logarithmic."""

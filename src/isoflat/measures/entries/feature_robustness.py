@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,9 +16,11 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.rng import stream
 from isoflat.curvature.sweeps import Pass, Sweeps
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Scene, Settings
-from isoflat.measures.entries.last_layer import MEMORY, LastLayer, gain, last_of
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.entries.last_layer import MEMORY, Head, LastLayer, gain, last_of
 from isoflat.measures.entries.stochastic import mean_of
+from isoflat.measures.point import EvaluationPoint
+from isoflat.measures.settings import Settings
 from isoflat.risk.losses import TargetLoss
 
 
@@ -41,10 +43,14 @@ class _Changes(DataStatistic):
     seed: int
     framed = False
 
-    def answer(self, scene: Scene) -> Asking[tuple[tuple[float, ...], str]]:
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """The layer that gives the scores."""
+        return (LastLayer(False),)
+
+    def sweep(self, point: EvaluationPoint, *found: Any) -> Pass:
         """One forward pass."""
-        risk, state = scene.risk, scene.state
-        head = yield LastLayer(False)
+        risk, state = point.risk, point.state
+        head: Head = found[0]
         classes, width = head.weight.shape
         if 8 * self.draws * classes * width > MEMORY:
             raise UsageError(
@@ -60,9 +66,9 @@ class _Changes(DataStatistic):
         bias = state.tensors.get(f"{head.name.removesuffix('weight')}bias")
 
         def part(sweeps: Sweeps) -> Tensor:
-            features, target = last_of(scene, sweeps).inputs.double(), sweeps.target
+            features, target = last_of(point, sweeps).inputs.double(), sweeps.target
             target = target.double() if target.is_floating_point() else target
-            z = F.linear(features, head.weight, None if bias is None else gain(scene) * bias.detach().double())
+            z = F.linear(features, head.weight, None if bias is None else gain(point) * bias.detach().double())
 
             def total(scores: Tensor) -> Tensor:
                 return loss.by_row(scores, target).sum()
@@ -73,9 +79,12 @@ class _Changes(DataStatistic):
                 changes.append((total(z + moved) + total(z - moved)) / 2 - start)
             return torch.stack(changes)
 
-        scene.report("changed features")
-        found = yield Pass(part, self.draws)
-        return tuple(found.tolist()), head.name
+        return Pass(part, self.draws, "changed features")
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> tuple[tuple[float, ...], str]:
+        """Changes draw by draw, and the name of the layer's weight."""
+        assert total is not None
+        return tuple(total.tolist()), found[0].name
 
 
 def _root(weight: Tensor) -> Tensor:

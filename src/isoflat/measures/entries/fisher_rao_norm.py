@@ -3,7 +3,7 @@
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import Direction, Findings, Measure
-from isoflat.measures.entries.readings import Radial
+from isoflat.measures.entries.statistics import Radial
 
 
 def _evaluate(findings: Findings) -> Estimate:

@@ -2,7 +2,7 @@
 
 from isoflat.core.estimate import Estimate
 from isoflat.measures.base import Direction, Findings, Measure
-from isoflat.measures.entries.readings import FramedMoments
+from isoflat.measures.entries.statistics import FramedMoments
 
 
 def _evaluate(findings: Findings) -> Estimate:

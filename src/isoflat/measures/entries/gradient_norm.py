@@ -3,7 +3,7 @@
 from isoflat.core.estimate import Estimate
 from isoflat.core.space import norm
 from isoflat.measures.base import Direction, Findings, Measure
-from isoflat.measures.entries.readings import Gradient
+from isoflat.measures.entries.statistics import Gradient
 
 
 def _evaluate(findings: Findings) -> Estimate:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.curvature.sweeps import Layer, Pass, Sweeps, check_softmax
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Asking, DataStatistic, Findings, Scene
+from isoflat.measures.base import DataStatistic, Findings, Question
+from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.likelihood import likelihood
 from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
@@ -58,19 +59,20 @@ class LastLayer(DataStatistic):
     normalised: bool
     framed = False
 
-    def answer(self, scene: Scene) -> Asking[Head]:
-        """One forward pass where features are normalised; a batch otherwise."""
-        risk, state = scene.risk, scene.state
-        check_softmax(risk, state)
-        with exactly(state.device), torch.no_grad():
-            name = last_of(scene, Sweeps.record(risk, state, next(iter(risk.batches)))).weight
-        weight = state.parameters.get(name)
-        if weight is None:
-            raise UsageError(f"the last layer's {name} is held fixed: nothing is measured there")
-        weight, scale = gain(scene) * weight.detach().double(), torch.ones(weight.shape[1], dtype=torch.float64)
-        if not self.normalised:
-            return Head(name, weight, scale.to(weight.device), ())
-        deviation = _deviations(scene, (yield _moments(scene, weight.shape[1])))
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """The layer as it is, where its features are to be normalised."""
+        return (LastLayer(normalised=False),) if self.normalised else ()
+
+    def sweep(self, point: EvaluationPoint, *found: Any) -> Pass | None:
+        """One forward pass where features are normalised."""
+        return _moments(point, found[0].weight.shape[1]) if found else None
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> Head:
+        """The layer, seen in the first batch; its columns times the deviations of the features where these are known."""
+        if total is None:
+            return _first_seen(point)
+        name, weight = found[0].name, found[0].weight
+        deviation = _deviations(point, total)
         still = deviation == 0
         notes = (
             [f"{int(still.sum())} features never change and, like biases, are left out"] if bool(still.any()) else []
@@ -86,16 +88,25 @@ class LastTrace(DataStatistic):
     normalised: bool
     framed = False
 
-    def answer(self, scene: Scene) -> Asking[tuple[float, Head]]:
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """The layer that gives the scores."""
+        return (LastLayer(self.normalised),)
+
+    def sweep(self, point: EvaluationPoint, *found: Any) -> Pass:
         """One forward pass."""
-        head = yield LastLayer(self.normalised)
+        head: Head = found[0]
         sizes = head.weight.square().sum(1)
 
         def part(p: Tensor, features: Tensor) -> Tensor:
             spread = p @ sizes - (p @ head.weight).square().sum(1)
             return (spread * features.square().sum(1)).sum().reshape(1)
 
-        return float((yield _mean(scene, head, part, 1))), head
+        return _mean(point, head, part, 1)
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> tuple[float, Head]:
+        """The sum, and the layer."""
+        assert total is not None
+        return float(total), found[0]
 
 
 @final
@@ -106,9 +117,13 @@ class LastBlocks(DataStatistic):
     normalised: bool
     framed = False
 
-    def answer(self, scene: Scene) -> Asking[tuple[float, Head]]:
-        """One forward pass, and an eigenvalue problem for each class."""
-        head = yield LastLayer(self.normalised)
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """The layer that gives the scores."""
+        return (LastLayer(self.normalised),)
+
+    def sweep(self, point: EvaluationPoint, *found: Any) -> Pass:
+        """One forward pass, in which a matrix for each class is summed."""
+        head: Head = found[0]
         classes, size = head.weight.shape
         if classes * size * size * 8 > MEMORY:
             raise UsageError(
@@ -118,52 +133,75 @@ class LastBlocks(DataStatistic):
 
         def part(p: Tensor, features: Tensor) -> Tensor:
             # The matrix products are the cost, and are made as those of the network are; sums over batches are float64.
-            shares, rows = (p * (1 - p)).to(scene.state.dtype), features.to(scene.state.dtype)
+            shares, rows = (p * (1 - p)).to(point.state.dtype), features.to(point.state.dtype)
             return torch.stack([rows.T @ (rows * share[:, None]) for share in shares.T]).reshape(-1)
 
-        blocks = (yield _mean(scene, head, part, classes * size * size)).view(classes, size, size)
+        return _mean(point, head, part, classes * size * size)
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> tuple[float, Head]:
+        """An eigenvalue problem for each class, and the layer."""
+        assert total is not None
+        head: Head = found[0]
+        classes, size = head.weight.shape
+        blocks = total.view(classes, size, size)
         tops = torch.linalg.eigvalsh(blocks)[:, -1]
         return float(head.weight.square().sum(1) @ tops), head
 
 
-def _mean(scene: Scene, head: Head, part: Callable[[Tensor, Tensor], Tensor], entries: int) -> Pass:
+def _first_seen(point: EvaluationPoint) -> Head:
+    """The layer that gives the scores of the first batch.
+
+    Raises:
+        UsageError: there is none, it is held fixed, or the loss is not softmax cross-entropy of the scores.
+    """
+    risk, state = point.risk, point.state
+    check_softmax(risk, state)
+    with exactly(state.device), torch.no_grad():
+        name = last_of(point, Sweeps.record(risk, state, next(iter(risk.batches)))).weight
+    weight = state.parameters.get(name)
+    if weight is None:
+        raise UsageError(f"the last layer's {name} is held fixed: nothing is measured there")
+    weight, scale = gain(point) * weight.detach().double(), torch.ones(weight.shape[1], dtype=torch.float64)
+    return Head(name, weight, scale.to(weight.device), ())
+
+
+def _mean(point: EvaluationPoint, head: Head, part: Callable[[Tensor, Tensor], Tensor], entries: int) -> Pass:
     """A mean over the data of something of probabilities and features, as the loss takes it."""
 
     def of_batch(sweeps: Sweeps) -> Tensor:
-        features, z = last_of(scene, sweeps).inputs.double(), sweeps.z.detach()
-        mass = likelihood(scene.risk.loss, z, sweeps.target).mass.double()
+        features, z = last_of(point, sweeps).inputs.double(), sweeps.z.detach()
+        mass = likelihood(point.risk.loss, z, sweeps.target).mass.double()
         return part(z.double().softmax(1), features / head.scale * mass.sqrt()[:, None])
 
-    scene.report("last layer")
-    return Pass(of_batch, entries)
+    return Pass(of_batch, entries, "last layer")
 
 
-def _moments(scene: Scene, width: int) -> Pass:
+def _moments(point: EvaluationPoint, width: int) -> Pass:
     """First and second moments of the features, and how many rows there are."""
 
     def of_batch(sweeps: Sweeps) -> Tensor:
-        wide = last_of(scene, sweeps).inputs.double()
+        wide = last_of(point, sweeps).inputs.double()
         return torch.cat([wide.sum(0), wide.square().sum(0), wide.new_full((1,), len(wide))])
 
     return Pass(of_batch, 2 * width + 1)
 
 
-def _deviations(scene: Scene, moments: Tensor) -> Tensor:
+def _deviations(point: EvaluationPoint, moments: Tensor) -> Tensor:
     """Standard deviation of each feature over the rows of the data, whatever the loss divides by."""
     mean, square = (moments[:-1] / moments[-1]).chunk(2)
     # Below lies the rounding of the features, and of the difference.
-    fine = max((10 * torch.finfo(scene.state.dtype).eps) ** 2, 100 * torch.finfo(torch.float64).eps)
+    fine = max((10 * torch.finfo(point.state.dtype).eps) ** 2, 100 * torch.finfo(torch.float64).eps)
     variance = square - mean.square()
     return torch.where(variance > fine * square, variance, 0.0).sqrt()
 
 
-def gain(scene: Scene) -> float:
+def gain(point: EvaluationPoint) -> float:
     """What the layer's output is multiplied by before the loss.
 
     Raises:
         UsageError: it is not multiplied by a number.
     """
-    loss = scene.risk.loss
+    loss = point.risk.loss
     found = loss.gain if isinstance(loss, TargetLoss) else 1.0
     if found is None:
         raise UsageError(
@@ -172,13 +210,13 @@ def gain(scene: Scene) -> float:
     return found
 
 
-def last_of(scene: Scene, sweeps: Sweeps) -> Layer:
+def last_of(point: EvaluationPoint, sweeps: Sweeps) -> Layer:
     """The layer that gives the scores.
 
     Raises:
         UsageError: the scores are not what a linear layer gives.
     """
-    factor, z = gain(scene), sweeps.z
+    factor, z = gain(point), sweeps.z
 
     def gives(layer: Layer) -> bool:
         return layer.output is z or (factor != 1 and torch.equal(factor * layer.output, z))

@@ -18,12 +18,13 @@ from isoflat.core.state import State
 from isoflat.curvature.matrix import Curvature
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.operator import Pullback
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question, Scene, Settings
+from isoflat.linalg.solver import products_of
+from isoflat.measures.base import Direction, Findings, Measure, Question, Steps
 from isoflat.measures.entries.stochastic import mean_of
-from isoflat.risk.empirical import differentiate, leaf_state
+from isoflat.measures.point import EvaluationPoint
+from isoflat.measures.settings import Settings
 from isoflat.risk.linearise import choose
-from isoflat.risk.network import exactly
-from isoflat.risk.routes.base import joined
+from isoflat.risk.moved import AtWeights
 
 SAFE = 0.2
 """Step in units of the largest that the largest curvature would allow."""
@@ -34,7 +35,7 @@ SIZE = 1e-2
 
 @final
 @dataclass(frozen=True)
-class _Chains(DataStatistic):
+class _Chains(Question):
     """Stochastic gradient Langevin dynamics in the coordinates u of the metric's frame, `θ = θ* + E u`.
 
     Each step is `u ← u − ε/2 (nβ Eᵀ∇L_B + γ u) + √ε ξ`, with nβ = N / ln N.
@@ -53,82 +54,66 @@ class _Chains(DataStatistic):
     localisation: float
     rows: int
 
-    def answer(self, scene: Scene) -> Tensor:
+    def steps(self, point: EvaluationPoint, *found: Any) -> Steps[Tensor]:
         """Mean rise of the loss, times nβ, of each chain and each of its halves: shape `(chains, 2)`, float64."""
-        total = scene.survey.rows
+        total = point.survey.rows
         if total < 2:
             raise UsageError("local_learning_coefficient needs N / ln N, and there is 1 example: give it more")
         beta = total / math.log(total)
-        step = SAFE * 2 / (beta * self._curvature(scene) + self.localisation)
-        found = []
-        with exactly(scene.state.device):
-            for chain in range(self.chains):
-                random = stream(scene.settings.seed, "langevin", chain)
-                batches = self._minibatches(scene, random)
-                start = torch.zeros(scene.chart.frame.columns, dtype=torch.float64, device=scene.state.device)
-                u, rises, last, rest = start, [], None, 0.0
-                for draw in range(self.burn + self.draws):
-                    if draw % 10 == 0:
-                        scene.report(f"chain {chain + 1} of {self.chains}, step {draw}")
-                    batch = next(batches)
-                    slope, loss = _slope(scene, u, batch)
-                    if draw >= self.burn:
-                        if batch is not last:
-                            # The same rows at the minimum: what is random in both cancels.
-                            last, rest = batch, _loss(scene, start, batch)
-                        rises.append(loss - rest)
-                    noise = torch.randn(len(u), generator=random, dtype=torch.float64).to(u.device)
-                    u = u - step / 2 * (beta * slope + self.localisation * u) + math.sqrt(step) * noise
-                    if not bool(torch.isfinite(u).all()):
-                        raise UsageError("a chain of local_learning_coefficient ran away: raise localisation")
-                halves = torch.tensor(rises, dtype=torch.float64).tensor_split(2)
-                found.append(torch.stack([beta * half.mean() for half in halves]))
-        return torch.stack(found)
+        curvature = yield from _curvature(point)
+        step = SAFE * 2 / (beta * curvature + self.localisation)
+        chains = []
+        for chain in range(self.chains):
+            rises = yield from self._chain(point, chain, beta, step)
+            halves = torch.tensor(rises, dtype=torch.float64).tensor_split(2)
+            chains.append(torch.stack([beta * half.mean() for half in halves]))
+        return torch.stack(chains)
 
-    @staticmethod
-    def _curvature(scene: Scene) -> float:
-        """The largest, to a hundredth or so."""
-        route = choose(scene.risk, scene.state, scene.settings.check).route
-        hessian = Curvature(route(scene.risk, scene.state.to(dtype=torch.float64)))
-        solver = Lanczos(rtol=SIZE, certify=False)
-        return abs(solver(Pullback(hessian, scene.chart.frame), stream(scene.settings.seed, "langevin")).wanted.value)
+    def _chain(self, point: EvaluationPoint, chain: int, beta: float, step: float) -> Steps[list[float]]:
+        """Rises of the loss along one chain, draw by draw."""
+        random, frame = stream(point.settings.seed, "langevin", chain), point.chart.frame
+        batches = self._minibatches(point, random)
+        start = torch.zeros(frame.columns, dtype=torch.float64, device=point.state.device)
+        u, rises, last, rest = start, [], None, 0.0
+        for draw in range(self.burn + self.draws):
+            status = f"chain {chain + 1} of {self.chains}, step {draw}" if draw % 10 == 0 else ""
+            batch = next(batches)
+            here = yield AtWeights(point.risk, _moved(point, u), gradient=True, batch=batch, status=status)
+            slope = frame.pull(here.gradient[:, None])[:, 0]
+            if draw >= self.burn:
+                if batch is not last:
+                    # The same rows at the minimum: what is random in both cancels.
+                    rest = (yield AtWeights(point.risk, _moved(point, start), batch=batch)).loss
+                    last = batch
+                rises.append(here.loss - rest)
+            noise = torch.randn(len(u), generator=random, dtype=torch.float64).to(u.device)
+            u = u - step / 2 * (beta * slope + self.localisation * u) + math.sqrt(step) * noise
+            if not bool(torch.isfinite(u).all()):
+                raise UsageError("a chain of local_learning_coefficient ran away: raise localisation")
+        return rises
 
-    def _minibatches(self, scene: Scene, random: torch.Generator) -> Iterator[Any]:
+    def _minibatches(self, point: EvaluationPoint, random: torch.Generator) -> Iterator[Any]:
         """Random rows without end; all of them, read once, where that is no more than a minibatch has."""
-        total, batches = scene.survey.rows, scene.risk.batches
+        total, batches = point.survey.rows, point.risk.batches
         if total <= self.rows:
             yield from itertools.repeat(next(iter(batches.only(torch.arange(total), total))))
         while True:
             yield from batches.only(torch.randperm(total, generator=random)[: self.rows].sort().values, self.rows)
 
 
-def _slope(scene: Scene, u: Tensor, batch: Any) -> tuple[Tensor, float]:
-    """Mean gradient in the frame's coordinates, and mean loss, of a minibatch."""
-    leaves = leaf_state(_moved(scene, u))
-    term = scene.risk.term(leaves, batch)
-    parameters = list(leaves.parameters.values())
-    slope = joined(parameters, differentiate(term.total, parameters)).double()
-    count = _counted(term.count)
-    return scene.chart.frame.pull((slope / count)[:, None])[:, 0], float(term.total.detach()) / count
+def _curvature(point: EvaluationPoint) -> Steps[float]:
+    """The largest curvature, to a hundredth or so."""
+    route = choose(point.risk, point.state, point.settings.check).route
+    hessian = Curvature(route(point.risk, point.state.to(dtype=torch.float64)))
+    pulled, random = Pullback(hessian, point.chart.frame), stream(point.settings.seed, "langevin")
+    found = yield from products_of(Lanczos(rtol=SIZE, certify=False), pulled, random)
+    return abs(found.wanted.value)
 
 
-def _loss(scene: Scene, u: Tensor, batch: Any) -> float:
-    """Mean loss of a minibatch."""
-    with torch.no_grad():
-        term = scene.risk.term(_moved(scene, u), batch)
-    return float(term.total) / _counted(term.count)
-
-
-def _counted(count: float) -> float:
-    if not count > 0:
-        raise UsageError("no target counts in a minibatch of local_learning_coefficient: raise its option rows")
-    return count
-
-
-def _moved(scene: Scene, u: Tensor) -> State:
+def _moved(point: EvaluationPoint, u: Tensor) -> State:
     """The state at θ* + E u."""
-    state = scene.state
-    moved = state.space.unflatten(state.vector.double() + scene.chart.frame.push(u[:, None])[:, 0])
+    state = point.state
+    moved = state.space.unflatten(state.vector.double() + point.chart.frame.push(u[:, None])[:, 0])
     return state.replace({name: tensor.to(state.dtype) for name, tensor in moved.items()})
 
 

@@ -16,8 +16,10 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question, Scene, Settings
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
 from isoflat.measures.entries.stochastic import mean_of
+from isoflat.measures.point import EvaluationPoint
+from isoflat.measures.settings import Settings
 from isoflat.risk.batches import move
 from isoflat.risk.losses import call, split
 from isoflat.risk.network import Network, exactly
@@ -58,37 +60,37 @@ class _Prior(DataStatistic):
 
     draws: int
 
-    def answer(self, scene: Scene) -> Prior:
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> Prior:
         """One forward pass for the network as it is, and one for each draw."""
-        if scene.survey.accuracy is None:
+        if point.survey.accuracy is None:
             raise UsageError(
                 "log_prior_volume is about the classes that a network predicts: it needs a torch.nn criterion of class scores, "
                 "with class indices as targets"
             )
-        if scene.survey.rows > MOST:
+        if point.survey.rows > MOST:
             raise UsageError(
                 f"log_prior_volume takes the determinant of a matrix with a row for each example, at a cost that grows with "
-                f"their cube: give a fixed part of the data, at most {MOST} of the {scene.survey.rows} examples"
+                f"their cube: give a fixed part of the data, at most {MOST} of the {point.survey.rows} examples"
             )
-        state = scene.state.to(dtype=torch.float64)
+        state = point.state.to(dtype=torch.float64)
         with exactly(state.device), torch.no_grad():
-            scores = _scores(scene, scene.risk.network, state)
+            scores = _scores(point, point.risk.network, state)
             kernels = torch.zeros(GROUPS, len(scores), len(scores), dtype=torch.float64, device=state.device)
             # On the CPU and in float64, so that weights are the same whatever the device and the precision.
-            twin = copy.deepcopy(scene.risk.network.module).to(device="cpu", dtype=torch.float64).eval()
-            random = stream(scene.settings.seed, "prior")
+            twin = copy.deepcopy(point.risk.network.module).to(device="cpu", dtype=torch.float64).eval()
+            random = stream(point.settings.seed, "prior")
             for draw in range(self.draws):
-                scene.report(f"draw {draw + 1} of {self.draws}")
+                point.report(f"draw {draw + 1} of {self.draws}")
                 drawn = _drawn(twin, random).to(device=state.device)
-                outputs = _scores(scene, replace(scene.risk.network, module=twin), drawn)
+                outputs = _scores(point, replace(point.risk.network, module=twin), drawn)
                 kernels[draw % GROUPS] += outputs @ outputs.T / (self.draws / GROUPS)
         return Prior(kernels, scores.argmax(1), scores.shape[1])
 
 
-def _scores(scene: Scene, network: Network, state: State) -> Tensor:
+def _scores(point: EvaluationPoint, network: Network, state: State) -> Tensor:
     """Of all examples: shape `(N, classes)`."""
     found = []
-    for batch in scene.risk.batches:
+    for batch in point.risk.batches:
         inputs: Any = split(move(batch, state.device, state.dtype))[0]
         found.append(network(state, lambda model, inputs=inputs: call(model, inputs)))
     if any(part.ndim != 2 for part in found):

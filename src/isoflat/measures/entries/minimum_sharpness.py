@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
 from scipy import sparse
+from torch import Tensor
 
 from isoflat.core.errors import SymmetryViolated, UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.geometry.base import Invariance
-from isoflat.measurement.prepare import outputs
-from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Scene
-from isoflat.measures.entries.readings import BlockTraces
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.entries.statistics import BlockTraces
+from isoflat.measures.point import EvaluationPoint
 from isoflat.symmetry.canonical.potential import Mass, least
 from isoflat.symmetry.groups.base import verify
 from isoflat.symmetry.groups.scaling import LayerScale
@@ -24,26 +25,30 @@ from isoflat.symmetry.groups.scaling import LayerScale
 
 @final
 @dataclass(frozen=True)
-class _Least(DataStatistic):
+class _LeastOverLayers(DataStatistic):
     """`min Σ_l t_l/a_l² + b_l/(a_1 ⋯ a_l)²` over factors with product 1: convex in their logarithms."""
 
     framed = False
 
-    def answer(self, scene: Scene) -> Asking[float]:
-        """Block traces by backward passes; then a few Newton steps, without data."""
-        state = scene.state
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """Block traces, once the network is seen to be a chain of layers."""
+        state = point.state
         chain = LayerScale.sequential(state)
         if held := sorted(chain.touches - set(state.parameters)):
             raise UsageError(f"minimum_sharpness rescales all layers, but {', '.join(held)} is held fixed")
         try:
-            verify(chain, outputs(scene.risk), state, stream(scene.settings.seed, "chain"))
+            verify(chain, point.risk.outputs(), state, stream(point.settings.seed, "chain"))
         except SymmetryViolated as error:
             raise UsageError(
                 "minimum_sharpness is for chains of layers with positively homogeneous activations between them, which "
                 "this network is not: minimum_sharpness_unitwise takes any"
             ) from error
-        traces = yield BlockTraces()
-        return least(list(_masses(chain, traces, state)), chain.dimension)[0]
+        return (BlockTraces(),)
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> float:
+        """A few Newton steps, without data."""
+        chain = LayerScale.sequential(point.state)
+        return least(list(_masses(chain, found[0], point.state)), chain.dimension)[0]
 
 
 def _masses(chain: LayerScale, traces: dict[str, float], state: State) -> list[Mass]:
@@ -72,7 +77,7 @@ MEASURE = Measure(
     units="loss",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=1,
-    needs=lambda settings, options: (_Least(),),
+    needs=lambda settings, options: (_LeastOverLayers(),),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset({Invariance.LAYERS, Invariance.ORDER}),

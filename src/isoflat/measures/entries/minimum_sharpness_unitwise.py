@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
+
+from torch import Tensor
 
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.geometry.traced import Traced
-from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Scene
-from isoflat.measures.entries.readings import Diagonal
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.entries.statistics import GaussNewtonDiagonal
+from isoflat.measures.point import EvaluationPoint
 from isoflat.symmetry.canonical.potential import Mass, least
 
 
 @final
 @dataclass(frozen=True)
-class _Least(DataStatistic):
+class _LeastOverUnits(DataStatistic):
     """`min Σ_j G_jj / s_j²` over all scalings s of units that keep the function: convex in their logarithms."""
 
-    def answer(self, scene: Scene) -> Asking[tuple[float, tuple[str, ...]]]:
-        """The diagonal by backward passes; then Newton's method, without data."""
-        assert isinstance(scene.geometry, Traced)
-        assert scene.geometry.found is not None
-        group = scene.geometry.found.scaling
-        diagonal = scene.state.space.unflatten((yield Diagonal()))
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """The diagonal of the Gauss-Newton matrix."""
+        return (GaussNewtonDiagonal(),)
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> tuple[float, tuple[str, ...]]:
+        """Newton's method, without data."""
+        assert isinstance(point.geometry, Traced)
+        assert point.geometry.found is not None
+        group = point.geometry.found.scaling
+        diagonal = point.state.space.unflatten(found[0])
         masses, seen = [], set()
         for e in group.tensors:
             if e.name in diagonal:
@@ -48,7 +55,7 @@ MEASURE = Measure(
     units="loss",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=1,
-    needs=lambda settings, options: (_Least(),),
+    needs=lambda settings, options: (_LeastOverUnits(),),
     evaluate=_evaluate,
     geometry="auto",
     claims=frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS, Invariance.ORDER}),

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from torch import nn
+from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.curvature.block_trace import check_blocks
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Scene
-from isoflat.measures.entries.readings import Diagonal
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.entries.statistics import GaussNewtonDiagonal
+from isoflat.measures.point import EvaluationPoint
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weight has a row for each neuron."""
@@ -26,25 +27,33 @@ class _Neurons(DataStatistic):
 
     framed = False
 
-    def answer(self, scene: Scene) -> Asking[tuple[float, tuple[str, ...]]]:
-        """Sums over the Gauss-Newton matrix's diagonal, once the network is seen to be linear in each weight."""
-        state = scene.state
-        owners = {
-            f"{path}.weight" if path else "weight"
-            for path, module in scene.risk.network.module.named_modules()
-            if isinstance(module, LAYERS)
-        }
-        names = [name for name in state.parameters if name in owners]
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """The Gauss-Newton matrix's diagonal, once the network is seen to be linear in each weight."""
+        names = _with_neurons(point)
         if not names:
             raise UsageError("neuronwise_flatness needs a trainable torch.nn.Linear or convolution: here there is none")
-        check_blocks(scene.risk, state, names)
-        diagonal = state.space.unflatten((yield Diagonal()))
-        total = 0.0
+        check_blocks(point.risk, point.state, names)
+        return (GaussNewtonDiagonal(),)
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> tuple[float, tuple[str, ...]]:
+        """Sums over the diagonal, and matrices that have no neurons."""
+        state, names, value = point.state, _with_neurons(point), 0.0
+        diagonal = state.space.unflatten(found[0])
         for name in names:
             sizes = state.parameters[name].detach().double().square().flatten(1).sum(1)
-            total += float(sizes @ diagonal[name].flatten(1).sum(1))
-        rest = [name for name, tensor in state.parameters.items() if tensor.ndim > 1 and name not in owners]
-        return total, tuple(rest)
+            value += float(sizes @ diagonal[name].flatten(1).sum(1))
+        rest = [name for name, tensor in state.parameters.items() if tensor.ndim > 1 and name not in names]
+        return value, tuple(rest)
+
+
+def _with_neurons(point: EvaluationPoint) -> list[str]:
+    """Trainable weights that have a row for each neuron."""
+    owners = {
+        f"{path}.weight" if path else "weight"
+        for path, module in point.risk.network.module.named_modules()
+        if isinstance(module, LAYERS)
+    }
+    return [name for name in point.state.parameters if name in owners]
 
 
 def _needs(settings: Any, options: Mapping[str, float]) -> tuple[DataStatistic, ...]:

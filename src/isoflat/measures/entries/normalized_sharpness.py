@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 from scipy import sparse
 from torch import Tensor
@@ -11,22 +11,27 @@ from torch import Tensor
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Scene
-from isoflat.measures.entries.readings import Diagonal
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.entries.statistics import GaussNewtonDiagonal
+from isoflat.measures.point import EvaluationPoint
 from isoflat.symmetry.canonical.potential import Mass, least
 
 
 @final
 @dataclass(frozen=True)
-class _Balanced(DataStatistic):
+class _BestNoise(DataStatistic):
     """By weight tensor: `min Σ_ij h_ij r_i c_j + w_ij² / (r_i c_j)` over positive r and c."""
 
     framed = False
 
-    def answer(self, scene: Scene) -> Asking[dict[str, float]]:
-        """The diagonal by backward passes; then Newton's method, without data."""
-        diagonal = scene.state.space.unflatten((yield Diagonal()))
-        weights = {name: tensor for name, tensor in scene.state.parameters.items() if tensor.ndim >= 2}
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """The diagonal of the Gauss-Newton matrix."""
+        return (GaussNewtonDiagonal(),)
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> dict[str, float]:
+        """Newton's method, without data."""
+        diagonal = point.state.space.unflatten(found[0])
+        weights = {name: tensor for name, tensor in point.state.parameters.items() if tensor.ndim >= 2}
         if not weights:
             raise UsageError("normalized_sharpness is a sum over weight matrices, and no trainable tensor is one")
         return {name: _layer(name, diagonal[name], tensor) for name, tensor in weights.items()}
@@ -59,7 +64,7 @@ MEASURE = Measure(
     units="√loss · weight; see pitfalls",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=0.5,
-    needs=lambda settings, options: (_Balanced(),),
+    needs=lambda settings, options: (_BestNoise(),),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS, Invariance.ORDER}),

@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.measures.base import Asking, DataStatistic, Scene
-from isoflat.measures.entries.readings import Diagonal
+from isoflat.measures.base import DataStatistic, Question
+from isoflat.measures.entries.statistics import GaussNewtonDiagonal
+from isoflat.measures.point import EvaluationPoint
 
 BOUNDED = (
     "It bounds losses that lie in [0, 1], such as cross-entropy cut off and divided by its largest value: with others it is a "
@@ -29,7 +30,7 @@ BOUNDED = (
 
 @final
 @dataclass(frozen=True)
-class Terms:
+class BoundTerms:
     """What a bound is evaluated from.
 
     Attributes:
@@ -50,25 +51,30 @@ class FromInitial(DataStatistic):
 
     framed = False
 
-    def answer(self, scene: Scene) -> Asking[Terms]:
-        """The curvature's passes; nothing where there are no weights before training."""
-        if scene.initial is None:
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """The diagonal of the Gauss-Newton matrix, where there are weights before training."""
+        if point.initial is None:
             raise UsageError(
                 "the prior is centred at the weights before training, which were not given: pass initial= (--initial), a copy of the "
                 "network from before training or its state_dict"
             )
-        check_mean(scene)
-        distance = float((scene.state.vector.double() - scene.initial).square().sum())
-        return Terms((yield Diagonal()), distance, scene.survey.rows)
+        check_mean(point)
+        return (GaussNewtonDiagonal(),)
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> BoundTerms:
+        """The terms."""
+        assert point.initial is not None
+        distance = float((point.state.vector.double() - point.initial).square().sum())
+        return BoundTerms(found[0], distance, point.survey.rows)
 
 
-def check_mean(scene: Scene) -> None:
+def check_mean(point: EvaluationPoint) -> None:
     """Whether the loss is a mean over examples.
 
     Raises:
         UsageError: it is not.
     """
-    if not scene.risk.loss.averages:
+    if not point.risk.loss.averages:
         raise UsageError("a bound is on the mean loss of an example, and this loss is a sum: use reduction='mean'")
 
 
@@ -102,7 +108,7 @@ def catoni(complexity: float, rows: int, delta: float, beta: float) -> float:
     return (complexity - math.log(delta)) / (beta * rows) + beta / 8
 
 
-def effective_curvature(terms: Terms, sigma: float) -> float:
+def effective_curvature(terms: BoundTerms, sigma: float) -> float:
     """`½ Σ ln max(h σ², 1) + ‖θ − θ₀‖² / 2σ²`.
 
     Bounds `KL(N(θ, diag s) ‖ N(θ₀, σ² I))` with `s = min(1/h, σ²)` from above, by `½ Σ (1 − s/σ²)`.
@@ -111,12 +117,12 @@ def effective_curvature(terms: Terms, sigma: float) -> float:
     return 0.5 * float(sharp.log().sum()) + terms.distance / (2 * sigma**2)
 
 
-def curvature_posterior(terms: Terms, sigma: float, beta: float) -> float:
+def curvature_posterior(terms: BoundTerms, sigma: float, beta: float) -> float:
     """`min_s βN/2 Σ h s + KL(N(θ, diag s) ‖ N(θ₀, σ² I)) = ½ Σ ln(1 + βN h σ²) + ‖θ − θ₀‖² / 2σ²`.
 
     Reached at `1/s = βN h + 1/σ²`.
 
-    >>> round(curvature_posterior(Terms(torch.tensor([2.718281828459045 - 1]), 4.0, 1), 1.0, 1.0), 6)
+    >>> round(curvature_posterior(BoundTerms(torch.tensor([2.718281828459045 - 1]), 4.0, 1), 1.0, 1.0), 6)
     2.5
     """
     spread = torch.log1p(beta * terms.rows * sigma**2 * terms.curvature).sum()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from isoflat.core.estimate import Estimate
-from isoflat.measures.base import Direction, Findings, Measure, Question, Settings
+from isoflat.measures.base import Direction, Findings, Measure, Question
 from isoflat.measures.entries.pac_bayes import BOUNDED, FromInitial, catoni, check_options, curvature_posterior
+from isoflat.measures.settings import Settings
 
 NAME = "pac_bayes_curvature_posterior"
 

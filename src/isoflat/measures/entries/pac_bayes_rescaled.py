@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -28,9 +28,11 @@ from isoflat.core.errors import UnsupportedModel
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.geometry.traced import Traced
-from isoflat.measures.base import Asking, DataStatistic, Direction, Findings, Measure, Question, Scene, Settings
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
 from isoflat.measures.entries.pac_bayes import BOUNDED, catoni, check_mean, check_options
-from isoflat.measures.entries.readings import Diagonal
+from isoflat.measures.entries.statistics import GaussNewtonDiagonal
+from isoflat.measures.point import EvaluationPoint
+from isoflat.measures.settings import Settings
 from isoflat.symmetry.groups.units import Exponents
 
 NAME = "pac_bayes_rescaled"
@@ -123,26 +125,30 @@ def _newton(tensors: Sequence[_Tensor], curvatures: Sequence[Tensor], gradient: 
 
 @final
 @dataclass(frozen=True)
-class _Least(DataStatistic):
+class _LeastComplexity(DataStatistic):
     """`min K` over all scales of units, and N."""
 
     sigma: float
     beta: float
 
-    def answer(self, scene: Scene) -> Asking[tuple[float, int]]:
-        """The diagonal by backward passes; then Newton's method, without data."""
-        assert isinstance(scene.geometry, Traced)
-        assert scene.geometry.found is not None
-        check_mean(scene)
-        group, space, rows = scene.geometry.found.scaling, scene.state.space, scene.survey.rows
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """The diagonal of the Gauss-Newton matrix, where the loss is a mean."""
+        check_mean(point)
+        return (GaussNewtonDiagonal(),)
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> tuple[float, int]:
+        """Newton's method, without data."""
+        assert isinstance(point.geometry, Traced)
+        assert point.geometry.found is not None
+        group, space, rows = point.geometry.found.scaling, point.state.space, point.survey.rows
         factor = self.beta * rows * self.sigma**2
-        diagonal = space.unflatten((yield Diagonal()))
+        diagonal = space.unflatten(found[0])
         moving = {e.name: e for e in group.tensors}
         # Fixed tensors that the frame reaches come last: no prior is over them.
-        own = [name for name, where in space.slices.items() if where.stop <= scene.chart.frame.columns]
+        own = [name for name, where in space.slices.items() if where.stop <= point.chart.frame.columns]
         tensors, still = [], 0.0
         for name in own:
-            norms = scene.state.parameters[name].detach().cpu().double().square() / self.sigma**2
+            norms = point.state.parameters[name].detach().cpu().double().square() / self.sigma**2
             spread = factor * diagonal[name].cpu().view_as(norms)
             if name in moving:
                 e = moving[name]
@@ -154,7 +160,7 @@ class _Least(DataStatistic):
 
 def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
     check_options(NAME, options)
-    return (_Least(options["sigma"], options["beta"]),)
+    return (_LeastComplexity(options["sigma"], options["beta"]),)
 
 
 def _evaluate(findings: Findings) -> Estimate:

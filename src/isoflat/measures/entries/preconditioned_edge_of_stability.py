@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
+
+from torch import Tensor
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.preconditioned import Preconditioned
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question, Scene, Settings
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
 from isoflat.measures.entries.eigenvalues import eigenvalue, extremes
+from isoflat.measures.point import EvaluationPoint
+from isoflat.measures.settings import Settings
 
 
 @final
@@ -19,14 +23,14 @@ from isoflat.measures.entries.eigenvalues import eigenvalue, extremes
 class _Limit(DataStatistic):
     """The geometry, if it is that of an optimiser."""
 
-    def answer(self, scene: Scene) -> Preconditioned:
-        """What knows the largest curvature that the optimiser can follow."""
-        if not isinstance(scene.geometry, Preconditioned):
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> Preconditioned:
+        """The geometry, which knows the largest curvature that the optimiser can follow."""
+        if not isinstance(point.geometry, Preconditioned):
             raise UsageError(
                 "preconditioned_edge_of_stability needs the state of the optimiser: pass "
                 "geometry=isoflat.Preconditioned.of(optimizer, model)"
             )
-        return scene.geometry
+        return point.geometry
 
 
 def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:

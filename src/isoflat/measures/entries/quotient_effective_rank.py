@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from isoflat.core.density import Density
 from isoflat.core.estimate import Estimate
 from isoflat.linalg.density.deflated import Deflated
-from isoflat.measures.base import Direction, Findings, Measure, Question, Settings, SolverQuery
+from isoflat.measures.base import Direction, Findings, Measure, Question, SolverQuery
 from isoflat.measures.entries.stochastic import CONFIDENCE
+from isoflat.measures.settings import Settings
 
 
 def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:

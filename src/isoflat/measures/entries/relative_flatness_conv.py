@@ -22,8 +22,9 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.space import norm
 from isoflat.curvature.block_trace import check_blocks
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Scene
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure
 from isoflat.measures.entries.last_layer import gain
+from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.likelihood import likelihood
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
@@ -71,23 +72,23 @@ class _KernelTrace(DataStatistic):
 
     framed = False
 
-    def answer(self, scene: Scene) -> tuple[float, str]:
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> tuple[float, str]:
         """One forward pass, once the scores are seen to be linear in the kernel."""
-        risk, state = scene.risk, scene.state
+        risk, state = point.risk, point.state
         names: list[str] = []
 
         def per_batch(index: int, batch: Any) -> BatchSum:
             with torch.no_grad():
-                layers = _layers(scene, batch)
+                layers = _layers(point, batch)
                 names.append(layers.name)
                 mass = likelihood(risk.loss, layers.z, risk.target(state, batch)).mass.double()
                 total = sum(_contracted(layers, mass, rows) for rows in _pieces(layers))
             return BatchSum(torch.as_tensor(total, device=state.device).reshape(1), layers.count)
 
         with exactly(state.device), torch.no_grad():
-            name = _layers(scene, next(iter(risk.batches))).name
+            name = _layers(point, next(iter(risk.batches))).name
         check_blocks(risk, state, [name])
-        scene.report("last convolution")
+        point.report("last convolution")
         with exactly(state.device):
             value = risk.accumulate(per_batch, torch.zeros(1, dtype=torch.int8, device=state.device))
         if set(names) - {name}:
@@ -95,7 +96,7 @@ class _KernelTrace(DataStatistic):
         return float(value), name
 
 
-def _layers(scene: Scene, batch: Any) -> _Layers:
+def _layers(point: EvaluationPoint, batch: Any) -> _Layers:
     """What a batch passes on its way to the scores.
 
     Raises:
@@ -104,24 +105,24 @@ def _layers(scene: Scene, batch: Any) -> _Layers:
     linear: list[str] = []
     convolution: list[_Call] = []
     with ExitStack() as stack:
-        for path, module in scene.risk.network.module.named_modules():
+        for path, module in point.risk.network.module.named_modules():
             if isinstance(module, nn.Linear):
                 stack.callback(module.register_forward_hook(_name(linear, path)).remove)
             if isinstance(module, nn.Conv1d | nn.Conv2d):
                 stack.callback(module.register_forward_hook(_last(convolution, path), with_kwargs=True).remove)
-        term = scene.risk.term(scene.state, batch)
+        term = point.risk.term(point.state, batch)
     z = output_of(term)
     if not linear or not convolution:
         raise UsageError(f"{_KNOWN}: the network has no such layers")
     path, module, inputs, output = convolution[0]
-    tensors = scene.state.tensors
-    head, kernel = tensors.get(_inside(linear[-1], "weight")), scene.state.parameters.get(_inside(path, "weight"))
+    tensors = point.state.tensors
+    head, kernel = tensors.get(_inside(linear[-1], "weight")), point.state.parameters.get(_inside(path, "weight"))
     if head is None or kernel is None:
         raise UsageError(f"the last convolution's {_inside(path, 'weight')} is held fixed, or tied to another tensor")
     if module.groups > 1 or output.ndim != kernel.ndim or z.ndim != 2 or output.shape[1] != head.shape[1]:
         raise UsageError(f"{_KNOWN}, in one group, and inputs in batches: {path} is not of this kind")
     pooled = output.relu().flatten(2).mean(2)
-    factor = gain(scene)
+    factor = gain(point)
     scores = factor * F.linear(pooled, head, tensors.get(_inside(linear[-1], "bias")))
     if scores.shape != z.shape or norm(scores - z) > ROUNDING * torch.finfo(z.dtype).eps * norm(z):
         raise UsageError(f"{_KNOWN}: from {path} on, that does not give the scores of this network")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -14,14 +14,16 @@ from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.rng import stream
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question, Scene, Settings
+from isoflat.measures.base import Direction, Findings, Measure, Question, Steps
 from isoflat.measures.entries.stochastic import mean_of
-from isoflat.risk.network import exactly
+from isoflat.measures.point import EvaluationPoint
+from isoflat.measures.settings import Settings
+from isoflat.risk.moved import AtWeights
 
 
 @final
 @dataclass(frozen=True)
-class _Losses(DataStatistic):
+class _Losses(Question):
     """The risk at `θ_j (1 + σ z_j)`, z standard normal, draw by draw: in float64, so that small noise is not lost.
 
     Attributes:
@@ -34,22 +36,19 @@ class _Losses(DataStatistic):
     sigma: float
     draws: int
 
-    def answer(self, scene: Scene) -> Tensor:
-        """A forward pass for each: shape `(draws,)`, float64, on the CPU."""
-        state = scene.state.to(dtype=torch.float64)
-        weights = state.vector
-        random = stream(scene.settings.seed, "scale-adaptive noise")
-        found = []
-        with exactly(state.device):
-            for draw in range(self.draws):
-                scene.report(f"draw {draw + 1} of {self.draws}")
-                noise = torch.randn(len(weights), generator=random, dtype=torch.float64).to(state.device)
-                moved = state.space.unflatten(weights + self.sigma * weights * noise)
-                loss = scene.risk.value(state.replace(moved))
-                if not math.isfinite(loss):
-                    raise NonFinite(f"the loss is {loss} under noise of sa_cms: lower its sigma")
-                found.append(loss)
-        return torch.tensor(found, dtype=torch.float64)
+    def steps(self, point: EvaluationPoint, *found: Any) -> Steps[Tensor]:
+        """A forward pass for each draw: shape `(draws,)`, float64, on the CPU."""
+        state = point.state.to(dtype=torch.float64)
+        weights, losses = state.vector, []
+        random = stream(point.settings.seed, "scale-adaptive noise")
+        for draw in range(self.draws):
+            noise = torch.randn(len(weights), generator=random, dtype=torch.float64).to(state.device)
+            moved = state.replace(state.space.unflatten(weights + self.sigma * weights * noise))
+            loss = (yield AtWeights(point.risk, moved, status=f"draw {draw + 1} of {self.draws}")).loss
+            if not math.isfinite(loss):
+                raise NonFinite(f"the loss is {loss} under noise of sa_cms: lower its sigma")
+            losses.append(loss)
+        return torch.tensor(losses, dtype=torch.float64)
 
 
 def _root_moment(losses: Tensor, order: int) -> Tensor:

@@ -11,7 +11,8 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.linalg.trace.base import TraceEstimate, deviation, quantile
 from isoflat.linalg.trace.frobenius import Frobenius, FrobeniusEstimate
 from isoflat.linalg.trace.hutchinson import Hutchinson
-from isoflat.measures.base import Findings, Question, Settings, SolverQuery
+from isoflat.measures.base import Findings, Question, SolverQuery
+from isoflat.measures.settings import Settings
 
 CONFIDENCE = 0.95
 """Default for t-intervals: what random probes leave open shrinks with their number only as `1/√probes`."""

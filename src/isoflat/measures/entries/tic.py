@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
@@ -13,7 +14,8 @@ from isoflat.curvature.fisher import counts_of
 from isoflat.curvature.gauss_newton import gauss_newton
 from isoflat.curvature.rows import row_gradients
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Scene
+from isoflat.measures.base import DataStatistic, Direction, Findings, Measure
+from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
 
@@ -28,13 +30,13 @@ class _Full(DataStatistic):
 
     framed = False
 
-    def answer(self, scene: Scene) -> tuple[float, int]:
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> tuple[float, int]:
         """As many products as there are weights, and a gradient of each row; the value, and the rank of G."""
-        risk, state = scene.risk, scene.state
+        risk, state = point.risk, point.state
         n = state.space.size
         if n > MOST:
             raise UsageError(f"tic forms matrices of {n}×{n} entries, and takes up to {MOST} weights: use tic_diagonal")
-        scene.report("Gauss-Newton matrix and gradients of single rows")
+        point.report("Gauss-Newton matrix and gradients of single rows")
         with exactly(state.device):
             products = gauss_newton(risk, state)
             eye = torch.eye(n, dtype=state.dtype, device=state.device)
@@ -45,13 +47,13 @@ class _Full(DataStatistic):
             roots = vectors[:, kept] / values[kept].sqrt()
 
             def per_batch(index: int, batch: Any) -> BatchSum:
-                total, count = torch.zeros(1, dtype=torch.float64, device=state.device), 0.0
+                sums, count = torch.zeros(1, dtype=torch.float64, device=state.device), 0.0
                 for piece, gradients in row_gradients(risk, state, batch):
                     counts = counts_of(risk, state, piece).to(state.device)
                     shares = torch.where(counts > 0, 1 / counts, 0)
-                    total += (gradients.double() @ roots).square().sum(1) @ shares
+                    sums += (gradients.double() @ roots).square().sum(1) @ shares
                     count += float(counts.sum())
-                return BatchSum(total, count)
+                return BatchSum(sums, count)
 
             trace = risk.accumulate(per_batch, torch.zeros(1, dtype=torch.int8, device=state.device))
         return float(trace), int(kept.sum())

@@ -5,7 +5,7 @@ import torch
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import Direction, Findings, Measure
-from isoflat.measures.entries.readings import Diagonal, RowMoments
+from isoflat.measures.entries.statistics import GaussNewtonDiagonal, RowMoments
 
 
 def _evaluate(findings: Findings) -> Estimate:
@@ -24,7 +24,7 @@ MEASURE = Measure(
     units="loss",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=1,
-    needs=lambda settings, options: (RowMoments(), Diagonal()),
+    needs=lambda settings, options: (RowMoments(), GaussNewtonDiagonal()),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS, Invariance.ORDER}),

@@ -3,7 +3,7 @@
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import Direction, Findings, Measure
-from isoflat.measures.entries.readings import Diagonal, RowMoments
+from isoflat.measures.entries.statistics import GaussNewtonDiagonal, RowMoments
 
 
 def _evaluate(findings: Findings) -> Estimate:
@@ -22,7 +22,7 @@ MEASURE = Measure(
     units="loss",
     direction=Direction.LOWER_IS_FLATTER,
     loss_degree=1,
-    needs=lambda settings, options: (RowMoments(), Diagonal()),
+    needs=lambda settings, options: (RowMoments(), GaussNewtonDiagonal()),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset({Invariance.ORDER}),

@@ -12,15 +12,15 @@ on the certificate's probability (`linalg.certificate`), which two products cann
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Any, final
+from typing import Any, Unpack, final
 
 import torch
 from torch import Tensor
 
-from isoflat.core.errors import IsoflatError, UnknownName, UsageError
+from isoflat.core.errors import UnknownName, UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.fingerprint import fingerprint
 from isoflat.core.record import Point, Record
@@ -35,25 +35,28 @@ from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.recheck import Recheck, RecheckResult
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Job, Outcome, run_in_lockstep
-from isoflat.measurement.prepare import point, subject
-from isoflat.measurement.run import checked, opened
-from isoflat.measurement.scribe import ALLOWANCE, group_of, restricted
-from isoflat.measurement.session import Session
-from isoflat.measures.base import Findings, Measure, Settings, SolverQuery, Subject
+from isoflat.linalg.solver import Outcome
+from isoflat.measurement.engine import Measurement, opened
+from isoflat.measurement.lockstep import Task, outcomes
+from isoflat.measurement.records import ALLOWANCE, group_of, restricted, surveyed_point
+from isoflat.measurement.subject import Subject, subject
+from isoflat.measures.base import Findings, Measure, SolverQuery
 from isoflat.measures.catalogue import find_geometry, find_measure
-from isoflat.risk.empirical import EmpiricalRisk, Survey
-from isoflat.risk.linearise import ProductCheck, survey
-from isoflat.risk.network import Selector
+from isoflat.measures.point import EvaluationPoint
+from isoflat.measures.settings import Keywords, Settings, takes_settings
 from isoflat.risk.ranks import Ranks
-from isoflat.symmetry.found import VERSION, Found
-from isoflat.symmetry.groups.base import Symmetry
+from isoflat.symmetry.found import VERSION
 
 SHARE = 0.01
 """Of the width of an enclosure: what the value may be off for reasons of its own, such as the rounding of another machine."""
 
 SAME_LOSS = 30
 """Square roots of the precision by which the loss may differ: another loss function is off by more."""
+
+_FIXED = tuple(
+    item.name for item in fields(Settings) if item.name not in ("params", "symmetries", "device", "seed", "check")
+)
+"""Settings that a check has no use for, or takes from the records."""
 
 Rows = Sequence[tuple[Record, Tensor | None]]
 """Stored numbers, each with its witness, if it has one."""
@@ -152,17 +155,9 @@ def verify(
     return verify_all([(record, vector)], model, data, loss, **settings)[0]
 
 
-def verify_all(  # noqa: PLR0913
-    rows: Rows,
-    model: torch.nn.Module,
-    data: Any,
-    loss: Any = None,
-    *,
-    params: Selector = None,
-    symmetries: Found | Sequence[Symmetry] | None = None,
-    device: torch.device | str | None = None,
-    seed: int = 0,
-    check: ProductCheck | str = ProductCheck.REFUSE,
+@takes_settings(*_FIXED)
+def verify_all(
+    rows: Rows, model: torch.nn.Module, data: Any, loss: Any = None, **settings: Unpack[Keywords]
 ) -> tuple[Check, ...]:
     """Check stored numbers of one network by their witnesses, with shared passes over the data.
 
@@ -173,11 +168,7 @@ def verify_all(  # noqa: PLR0913
         model: as for `verify`.
         data: as for `verify`.
         loss: as for `verify`.
-        params: which tensors counted.
-        symmetries: as `measure_all` was given.
-        device: where to compute.
-        seed: of the random vectors.
-        check: as for `measure_all`.
+        **settings: the fields of `isoflat.Settings` that a check has.
 
     Returns:
         One check for each row, in order.
@@ -185,7 +176,7 @@ def verify_all(  # noqa: PLR0913
     Raises:
         IsoflatError: the network cannot be measured, or a record does not say how it was.
     """
-    settings = Settings(seed=seed, check=checked(check))
+    chosen = Settings(**settings)  # pyrefly: ignore
     found: dict[int, Check] = {}
     for made in dict.fromkeys(_Made.of(record) for record, _ in rows):
         cases: list[_Case] = []
@@ -195,14 +186,14 @@ def verify_all(  # noqa: PLR0913
                 continue
             case = _case(number, record, vector)
             if isinstance(case, _Case):
-                target = target or made.subject(model, data, loss, params, device)
+                target = target or made.subject(model, data, loss, chosen)
                 case = _same(case, target.state.fingerprint())
             if isinstance(case, _Case):
                 cases.append(case)
             else:
                 found[number] = case
         if target is not None and cases:
-            found |= _checked(cases, target, settings, symmetries)
+            found |= _checked(cases, target, chosen)
     return tuple(found[number] for number in range(len(rows)))
 
 
@@ -263,11 +254,10 @@ class _Made:
             f"processes {processes!r}): measure again"
         )
 
-    def subject(
-        self, model: torch.nn.Module, data: Any, loss: Any, params: Selector, device: torch.device | str | None
-    ) -> Subject:
-        """What is measured, prepared as it was then."""
-        target = subject(model, data, loss, params, self.dtype, device, None if self.logits == "raw" else self.logits)
+    def subject(self, model: Any, data: Any, loss: Any, settings: Settings) -> Subject:
+        """The subject, prepared as it was then."""
+        logits = None if self.logits == "raw" else self.logits
+        target = subject(model, data, loss, replace(settings, dtype=self.dtype, logits=logits))
         return replace(target, risk=replace(target.risk, batches=target.risk.batches.among(self.processes)))
 
 
@@ -318,45 +308,40 @@ def _same(case: _Case, model_hash: str) -> _Case | Check:
     return case
 
 
-def _checked(
-    cases: Sequence[_Case], target: Subject, settings: Settings, symmetries: Found | Sequence[Symmetry] | None
-) -> dict[int, Check]:
+def _checked(cases: Sequence[_Case], target: Subject, settings: Settings) -> dict[int, Check]:
     """The cases, by products."""
     found: dict[int, Check] = {}
     plan = tuple((case.measure, case.geometry) for case in cases)
-    with opened(lambda: target, plan, settings, symmetries, Ranks.here(), "", progress=False) as session:
-        charts = session.charts()
-        states = {id(chart.state): chart.state for chart in charts.values()}
-        read = {key: survey(session.subject.risk, state) for key, state in states.items()}
+    with opened(lambda: target, plan, settings, Ranks.here()) as measurement:
+        points = measurement.points()
+        at = {geometry: point for point in points for geometry in point.charts}
         left: list[_Case] = []
-        for case, (_, geometry) in zip(cases, session.plan, strict=True):
-            chart = charts[geometry]
-            ready = _fitting(replace(case, geometry=geometry), read[id(chart.state)][1], charts)
+        for case, (_, geometry) in zip(cases, measurement.plan, strict=True):
+            ready = _fitting(replace(case, geometry=geometry), at[geometry].within(geometry))
             if isinstance(ready, Check):
                 found[case.number] = ready
             else:
                 left.append(ready)
         if not left:
             return found
-        risk, seen = next(iter(read.values()))
-        remaining = replace(session, plan=tuple((case.measure, case.geometry) for case in left))
-        chosen, route = remaining.routed(risk.pinned(seen))
+        remaining = replace(measurement, plan=tuple((case.measure, case.geometry) for case in left))
+        chosen, points = remaining.routed(points)
         if not chosen.settings.certify:  # differences of gradients: their products are not exact
             inexact = [case for case in left if case.question.matrix is Matrix.HESSIAN]
             words = "its products are differences of gradients here, which are not exact: a fresh one proves nothing"
             found |= {case.number: _said(case.record, Verdict.UNCHECKED, words) for case in inexact}
             left = [case for case in left if case.number not in found]
-        for key, (own, told) in read.items():
-            here = [case for case in left if id(charts[case.geometry].state) == key]
+        for point in points:
+            here = [case for case in left if case.geometry in point.charts]
             for matrix in dict.fromkeys(case.question.matrix for case in here):
                 group = [case for case in here if case.question.matrix is matrix]
-                found |= _multiplied(group, matrix, chosen, (own.pinned(told), told), route, charts)
+                found |= _multiplied(group, matrix, chosen, point.with_products([matrix]))
     return found
 
 
-def _fitting(case: _Case, seen: Survey, charts: Mapping[Geometry, Any]) -> _Case | Check:
+def _fitting(case: _Case, point: EvaluationPoint) -> _Case | Check:
     """The case, if data, group, loss and witness are what they were."""
-    record, chart = case.record, charts[case.geometry]
+    record, chart, seen = case.record, point.chart, point.survey
     if (came := fingerprint(*seen.digests)) != record.data_hash:
         return case.refused(
             f"this is other data, or the same in other batches: its fingerprint is {came}, the record's {record.data_hash}"
@@ -381,33 +366,27 @@ def _fitting(case: _Case, seen: Survey, charts: Mapping[Geometry, Any]) -> _Case
 
 
 def _multiplied(
-    group: Sequence[_Case],
-    matrix: Matrix,
-    session: Session,
-    there: tuple[EmpiricalRisk, Survey],
-    route: Any,
-    charts: Mapping[Geometry, Any],
+    group: Sequence[_Case], matrix: Matrix, measurement: Measurement, point: EvaluationPoint
 ) -> dict[int, Check]:
     """Cases of one matrix at one point, by two products each in two passes over the data."""
-    risk, seen = there
-    state = charts[group[0].geometry].state
-    place = session.placed(state, risk, seen, route, [matrix])
-    if matrix in place.refused:
-        error: IsoflatError = place.refused[matrix]
+    state, seen = point.state, point.survey
+    if matrix in point.refused:
+        error = point.refused[matrix]
         return {case.number: case.refused(str(error)) for case in group}
-    base = place.products[matrix].operator
-    jobs = []
+    tasks = []
     for case in group:
         plus = case.geometry.connection(state, seen.gradient) if case.question.covariant else None
-        random = stream(session.settings.seed, "verify", case.record.measure, case.record.geometry)
-        jobs.append(Job(Pullback(base, charts[case.geometry].frame, plus), Recheck(case.witness), random))
-    where = point(session.subject.state, restricted(seen, state, session.subject.state))
+        random = stream(measurement.settings.seed, "verify", case.record.measure, case.record.geometry)
+        pulled = Pullback(point.operator(matrix), point.charts[case.geometry].frame, plus)
+        tasks.append(Task.of(Recheck(case.witness), pulled, random))
+    own = measurement.subject.state
+    where = surveyed_point(own, restricted(seen, state, own))
     # The connection term is made of the gradient, which is as exact as the precision of the survey.
     loose = ALLOWANCE * torch.finfo(state.dtype).eps * stationarity(state, seen.gradient)
-    outcomes = run_in_lockstep(base, jobs, session.report)
+    found = outcomes(tasks, measurement.report)
     return {
         case.number: judged(case, outcome.result, where, loose if case.question.covariant else 0.0)
-        for case, outcome in zip(group, outcomes, strict=True)
+        for case, outcome in zip(group, found, strict=True)
     }
 
 

@@ -1,4 +1,4 @@
-"""From answers to numbers: every measure evaluated, and written down with where it comes from."""
+"""Records: every measure evaluated from its answers, and written down with where it comes from."""
 
 from __future__ import annotations
 
@@ -12,32 +12,28 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from isoflat.core.errors import IsoflatError, SymmetryViolated, UnsupportedModel, UsageError
+from isoflat.core.errors import IsoflatError, SymmetryViolated
 from isoflat.core.estimate import Cost, Kind
 from isoflat.core.fingerprint import fingerprint
-from isoflat.core.record import Record
+from isoflat.core.record import Point, Record
+from isoflat.core.render import some
 from isoflat.core.space import inner, norm
 from isoflat.core.state import State
 from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Chart, Geometry
+from isoflat.geometry.layerwise import stationarity
 from isoflat.linalg.eigen.extremes import Extremes
 from isoflat.linalg.solver import Outcome, SingleProduct
-from isoflat.measurement.place import Place, Products
-from isoflat.measurement.prepare import point, some, warnings
-from isoflat.measures.base import Findings, Measure, Question, Settings, SolverQuery, Subject
+from isoflat.measurement.subject import Subject
+from isoflat.measures.base import Findings, Measure, Question, SolverQuery
+from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint, MatrixProducts
+from isoflat.measures.settings import Settings
 from isoflat.risk.empirical import Survey
 from isoflat.risk.plan import peak_memory
 from isoflat.symmetry.found import VERSION as RULES
 
-Outcomes = dict[tuple[Geometry, Question], Outcome]
-"""What was found out."""
-
 Answers = dict[tuple[Geometry, Question], Outcome | IsoflatError]
-"""What was found out, or why it could not be."""
-
-NOT_APPLICABLE = (UsageError, UnsupportedModel)
-"""What a measure raises where it does not apply; the others are measured nevertheless."""
-
+"""Outcomes of questions in their geometries, or why there are none."""
 
 ALLOWANCE = 100
 """Roundings of the precision that sums over rows and weights may add up to in a number that nothing else makes uncertain."""
@@ -46,7 +42,7 @@ ALLOWANCE = 100
 @final
 @dataclass(frozen=True)
 class Result:
-    """A number, and what it was evaluated from.
+    """A number, and the answers it was evaluated from.
 
     Attributes:
         record: the row of a table.
@@ -66,11 +62,11 @@ class Result:
 @final
 @dataclass(frozen=True)
 class Refusal:
-    """A number that does not apply.
+    """A measure that does not apply.
 
     Attributes:
-        measure: which.
-        geometry: in which.
+        measure: the measure.
+        geometry: the geometry it was asked for in.
         error: why.
     """
 
@@ -81,15 +77,14 @@ class Refusal:
 
 @final
 @dataclass(frozen=True)
-class Scribe:
+class RecordWriter:
     """Evaluates measures and writes down where each number comes from.
 
     Attributes:
         subject: what is measured.
-        settings: how hard.
+        settings: how the measurement is made.
         label: what the user calls the network.
-        charts: of every geometry in the plan.
-        places: where each chart's state was measured.
+        points: where each geometry measures.
         answers: to all questions.
         setup: seconds that each number has a share of, its own share.
     """
@@ -97,8 +92,7 @@ class Scribe:
     subject: Subject
     settings: Settings
     label: str
-    charts: Mapping[Geometry, Chart]
-    places: dict[int, Place]
+    points: Mapping[Geometry, EvaluationPoint]
     answers: Mapping[tuple[Geometry, Question], Outcome | IsoflatError]
     setup: float
 
@@ -119,9 +113,9 @@ class Scribe:
         self, measure: Measure, geometry: Geometry, questions: Sequence[Question], answers: tuple[Outcome, ...]
     ) -> Result:
         subject, settings = self.subject, self.settings
-        chart = self.charts[geometry]
-        place = self.places[id(chart.state)]
-        where = point(subject.state, restricted(place.survey, chart.state, subject.state))
+        point = self.points[geometry]
+        chart, seen = point.chart, point.survey
+        where = surveyed_point(subject.state, restricted(seen, point.state, subject.state))
         findings = Findings(where, answers, settings, measure.options)
         estimate = measure.evaluate(findings)
         if estimate.kind is Kind.EXACT:
@@ -129,15 +123,15 @@ class Scribe:
         seconds = sum(answer.seconds for answer in answers) + self.setup
         cost = Cost(
             products=sum(answer.products for answer in answers),
-            gradient_passes=seconds / place.survey.seconds,
+            gradient_passes=seconds / seen.seconds,
             seconds=seconds,
             peak_memory=peak_memory(subject.state.device),
         )
         size = None if measure.curvature is None else measure.curvature(findings)
         ratio = self._stationarity(geometry) / size if size and not geometry.constant else None
-        matrices = matrices_of([(geometry, question) for question in questions])
-        used = place.products[matrices[0]] if matrices else None
-        notes = self._notes(geometry, ratio, place, used)
+        matrices = list(dict.fromkeys(q.matrix for q in questions if isinstance(q, SolverQuery)))
+        used = point.products[matrices[0]] if matrices else None
+        notes = self._notes(point, ratio, used)
         if Matrix.HESSIAN in matrices:
             notes += self._checked(geometry, size)
         group, group_hash = group_of(measure, chart)
@@ -153,7 +147,7 @@ class Scribe:
             settings=self._settings(used),
             versions=_versions(measure, geometry),
             model_hash=self._model_hash,
-            data_hash=fingerprint(*place.survey.digests),
+            data_hash=fingerprint(*seen.digests),
         )
         return Result(record, findings)
 
@@ -170,8 +164,8 @@ class Scribe:
 
     def _stationarity(self, geometry: Geometry) -> float:
         """`max_i ‖W_i‖ ‖∇_i L‖` in the geometry's units: the largest block of `Eᵀ∇L`."""
-        chart = self.charts[geometry]
-        slope = chart.frame.pull(self.places[id(chart.state)].survey.gradient[:, None])[:, 0]
+        point = self.points[geometry]
+        slope = point.chart.frame.pull(point.survey.gradient[:, None])[:, 0]
         return float(self.subject.state.space.block_norms(slope).max())
 
     def _checked(self, geometry: Geometry, size: float | None) -> list[str]:
@@ -180,8 +174,8 @@ class Scribe:
         Raises:
             SymmetryViolated: they do not hold.
         """
-        chart = self.charts[geometry]
-        identity = chart.identity
+        point = self.points[geometry]
+        chart, identity = point.chart, point.chart.identity
         if identity is None:
             return []
         answer = next(
@@ -190,8 +184,7 @@ class Scribe:
             if isinstance(found, Outcome)
             if g == geometry and isinstance(question, SolverQuery) and isinstance(question.solver, SingleProduct)
         )
-        place = self.places[id(chart.state)]
-        gradient = place.survey.gradient
+        gradient = point.survey.gradient
         moved = (identity.rates * gradient)[:, None]
         image, turned = (chart.frame.pull(part)[:, 0] for part in (answer.result, moved))
         slope = norm(chart.frame.pull(gradient[:, None])[:, 0])
@@ -209,18 +202,16 @@ class Scribe:
             )
         return [f"generator identities hold to {worst:.0e}"]
 
-    def _notes(self, geometry: Geometry, ratio: float | None, place: Place, used: Products | None) -> list[str]:
-        state, chart = self.subject.state, self.charts[geometry]
-        notes = [
-            *self.subject.notes,
-            *warnings(point(state, restricted(place.survey, chart.state, state)), place.survey),
-        ]
+    def _notes(self, point: EvaluationPoint, ratio: float | None, used: MatrixProducts | None) -> list[str]:
+        state, chart, seen = self.subject.state, point.chart, point.survey
+        where = surveyed_point(state, restricted(seen, point.state, state))
+        notes = [*self.subject.notes, *warnings(where, seen)]
         if chart.unseen:
             reasons: dict[str, list[str]] = {}
             for name, why in chart.unseen:
                 reasons.setdefault(why, []).append(name)
             listed = "; ".join(f"{some(names)} ({why})" for why, names in reasons.items())
-            notes.append(f"invisible to the {geometry.name} metric: {listed}")
+            notes.append(f"invisible to the {point.geometry.name} metric: {listed}")
         notes += chart.notes
         if used is not None and used.halvings:
             notes.append(f"memory ran out: {used.rows} rows at a time")
@@ -229,7 +220,7 @@ class Scribe:
             notes.append(f"b/value = {ratio:.2g}: {kind} (b bounds the difference to the covariant Hessian)")
         return notes
 
-    def _settings(self, used: Products | None) -> dict[str, Any]:
+    def _settings(self, used: MatrixProducts | None) -> dict[str, Any]:
         """How it was measured; what concerns products only where there are any."""
         settings, state = self.settings, self.subject.state
         made = {} if used is None else _ways(used)
@@ -253,7 +244,7 @@ class Scribe:
         }
 
 
-def _ways(used: Products) -> dict[str, Any]:
+def _ways(used: MatrixProducts) -> dict[str, Any]:
     return {
         "route": used.parts[0].route,
         "second_order_rules": list(used.plan.rules),
@@ -291,6 +282,31 @@ def _versions(measure: Measure, geometry: Geometry) -> dict[str, str]:
     }
 
 
-def matrices_of(keys: Sequence[tuple[Geometry, Question]]) -> tuple[Matrix, ...]:
-    """What is asked about."""
-    return tuple(dict.fromkeys(question.matrix for _, question in keys if isinstance(question, SolverQuery)))
+def surveyed_point(state: State, survey: Survey) -> Point:
+    """The point on the loss surface, as records have it."""
+    return Point(
+        loss=survey.loss,
+        accuracy=survey.accuracy,
+        gradient_norm=float(torch.linalg.vector_norm(survey.gradient)),
+        stationarity=stationarity(state, survey.gradient),
+        examples=survey.rows,
+        targets=survey.count,
+        parameters=state.space.size,
+        chance=survey.chance,
+    )
+
+
+def warnings(where: Point, survey: Survey) -> tuple[str, ...]:
+    """What the survey found that a reader must know."""
+    notes = []
+    if survey.unused:
+        notes.append(f"the loss does not depend on: {some(survey.unused)} (zero curvature)")
+    if where.accuracy is not None and where.chance is not None:
+        # Two standard errors of a binomial share: a network that has learned anything lies far above.
+        error = (where.chance * (1 - where.chance) / max(where.targets, 1)) ** 0.5
+        if where.accuracy <= where.chance + 2 * error:
+            notes.append(
+                f"accuracy {where.accuracy:.3f} is at chance level ({where.chance:.3f}): untrained weights, the wrong "
+                "checkpoint, or inputs preprocessed differently than in training?"
+            )
+    return tuple(notes)

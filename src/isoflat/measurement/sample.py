@@ -31,7 +31,7 @@ from torch import Tensor
 from isoflat.core.rng import stream
 from isoflat.core.space import inner, norm
 from isoflat.curvature.matrix import Matrix
-from isoflat.geometry.base import Chart, Geometry
+from isoflat.geometry.base import Geometry
 from isoflat.linalg.eigen.block_lanczos import Eigenpairs
 from isoflat.linalg.eigen.complement import ComplementBounds
 from isoflat.linalg.eigen.extremes import REACHED, End, Extremes, Which
@@ -39,14 +39,14 @@ from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.remainder import Remainder
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Job, Outcome, SingleProduct, Solver, run_in_lockstep
-from isoflat.measurement.place import Place
-from isoflat.measurement.scribe import Outcomes, Refusal, Result, Scribe
-from isoflat.measurement.session import Session
+from isoflat.linalg.solver import Outcome, SingleProduct, Solver
+from isoflat.measurement.engine import Measurement, generator_checks
+from isoflat.measurement.lockstep import Task, outcomes
+from isoflat.measurement.records import Answers, Refusal, Result
 from isoflat.measures.base import Question, SolverQuery
+from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.batches import ROWS
-from isoflat.risk.empirical import EmpiricalRisk, Survey
-from isoflat.risk.routes.base import Linearisation
+from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.sampling import Sample, curvatures, inclusion
 
 CONFIDENCE = 0.95
@@ -82,17 +82,19 @@ CERTAIN = 0.01
 Key = tuple[Geometry, Question]
 
 
-def results(session: Session) -> tuple[Result | Refusal, ...]:
-    """Every number of a session, from a sample where there is a way; one for each entry of the plan.
+def from_sample(measurement: Measurement) -> tuple[Result | Refusal, ...]:
+    """Every number of a measurement, from a sample where there is a way; one for each entry of the plan.
 
     Raises:
         UsageError: the loss does not tell how important examples are.
-        IsoflatError: as for `Session.results`.
+        IsoflatError: as for `Measurement.results`.
     """
-    asked = [session.questions(measure) for measure, _ in session.plan]
-    fit = [bool(questions) and all(map(_sampled, questions)) for questions in asked]
+    asked = [measurement.questions(measure) for measure, _ in measurement.plan]
+    fit = [bool(questions) and all(map(_has_sampled_form, questions)) for questions in asked]
     some, others = (
-        replace(session, plan=tuple(entry for entry, can in zip(session.plan, fit, strict=True) if can is wanted))
+        replace(
+            measurement, plan=tuple(entry for entry, can in zip(measurement.plan, fit, strict=True) if can is wanted)
+        )
         for wanted in (True, False)
     )
     found = iter(_results(some) if some.plan else ())
@@ -102,7 +104,7 @@ def results(session: Session) -> tuple[Result | Refusal, ...]:
     return tuple(next(found) if can else next(whole) for can in fit)
 
 
-def _sampled(question: Question) -> bool:
+def _has_sampled_form(question: Question) -> bool:
     return (
         isinstance(question, SolverQuery)
         and isinstance(question.solver, HardFirst)
@@ -111,59 +113,50 @@ def _sampled(question: Question) -> bool:
     )
 
 
-def _on_all(session: Session, note: str) -> Session:
-    subject = replace(session.subject, notes=(*session.subject.notes, note))
-    return replace(session, settings=replace(session.settings, sample=None), subject=subject)
+def _on_all(measurement: Measurement, note: str) -> Measurement:
+    subject = replace(measurement.subject, notes=(*measurement.subject.notes, note))
+    return replace(measurement, settings=replace(measurement.settings, sample=None), subject=subject)
 
 
-def _results(session: Session) -> tuple[Result | Refusal, ...]:
+def _results(measurement: Measurement) -> tuple[Result | Refusal, ...]:
     started = time.monotonic()
-    charts = session.charts()
-    risk = session.subject.risk
-    screened = {
-        id(chart.state): risk.screen(chart.state) for chart in {id(c.state): c for c in charts.values()}.values()
-    }
-    seen = next(iter(screened.values()))
-    session.report(f"loss {seen.loss:.4g}")
-    if MOST * seen.rows < PILOT:
-        return _on_all(session, f"{seen.rows} examples are too few to sample from: all were measured").results()
-    chosen, route = session.routed(risk.pinned(seen))
+    points = measurement.points(lambda risk, state: (risk, risk.screen(state)))
+    rows = points[0].survey.rows
+    if MOST * rows < PILOT:
+        return _on_all(measurement, f"{rows} examples are too few to sample from: all were measured").results()
+    chosen, points = measurement.routed(points)
     if chosen.settings.sample is None:
-        return _on_all(session, "products are not exact, and give no interval on a sample: all were measured").results()
-    found: dict[int, _Found] = {}
-    for key, there in screened.items():
-        sampler = _Sampler(
-            chosen, {g: c for g, c in charts.items() if id(c.state) == key}, risk.pinned(there), there, route
-        )
-        part, size = sampler.answered()
+        words = "products are not exact, and give no interval on a sample: all were measured"
+        return _on_all(measurement, words).results()
+    found: list[_Found] = []
+    for point in points:
+        part, size = _Sampler(chosen, point).answered()
         if part is None:
-            words = f"the tolerance needs {min(size, seen.rows)} of {seen.rows} examples or more: all were measured"
-            return _on_all(session, f"{words} ({time.monotonic() - started:.1f} s went to finding that out)").results()
-        found[key] = part
-    answers = {key: outcome for part in found.values() for key, outcome in part.answers.items()}
-    spent = sum(outcome.seconds for outcome in answers.values())
-    places = {key: part.place for key, part in found.items()}
-    notes = (*chosen.subject.notes, *dict.fromkeys(part.note for part in found.values()))
+            words = f"the tolerance needs {min(size, rows)} of {rows} examples or more: all were measured"
+            spent = f"{words} ({time.monotonic() - started:.1f} s went to finding that out)"
+            return _on_all(measurement, spent).results()
+        found.append(part)
+    answers: Answers = {key: outcome for part in found for key, outcome in part.answers.items()}
+    spent = sum(outcome.seconds for part in found for outcome in part.answers.values())
+    notes = (*chosen.subject.notes, *dict.fromkeys(part.note for part in found))
     told = replace(chosen, subject=replace(chosen.subject, notes=notes))
-    setup = (time.monotonic() - started - spent) / len(session.plan)
-    scribe = Scribe(told.subject, told.settings, told.label, charts, places, answers, setup)
-    return tuple(scribe.result(measure, geometry) for measure, geometry in session.plan)
+    return told.written([part.point for part in found], answers, time.monotonic() - measurement.started - spent)
 
 
 @final
 @dataclass(frozen=True)
 class _Found:
-    """Answers from a sample, and the place where they were found.
+    """Answers from a sample, and the point with the sample's products.
 
     Attributes:
-        place: the sample's products, with the survey of all data but for the gradient, which is the sample's.
+        point: with the survey of all data but for the gradient, which is the sample's.
         answers: by geometry and question.
-        sample: what was drawn.
+        sample: the rows that were drawn.
         better: vectors of complements that carry more than the witnesses do, so that these were the wrong ones.
     """
 
-    place: Place
-    answers: Outcomes
+    point: EvaluationPoint
+    answers: Mapping[Key, Outcome]
     sample: Sample
     better: Mapping[Key, Tensor]
 
@@ -171,7 +164,7 @@ class _Found:
     def note(self) -> str:
         """What a reader must know."""
         return (
-            f"sampled: {self.sample.size} of {self.place.survey.rows} examples ({self.sample.certain} for certain); the "
+            f"sampled: {self.sample.size} of {self.point.survey.rows} examples ({self.sample.certain} for certain); the "
             "interval says what that leaves open, and the gradient is the sample's"
         )
 
@@ -201,28 +194,17 @@ class _Sampler:
     """The steps at one point.
 
     Attributes:
-        session: the measurement.
-        charts: of the geometries at the point.
-        risk: of all the data.
-        seen: what the forward pass told.
-        route: of products.
+        measurement: what is asked for.
+        whole: the point, with all of the data as the forward pass told.
         products: spent for each number so far, in products with all the data.
         seconds: spent for each number in solvers.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        charts: Mapping[Geometry, Chart],
-        risk: EmpiricalRisk,
-        seen: Survey,
-        route: type[Linearisation],
-    ) -> None:
-        self.session, self.charts, self.risk, self.seen, self.route = session, charts, risk, seen, route
-        self.state = next(iter(charts.values())).state
-        asked = [(g, q) for m, g in session.plan if g in charts for q in m.questions(session.settings)]
-        self.keys: tuple[Key, ...] = tuple(dict.fromkeys(asked))
-        self.confidence = CONFIDENCE if session.settings.confidence is None else session.settings.confidence
+    def __init__(self, measurement: Measurement, whole: EvaluationPoint) -> None:
+        self.measurement, self.whole = measurement, whole
+        self.settings, self.seen, self.state = measurement.settings, whole.survey, whole.state
+        self.keys: tuple[Key, ...] = measurement.asked(whole)
+        self.confidence = CONFIDENCE if self.settings.confidence is None else self.settings.confidence
         self.started = time.monotonic()
         self.products, self.seconds = dict.fromkeys(self.keys, 0.0), dict.fromkeys(self.keys, 0.0)
 
@@ -246,7 +228,7 @@ class _Sampler:
 
     def answered(self) -> tuple[_Found | None, int]:
         """From a sample that is as large as it must be, and how large; None where that is too large."""
-        few, width = BOUND, self.session.settings.rtol
+        few, width = BOUND, self.settings.rtol
         pilot = self.pilot()
         size = self.needed(pilot, width)
         starts = {key: end.vector[:, None] for key, end in pilot.ends.items()}
@@ -254,7 +236,7 @@ class _Sampler:
             if size > MOST * self.seen.rows:
                 break
             found = self._measured(pilot, starts, size, min(few, size), number)
-            wide = max(_width(found.answers[key].result) for key in self.keys) / self.session.settings.rtol
+            wide = max(_width(found.answers[key].result) for key in self.keys) / self.settings.rtol
             if wide <= 1 or self._spent():
                 return found, size
             if not found.better:
@@ -266,19 +248,19 @@ class _Sampler:
     def _measured(self, pilot: _Pilot, starts: Mapping[Key, Tensor], size: int, few: int, number: int) -> _Found:
         """Witnesses, then the samples, which are drawn after them."""
         witnesses = self._witnesses(pilot, starts, pilot.sample.beyond(self._chances(size)))
-        inside, budget = 1 - CERTAIN * (1 - self.confidence), self.session.settings.budget.products
+        inside, budget = 1 - CERTAIN * (1 - self.confidence), self.settings.budget.products
         small, sample = self._drawn(few, "complement", number), self._drawn(size, "sample", number)
         left = self._solved(small, {key: Remainder(found, inside, budget) for key, found in witnesses.items()})
         survey = self._risk(sample).survey(self.state)
         scale = self.seen.rows / sample.size
         seen = replace(self.seen, gradient=survey.gradient, unused=survey.unused, seconds=survey.seconds * scale)
-        place = replace(self._place(sample), survey=replace(seen, hardness=None))
-        jobs = {key: self._job(key, place, SingleProduct(witness)) for key, witness in witnesses.items()}
-        checks = self.session.checks(self.charts, place)
-        done = run_in_lockstep(place.hessian, [*jobs.values(), *checks.values()], self.session.report)
-        answers: Outcomes = dict(zip(checks, done[len(jobs) :], strict=True))
+        point = replace(self._point(sample), survey=replace(seen, hardness=None))
+        tasks = {key: self._task(key, point, SingleProduct(witness)) for key, witness in witnesses.items()}
+        checks = generator_checks(point)
+        done = outcomes([*tasks.values(), *checks.values()], self.measurement.report)
+        answers: dict[Key, Outcome] = dict(zip(checks, done[len(tasks) :], strict=True))
         better: dict[Key, Tensor] = {}
-        for key, outcome in zip(jobs, done, strict=False):
+        for key, outcome in zip(tasks, done, strict=False):
             self._tally(key, sample, outcome)
             image, rest = outcome.result[:, 0], left[key]
             theta = float(inner([witnesses[key]], image)[0])
@@ -288,11 +270,11 @@ class _Sampler:
             result = self._enclosed(key, sample, witnesses[key], image, self._rest(key, small, rest))
             spent = math.ceil(self.products[key])
             answers[key] = Outcome(replace(result, products=spent), spent, self.seconds[key])
-        return _Found(place, answers, sample, better)
+        return _Found(point, answers, sample, better)
 
     def _witnesses(self, pilot: _Pilot, starts: Mapping[Key, Tensor], known: Sample) -> dict[Key, Tensor]:
         """Vectors close to those wanted, by the pilot's examples and those that the sample will have for certain."""
-        fine, budget = math.sqrt(self.session.settings.rtol) / 4, self.session.settings.budget.products
+        fine, budget = math.sqrt(self.settings.rtol) / 4, self.settings.budget.products
         searches = {}
         for key, end in pilot.ends.items():
             top = self._at_top(key, end.value)
@@ -305,12 +287,12 @@ class _Sampler:
 
     def _solved(self, sample: Sample, solvers: Mapping[Key, Solver[Any]]) -> dict[Key, Any]:
         """What solvers find on a sample, in step."""
-        place = self._place(sample)
-        jobs = [self._job(key, place, solver) for key, solver in solvers.items()]
-        outcomes = dict(zip(solvers, run_in_lockstep(place.hessian, jobs, self.session.report), strict=True))
-        for key, outcome in outcomes.items():
+        point = self._point(sample)
+        tasks = [self._task(key, point, solver) for key, solver in solvers.items()]
+        found = dict(zip(solvers, outcomes(tasks, self.measurement.report), strict=True))
+        for key, outcome in found.items():
             self._tally(key, sample, outcome)
-        return {key: outcome.result for key, outcome in outcomes.items()}
+        return {key: outcome.result for key, outcome in found.items()}
 
     def _tally(self, key: Key, sample: Sample, outcome: Outcome) -> None:
         self.products[key] += outcome.products * sample.size / self.seen.rows
@@ -318,7 +300,7 @@ class _Sampler:
 
     def _spent(self) -> bool:
         """Whether a budget forbids another sample."""
-        budget = self.session.settings.budget
+        budget = self.settings.budget
         late = budget.seconds is not None and time.monotonic() - self.started > budget.seconds
         return late or max(self.products.values()) > budget.products
 
@@ -353,7 +335,7 @@ class _Sampler:
         bottom, top_ = (other, wanted) if top else (wanted, other)
         found = Extremes(bottom, top_, which, False, self.confidence, 0.0, 0, "")
         low, high = found.interval()
-        reached = high - low <= self.session.settings.rtol * abs(value)
+        reached = high - low <= self.settings.rtol * abs(value)
         left = (
             f"{sample.size} examples leave a relative width of {(high - low) / abs(value):.2g}"
             if value
@@ -369,7 +351,7 @@ class _Sampler:
 
     def _forms(self, sample: Sample, key: Key, one: Tensor, other: Tensor | None = None) -> Tensor:
         """The form of each example of a sample in vectors of a frame's coordinates; in one of them twice."""
-        frame = self.charts[key[0]].frame
+        frame = self.whole.charts[key[0]].frame
         first = frame.push(one[:, None])[:, 0]
         second = first if other is None else frame.push(other[:, None])[:, 0]
         return curvatures(self._risk(sample), self.state, first, second)
@@ -384,24 +366,23 @@ class _Sampler:
         return inclusion(self.seen.hardness, size)
 
     def _drawn(self, size: int, *labels: object) -> Sample:
-        return Sample.of(self._chances(size), stream(self.session.settings.seed, *labels))
+        return Sample.of(self._chances(size), stream(self.settings.seed, *labels))
 
     def _risk(self, sample: Sample) -> EmpiricalRisk:
-        return sample.risk(self.risk, self.seen.count, ROWS)
+        return sample.risk(self.whole.risk, self.seen.count, ROWS)
 
-    def _place(self, sample: Sample) -> Place:
-        """Products on a sample."""
-        seen = replace(self.seen, rows=sample.size, hardness=None)
-        return self.session.placed(self.state, self._risk(sample), seen, self.route)
+    def _point(self, sample: Sample) -> EvaluationPoint:
+        """The point with products on a sample."""
+        return self.whole.on(sample, ROWS).with_products([Matrix.HESSIAN])
 
-    def _job(self, key: Key, place: Place, solver: Solver[Any]) -> Job:
-        random = stream(self.session.settings.seed, solver.label)
-        return Job(Pullback(place.hessian, self.charts[key[0]].frame), solver, random)
+    def _task(self, key: Key, point: EvaluationPoint, solver: Solver[Any]) -> Task:
+        pulled = Pullback(point.operator(Matrix.HESSIAN), point.charts[key[0]].frame)
+        return Task.of(solver, pulled, stream(self.settings.seed, solver.label))
 
     @property
     def _unit(self) -> float:
         """What totals over the data are divided by."""
-        return self.seen.count if self.risk.loss.averages else 1.0
+        return self.seen.count if self.whole.risk.loss.averages else 1.0
 
 
 def _solver(key: Key) -> Lanczos:

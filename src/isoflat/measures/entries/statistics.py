@@ -1,8 +1,8 @@
-"""What several measures read off the data: answers that need no solver."""
+"""Statistics of the data that several measures share: answers that need no solver."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -12,9 +12,11 @@ from isoflat.curvature.block_trace import check_blocks
 from isoflat.curvature.diagonal import diagonal_pass, moment_pass
 from isoflat.curvature.fisher import counts_of
 from isoflat.curvature.rows import row_gradients
+from isoflat.curvature.sweeps import Pass
 from isoflat.linalg.maps import Diagonal as Scaled
 from isoflat.linalg.maps import Identity
-from isoflat.measures.base import Asking, DataStatistic, Scene
+from isoflat.measures.base import DataStatistic, Question
+from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
 from isoflat.risk.rows import derivative
@@ -25,9 +27,9 @@ from isoflat.risk.rows import derivative
 class Gradient(DataStatistic):
     """`Eᵀ ∇L`, shape `(m,)`, float64: known since the survey."""
 
-    def answer(self, scene: Scene) -> Tensor:
-        """Seen through the frame."""
-        return scene.chart.frame.pull(scene.survey.gradient[:, None])[:, 0]
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> Tensor:
+        """The survey's gradient through the frame."""
+        return point.chart.frame.pull(point.survey.gradient[:, None])[:, 0]
 
 
 @final
@@ -37,10 +39,14 @@ class RowMoments(DataStatistic):
 
     framed = False
 
-    def answer(self, scene: Scene) -> Asking[Tensor]:
+    def sweep(self, point: EvaluationPoint, *found: Any) -> Pass:
         """A backward pass, and gradients of single rows for what is no linear layer."""
-        scene.report("gradients of single rows")
-        return (yield moment_pass(scene.risk, scene.state))
+        return replace(moment_pass(point.risk, point.state), status="gradients of single rows")
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> Tensor:
+        """The sum itself."""
+        assert total is not None
+        return total
 
 
 @final
@@ -48,12 +54,16 @@ class RowMoments(DataStatistic):
 class FramedMoments(DataStatistic):
     """The diagonal of `Eᵀ C E`, C the second moment of the rows' gradients: shape `(m,)`, float64."""
 
-    def answer(self, scene: Scene) -> Asking[Tensor]:
-        """That of C where E is diagonal; else the gradient of each row through E."""
-        risk, state, frame = scene.risk, scene.state, scene.chart.frame
-        if isinstance(frame, Identity | Scaled):
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """The diagonal of C where E is diagonal."""
+        return (RowMoments(),) if isinstance(point.chart.frame, Identity | Scaled) else ()
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> Tensor:
+        """The diagonal of C in the frame's units; else the gradient of each row through E."""
+        risk, state, frame = point.risk, point.state, point.chart.frame
+        if found:
             units = frame.pull(torch.ones(frame.rows, 1, dtype=torch.float64, device=state.device))[:, 0]
-            return units.square() * (yield RowMoments())
+            return units.square() * found[0]
 
         def per_batch(index: int, batch: Any) -> BatchSum:
             total, count = torch.zeros(frame.columns, dtype=torch.float64, device=state.device), 0.0
@@ -63,22 +73,26 @@ class FramedMoments(DataStatistic):
                 count += float(counts.sum())
             return BatchSum(total, count)
 
-        scene.report("gradients of single rows")
+        point.report("gradients of single rows")
         with exactly(state.device):
             return risk.accumulate(per_batch, torch.zeros(frame.columns, dtype=torch.int8, device=state.device))
 
 
 @final
 @dataclass(frozen=True)
-class Diagonal(DataStatistic):
+class GaussNewtonDiagonal(DataStatistic):
     """The Gauss-Newton matrix's diagonal in the weights as they are, shape `(n,)`, float64."""
 
     framed = False
 
-    def answer(self, scene: Scene) -> Asking[Tensor]:
+    def sweep(self, point: EvaluationPoint, *found: Any) -> Pass:
         """A backward pass for each class."""
-        scene.report("diagonal of the Gauss-Newton matrix")
-        return (yield diagonal_pass(scene.risk, scene.state))
+        return replace(diagonal_pass(point.risk, point.state), status="diagonal of the Gauss-Newton matrix")
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> Tensor:
+        """The sum itself."""
+        assert total is not None
+        return total
 
 
 @final
@@ -88,11 +102,14 @@ class BlockTraces(DataStatistic):
 
     framed = False
 
-    def answer(self, scene: Scene) -> Asking[dict[str, float]]:
-        """Sums over the diagonal, once the network is seen to be linear in each tensor."""
-        state = scene.state
-        check_blocks(scene.risk, state, list(state.parameters))
-        parts = state.space.unflatten((yield Diagonal()))
+    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
+        """The diagonal, once the network is seen to be linear in each tensor."""
+        check_blocks(point.risk, point.state, list(point.state.parameters))
+        return (GaussNewtonDiagonal(),)
+
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> dict[str, float]:
+        """Sums over the diagonal."""
+        parts = point.state.space.unflatten(found[0])
         return {name: float(part.sum()) for name, part in parts.items()}
 
 
@@ -103,9 +120,9 @@ class Radial(DataStatistic):
 
     framed = False
 
-    def answer(self, scene: Scene) -> float:
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> float:
         """One forward derivative."""
-        risk, state = scene.risk, scene.state
+        risk, state = point.risk, point.state
 
         def per_batch(index: int, batch: Any) -> BatchSum:
             counts = counts_of(risk, state, batch).to(state.device)
@@ -114,6 +131,6 @@ class Radial(DataStatistic):
             ).sum()
             return BatchSum(total.reshape(1), float(counts.sum()))
 
-        scene.report("slopes of single rows")
+        point.report("slopes of single rows")
         with exactly(state.device), torch.no_grad():
             return float(risk.accumulate(per_batch, torch.zeros(1, dtype=torch.int8, device=state.device)))
