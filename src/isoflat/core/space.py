@@ -64,7 +64,7 @@ class ParameterSpace:
         return torch.tensor([norm(part) for part in vector.split(self.sizes)], dtype=torch.float64)
 
     def spread(self, per_block: Tensor) -> Tensor:
-        """One value per tensor, repeated for each of its entries: shape `(n,)`."""
+        """Vector of shape `(n,)` that repeats one value per tensor for each of its entries."""
         return per_block.repeat_interleave(torch.tensor(self.sizes, device=per_block.device))
 
 
@@ -91,7 +91,7 @@ def rough(rows: Sequence[Tensor], vector: Tensor, size: float) -> Tensor:
     Args:
         rows: k vectors of shape `(n,)`.
         vector: shape `(n,)`.
-        size: of its norm, about: it is brought to 1, so that nothing overflows.
+        size: approximate norm of the vector, which is brought to 1 so that nothing overflows.
     """
     if len(vector) <= CHUNK or rows[0].dtype == torch.float64 or size == 0 or not math.isfinite(size):
         return inner(rows, vector)

@@ -3,7 +3,7 @@
 The start q₁ is uniform on the unit sphere of ℝⁿ and independent of the operator; the only randomness is its overlap
 with extreme eigenvectors. Both bounds fail on the same event, that an overlap is below `overlap`, whatever the number
 of steps: they hold together and for all k at once, so that a run may look at them after each step and stop when it
-likes. `docs/concepts/certificate.md` has the proofs.
+likes. `docs/concepts/certificate.md`, "One event behind both upper bounds", has the proofs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def outer_bounds(ritz: NDArray[np.float64], log_couplings: float, n: int, failur
 
     Args:
         ritz: Ritz values after k steps, ascending, shape `(k,)`.
-        log_couplings: `Σ_j ln β_j` over the k couplings, the last one included; −inf if the Krylov space is all of ℝⁿ.
+        log_couplings: sum `Σ_j ln β_j` over the k couplings, the last one included; −inf if the Krylov space is all of ℝⁿ.
         n: dimension.
         failure: probability that an end lies inside the true spectrum.
 
@@ -46,14 +46,14 @@ def log_overlap(n: int, failure: float) -> float:
 
 
 def posterior_bound(ritz: NDArray[np.float64], log_couplings: float, n: int, failure: float) -> float:
-    """Upper bound on λ_max from the run itself (van Dorsselaer, Hochstenbach, van der Vorst, SIMAX 22, 2000).
+    """A-posteriori upper bound on λ_max, from the run itself (van Dorsselaer, Hochstenbach, van der Vorst, SIMAX 22, 2000).
 
     The Lanczos polynomial obeys `χ_k(A) q₁ = (Π β_j) q_{k+1}`; projected on a top eigenvector v,
     `χ_k(λ_max) |⟨v, q₁⟩| ≤ Π β_j`.
 
     Args:
         ritz: Ritz values, ascending.
-        log_couplings: `Σ_j ln β_j`.
+        log_couplings: sum `Σ_j ln β_j`.
         n: dimension.
         failure: probability that the bound is wrong.
 
@@ -79,7 +79,7 @@ def posterior_bound(ritz: NDArray[np.float64], log_couplings: float, n: int, fai
 
 
 def prior_bound(ritz: NDArray[np.float64], n: int, failure: float) -> float:
-    """Upper bound on λ_max known before the run (after Kuczyński and Woźniakowski, SIMAX 13, 1992).
+    """A-priori upper bound on λ_max, known before the run (after Kuczyński and Woźniakowski, SIMAX 13, 1992).
 
     Where the overlap with a top eigenvector is at least c,
     `(λ_max − θ_max)/(λ_max − λ_min) ≤ ε = tanh²(arcosh(1/c)/(2k − 1))` for all k, whatever the gaps. Applied to both

@@ -82,7 +82,7 @@ class Diagonal(Square):
         return self.entries.shape[0]
 
     def push(self, vectors: Tensor) -> Tensor:
-        """Each row times its entry, rounded once to the vectors' precision."""
+        """Multiply each row by its entry, rounded once to the vectors' precision."""
         return torch.mul(self.entries.to(vectors.device)[:, None], vectors, out=torch.empty_like(vectors))
 
     def pull(self, vectors: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Complement(Square):
 @final
 @dataclass(frozen=True)
 class Contraction:
-    """One contraction of a shear: `out[g, i] += Σ_{j, k} source[g, i, j, k] · weights[g, j]`.
+    """Contraction of a shear: `out[g, i] += Σ_{j, k} source[g, i, j, k] · weights[g, j]`.
 
     Attributes:
         source: range of the factor's entries in the flat vector.

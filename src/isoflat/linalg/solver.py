@@ -124,7 +124,7 @@ class SolverWithVectors(Solver[R], ABC):
 @final
 @dataclass(frozen=True, eq=False)
 class SingleProduct(Solver[Tensor]):
-    """One product with a given vector of shape `(n,)`; returns the product, shape `(n, 1)`.
+    """Solver that takes one product with a given vector of shape `(n,)`; returns the product, shape `(n, 1)`.
 
     >>> from isoflat.core.rng import stream
     >>> from isoflat.linalg.operator import Dense

@@ -83,7 +83,7 @@ class Bernoulli(Likelihood):
         return (z.detach().sigmoid() - labels.to(z.dtype)) * self.mass.sqrt()
 
     def outer(self, residual: Tensor, tangent: Tensor) -> Tensor:
-        """Entry by entry."""
+        """Products `r̃ (r̃ u)`, entry by entry."""
         return residual.square() * tangent
 
 
@@ -101,7 +101,7 @@ class Gaussian(Likelihood):
         return -(2.0**0.5) * labels.to(z.dtype) * self.mass.sqrt()
 
     def outer(self, residual: Tensor, tangent: Tensor) -> Tensor:
-        """Entry by entry."""
+        """Products `r̃ (r̃ u)`, entry by entry."""
         return residual.square() * tangent
 
 

@@ -209,7 +209,7 @@ def _passing(saved: _Growth, rows: int) -> float:
 
 
 def _vectors(state: State) -> int:
-    """One column on its way: going in, coming out by tensor and as one, and summed twice in float64."""
+    """Bytes of one column under way: going in, coming out by tensor and as one, and summed twice in float64."""
     return state.space.size * (3 * state.dtype.itemsize + 2 * 8)
 
 

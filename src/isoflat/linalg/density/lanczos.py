@@ -53,6 +53,10 @@ class StochasticLanczosQuadrature(Deflating[Density]):
 
     Where all n unit vectors would cost no more products than the probes, they are taken, and the spectrum is exact.
 
+    Departures from the textbook's quadrature, numbered where they happen: (1) each run re-orthogonalises fully and keeps its
+    basis, (2) probes are Gaussian directions that are averaged by their squared lengths, because only that average
+    has a known law (`density.counts`), and (3) nodes are never smoothed: the band is stated instead.
+
     Attributes:
         probes: number of probes; an even one has the narrower band.
         depth: steps of each run; fewer where its Krylov space is closed before.
@@ -158,14 +162,14 @@ class StochasticLanczosQuadrature(Deflating[Density]):
         return f"budget of {self.seconds:g} seconds spent: {done} taken"
 
     def _bulk(self, probes: list[_FinishedRun], size: int) -> tuple[_Spectrum, _Spectrum, float]:
-        """Two spectra between which that of the complement lies, and what rounding may add."""
+        """Spectra below and above that of the complement, and the rounding error of both."""
         failure = 1 - self.confidence
         ends = [probe.ends(size, ENDS * failure / len(probes)) for probe in probes]
         bottom, top = max(end[0] for end in ends), min(end[1] for end in ends)
         nodes = [node for probe in probes for node in (probe.quadrature.nodes[0], probe.quadrature.nodes[-1])]
         bottom, top = min(bottom, *nodes), max(top, *nodes)  # Ritz values lie inside, whatever was drawn
         squares = np.array([probe.quadrature.square for probe in probes])
-        grid, lower, upper = pooled([probe.run for probe in probes], squares / squares.sum())
+        grid, lower, upper = pooled([probe.run for probe in probes], squares / squares.sum())  # 3
         least, most = counted(lower, upper, size, len(probes), (1 - ENDS) * failure)
         least = np.maximum.accumulate(least)
         # In the few cases in which bounds fail they may cross; they say nothing there, and must not contradict.
@@ -224,8 +228,8 @@ class _ProbeRun:
         """Start from a Gaussian vector projected off the rows: its direction is uniform on their complement."""
         draw = gaussian(domain.n, 1, stream)[:, 0].to(domain.device)
         length = orthogonalise(rows, draw)[1]
-        self.recurrence = Recurrence(draw.div_(length), domain.dtype, rows)
-        self.square = length**2
+        self.recurrence = Recurrence(draw.div_(length), domain.dtype, rows)  # 1
+        self.square = length**2  # 2
         self.closed = False
 
     def extend(self, product: Tensor) -> None:

@@ -24,7 +24,7 @@ from isoflat.linalg.solver import Domain, Request, Steps
 
 
 class Attempt:
-    """One run under way.
+    """State of one run for many eigenpairs (`docs/concepts/certificate.md`, "Several eigenvalues, from any start").
 
     Attributes:
         top: number of largest eigenvalues wanted, at most n.

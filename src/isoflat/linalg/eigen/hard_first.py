@@ -268,7 +268,7 @@ class _HardFirstRun:
             self.hard += added
 
     def _verified(self, trial: RitzBasis) -> Steps[_VerifiedVector]:
-        """One precise product: with the explored parts where a certificate needs the noise, with all where products were coarse."""
+        """Take one precise product: with the explored parts for the noise of a certificate, with all if `precise` is set."""
         chosen = self._chosen(trial)
         vector, predicted = trial.vectors[chosen], trial.images[chosen]
         working = torch.finfo(self.domain.dtype).eps

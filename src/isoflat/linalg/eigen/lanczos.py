@@ -23,9 +23,17 @@ from isoflat.linalg.solver import Domain, Request, Solver, Steps
 class Lanczos(Solver[Extremes]):
     """Lanczos from a random start with full re-orthogonalisation, stopped by its own error bound.
 
-    The bounds are those of `linalg.certificate`; they hold with probability `confidence` over the start vector. The
-    value is the Rayleigh quotient of one fresh product at the end, in float64, never the recurrence's; comparing that
-    product with the recurrence's prediction gives the rounding noise, which widens the enclosure.
+    The recurrence is `krylov.recurrence`, whose docstring numbers what departs from the textbook. Here, numbered where it
+    happens:
+
+    1. The start is uniform on the sphere, and independent of the operator: the certificate rests on it
+       (`docs/concepts/certificate.md`, "One event behind both upper bounds").
+    2. The run stops by its own error bound (`linalg.certificate`), which holds for all steps at once with probability
+       `confidence`; residuals of the recurrence steer an uncertified run only.
+    3. The value is the Rayleigh quotient of one fresh product at the end, in float64, never the recurrence's
+       ("The lower end").
+    4. The distance of that product from the recurrence's prediction is the rounding noise, which widens the enclosure
+       ("Rounding").
 
     Attributes:
         which: end that is refined.
@@ -69,14 +77,14 @@ class Lanczos(Solver[Extremes]):
         """
         started = time.monotonic()
         noise, verified = 0.0, 0
-        recurrence = Recurrence(sphere(domain.n, stream).to(domain.device), domain.dtype)
+        recurrence = Recurrence(sphere(domain.n, stream).to(domain.device), domain.dtype)  # 1
         status = "Lanczos: start"
         while True:
             product = yield Request(recurrence.last, status=status)
             recurrence.extend(product[:, 0])
             view = self._view(recurrence)
             status = f"Lanczos {recurrence.k}: {view.wanted.value:.5g}, width {view_width(view):.1e}"
-            stopped = self._stop(recurrence, view, time.monotonic() - started, noise, verified)
+            stopped = self._stop(recurrence, view, time.monotonic() - started, noise, verified)  # 2
             if not stopped:
                 continue
             result = replace((yield from self._finish(recurrence, stopped)), products=recurrence.k + 1 + verified)
@@ -128,7 +136,7 @@ class Lanczos(Solver[Extremes]):
         return math.inf if view.wanted.residual is None else view.wanted.residual
 
     def _finish(self, recurrence: Recurrence, stopped: str) -> Steps[Extremes]:
-        """One fresh product with the Ritz vector asked for: true residual, noise, and the reported value."""
+        """Multiply the wanted Ritz vector afresh: true residual, noise, and the reported value."""
         view = self._view(recurrence)
         ritz, coefficients = recurrence.ritz()
         scale = recurrence.scale
@@ -136,10 +144,10 @@ class Lanczos(Solver[Extremes]):
         vector = recurrence.combine(coefficients[:, chosen])
         double = self.certify or self.precise
         fresh = (yield Request(vector[:, None], double=double, status="Lanczos: fresh product"))[:, 0] / scale
-        value = float(space.inner([vector], fresh)[0])
+        value = float(space.inner([vector], fresh)[0])  # 3
         residual = space.norm(torch.sub(fresh, vector, alpha=value))
         predicted = recurrence.predicted(float(ritz[chosen]), coefficients[:, chosen], vector)
-        surprise = space.norm(predicted.sub_(fresh))
+        surprise = space.norm(predicted.sub_(fresh))  # 4
         noise = surprise + recurrence.rounding
         working = torch.finfo(recurrence.last.dtype).eps
         final = torch.finfo(torch.float64).eps if double else working

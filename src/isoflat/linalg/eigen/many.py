@@ -5,7 +5,8 @@
 2. *Verify.* Fresh products of the vectors found, in float64, and Rayleigh and Ritz once more: values and residuals come
    from here only.
 3. *Certify.* `complement` bounds the spectrum on the complement, from a random start that knows nothing of the search; the
-   eigenvalues of a small comparison matrix then bound those of A (`docs/concepts/certificate.md`). If the complement
+   eigenvalues of a small comparison matrix then bound those of A (`docs/concepts/certificate.md`, "Several
+   eigenvalues, from any start"). If the complement
    holds an eigenvalue that belongs among the wanted ones, it goes into the search, and all begins again.
 """
 

@@ -25,8 +25,12 @@ class BlockRecurrence:
     and `extend` takes the products of these alone; the others wait. Converged pairs are thereby locked: they stay in V,
     and nothing is spent on them.
 
-    As in the plain recurrence a coupling at the level of rounding ends nothing: what is left over is the next direction,
-    and a random one where nothing is left, so that P keeps its width until it has no room.
+    Departures from the textbook's algorithm (Golub and Van Loan, "Matrix Computations", section 10.3.6), numbered where
+    they happen; those of the plain `Recurrence` hold as well:
+
+    1. Only some of the waiting directions are multiplied in a step (`steer`): T is symmetric, but no band matrix.
+    2. A direction lost to rounding is replaced by a random one, so that P keeps its width until ℝⁿ has no room.
+    3. The diagonal block of T is made symmetric, because each column is orthogonalised in turn.
 
     Attributes:
         n: dimension.
@@ -104,7 +108,7 @@ class BlockRecurrence:
         turn = np.linalg.qr(directions, mode="complete")[0]
         columns = torch.from_numpy(np.ascontiguousarray(turn.T))
         turned = [space.combine(column, self._waiting) for column in columns]
-        self._waiting = [vector.div_(space.norm(vector)).to(self._dtype) for vector in turned]
+        self._waiting = [vector.div_(space.norm(vector)).to(self._dtype) for vector in turned]  # 1
         self._couplings = turn.T @ self._couplings
 
     def extend(self, products: Tensor) -> None:
@@ -121,10 +125,11 @@ class BlockRecurrence:
             if len(rows) == self.n:
                 continue
             images[len(rows), j] = left
-            rows.append((residual.div_(left) if left else restart(rows, residual)).to(self._dtype))
+            rows.append((residual.div_(left) if left else restart(rows, residual)).to(self._dtype))  # 2
             fresh += 1
         images = images[: len(rows)]
         inside = images[k : k + a]
+        # 3
         self._matrix = np.block([[self._matrix, self._couplings[:a].T], [self._couplings[:a], (inside + inside.T) / 2]])
         waiting = np.vstack([self._couplings[a:], np.zeros((fresh, k))])
         self._couplings = np.hstack([waiting, images[k + a :]])

@@ -20,9 +20,18 @@ class Recurrence:
 
     After k products `A Q_k = Q_k T_k + β_k q_{k+1} e_kᵀ` with T_k tridiagonal (diagonal α, off-diagonal β).
 
-    A coupling at the level of rounding does not end the run: what is left over goes on as the next basis vector (a
-    random one if nothing is left), as after a restart in the complement. A small overlap of the start with an extreme
-    eigenvector looks exactly like an invariant space, and must not be mistaken for one.
+    Departures from the textbook's algorithm (Golub and Van Loan, "Matrix Computations", section 10.1), numbered where they
+    happen:
+
+    1. Full re-orthogonalisation against the whole basis, repeated until the norm stands still (`orthogonal`), so that T is
+       the exact matrix of `A + E` (`docs/concepts/certificate.md`, "Rounding").
+    2. Inner products, norms and coefficients are in float64, whatever the precision of the products and of the basis.
+    3. Coefficients are in units of a power of two near `‖A q₁‖`: no threshold is absolute, and nothing overflows.
+    4. A coupling at the level of rounding does not end the run: what is left over goes on as the next basis vector, and a
+       random one where nothing is left. A small overlap of the start with an extreme eigenvector looks exactly like an
+       invariant space, and must not be mistaken for one.
+    5. In `log_couplings`, which the certificate rests on, a coupling counts as no less than the rounding level.
+    6. An operator on the complement of given rows is multiplied as a whole; the recurrence projects.
 
     Attributes:
         alphas: diagonal of T, in units of `scale`.
@@ -77,12 +86,12 @@ class Recurrence:
         """
         product = product.contiguous()  # a column of a block is not: its sums would be slow, and round otherwise
         if self._beside:
-            remove(self._beside, product)
+            remove(self._beside, product)  # 6
         size = space.norm(product)
         if not self.alphas:
-            self.scale = math.ldexp(1.0, math.frexp(size)[1] - 1) if size else 1.0
+            self.scale = math.ldexp(1.0, math.frexp(size)[1] - 1) if size else 1.0  # 3
         residual, rows = product.div_(self.scale), [*self._beside, *self._basis]
-        removed, beta = orthogonalise(rows, residual)
+        removed, beta = orthogonalise(rows, residual)  # 1, 2
         alpha = float(removed[-1])
         self.alphas.append(alpha)
         self.betas.append(beta)
@@ -90,8 +99,8 @@ class Recurrence:
         if len(rows) >= self.n or self._largest == 0:
             self.exhausted, self.log_couplings = True, -math.inf
             return
-        self.log_couplings += math.log(max(beta, self.rounding))
-        self._basis.append((residual.div_(beta) if beta else restart(rows, residual)).to(self._dtype))
+        self.log_couplings += math.log(max(beta, self.rounding))  # 5
+        self._basis.append((residual.div_(beta) if beta else restart(rows, residual)).to(self._dtype))  # 4
 
     def ritz(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Ritz values, ascending, in units of `scale`, and the eigenvectors of T as columns."""

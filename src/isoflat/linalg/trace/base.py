@@ -254,7 +254,7 @@ class ProjectedProbes:
 
 
 def exact_trace(domain: Domain, block: int, confidence: float) -> Steps[TraceEstimate]:
-    """The trace from n products with unit vectors, for where an estimate would cost no less."""
+    """Compute the trace exactly by n products with unit vectors, for where an estimate would cost no less."""
     entries: list[float] = []
     noise: list[float] = []
     eps = unit(domain.dtype, domain.n)

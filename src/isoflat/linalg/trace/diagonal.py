@@ -80,7 +80,7 @@ class DiagonalEstimator(Solver[DiagonalEstimate]):
             raise UsageError(f"sizes of blocks cannot be negative, got {self.sizes}")
 
     def steps(self, domain: Domain, stream: torch.Generator) -> Steps[DiagonalEstimate]:
-        """Running means and variances entry by entry (Welford 1962), so that nothing grows with the probes."""
+        """Update means and variances entry by entry (Welford 1962), so that no storage grows with the probes."""
         if self.sizes and sum(self.sizes) != domain.n:
             raise UsageError(f"expected blocks that add up to {domain.n}, got {self.sizes}")
         ends = tuple(accumulate(self.sizes, initial=0))

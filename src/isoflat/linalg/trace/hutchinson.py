@@ -112,9 +112,9 @@ class Hutchinson(Deflating[TraceEstimate]):
                 over=lambda done: taken + done > 1 and expired(),
             )
 
-        yield from sample(self.probes)
+        yield from sample(self.probes)  # the first stage of Stein's procedure
         pilot = _PilotSamples.of(probes.forms, math.fsum(exact.values), math.fsum(exact.noise), self)
-        planned = pilot.planned(self.max_products - used)
+        planned = pilot.planned(self.max_products - used)  # fixed here, whatever the further samples look like
         yield from sample(planned)
         return self._result(pilot, planned, probes.forms, used)
 

@@ -76,7 +76,7 @@ class Linearisation(ABC):
 
 
 def columns(space: ParameterSpace, vectors: Tensor) -> list[list[Tensor]]:
-    """Each column of `(n, k)` as tensors of the parameters' shapes."""
+    """Columns of an `(n, k)` matrix as tensors of the parameters' shapes."""
     return [list(space.unflatten(column).values()) for column in vectors.T.contiguous()]
 
 

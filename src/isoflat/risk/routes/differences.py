@@ -20,7 +20,7 @@ STEP = torch.finfo(torch.float64).eps ** (1 / 3)
 @final
 @dataclass(frozen=True)
 class Differences(Linearisation):
-    """`(∇L(θ + h v) − ∇L(θ − h v)) / 2h` in float64: for networks that can be differentiated once only.
+    """Route by `(∇L(θ + h v) − ∇L(θ − h v)) / 2h` in float64, for networks that can be differentiated once only.
 
     No certificate is given for such products: the difference is not linear in v, and a kink between the two points is
     taken for curvature.

@@ -20,7 +20,7 @@ from isoflat.risk.routes.base import Linearisation, columns, joined
 @final
 @dataclass(frozen=True)
 class Forward(Linearisation):
-    """Each product runs forward and backward on dual numbers: for networks whose backward has no backward.
+    """Route whose products run forward and backward on dual numbers, for networks whose backward has no backward.
 
     Pearlmutter 1994 with the order of differentiation exchanged. Parts of a network that cannot be differentiated
     forward (LSTM, checkpointing) cannot be measured so; they rarely lack a double backward.

@@ -29,7 +29,7 @@ class Grain:
     halvings: int = 0
 
     def halve(self, error: BaseException) -> None:
-        """Half the rows.
+        """Halve the rows.
 
         Raises:
             BaseException: the error that was given, if a piece is one row already.

@@ -69,7 +69,7 @@ class GradientGraph(Graph):
 @final
 @dataclass(frozen=True)
 class Cached(Linearisation):
-    """Graphs of all batches stay in memory: a product costs one backward pass through them.
+    """Route that keeps the graphs of all batches in memory: a product costs one backward pass through them.
 
     Attributes:
         kind: kind of the graphs.
@@ -106,7 +106,7 @@ class Cached(Linearisation):
 @final
 @dataclass(frozen=True)
 class Recomputed(Linearisation):
-    """Each product runs forward and backward anew, batch by batch: memory of one batch.
+    """Route whose products run forward and backward anew, batch by batch, in the memory of one batch.
 
     Attributes:
         kind: kind of graph that is built of each batch.

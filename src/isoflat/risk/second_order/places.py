@@ -31,7 +31,7 @@ def spread(values: Tensor, places: Tensor, size: tuple[int, int], disjoint: bool
 
 
 def _beside(tensor: Tensor) -> Tensor:
-    """Channels last."""
+    """Tensor with its channels last in memory."""
     return tensor.permute(0, 2, 3, 1)
 
 

@@ -49,7 +49,7 @@ class _Masked(Function):
 
 
 def _apply(trace: Trace, input: Tensor, inplace: bool = False) -> Any:
-    """Rectified; the pair is remembered, because a pooling that follows can do with less."""
+    """Rectify, and remember the pair, because a pooling that follows can do with less."""
     # An operation in place on a view changes its base as well: torch keeps those books.
     if not eligible(input) or (inplace and (input.is_leaf or input._is_view())):
         return NotImplemented
