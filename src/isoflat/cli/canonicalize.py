@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 
 from isoflat.cli import options
-from isoflat.cli.save import claim, save
 from isoflat.cli.terminal import console, plain, some
 from isoflat.core.errors import UsageError
+from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

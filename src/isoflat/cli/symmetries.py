@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from isoflat.cli import options
-from isoflat.cli.save import deliver
+from isoflat.cli.deliver import deliver
 from isoflat.cli.terminal import plain
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import Any, final
 
 import torch
 
-from isoflat.cli.terminal import some
 from isoflat.core.errors import CheckpointError, DataError, IsoflatError, UnknownName, UsageError
 from isoflat.core.fingerprint import fingerprint
+from isoflat.core.render import some
 from isoflat.core.table import Table
 from isoflat.experiments.numbers import Number
 from isoflat.experiments.statistics.sample import LEAST, Level
@@ -51,7 +51,7 @@ _KNOWN = ("weights", "label", "train_loss", *OUTCOMES, *REPLICATES)
 
 @final
 @dataclass(frozen=True)
-class Row:
+class ListedNetwork:
     """A network of the list.
 
     Attributes:
@@ -82,7 +82,7 @@ class Listing:
         problems: of the others, each in a line that names the row.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ListedNetwork, ...]
     column: str
     problems: tuple[str, ...] = ()
 
@@ -172,7 +172,7 @@ def _outcome(path: Path, columns: list[str], wanted: str | None) -> str:
 
 def _row(
     place: str, folder: Path, cells: Mapping[str, Any] | None, column: str, factors: list[str], losses: bool
-) -> Row:
+) -> ListedNetwork:
     if cells is None:
         raise DataError(f"{place} has more or fewer cells than there are columns")
     weights = cells.get("weights")
@@ -186,7 +186,7 @@ def _row(
         outcome = 1 - outcome
     loss = _number(place, "train_loss", cells) if losses else None
     levels = {name: _level(cells.get(name)) for name in factors}
-    return Row(place, folder / weights, str(cells.get("label", "")), outcome, loss, levels)
+    return ListedNetwork(place, folder / weights, str(cells.get("label", "")), outcome, loss, levels)
 
 
 def _number(place: str, column: str, cells: Mapping[str, Any]) -> float:
@@ -227,7 +227,7 @@ def whole(number: float) -> float:
 
 @final
 @dataclass(frozen=True)
-class Plan:
+class ListedPlan:
     """How networks of a list are measured.
 
     Attributes:
@@ -271,7 +271,7 @@ class Plan:
 
 @final
 @dataclass(frozen=True)
-class Ready:
+class ReadyNetwork:
     """A network of the list that can be measured.
 
     Attributes:
@@ -279,11 +279,11 @@ class Ready:
         cell: everything that its numbers depend on.
     """
 
-    row: Row
+    row: ListedNetwork
     cell: dict[str, Any]
 
 
-def ready(listing: Listing, plan: Plan) -> tuple[tuple[Ready, ...], Batches, tuple[str, ...]]:
+def ready(listing: Listing, plan: ListedPlan) -> tuple[tuple[ReadyNetwork, ...], Batches, tuple[str, ...]]:
     """Every network opened and fitted once, and the data read, before anything is measured.
 
     Returns:
@@ -312,19 +312,19 @@ def ready(listing: Listing, plan: Plan) -> tuple[tuple[Ready, ...], Batches, tup
         if mark in seen:
             problems.append(f"{row.place} has the same weights as {seen[mark]}: every network counts once")
         seen.setdefault(mark, row.place)
-        found.append(Ready(row, {**common, "model_hash": mark, "structure": _structure(model)}))
+        found.append(ReadyNetwork(row, {**common, "model_hash": mark, "structure": _structure(model)}))
     if problems:
         raise CheckpointError(f"{len(problems)} bad rows, nothing was measured: {'; '.join(problems)}")
     return tuple(found), data.batches, tuple(dict.fromkeys(notes))
 
 
-def filled(row: Row, inputs: Inputs) -> tuple[torch.nn.Module, tuple[str, ...]]:
+def filled(row: ListedNetwork, inputs: Inputs) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """A network with the weights of its row, and what a reader must know of them."""
     model = build(inputs.model, inputs.seed)
     return model, fill(model, replace(inputs, weights=row.weights))
 
 
-def kept(network: Ready, label: str, plan: Plan, batches: Batches, store: Store) -> Table:
+def kept(network: ReadyNetwork, label: str, plan: ListedPlan, batches: Batches, store: Store) -> Table:
     """The numbers of one network: read from the store, or measured and kept there.
 
     Raises:
@@ -346,7 +346,7 @@ def kept(network: Ready, label: str, plan: Plan, batches: Batches, store: Store)
         time.sleep(PAUSE)  # another process is at it
 
 
-def _common(plan: Plan, data_hash: str) -> dict[str, Any]:
+def _common(plan: ListedPlan, data_hash: str) -> dict[str, Any]:
     """What the numbers of all networks depend on."""
     entries = {number.measure: str(find_measure(number.measure).version) for number in plan.numbers}
     places = {number.geometry: str(find_geometry(number.geometry).version) for number in plan.numbers}

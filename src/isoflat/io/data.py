@@ -15,6 +15,7 @@ from torch import Tensor
 
 from isoflat.core.errors import DataError
 from isoflat.io.arrays import read_npz
+from isoflat.io.digits import digits
 from isoflat.io.images import read_folder, read_parquet
 from isoflat.io.named import function, named, reason
 from isoflat.io.rows import Rows, evenly, rows
@@ -96,11 +97,9 @@ def _found(source: str, split: str | None, examples: int | None) -> Any:
 
 
 def _digits(split: str | None, examples: int | None) -> Rows:
-    from isoflat.experiments.data import digits
-
     if split not in (None, "train", "test"):
         raise DataError(f"digits has no split {split!r}: choose --split train or test")
-    inputs, targets = digits().test if split == "test" else digits().train
+    inputs, targets = digits()[split == "test"]
     return _part(inputs, targets, "digits", examples, (f"digits, {split or 'train'} split",))
 
 
