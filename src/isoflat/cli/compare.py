@@ -88,8 +88,7 @@ def compare(  # noqa: PLR0913
     """
     from isoflat.core.errors import UsageError
     from isoflat.experiments.stored import holds_results
-    from isoflat.io.initial import before
-    from isoflat.io.inputs import Inputs, device_of, within_memory
+    from isoflat.io.inputs import Inputs, before, device_of, within_memory
     from isoflat.io.inputs import check as known
     from isoflat.io.several import labels, load_several
     from isoflat.measurement.compare import compare as compared

@@ -194,8 +194,7 @@ def evaluate(
         IsoflatError: something is refused; names and limits are checked before a file is opened.
     """
     from isoflat.experiments.attack import attack
-    from isoflat.io.initial import before
-    from isoflat.io.inputs import check, device_of, prepare, within_memory
+    from isoflat.io.inputs import before, check, device_of, prepare, within_memory
     from isoflat.measurement.prepare import symmetries_of
     from isoflat.measurement.run import measure_all
     from isoflat.risk.ranks import Ranks

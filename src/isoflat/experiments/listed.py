@@ -25,8 +25,7 @@ from isoflat.experiments.numbers import Number
 from isoflat.experiments.statistics.sample import LEAST, Level
 from isoflat.experiments.store import Store, address
 from isoflat.experiments.sweep import PAUSE
-from isoflat.io.data import load_data
-from isoflat.io.inputs import Inputs, fill, try_forward, within_memory
+from isoflat.io.inputs import Inputs, try_forward, within_memory
 from isoflat.io.model import build, find_loss
 from isoflat.measurement.prepare import subject
 from isoflat.measurement.run import measure_all
@@ -69,6 +68,10 @@ class ListedNetwork:
     outcome: float
     loss: float | None
     factors: Mapping[str, Level] = field(default_factory=dict)
+
+    def network(self, inputs: Inputs, note: Callable[[str], None] = lambda text: None) -> torch.nn.Module:
+        """The network with the weights of its row."""
+        return replace(inputs, weights=self.weights).network(note)
 
 
 @final
@@ -295,15 +298,17 @@ def ready(listing: Listing, plan: ListedPlan) -> tuple[tuple[ReadyNetwork, ...],
     """
     inputs = plan.inputs
     loss, model = find_loss(inputs.loss), build(inputs.model, inputs.seed)
-    data = load_data(inputs.data, inputs.split, inputs.transform, inputs.examples, inputs.batch_size)
-    try_forward(subject(model, data.batches, loss, plan.settings["params"], plan.settings["dtype"], plan.device))
-    common = _common(plan, fingerprint(*map(digest, data.batches)))
-    found, notes, problems = [], list(data.notes), list(listing.problems)
+    notes: list[str] = []
+    batches = inputs.read(notes.append)
+    try_forward(subject(model, batches, loss, plan.settings["params"], plan.settings["dtype"], plan.device))
+    common = _common(plan, fingerprint(*map(digest, batches)))
+    found, problems = [], list(listing.problems)
     seen: dict[str, str] = {}
     for row in listing.rows:
         try:
-            model, own = filled(row, inputs)
-            target = subject(model, data.batches, loss, plan.settings["params"], plan.settings["dtype"], plan.device)
+            own: list[str] = []
+            model = row.network(inputs, own.append)
+            target = subject(model, batches, loss, plan.settings["params"], plan.settings["dtype"], plan.device)
         except IsoflatError as error:
             problems.append(f"{row.place}: {error}")
             continue
@@ -315,13 +320,7 @@ def ready(listing: Listing, plan: ListedPlan) -> tuple[tuple[ReadyNetwork, ...],
         found.append(ReadyNetwork(row, {**common, "model_hash": mark, "structure": _structure(model)}))
     if problems:
         raise CheckpointError(f"{len(problems)} bad rows, nothing was measured: {'; '.join(problems)}")
-    return tuple(found), data.batches, tuple(dict.fromkeys(notes))
-
-
-def filled(row: ListedNetwork, inputs: Inputs) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    """A network with the weights of its row, and what a reader must know of them."""
-    model = build(inputs.model, inputs.seed)
-    return model, fill(model, replace(inputs, weights=row.weights))
+    return tuple(found), batches, tuple(dict.fromkeys(notes))
 
 
 def kept(network: ReadyNetwork, label: str, plan: ListedPlan, batches: Batches, store: Store) -> Table:
@@ -335,7 +334,7 @@ def kept(network: ReadyNetwork, label: str, plan: ListedPlan, batches: Batches, 
         with store.claim(where) as mine:
             cell = store.get(where)
             if cell is None and mine:
-                table = plan.table(filled(network.row, plan.inputs)[0], batches, label)
+                table = plan.table(network.row.network(plan.inputs), batches, label)
                 cell = store.put(network.cell, {"table": table.to_dict()}, None)
         if cell is not None:
             table = Table.from_json(json.dumps(cell.result["table"]))

@@ -13,9 +13,8 @@ import torch
 
 from isoflat.core.errors import UsageError
 from isoflat.core.render import visible
-from isoflat.io.data import load_data
-from isoflat.io.inputs import Inputs, fill, try_forward
-from isoflat.io.model import build, find_loss
+from isoflat.io.inputs import Inputs, try_forward
+from isoflat.io.model import find_loss
 from isoflat.measurement.prepare import subject
 from isoflat.risk.batches import Batches
 
@@ -53,15 +52,17 @@ def load_several(inputs: Inputs, files: Mapping[str, Path], settings: Mapping[st
         IsoflatError: something cannot be found, opened or fitted; nothing has been measured then.
     """
     loss = find_loss(inputs.loss)
-    models, notes = {}, []
+    models: dict[str, torch.nn.Module] = {}
+    notes: list[str] = []
     for label, path in files.items():
-        models[label] = build(inputs.model, inputs.seed)
-        notes += [f"{label}: {note}" for note in fill(models[label], replace(inputs, weights=path))]
+        own: list[str] = []
+        models[label] = replace(inputs, weights=path).network(own.append)
+        notes += [f"{label}: {note}" for note in own]
     _check_apart(models, inputs.model)
-    data = load_data(inputs.data, inputs.split, inputs.transform, inputs.examples, inputs.batch_size)
+    batches = inputs.read(notes.append)
     for model in models.values():
-        try_forward(subject(model, data.batches, loss, **settings))
-    return LoadedNetworks(models, data.batches, loss, (*notes, *data.notes))
+        try_forward(subject(model, batches, loss, **settings))
+    return LoadedNetworks(models, batches, loss, tuple(notes))
 
 
 def _check_apart(models: Mapping[str, torch.nn.Module], factory: str) -> None:
