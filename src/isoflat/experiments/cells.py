@@ -155,7 +155,7 @@ def found(table: Table, number: Number) -> Record | None:
 
 
 def decided(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What the first of several processes does alone; all go on with its outcome, or raise its error.
+    """Outcome of what the first of several processes does alone; all go on with its outcome, or raise its error.
 
     >>> decided(Ranks(), lambda: 3)
     3
@@ -198,7 +198,7 @@ def run(task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store,
 
 
 def read(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> Measured:
-    """From what is kept; of a network whose training diverged that is one cell."""
+    """Put a network together from its cells in the store; one that diverged has a training and no measurement."""
     result = trained.result
     if measured is None:
         training = Training(math.inf, reached=False, steps=0, epochs=0.0, seconds=result["seconds"])
@@ -219,7 +219,7 @@ def read(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> Mea
 
 
 def network(task: NetworkTask, data: Split) -> nn.Module:
-    """With its initial weights."""
+    """Build the network of a task with its initial weights."""
     recipe = task.recipe
     given: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value

@@ -22,7 +22,7 @@ from isoflat.measurement.run import measure_all
 
 
 class DemoPlan(Protocol):
-    """What every demonstration's plan says; each has a frozen dataclass of its own."""
+    """Settings that every demonstration has; each has a frozen dataclass of its own."""
 
     @property
     def seeds(self) -> int:
@@ -77,11 +77,11 @@ class DemoArm:
 
     @property
     def minima(self) -> str:
-        """What its networks are called in a sentence."""
+        """Name of its networks in a sentence, such as "small-batch minima"."""
         return f"{self.adjective} minima"
 
     def how(self, rows: int) -> str:
-        """What sets it apart, in words.
+        """The difference from the other arm, in words.
 
         Args:
             rows: of the training set.
@@ -94,7 +94,7 @@ class DemoArm:
 @final
 @dataclass(frozen=True)
 class Setting:
-    """What is particular to one demonstration, beside its plan.
+    """Properties of one demonstration beside its plan: architecture, arms, question and sentences.
 
     Attributes:
         network: the architecture, in words.
@@ -257,7 +257,7 @@ class DemoLine:
 @final
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demonstration found.
+    """The findings of a demonstration: networks, verdicts and edits that keep the function.
 
     Attributes:
         setting: which demonstration.
@@ -321,12 +321,12 @@ class DemoResult:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What came out, in words."""
+        """Sentences that say what was found."""
         return (*self.comparison, *self.manipulation)
 
     @property
     def comparison(self) -> tuple[str, ...]:
-        """Whether the minima of one arm are sharper, in words."""
+        """Sentences that say whether the minima of one arm are sharper."""
         found = [verdict.sentence for verdict in self.verdicts.values()]
         if not found:
             found.append("No comparison: fewer than two networks of an arm reached the target loss.")
@@ -339,12 +339,12 @@ class DemoResult:
 
     @property
     def manipulation(self) -> tuple[str, ...]:
-        """What edits that keep the function do to the numbers, in words."""
+        """Sentences that say what edits that keep the function do to the numbers."""
         first, *others = (ladder.sentence for ladder in self.ladders)
         return (first, *self._overtaking(), *others)
 
     def _overtaking(self) -> list[str]:
-        """What the first ladder does to the comparison itself: its network, edited, against the other arm."""
+        """A sentence on what the first ladder does to the comparison itself: its network, edited, against the other arm."""
         ladder, fooled = self.ladders[0], self.setting.fooled
         own = next(network.arm for network in self.networks if network.label == ladder.label)
         other = next(arm for arm in self.setting.arms if arm != own)

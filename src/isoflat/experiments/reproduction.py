@@ -1,4 +1,4 @@
-"""What an experiment found, as numbers and in words."""
+"""The findings of an experiment, as numbers and in words."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Summary:
 @final
 @dataclass(frozen=True)
 class Reproduction:
-    """What an experiment found.
+    """The findings of an experiment.
 
     Attributes:
         recipe: that was followed.
@@ -141,7 +141,7 @@ class Reproduction:
 
     @property
     def points(self) -> int:
-        """Of each network's orbit."""
+        """Number of points of each network's orbit."""
         return min((len(network.moved) for network in self.networks if not network.diverged), default=0)
 
     def drift(self, number: Number) -> float | None:
@@ -163,7 +163,7 @@ class Reproduction:
 
     @cached_property
     def told(self) -> tuple[Relation, ...]:
-        """What a recipe for a trend asks for: of each number with what rises along the arms, and with the test error."""
+        """Relations that a recipe for a trend asks for: of each number with what rises along the arms, and with the test error."""
         return self._told(None) if self.recipe.asks is Asks.TREND else ()
 
     @cached_property
@@ -216,7 +216,7 @@ class Reproduction:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What came out, in words, the answer first."""
+        """Sentences that say what was found, the answer first."""
         return tuple(self._sentences())
 
     def _sentences(self) -> Iterator[str]:
@@ -255,7 +255,7 @@ class Reproduction:
                     yield f"{how} {verdict.claim}, p = {verdict.p:.2g}."
 
     def _elsewhere(self, point: int, number: str, same: bool) -> str:
-        """How a number judges at other weights of the same networks, as the start of a sentence."""
+        """The start of a sentence on a number at other weights of the same networks."""
         return (
             f"At a random point of every network's orbit ({point} of {self.points}), where the weights are others and the "
             f"functions the same, {number} gives {'the same' if same else 'another'} verdict:"
@@ -275,7 +275,7 @@ class Reproduction:
 
     @cached_property
     def _better(self) -> tuple[int | None, str] | None:
-        """Which arm generalizes better, if there is evidence, and test errors in words; None where these are not known."""
+        """The arm that generalizes better, if there is evidence, and test errors in words; None where these are not known."""
         first, second = ([n.test_error for n in self.arm(arm) if n.test_error is not None] for arm in self.recipe.arms)
         if min(len(first), len(second)) < 2:
             return None
@@ -402,7 +402,7 @@ def _summary(arm: Arm, number: Number, networks: Sequence[Measured]) -> Summary 
 
 
 def _width(estimate: Estimate) -> float:
-    """Of an enclosure, relative to the value; zero where there is none."""
+    """Width of an enclosure, relative to the value; zero where there is none."""
     width = estimate.upper - estimate.lower
     return width / abs(estimate.value) if estimate.value and math.isfinite(width) else 0.0
 

@@ -1,4 +1,4 @@
-"""What isoflat wrote to a folder, read with suspicion: each file on its own, and what is no result refused by name."""
+"""Results that isoflat wrote to a folder, read with suspicion: each file on its own, anything else refused by name."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class StoredNumber:
 
     @property
     def label(self) -> str:
-        """What its network is called; if nothing, the name of the file.
+        """Name of its network; if it has none, the name of the file.
 
         A file of cells has a hash for a name, which is as good.
         """
@@ -218,7 +218,7 @@ def checked(record: Record) -> Record:
 
 
 def why(error: BaseException) -> str:
-    """What is wrong with a result, in a few words."""
+    """Reason for refusing a result, in a few words."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc'])) or 'result'}: {first['msg']}"
@@ -279,7 +279,7 @@ def _content(path: Path) -> bytes:
 
 
 def _lines(text: bytes, path: Path, folder: Path) -> Iterator[Item]:
-    """Of a file with a record in each line; of its faults, the first is told."""
+    """Read a file with a record in each line; of its faults, the first is told."""
     faults: list[str] = []
     lines = [(place, line) for place, line in enumerate(text.split(b"\n"), 1) if line.strip()]
     for place, line in lines:

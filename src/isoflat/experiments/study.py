@@ -155,7 +155,7 @@ def planned(
     products: int,
     device: str | None,
 ) -> ListedPlan:
-    """How networks of a list are measured; names and limits are checked before a file is opened.
+    """Plan of measuring the networks of a list; names and limits are checked before a file is opened.
 
     Args:
         inputs: model, data and loss.
@@ -207,7 +207,7 @@ def of_list(path: Path, outcome: str | None, plan: ListedPlan, folder: Path, pro
 def _observed(
     rows: Sequence[ReadyNetwork], batches: Batches, plan: ListedPlan, store: Store, progress: bool
 ) -> tuple[tuple[Observed, ...], tuple[tuple[str, str], ...]]:
-    """What was measured, and the networks that cannot be, with the reasons."""
+    """Networks that were measured, and those that cannot be, with the reasons."""
     found: list[Observed] = []
     refused: list[tuple[str, IsoflatError]] = []
     with bar(len(rows), not progress) as report:

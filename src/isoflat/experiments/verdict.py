@@ -1,4 +1,4 @@
-"""Whether one group of networks is sharper than another, with an effect size and an exact rank test."""
+"""Comparison of two groups of networks: is one sharper? With an effect size and an exact rank test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGNIFICANCE = 0.05
 
 
 class GroupFinding(StrEnum):
-    """What the comparison says about the second group."""
+    """Finding about the second of two groups."""
 
     SHARPER = "sharper"
     FLATTER = "flatter"

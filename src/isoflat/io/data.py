@@ -1,4 +1,4 @@
-"""Data named on the command line."""
+"""Data from a file, a folder, a name or a factory."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _digits(split: str | None, examples: int | None) -> Rows:
 
 
 def _made(source: str, split: str | None, examples: int | None) -> Any:
-    """What a factory of the user's returns; a pair of tensors is cut like the rows of a file."""
+    """Data that a factory of the user's returns; a pair of tensors is cut like the rows of a file."""
     if split is not None:
         raise DataError(f"--split does not apply to --data {source}: choose the split in the factory")
     made = named(source, "--data")
@@ -162,7 +162,7 @@ def _of_split(files: Sequence[Path], split: str | None, source: str) -> list[Pat
 
 
 def _conversion(found: Rows, transform: str | None) -> tuple[str, ...]:
-    """How rows become the network's inputs, in words."""
+    """A note on how rows become the network's inputs."""
     if transform is not None:
         return (f"inputs prepared by {transform}",)
     if found.inputs.is_floating_point() or (found.inputs.dtype is not torch.uint8 and found.inputs.ndim not in (3, 4)):

@@ -135,7 +135,7 @@ def verify_named(
 
 
 def _told(check: Check, edited: bool, command: Sequence[str] = ()) -> Check:
-    """What two products cannot know: whether the number is the one that was written, and how to measure it again."""
+    """The check with what two products cannot know: is the number the one that was written, and how is it measured again?"""
     if check.verdict is Verdict.UNCHECKED and edited:
         words = "its witness is missing from the file of witnesses, which was edited"
         return replace(check, verdict=Verdict.REFUSED, sentence=words)
@@ -154,7 +154,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "params": (list,),
     "strip_prefix": (list,),
 }
-"""What options are in a result; text, where it is not said."""
+"""Types of options in a result; text, where it is not said."""
 
 
 def agreed(name: str, given: Any, recorded: Any) -> Any:

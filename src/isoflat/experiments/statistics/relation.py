@@ -1,4 +1,4 @@
-"""Whether a measure predicts generalisation: all statistics of it, corrected for all that were tried, and in words."""
+"""The relation of a measure to generalisation: all statistics of it, corrected for all that were tried, and in words."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STRENGTHS = ((0.6, "strong"), (0.3, "moderate"), (0.0, "weak"))
 @final
 @dataclass(frozen=True)
 class Relation:
-    """How one measure and the outcome are related, over all networks.
+    """The relation of one measure to the outcome, over all networks.
 
     Attributes:
         measure: its name.
@@ -62,12 +62,12 @@ class Relation:
 
     @property
     def found(self) -> bool:
-        """Whether there is evidence of a relation, after correction."""
+        """True if there is evidence of a relation, after correction."""
         return self.p_holm < SIGNIFICANCE
 
     @property
     def finding(self) -> str:
-        """In a word: the measure rises or falls with the outcome, or there is no evidence."""
+        """The finding in a word: the measure rises or falls with the outcome, or there is no evidence."""
         tau = self.kendall.tau
         return "no evidence" if not self.found or tau is None else "rises" if tau > 0 else "falls"
 
