@@ -16,6 +16,7 @@ from isoflat.experiments.data import Split
 from isoflat.experiments.ladders import Ladder
 from isoflat.experiments.loop import Regime, Training, accuracy, train
 from isoflat.experiments.numbers import CANONICAL, GEOMETRIES, MEASURES, NUMBERS, Number
+from isoflat.experiments.plain import plain
 from isoflat.experiments.progress import Report
 from isoflat.experiments.verdict import GroupVerdict, compare
 from isoflat.measurement.run import measure_all
@@ -153,7 +154,7 @@ class Trained:
             "batch": self.arm.batch,
             **({} if self.arm.rate is None else {"rate": self.arm.rate}),
             "seed": self.seed,
-            "training": dict(vars(self.training)),
+            "training": plain(self.training),
             "test_accuracy": self.test_accuracy,
             "records": [record.to_dict() for record in self.table],
         }
@@ -363,7 +364,7 @@ class DemoResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {
-            "plan": {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self.plan).items()},
+            "plan": plain(self.plan),
             "data": self.data,
             "verdicts": {name: verdict.to_dict() for name, verdict in self.verdicts.items()},
             "networks": [network.to_dict() for network in self.networks],

@@ -12,6 +12,7 @@ from isoflat.core.record import Record
 from isoflat.core.table import Table
 from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number, flat
+from isoflat.experiments.plain import plain
 from isoflat.experiments.statistics.relation import Relation, relations
 from isoflat.experiments.statistics.sample import LEAST, Level, OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
@@ -248,7 +249,7 @@ class Prediction:
             "sentences": list(self.sentences),
             "relations": [relation.to_dict() for relation in self.relations],
             "networks": self.rows(),
-            "omitted": [dict(vars(part)) for network in self.networks for part in network.table.omitted],
+            "omitted": [plain(part) for network in self.networks for part in network.table.omitted],
             "left_out": [{"label": label, "reason": reason} for label, reason in self.left_out],
         }
 

@@ -16,6 +16,7 @@ from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.cells import Measured, found
 from isoflat.experiments.numbers import COLUMNS, Number, flat
+from isoflat.experiments.plain import plain
 from isoflat.experiments.recipe import Arm, Asks, Recipe
 from isoflat.experiments.statistics.relation import Relation, relations
 from isoflat.experiments.statistics.sample import OutcomeSample
@@ -360,7 +361,7 @@ class Reproduction:
             "recipe": self.recipe.model_dump(mode="json"),
             "data": self.data,
             "sentences": list(self.sentences),
-            "summaries": [dict(vars(summary)) for summary in self.summaries],
+            "summaries": [plain(summary) for summary in self.summaries],
             "verdicts": {name: verdict.to_dict() for name, verdict in self.verdicts().items()},
             "moved": [
                 {name: verdict.to_dict() for name, verdict in self.verdicts(point).items()}
@@ -371,7 +372,7 @@ class Reproduction:
             "relations_elsewhere": [[relation.to_dict() for relation in told] for told in self.told_elsewhere],
             "networks": self.rows(),
             "diverged": [{"label": network.label, "reason": network.diverged} for network in self.diverged],
-            "omitted": [dict(vars(part)) for part in self.omitted],
+            "omitted": [plain(part) for part in self.omitted],
             "cost_seconds": self.cost,
             "seconds": self.seconds,
         }

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, final
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from isoflat.core.comparison import Comparison
 from isoflat.core.errors import DataError, IsoflatError, UsageError
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
+from isoflat.experiments.plain import kinds
 from isoflat.experiments.store import Artifact, Refused, Store
 from isoflat.experiments.store.main import MARKER
 from isoflat.io.strict import parse
@@ -212,7 +212,7 @@ def checked(record: Record) -> Record:
     Raises:
         ValueError: one is not.
     """
-    sound = _kinds(Record).validate_python(asdict(record))
+    sound = kinds(Record).validate_python(asdict(record))
     json.dumps(sound.to_dict(), allow_nan=False, ensure_ascii=False).encode()
     return sound
 
@@ -226,11 +226,6 @@ def why(error: BaseException) -> str:
 
 
 _Sentences = tuple[str, ...]
-
-
-@cache
-def _kinds(of: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(of)
 
 
 def _store(place: Path) -> tuple[tuple[Artifact, ...], tuple[Refused, ...]]:
@@ -295,7 +290,7 @@ def _lines(text: bytes, path: Path, folder: Path) -> Iterator[Item]:
 
 def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> Contest | Refused:
     try:
-        found = _kinds(Comparison).validate_python(asdict(Comparison.from_dict(content)))
+        found = kinds(Comparison).validate_python(asdict(Comparison.from_dict(content)))
         rows = tuple(checked(row) for row in found.rows)
         json.dumps([found.sentences, content.get("subject")], ensure_ascii=False).encode()  # and every pair is there
         known = {(label, number) for label in found.networks for number in found.numbers}
@@ -309,7 +304,7 @@ def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> Contest | 
 
 def _study(content: Mapping[str, Any], path: Path, folder: Path) -> Studied | Refused:
     try:
-        sentences = _kinds(_Sentences).validate_python(content["sentences"])
+        sentences = kinds(_Sentences).validate_python(content["sentences"])
         gone = [f"{part['label']}: {part['reason']}" for part in content.get("left_out", ())]
         json.dumps([sentences, gone], ensure_ascii=False).encode()
     except MALFORMED as error:

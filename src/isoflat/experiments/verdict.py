@@ -13,6 +13,7 @@ from scipy.stats import mannwhitneyu
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
+from isoflat.experiments.plain import plain
 
 SIGNIFICANCE = 0.05
 
@@ -88,13 +89,7 @@ class GroupVerdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {
-            **vars(self),
-            "finding": str(self.finding),
-            "sizes": list(self.sizes),
-            "delta": self.delta,
-            "sentence": self.sentence,
-        }
+        return {**plain(self), "delta": self.delta, "sentence": self.sentence}
 
 
 def compare(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, final
 
 from isoflat.core.errors import UsageError
+from isoflat.experiments.plain import plain
 from isoflat.experiments.statistics.conditional import Conditional, conditional
 from isoflat.experiments.statistics.granulated import Granulated, granulated
 from isoflat.experiments.statistics.kendall import Kendall, kendall
@@ -151,7 +152,7 @@ class Relation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**asdict(self), "found": self.found, "finding": self.finding, "sentence": self.sentence}
+        return {**plain(self), "found": self.found, "finding": self.finding, "sentence": self.sentence}
 
 
 def relations(
