@@ -77,10 +77,15 @@ def reproduce(  # noqa: PLR0913
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     found = reproduce(
-    ...         "degenerate-minima", out=folder, replicates=1, measures=["gradient_norm"], orbit=0, jobs=1
+    ...         "synthetic-invariance",
+    ...         out=folder,
+    ...         replicates=1,
+    ...         measures=["gradient_norm"],
+    ...         geometry=["layerwise"],
+    ...         jobs=1,
     ...     )
-    >>> len(found.networks) == len(found.recipe.arms)
-    True
+    >>> [(network.label, len(network.table)) for network in found.networks]
+    [('as initialised 0', 1)]
     """
     if isinstance(recipe, str):
         if scale not in list(Scale):

@@ -104,9 +104,21 @@ def study(  # noqa: PLR0913
         UsageError: neither or both ways in are given, or something is unknown or has no meaning.
         IsoflatError: something else is refused; bad rows are all named, before anything is measured.
 
-    >>> study()
-    Traceback (most recent call last):
-    isoflat.core.errors.UsageError: give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with
+    >>> import tempfile
+    >>> text = '''
+    ... data = { source = "digits", train = 60, test = 60 }
+    ... network = { family = "mlp", widths = [64, 4, 10] }
+    ... training = { epochs = 1 }
+    ... grid = { batch = [10, 20, 30] }
+    ... '''
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     grid = Path(folder) / "grid.toml"
+    ...     _ = grid.write_text(text)
+    ...     found = study(
+    ...         grid=grid, out=folder, measures=["gradient_norm"], geometry=["layerwise"], replicates=1, jobs=1
+    ...     )
+    >>> len(found.networks), found.outcome
+    (3, 'generalisation gap')
     """
     if (networks is None) == (grid is None):
         raise UsageError("give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from isoflat.core.errors import DataError
 from isoflat.io.arrays import read_npz
-from isoflat.io.digits import digits
 from isoflat.io.images import read_folder, read_parquet
 from isoflat.io.named import function, named, reason
 from isoflat.io.rows import Rows, evenly, rows
@@ -95,6 +94,8 @@ def _found(source: str, split: str | None, examples: int | None) -> Any:
 def _digits(split: str | None, examples: int | None) -> Rows:
     if split not in (None, "train", "test"):
         raise DataError(f"digits has no split {split!r}: choose --split train or test")
+    from isoflat.io.digits import digits  # scikit-learn, which other data does without
+
     inputs, targets = digits()[split == "test"]
     return _part(inputs, targets, "digits", examples, (f"digits, {split or 'train'} split",))
 

@@ -80,7 +80,7 @@ def verify(
     >>> from isoflat import measure_all
     >>> net, kept = torch.nn.Linear(3, 1), []
     >>> data, loss = (torch.eye(3), torch.ones(3, 1)), torch.nn.MSELoss()
-    >>> _ = measure_all(net, data, loss, keep=lambda *row: kept.append(row))
+    >>> _ = measure_all(net, data, loss, measures=["quotient_spectral_norm"], keep=lambda *row: kept.append(row))
     >>> [str(check.verdict) for check in verify(kept, net, data, loss)]
     ['holds']
     """
