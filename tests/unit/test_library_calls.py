@@ -64,9 +64,13 @@ def test_what_the_command_line_measures_the_library_measures_too_and_checks(here
     ]
     other = load_model("library_nets:build", seed=1)
     assert verify(here / "result.json", other, data, nn.CrossEntropyLoss())[0].verdict is Verdict.REFUSED
+    stored["rows"][0]["label"] = "another"
+    (here / "result.json").write_text(json.dumps(stored))
+    assert "edited" in verify(here / "result.json", net, data, nn.CrossEntropyLoss())[0].sentence
     stored["rows"][0]["estimate"]["value"] *= 1.0001
     (here / "result.json").write_text(json.dumps(stored))
-    assert verify(here / "result.json", net, data, nn.CrossEntropyLoss())[0].verdict is not Verdict.HOLDS
+    with pytest.raises(UsageError, match="edited"):
+        verify(here / "result.json", net, data, nn.CrossEntropyLoss())
 
 
 def test_neither_or_both_ways_into_a_study_are_refused(tmp_path):
