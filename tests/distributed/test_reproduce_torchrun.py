@@ -11,12 +11,27 @@ from typer.testing import CliRunner
 from cases import recipes
 from cases.group import run
 from isoflat.cli.main import app
-from isoflat.cli.reproduce import followed
 from isoflat.experiments.recipe import parse
+from isoflat.experiments.reproduce import follow as followed
 
 REPRODUCE = ["reproduce", "synthetic-invariance", "--replicates", "1"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ISOFLAT = [*TORCHRUN, "-m", "isoflat"]
+
+WORKER = """
+import sys
+from pathlib import Path
+
+from isoflat.experiments.data import load_split
+from isoflat.experiments.reproduce import follow as followed
+from isoflat.experiments.recipe import parse
+from isoflat.risk.ranks import Ranks, joined
+
+with joined():
+    result = followed(parse(sys.argv[1], "tiny"), None, Path(sys.argv[2]))
+    told = [(n.label, n.diverged, [(r.model_hash, r.estimate.value) for r in n.table]) for n in result.networks]
+    assert Ranks.here().gather(told) == [told] * Ranks.here().world
+"""
 
 RECIPE = """
 title = "t"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from itertools import chain, repeat
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,19 +10,11 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from isoflat.cli import options
-from isoflat.cli.save import deliver
+from isoflat.cli.deliver import deliver
 from isoflat.cli.terminal import plain
 
 if TYPE_CHECKING:
-    from isoflat.experiments.orbit import Orbit, Plan
-    from isoflat.io.inputs import Loaded
-    from isoflat.symmetry.found import Found
-
-NUMBERS = ("quotient_spectral_norm", "hessian_spectral_norm")
-"""Attacked where no --measure is given."""
-
-PLACES = ("auto", "layerwise")
-"""Where, if no --geometry is given."""
+    from isoflat.experiments.attack import AttackResult
 
 
 def attack(  # noqa: PLR0913
@@ -36,12 +27,12 @@ def attack(  # noqa: PLR0913
         typer.Option(
             "--measure",
             metavar="NAME",
-            help=f"See isoflat measures; can be repeated. Default: {' and '.join(NUMBERS)}.",
+            help="See isoflat measures; can be repeated. Default: quotient_spectral_norm and hessian_spectral_norm.",
         ),
     ] = None,
     geometry: Annotated[
         list[str] | None,
-        typer.Option("--geometry", metavar="NAME", help=f"Can be repeated. Default: {' and '.join(PLACES)}."),
+        typer.Option("--geometry", metavar="NAME", help="Can be repeated. Default: auto and layerwise."),
     ] = None,
     params: options.Params = None,
     weights_key: options.WeightsKey = None,
@@ -72,17 +63,16 @@ def attack(  # noqa: PLR0913
 
     Exit code 0: the attack ran, whatever survived. 2: refused, with the reason.
     """
-    from isoflat.experiments.orbit import Plan
+    from isoflat.experiments.attack import attack as attacked
+    from isoflat.experiments.numbers import GEOMETRIES, MEASURES
     from isoflat.io.inputs import Inputs, check, device_of, prepare, within_memory
-    from isoflat.measurement.groups import symmetries_of
     from isoflat.measures.settings import Budget
 
     budget = Budget(max_products, seconds, options.bytes_of(memory))
-    measures, places = names or list(NUMBERS), geometry or list(PLACES)
+    measures, places = names or list(MEASURES), geometry or list(GEOMETRIES)
     effort = {"rtol": rtol, "confidence": confidence, "certify": certify, "probes": probes, "budget": budget}
     check(measures, places, **effort, seed=seed)
-    settings = {**effort, "params": params or None, "device": device_of(device)}
-    plan = Plan(tuple(measures), tuple(places), points, search, spread, seed, settings)
+    where = device_of(device)
     inputs = Inputs(
         model=model,
         data=data,
@@ -96,37 +86,28 @@ def attack(  # noqa: PLR0913
         loss=loss,
         seed=seed,
     )
-    loaded, target = prepare(inputs, settings["params"], None, settings["device"])
+    loaded, _ = prepare(inputs, params or None, None, where)
     with within_memory():
-        orbit = watched(loaded, symmetries_of(target), plan, hidden=as_json or not sys.stderr.isatty())
+        orbit = attacked(
+            loaded.model,
+            loaded.batches,
+            loaded.loss,
+            measures=measures,
+            geometry=places,
+            points=points,
+            search=search,
+            spread=spread,
+            seed=seed,
+            progress=sys.stderr.isatty() and not as_json,
+            params=params or None,
+            device=where,
+            **effort,
+        )
     content = {"subject": inputs.described() | {"notes": list(loaded.notes)}, **orbit.to_dict()}
     deliver(content, lambda screen: show(screen, orbit, loaded.notes), as_json)
 
 
-def watched(loaded: Loaded, found: Found, plan: Plan, hidden: bool) -> Orbit:
-    """Attack under a progress bar.
-
-    Args:
-        loaded: the network and the data.
-        found: its symmetries.
-        plan: what to attack, and how hard.
-        hidden: show nothing.
-    """
-    from tqdm import tqdm
-
-    from isoflat.experiments import orbit
-
-    with tqdm(total=plan.work, disable=hidden, unit=" networks", leave=False) as bar:
-        done = chain([0], repeat(1))  # told before each network is measured: nothing is done at the first
-
-        def report(label: str) -> None:
-            bar.set_description_str(label, refresh=False)
-            bar.update(next(done))
-
-        return orbit.attack(loaded.model, loaded.batches, loaded.loss, found, plan, report)
-
-
-def show(screen: Console, orbit: Orbit, notes: tuple[str, ...]) -> None:
+def show(screen: Console, orbit: AttackResult, notes: tuple[str, ...]) -> None:
     """One line for each number, what happened to the function meanwhile, and the verdict."""
     grid = Grid(header_style="bold")
     for head in ("number", "geometry"):
@@ -154,7 +135,7 @@ def show(screen: Console, orbit: Orbit, notes: tuple[str, ...]) -> None:
         screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
 
 
-def verdict_of(orbit: Orbit) -> str:
+def verdict_of(orbit: AttackResult) -> str:
     """Which numbers survive, in words."""
     alive = [row.name for row in orbit.rows if row.survives]
     moved = [row.name for row in orbit.rows if not row.survives]

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 
 from isoflat.cli import options
+from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import REFUSED
-from isoflat.cli.save import deliver
 from isoflat.cli.terminal import plain
 from isoflat.core.errors import UsageError
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,17 +17,6 @@ if TYPE_CHECKING:
     from rich.table import Table as Grid
 
     from isoflat.experiments.prediction import Prediction
-    from isoflat.report.pages.study import Facts
-
-DEFAULT = (
-    ("quotient_spectral_norm", "auto"),
-    ("quotient_spectral_norm", "layerwise"),
-    ("hessian_spectral_norm", "auto"),
-    ("relative_flatness", "auto"),
-    ("fisher_rao_norm", "auto"),
-    ("gradient_norm", "auto"),
-)
-"""Measured where no --measure is given: cheap, and of different kinds."""
 
 LISTED, TRAINED = "Networks of your own, with --networks", "Networks to train, with --grid"
 """Panels of the help."""
@@ -82,9 +70,8 @@ def study(  # noqa: PLR0913
         typer.Option(
             "--measure",
             metavar="NAME",
-            help="See isoflat measures; can be repeated. Default: "
-            + ", ".join(dict.fromkeys(n for n, _ in DEFAULT))
-            + ".",
+            help="See isoflat measures; can be repeated. Default: quotient_spectral_norm (auto and layerwise), "
+            "hessian_spectral_norm, relative_flatness, fisher_rao_norm, gradient_norm.",
         ),
     ] = None,
     geometry: Annotated[
@@ -141,69 +128,47 @@ def study(  # noqa: PLR0913
     is measured.
     """
     from isoflat.core.errors import UsageError
-    from isoflat.experiments.grid import read_grid
-    from isoflat.experiments.studying import listed, planned, trained
+    from isoflat.experiments.study import study as related
 
     if (networks is None) == (grid is None):
         raise UsageError("give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with")
     _check_options(context, "grid" if networks is not None else "networks")
-    numbers, hidden = quantities(names, geometry), as_json or not sys.stderr.isatty()
-    if networks is not None:
-        from isoflat.io.inputs import Inputs
-
-        if model is None or data is None:
-            raise UsageError("--networks needs --model module:factory, and --data that the networks are measured on")
-        inputs = Inputs(
-            model=model,
-            data=data,
-            weights_key=weights_key,
-            strip_prefix=tuple(strip_prefix or ()),
-            split=split,
-            transform=transform,
-            examples=examples,
-            batch_size=batch_size,
-            loss=loss,
-            seed=seed or 0,
-        )
-        effort = {"rtol": rtol, "probes": probes, "seed": seed or 0}
-        settings = {"params": params or None, "dtype": dtype, "check": check}
-        plan = planned(inputs, numbers or DEFAULT, effort, settings, max_products, device)
-        result, facts = listed(networks, outcome, plan, out, hidden)
-    else:
-        recipe = read_grid(grid or Path(), scale, numbers, DEFAULT, {"replicates": replicates, "seed": seed})
-        result, facts = trained(recipe, outcome, data, out, jobs, device, hidden)
-    write(result, out, _command(context), facts)
+    result = related(
+        networks,
+        model,
+        data,
+        grid=grid,
+        outcome=outcome,
+        measures=names,
+        geometry=geometry,
+        out=out,
+        seed=seed,
+        device=device,
+        progress=sys.stderr.isatty() and not as_json,
+        scale=scale,
+        replicates=replicates,
+        jobs=jobs,
+        max_products=max_products,
+        rtol=rtol,
+        probes=probes,
+        params=params or None,
+        dtype=dtype,
+        check=check,
+        loss=loss,
+        weights_key=weights_key,
+        strip_prefix=tuple(strip_prefix or ()),
+        transform=transform,
+        split=split,
+        examples=examples,
+        batch_size=batch_size,
+    )
+    write(result, out, _command(context))
     if as_json:
-        from isoflat.report.pages.study import subject
-
-        sys.stdout.write(json.dumps({"subject": subject(facts), **result.to_dict()}, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps({"subject": result.subject, **result.to_dict()}, allow_nan=False) + "\n")
     else:
-        show(result, out, facts)
+        show(result, out)
     if any(not record.estimate.converged for record in result.records):
         raise typer.Exit(NOT_CONVERGED)
-
-
-def quantities(names: Sequence[str] | None, places: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
-    """Every measure in every place it is asked for, or in its own; none where none is named.
-
-    Raises:
-        UsageError: a name is unknown, or there are places without measures.
-
-    >>> quantities(["hessian_trace", "quotient_trace"], ["auto", "layerwise"])
-    (('hessian_trace', 'euclidean'), ('quotient_trace', 'auto'), ('quotient_trace', 'layerwise'))
-    """
-    from isoflat.core.errors import UsageError
-    from isoflat.measures.catalogue import find_geometry, find_measure
-
-    if places and not names:
-        raise UsageError("--geometry says where --measure is measured: name measures too")
-    known = [find_geometry(place).name for place in places or [options.PLACE]]
-    made = [(name, place) for name in names or () for place in _places(find_measure(name).geometry, known)]
-    return tuple(dict.fromkeys(made))
-
-
-def _places(own: str | None, known: Sequence[str]) -> Sequence[str]:
-    return known if own is None else [own]
 
 
 def _check_options(context: typer.Context, other: str) -> None:
@@ -234,27 +199,27 @@ def _command(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def write(result: Prediction, folder: Path, command: str, facts: Facts) -> None:
+def write(result: Prediction, folder: Path, command: str) -> None:
     """The report, the result and the tables; earlier ones of the same names are replaced, nothing else is touched."""
-    from isoflat.cli.save import save
     from isoflat.integrations.tables import to_csv
+    from isoflat.io.files import save
     from isoflat.report.html import render
-    from isoflat.report.pages.study import page, subject
+    from isoflat.report.pages.study import page
 
-    content = {"command": command, "subject": subject(facts), **result.to_dict()}
+    content = {"command": command, "subject": result.subject, **result.to_dict()}
     save(folder / "result.json", json.dumps(content, allow_nan=False, indent=1) + "\n", force=True)
     save(folder / "networks.csv", to_csv(result.rows()), force=True)
     save(folder / "records.jsonl", "".join(f"{record.to_json()}\n" for record in result.records), force=True)
-    save(folder / "report.html", render(page(result, command, facts)), force=True)
+    save(folder / "report.html", render(page(result, command, result.facts)), force=True)
 
 
-def show(result: Prediction, folder: Path, facts: Facts) -> None:
+def show(result: Prediction, folder: Path) -> None:
     """Tables and sentences on the terminal."""
     from isoflat.cli.terminal import console, plain
     from isoflat.cli.terminal import facts as listed
 
     screen = console()
-    screen.print(listed(facts))
+    screen.print(listed(result.facts))
     screen.print(_networks(result))
     screen.print(_relations(result))
     first, *others = result.sentences

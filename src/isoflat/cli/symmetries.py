@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from isoflat.cli import options
-from isoflat.cli.save import deliver
+from isoflat.cli.deliver import deliver
 from isoflat.cli.terminal import plain
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def symmetries(  # noqa: PLR0913
     Exit code 0: found and proved. 2: refused, with the reason.
     """
     from isoflat.io.inputs import Inputs, prepare
+    from isoflat.io.symmetries import described
     from isoflat.measurement.groups import symmetries_of
 
     inputs = Inputs(
@@ -71,36 +72,6 @@ def symmetries(  # noqa: PLR0913
         **described(found, found.verify(seed=seed)),
     }
     deliver(content, lambda screen: show(screen, model, found, content), as_json)
-
-
-def described(found: Found, verified: float) -> dict[str, Any]:
-    """Everything that was found, as plain values.
-
-    Args:
-        found: the symmetries.
-        verified: largest relative change of an output that a random element made.
-    """
-    from isoflat.symmetry.found import VERSION
-
-    claimed = [line for line in found.report if line.kind != NOT_CLAIMED]
-    shifts = found.translation.dimension + found.common.dimension
-    return {
-        "dimension": {
-            "exact": found.dimension,
-            "without_epsilon": found.free.dimension + found.basis.dimension + shifts,
-        },
-        "groups": [{"kind": line.kind, "dimension": line.dimension, "tensors": list(line.tensors)} for line in claimed],
-        "not_claimed": [
-            {"units": line.dimension, "tensors": list(line.tensors), "reasons": list(line.reasons)}
-            for line in found.report
-            if line.kind == NOT_CLAIMED
-        ],
-        "epsilons": found.constants(found.model),
-        "loss_ignores_common_score": found.blind,
-        "verified": verified,
-        "group_hash": found.hash,
-        "rules": VERSION,
-    }
 
 
 def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Whether an experiment, run again, finds what a stored result says.
+"""Check of a stored result: does the experiment, run again, find the same?
 
 Weights that are trained on another processor, or by another version, differ from the first rounding on, and rounding grows
 in training. So two things are asked. Networks whose training and data agree bit for bit must have numbers whose enclosures
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 from pydantic import ValidationError
 
 from isoflat.core.errors import DataError, UsageError
+from isoflat.experiments.plain import plain
 
 if TYPE_CHECKING:
     from isoflat.experiments.recipe import Recipe
@@ -28,7 +29,7 @@ ERRORS = 4.0
 
 @final
 @dataclass(frozen=True)
-class Line:
+class CheckLine:
     """One thing that was compared.
 
     Attributes:
@@ -48,28 +49,28 @@ class Line:
 
 @final
 @dataclass(frozen=True)
-class Checked:
-    """What a comparison with a stored result found."""
+class ReproductionCheck:
+    """The outcome of a comparison with a stored result."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[CheckLine, ...]
     same: int
     networks: int
 
     @property
     def holds(self) -> bool:
-        """Whether everything was found again."""
+        """True if everything was found again."""
         return all(line.holds for line in self.lines)
 
     @property
     def sentence(self) -> str:
-        """In words."""
+        """The outcome in a sentence."""
         failed = sum(not line.holds for line in self.lines)
         told = "everything was found again" if not failed else f"{failed} of {len(self.lines)} were not found again"
         return f"Compared with the stored result: {told}; {self.same} of {self.networks} networks have the same weights, bit for bit."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {"holds": self.holds, "sentence": self.sentence, "lines": [dict(vars(line)) for line in self.lines]}
+        return {"holds": self.holds, "sentence": self.sentence, "lines": [plain(line) for line in self.lines]}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -112,14 +113,14 @@ def recipe(stored: Mapping[str, Any], name: str | None) -> Recipe:
     return found
 
 
-def compared(stored: Mapping[str, Any], result: Reproduction) -> Checked:
-    """Line by line."""
+def compared(stored: Mapping[str, Any], result: Reproduction) -> ReproductionCheck:
+    """CheckLine by line."""
     before = {_key(row): row for row in stored["networks"]}
     after = {_key(row): row for row in result.rows()}
     same = {key for key in before.keys() & after.keys() if _weights(before[key]) == _weights(after[key])}
     lines = [*_numbers(before, after, same), *_means(stored, result), *_verdicts(stored, result)]
     networks = {(key[0], key[1]) for key in after}
-    return Checked(tuple(lines), len({(key[0], key[1]) for key in same}), len(networks))
+    return ReproductionCheck(tuple(lines), len({(key[0], key[1]) for key in same}), len(networks))
 
 
 def _weights(row: Mapping[str, Any]) -> object:
@@ -131,7 +132,7 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("arm", "replicate", "point", "measure", "geometry", "logits"))
 
 
-def _numbers(before: Mapping[Any, Any], after: Mapping[Any, Any], same: set[Any]) -> Iterator[Line]:
+def _numbers(before: Mapping[Any, Any], after: Mapping[Any, Any], same: set[Any]) -> Iterator[CheckLine]:
     """Numbers of the same weights."""
     for key in after:
         if key in same:
@@ -142,44 +143,31 @@ def _numbers(before: Mapping[Any, Any], after: Mapping[Any, Any], same: set[Any]
             holds = ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]
             first, second = (f"[{row['lower']:.6g}, {row['upper']:.6g}]" for row in (old, new))
             what = f"{key[3]} ({key[4]}) of {key[0]} {key[1]}, point {key[2]}"
-            yield Line(what, first, second, "enclosures overlap", holds)
+            yield CheckLine(what, first, second, "enclosures overlap", holds)
 
 
-def _means(stored: Mapping[str, Any], result: Reproduction) -> Iterator[Line]:
+def _means(stored: Mapping[str, Any], result: Reproduction) -> Iterator[CheckLine]:
     before = {(row["arm"], row["number"]): row for row in stored["summaries"]}
     for summary in result.summaries:
         old = before.get((summary.arm, summary.number))
         what = f"mean of {summary.number} over {summary.arm}"
         if old is None:
-            yield Line(what, "none", f"{summary.mean:.4g}", "both there", False)
+            yield CheckLine(what, "none", f"{summary.mean:.4g}", "both there", False)
             continue
         error = math.hypot(old["error"] or 0.0, summary.error or 0.0)
         # Widths of enclosures count as well: numbers are known no better.
         room = ERRORS * error + old["width"] * abs(old["mean"]) + summary.width * abs(summary.mean)
         holds = abs(old["mean"] - summary.mean) <= room
         allowed = f"{room:.2g} apart ({ERRORS:g} standard errors, and widths of enclosures)"
-        yield Line(what, f"{old['mean']:.4g}", f"{summary.mean:.4g}", allowed, holds)
+        yield CheckLine(what, f"{old['mean']:.4g}", f"{summary.mean:.4g}", allowed, holds)
 
 
-def _verdicts(stored: Mapping[str, Any], result: Reproduction) -> Iterator[Line]:
+def _verdicts(stored: Mapping[str, Any], result: Reproduction) -> Iterator[CheckLine]:
     for name, verdict in result.verdicts().items():
         old = stored["verdicts"].get(name, {}).get("finding", "none")
-        yield Line(f"verdict by {name}", old, str(verdict.finding), "the same", old == str(verdict.finding))
+        yield CheckLine(f"verdict by {name}", old, str(verdict.finding), "the same", old == str(verdict.finding))
     before = {(row["measure"], row["outcome"]): row["finding"] for row in stored["relations"]}
     for relation in result.told:
         old = before.get((relation.measure, relation.outcome), "none")
         what = f"relation of the {relation.measure} to the {relation.outcome}"
-        yield Line(what, old, relation.finding, "the same", old == relation.finding)
-
-
-def show(checked: Checked) -> None:
-    """On the terminal: what differs, and the sentence."""
-    from isoflat.cli.terminal import console, plain
-
-    screen = console()
-    for line in checked.lines:
-        if not line.holds:
-            screen.print(
-                plain(f"{line.what}: stored {line.stored}, found {line.found}; allowed: {line.allowed}", style="red")
-            )
-    screen.print(plain(checked.sentence, style="bold"))
+        yield CheckLine(what, old, relation.finding, "the same", old == relation.finding)

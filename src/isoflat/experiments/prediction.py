@@ -1,4 +1,4 @@
-"""Whether flatness predicts generalization: numbers of many trained networks beside what became of these."""
+"""The relation of flatness to generalization: numbers of many trained networks beside what became of these."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from isoflat.core.record import Record
 from isoflat.core.table import Table
 from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number, flat
+from isoflat.experiments.plain import plain
 from isoflat.experiments.statistics.relation import Relation, relations
-from isoflat.experiments.statistics.sample import LEAST, Level, Sample
+from isoflat.experiments.statistics.sample import LEAST, Level, OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
 from isoflat.measures.catalogue import find_measure
+
+NOTE = "Note"
+"""Name of facts that say what was chosen while loading; there may be several."""
+
+Facts = tuple[tuple[str, str], ...]
+"""Names and values that say what was studied."""
 
 DRAWS = 4999
 """Of bootstraps and permutations."""
@@ -54,7 +61,7 @@ class Observed:
 @final
 @dataclass(frozen=True)
 class Prediction:
-    """What numbers say about the outcomes of many networks.
+    """The relation of every number to the outcomes of many networks.
 
     Attributes:
         numbers: what was measured.
@@ -63,6 +70,7 @@ class Prediction:
         seed: random draws follow from it.
         left_out: networks that are not among them, each with the reason.
         draws: resamples and permutations.
+        facts: names and values that say what was studied.
     """
 
     numbers: tuple[Number, ...]
@@ -71,6 +79,7 @@ class Prediction:
     seed: int = 0
     left_out: tuple[tuple[str, str], ...] = ()
     draws: int = DRAWS
+    facts: Facts = field(default=(), compare=False)
 
     @property
     def factors(self) -> dict[str, tuple[Level, ...]]:
@@ -89,14 +98,14 @@ class Prediction:
         return tuple(row for network in self.networks for row in network.table)
 
     @cached_property
-    def samples(self) -> dict[str, Sample]:
-        """By number in words, so turned that a higher one is sharper; without those known of too few networks."""
-        made: dict[str, Sample] = {}
+    def samples(self) -> dict[str, OutcomeSample]:
+        """Samples by number in words, turned so that a higher one is sharper; without those known of too few networks."""
+        made: dict[str, OutcomeSample] = {}
         for number in self.numbers:
             known = self._known(number)
             if len(known) >= LEAST:
                 sign = number.sign
-                made[sharpness(number)] = Sample(
+                made[sharpness(number)] = OutcomeSample(
                     values=tuple(sign * value for value, _ in known),
                     outcomes=tuple(network.outcome for _, network in known),
                     factors={
@@ -113,7 +122,7 @@ class Prediction:
 
     @cached_property
     def relations(self) -> tuple[Relation, ...]:
-        """Of each number with the outcome, corrected for all numbers."""
+        """Relation of each number to the outcome, corrected for all numbers."""
         return relations(self.samples, self.seed, self.draws, outcome=self.outcome) if self.samples else ()
 
     @property
@@ -124,7 +133,7 @@ class Prediction:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What came out, in words: the answer first, then every number, then what to know of them."""
+        """Sentences that say what was found: the answer first, then every number, then what to know of them."""
         return (
             self.headline,
             *self.cautions,
@@ -165,7 +174,7 @@ class Prediction:
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """What speaks against what was found: the training loss, and hyper-parameters whose effect is not predicted."""
+        """Sentences that speak against what was found: the training loss, and hyper-parameters whose effect is not predicted."""
         return tuple(self._cautions())
 
     def _cautions(self) -> Iterator[str]:
@@ -183,7 +192,7 @@ class Prediction:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know of the relations."""
+        """Sentences that one must know to read the relations."""
         return tuple(self._notes())
 
     def _notes(self) -> Iterator[str]:
@@ -219,6 +228,16 @@ class Prediction:
             for row in network.table
         ]
 
+    @property
+    def subject(self) -> dict[str, Any]:
+        """The facts as plain values, for a result.
+
+        >>> Prediction((), (), "gap", facts=(("Training loss", "as measured"), ("Note", "float32"))).subject
+        {'training_loss': 'as measured', 'notes': ['float32']}
+        """
+        named = {name.lower().replace(" ", "_"): value for name, value in self.facts if name != NOTE}
+        return {**named, "notes": [value for name, value in self.facts if name == NOTE]}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {
@@ -230,7 +249,7 @@ class Prediction:
             "sentences": list(self.sentences),
             "relations": [relation.to_dict() for relation in self.relations],
             "networks": self.rows(),
-            "omitted": [dict(vars(part)) for network in self.networks for part in network.table.omitted],
+            "omitted": [plain(part) for network in self.networks for part in network.table.omitted],
             "left_out": [{"label": label, "reason": reason} for label, reason in self.left_out],
         }
 

@@ -1,4 +1,4 @@
-"""What an experiment found, as numbers and in words."""
+"""The findings of an experiment, as numbers and in words."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.cells import Measured, found
 from isoflat.experiments.numbers import COLUMNS, Number, flat
+from isoflat.experiments.plain import plain
 from isoflat.experiments.recipe import Arm, Asks, Recipe
 from isoflat.experiments.statistics.relation import Relation, relations
-from isoflat.experiments.statistics.sample import Sample
-from isoflat.experiments.verdict import SIGNIFICANCE, Finding, Verdict, compare
+from isoflat.experiments.statistics.sample import OutcomeSample
+from isoflat.experiments.verdict import SIGNIFICANCE, GroupFinding, GroupVerdict, compare
 
 DRAWS = 2000
 """Of bootstraps and permutations."""
@@ -57,7 +58,7 @@ class Summary:
 @final
 @dataclass(frozen=True)
 class Reproduction:
-    """What an experiment found.
+    """The findings of an experiment.
 
     Attributes:
         recipe: that was followed.
@@ -117,7 +118,7 @@ class Reproduction:
             if (summary := _summary(arm, number, self.arm(arm))) is not None
         )
 
-    def verdicts(self, point: int | None = None) -> dict[str, Verdict]:
+    def verdicts(self, point: int | None = None) -> dict[str, GroupVerdict]:
         """The second of two arms against the first by every number.
 
         Args:
@@ -128,7 +129,7 @@ class Reproduction:
         """
         if len(self.recipe.arms) != 2:
             return {}
-        made: dict[str, Verdict] = {}
+        made: dict[str, GroupVerdict] = {}
         for number in self.numbers:
             groups = []
             for arm in self.recipe.arms:
@@ -141,7 +142,7 @@ class Reproduction:
 
     @property
     def points(self) -> int:
-        """Of each network's orbit."""
+        """Number of points of each network's orbit."""
         return min((len(network.moved) for network in self.networks if not network.diverged), default=0)
 
     def drift(self, number: Number) -> float | None:
@@ -163,7 +164,7 @@ class Reproduction:
 
     @cached_property
     def told(self) -> tuple[Relation, ...]:
-        """What a recipe for a trend asks for: of each number with what rises along the arms, and with the test error."""
+        """Relations that a recipe for a trend asks for: of each number with what rises along the arms, and with the test error."""
         return self._told(None) if self.recipe.asks is Asks.TREND else ()
 
     @cached_property
@@ -185,7 +186,9 @@ class Reproduction:
         }
         return relations(samples, self.recipe.seed, DRAWS, outcome=words) if samples else ()
 
-    def _sample(self, number: Number, outcome: Callable[[Measured], float | None], point: int | None) -> Sample | None:
+    def _sample(
+        self, number: Number, outcome: Callable[[Measured], float | None], point: int | None
+    ) -> OutcomeSample | None:
         """A number beside an outcome, turned so that more of it should go with more of that; None where too few are known."""
         known = [
             (number.sign * row.estimate.value, float(after), network)
@@ -196,7 +199,7 @@ class Reproduction:
         ]
         if len(known) < 3 or len({after for _, after, _ in known}) < 2:
             return None
-        return Sample(
+        return OutcomeSample(
             values=tuple(value for value, _, _ in known),
             outcomes=tuple(after for _, after, _ in known),
             losses=tuple(network.training.loss for _, _, network in known),
@@ -214,7 +217,7 @@ class Reproduction:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What came out, in words, the answer first."""
+        """Sentences that say what was found, the answer first."""
         return tuple(self._sentences())
 
     def _sentences(self) -> Iterator[str]:
@@ -253,7 +256,7 @@ class Reproduction:
                     yield f"{how} {verdict.claim}, p = {verdict.p:.2g}."
 
     def _elsewhere(self, point: int, number: str, same: bool) -> str:
-        """How a number judges at other weights of the same networks, as the start of a sentence."""
+        """The start of a sentence on a number at other weights of the same networks."""
         return (
             f"At a random point of every network's orbit ({point} of {self.points}), where the weights are others and the "
             f"functions the same, {number} gives {'the same' if same else 'another'} verdict:"
@@ -273,7 +276,7 @@ class Reproduction:
 
     @cached_property
     def _better(self) -> tuple[int | None, str] | None:
-        """Which arm generalizes better, if there is evidence, and test errors in words; None where these are not known."""
+        """The arm that generalizes better, if there is evidence, and test errors in words; None where these are not known."""
         first, second = ([n.test_error for n in self.arm(arm) if n.test_error is not None] for arm in self.recipe.arms)
         if min(len(first), len(second)) < 2:
             return None
@@ -296,18 +299,18 @@ class Reproduction:
         names = [arm.minima for arm in self.recipe.arms]
         yield f"{_capital(names[better])} generalize better ({errors})."
         for verdict in self.verdicts().values():
-            if verdict.finding is not Finding.NO_EVIDENCE:
-                sharper = int(verdict.finding is Finding.SHARPER)
+            if verdict.finding is not GroupFinding.NO_EVIDENCE:
+                sharper = int(verdict.finding is GroupFinding.SHARPER)
                 friend = "a false friend here" if sharper == better else "a true friend here"
                 yield f"{_capital(verdict.number)} is {friend}: it calls {names[sharper]} sharper."
 
     def _dissent(self) -> str | None:
         """Generalization and flatness in a sentence, where there is evidence on both."""
-        found = [verdict for verdict in self.verdicts().values() if verdict.finding is not Finding.NO_EVIDENCE]
+        found = [verdict for verdict in self.verdicts().values() if verdict.finding is not GroupFinding.NO_EVIDENCE]
         if self._better is None or self._better[0] is None or not found:
             return None
         better = self._better[0]
-        sharper = int(found[0].finding is Finding.SHARPER) == better
+        sharper = int(found[0].finding is GroupFinding.SHARPER) == better
         minima, called = self.recipe.arms[better].minima, "sharper" if sharper else "flatter"
         return f"{_capital(minima)} generalize better, and {found[0].number} calls them {called}."
 
@@ -358,7 +361,7 @@ class Reproduction:
             "recipe": self.recipe.model_dump(mode="json"),
             "data": self.data,
             "sentences": list(self.sentences),
-            "summaries": [dict(vars(summary)) for summary in self.summaries],
+            "summaries": [plain(summary) for summary in self.summaries],
             "verdicts": {name: verdict.to_dict() for name, verdict in self.verdicts().items()},
             "moved": [
                 {name: verdict.to_dict() for name, verdict in self.verdicts(point).items()}
@@ -369,7 +372,7 @@ class Reproduction:
             "relations_elsewhere": [[relation.to_dict() for relation in told] for told in self.told_elsewhere],
             "networks": self.rows(),
             "diverged": [{"label": network.label, "reason": network.diverged} for network in self.diverged],
-            "omitted": [dict(vars(part)) for part in self.omitted],
+            "omitted": [plain(part) for part in self.omitted],
             "cost_seconds": self.cost,
             "seconds": self.seconds,
         }
@@ -400,7 +403,7 @@ def _summary(arm: Arm, number: Number, networks: Sequence[Measured]) -> Summary 
 
 
 def _width(estimate: Estimate) -> float:
-    """Of an enclosure, relative to the value; zero where there is none."""
+    """Width of an enclosure, relative to the value; zero where there is none."""
     width = estimate.upper - estimate.lower
     return width / abs(estimate.value) if estimate.value and math.isfinite(width) else 0.0
 

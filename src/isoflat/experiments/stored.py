@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-from isoflat.cli.terminal import complain, visible
 from isoflat.core.comparison import Comparison
 from isoflat.core.errors import DataError, UsageError
 from isoflat.core.record import Record
+from isoflat.core.render import visible
 from isoflat.core.table import Table
-from isoflat.experiments.results import Found, Results, read, read_file
+from isoflat.experiments.results import Results, StoredNumber, read, read_file
 from isoflat.measurement.compare import contrast
+
+Warn = Callable[[str], None]
+"""Called with a line for each thing that is left out."""
 
 SUFFIXES = (".json", ".jsonl")
 """Of files with results."""
@@ -22,7 +25,7 @@ SUFFIXES = (".json", ".jsonl")
 @final
 @dataclass(frozen=True)
 class Wanted:
-    """Which of the stored numbers are compared.
+    """Choice of the stored numbers that are compared.
 
     Attributes:
         measures: names as in the catalogue; none for all that every network has.
@@ -35,7 +38,7 @@ class Wanted:
     logits: str = "raw"
 
     def __contains__(self, record: Record) -> bool:
-        """Whether it is one of them."""
+        """Tell whether a record is one of them."""
         return (
             (not self.measures or record.measure in self.measures)
             and (not self.geometries or record.geometry in self.geometries)
@@ -44,7 +47,7 @@ class Wanted:
 
 
 def holds_results(path: Path) -> bool:
-    """Whether a path is of stored numbers, by its kind; weights have other endings.
+    """Tell whether a path is of stored numbers, by its kind; weights have other endings.
 
     >>> holds_results(Path("runs/small.json")), holds_results(Path("small.safetensors.index.json"))
     (True, False)
@@ -52,13 +55,16 @@ def holds_results(path: Path) -> bool:
     return path.is_dir() or (path.suffix in SUFFIXES and not path.name.endswith(".index.json"))
 
 
-def compared(paths: Sequence[Path], wanted: Wanted, reference: str | None) -> tuple[Comparison, dict[str, Any]]:
+def compared(
+    paths: Sequence[Path], wanted: Wanted, reference: str | None, warn: Warn = lambda text: None
+) -> tuple[Comparison, dict[str, Any]]:
     """The networks in folders and files, set against each other by the numbers that all of them have.
 
     Args:
         paths: folders of `isoflat reproduce`, `study` or `demo`, stores, and results of `isoflat measure`.
         wanted: which numbers.
         reference: the label that others are set against; None for the first.
+        warn: called with a line for each damaged file of a folder, which is left out.
 
     Returns:
         The comparison, and what was compared.
@@ -67,7 +73,7 @@ def compared(paths: Sequence[Path], wanted: Wanted, reference: str | None) -> tu
         DataError: a file is damaged, or there are no two networks with a number in common.
         UsageError: two cannot be compared, or there is no network of this label.
     """
-    networks, notes = _networks(paths, wanted)
+    networks, notes = _networks(paths, wanted, warn)
     if len(networks) < 2:
         there = f"only {next(iter(networks))}" if networks else "no network"
         raise DataError(
@@ -88,9 +94,11 @@ def compared(paths: Sequence[Path], wanted: Wanted, reference: str | None) -> tu
     return contrast(tables, reference), {"stored": [str(path) for path in paths], "notes": notes}
 
 
-def _networks(paths: Sequence[Path], wanted: Wanted) -> tuple[dict[str, dict[tuple[str, str], Record]], list[str]]:
+def _networks(
+    paths: Sequence[Path], wanted: Wanted, warn: Warn
+) -> tuple[dict[str, dict[tuple[str, str], Record]], list[str]]:
     """Every network's numbers, by label; at its own weights, not at others of its orbit."""
-    sources = [(path, [number for number in _numbers(path) if number.record in wanted]) for path in paths]
+    sources = [(path, [number for number in _numbers(path, warn) if number.record in wanted]) for path in paths]
     owners: dict[str, set[int]] = {}
     for place, (_, found) in enumerate(sources):
         for number in found:
@@ -110,19 +118,19 @@ def _networks(paths: Sequence[Path], wanted: Wanted) -> tuple[dict[str, dict[tup
     return networks, [f"{len(others)} {note}"] * bool(others)
 
 
-def _numbers(path: Path) -> list[Found]:
-    """Those that are stored by themselves, and those of comparisons."""
-    results = _read(path)
-    others = [Found(row, contest.source) for contest in results.contests for row in contest.comparison.rows]
+def _numbers(path: Path, warn: Warn) -> list[StoredNumber]:
+    """Numbers that are stored by themselves, and those of comparisons."""
+    results = _read(path, warn)
+    others = [StoredNumber(row, contest.source) for contest in results.contests for row in contest.comparison.rows]
     return [*results.found, *others]
 
 
-def _read(path: Path) -> Results:
-    """What is stored there; in a folder a damaged file is named and left out, a damaged file by itself is refused."""
+def _read(path: Path, warn: Warn) -> Results:
+    """Read what is stored there; in a folder a damaged file is named and left out, a damaged file by itself is refused."""
     if path.is_dir():
         results = read(path)
         for refused in results.refused:
-            complain(refused.why, "warning")
+            warn(refused.why)
         return results
     results = read_file(path)
     if results.refused:

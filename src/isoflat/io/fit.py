@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from isoflat.cli.terminal import some
 from isoflat.core.errors import CheckpointError, UnsupportedModel
+from isoflat.core.render import some
 from isoflat.io.weights import Weights
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -32,7 +32,7 @@ def fit(model: nn.Module, weights: Weights, prefixes: Sequence[str] = ()) -> tup
     """
     target = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     if lazy := [name for name, tensor in target.items() if nn.parameter.is_lazy(tensor)]:
-        raise UnsupportedModel(f"{some(lazy)} tensors have no shape yet (lazy): run the network once in its factory")
+        raise UnsupportedModel(f"tensors without a shape (lazy): {some(lazy)}. Run the network once in its factory")
     tensors, notes = _rename(dict(weights.tensors), target, prefixes, weights)
     tied = _tied(target)
     for names in tied:
@@ -162,7 +162,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _exact(tensor: Tensor, wanted: Tensor) -> bool:
-    """Whether every value of one type is a value of the other."""
+    """True if every value of one type is a value of the other."""
     if not (tensor.is_floating_point() and wanted.is_floating_point()):
         return True
     there, here = torch.finfo(tensor.dtype), torch.finfo(wanted.dtype)

@@ -1,12 +1,13 @@
-"""Whether a measure predicts generalisation: all statistics of it, corrected for all that were tried, and in words."""
+"""The relation of a measure to generalisation: all statistics of it, corrected for all that were tried, and in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, final
 
 from isoflat.core.errors import UsageError
+from isoflat.experiments.plain import plain
 from isoflat.experiments.statistics.conditional import Conditional, conditional
 from isoflat.experiments.statistics.granulated import Granulated, granulated
 from isoflat.experiments.statistics.kendall import Kendall, kendall
@@ -14,7 +15,7 @@ from isoflat.experiments.statistics.multiplicity import benjamini_hochberg, holm
 from isoflat.experiments.statistics.partial import Partial, partial
 from isoflat.experiments.statistics.permutation import Permutation, permutation
 from isoflat.experiments.statistics.robust import Robust, replicate_noise, robust
-from isoflat.experiments.statistics.sample import Sample
+from isoflat.experiments.statistics.sample import OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
 
 STRENGTHS = ((0.6, "strong"), (0.3, "moderate"), (0.0, "weak"))
@@ -24,7 +25,7 @@ STRENGTHS = ((0.6, "strong"), (0.3, "moderate"), (0.0, "weak"))
 @final
 @dataclass(frozen=True)
 class Relation:
-    """How one measure and the outcome are related, over all networks.
+    """The relation of one measure to the outcome, over all networks.
 
     Attributes:
         measure: its name.
@@ -62,12 +63,12 @@ class Relation:
 
     @property
     def found(self) -> bool:
-        """Whether there is evidence of a relation, after correction."""
+        """True if there is evidence of a relation, after correction."""
         return self.p_holm < SIGNIFICANCE
 
     @property
     def finding(self) -> str:
-        """In a word: the measure rises or falls with the outcome, or there is no evidence."""
+        """The finding in a word: the measure rises or falls with the outcome, or there is no evidence."""
         tau = self.kendall.tau
         return "no evidence" if not self.found or tau is None else "rises" if tau > 0 else "falls"
 
@@ -151,11 +152,11 @@ class Relation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**asdict(self), "found": self.found, "finding": self.finding, "sentence": self.sentence}
+        return {**plain(self), "found": self.found, "finding": self.finding, "sentence": self.sentence}
 
 
 def relations(
-    samples: Mapping[str, Sample],
+    samples: Mapping[str, OutcomeSample],
     seed: int = 0,
     draws: int = 9999,
     confidence: float = 0.95,
@@ -174,7 +175,7 @@ def relations(
         UsageError: there is no measure, or the draws or the confidence have no meaning.
 
     >>> numbers = tuple(float(i) for i in range(8))
-    >>> relations({"sharpness": Sample(numbers, numbers)}, draws=99)[0].claim
+    >>> relations({"sharpness": OutcomeSample(numbers, numbers)}, draws=99)[0].claim
     'A higher sharpness goes with a larger generalisation gap: a strong relation'
     """
     if not samples:

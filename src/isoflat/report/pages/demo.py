@@ -7,10 +7,9 @@ from statistics import median
 
 from isoflat.core.record import Record
 from isoflat.core.table import interval
-from isoflat.experiments.attack import Ladder, rounded
+from isoflat.experiments.demonstration import DemoArm, DemoLine, DemoResult, Trained
+from isoflat.experiments.ladders import Ladder, rounded
 from isoflat.experiments.numbers import CANONICAL, NUMBERS, PAPER
-from isoflat.experiments.outcome import DemoResult, Line
-from isoflat.experiments.study import Arm, Trained
 from isoflat.report import tables
 from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
 from isoflat.report.drawing import markup
@@ -100,7 +99,7 @@ def _everything(result: DemoResult) -> Grid:
     )
 
 
-def _line(line: Line) -> tuple[str, ...]:
+def _line(line: DemoLine) -> tuple[str, ...]:
     cells = [line.label, "–" if line.output_change is None else f"{line.output_change:.0e}"]
     for number in (CANONICAL, PAPER):
         change = f"{line.changes[number.name]:.0e}" if line.changes else "–"
@@ -143,7 +142,7 @@ def _summary(result: DemoResult) -> Grid:
     )
 
 
-def _arm(networks: tuple[Trained, ...], arm: Arm) -> tuple[str, ...]:
+def _arm(networks: tuple[Trained, ...], arm: DemoArm) -> tuple[str, ...]:
     def spread(values: list[float], written: Callable[[float], str] = rounded) -> str:
         return f"{written(median(values))} ({written(min(values))}–{written(max(values))})"
 
@@ -250,7 +249,7 @@ def _provenance(result: DemoResult, command: str) -> tuple[tuple[str, str], ...]
     settings = ", ".join(f"{key} {value}" for key, value in first.settings.items())
     return (
         ("Command", command),
-        ("Plan", ", ".join(f"{key} {value}" for key, value in vars(plan).items())),
+        ("DemoPlan", ", ".join(f"{key} {value}" for key, value in vars(plan).items())),
         ("Settings", settings + "; the attack in float64"),
         ("Data", f"{result.data}, {_rows(result)} training rows, hash {first.data_hash}"),
         ("Groups", "; ".join(dict.fromkeys(f"{r.geometry}: {r.group_hash}" for r in result.records))),

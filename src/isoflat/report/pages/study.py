@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from isoflat.cli.terminal import visible
 from isoflat.core.table import interval
 from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number
-from isoflat.experiments.prediction import Observed, Prediction, words
+from isoflat.experiments.prediction import NOTE, Facts, Observed, Prediction, words
 from isoflat.experiments.statistics.relation import Relation
 from isoflat.measures.base import Direction
 from isoflat.measures.catalogue import find_measure
@@ -16,12 +14,6 @@ from isoflat.report import tables
 from isoflat.report.clouds import Cloud, clouds
 from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
 from isoflat.report.drawing import markup
-
-NOTE = "Note"
-"""What was chosen while loading goes by this name; there may be several."""
-
-Facts = tuple[tuple[str, str], ...]
-"""Names and values that say what was studied."""
 
 SHADES = 8
 """Levels of a hyper-parameter that can be told apart by shade."""
@@ -83,16 +75,6 @@ def page(result: Prediction, command: str, facts: Facts) -> Page:
         ),
         colophon="Made by isoflat. This file is complete in itself: it loads nothing and runs nothing.",
     )
-
-
-def subject(facts: Facts) -> dict[str, Any]:
-    """What was studied, for a result.
-
-    >>> subject((("Training loss", "as measured"), ("Note", "float32")))
-    {'training_loss': 'as measured', 'notes': ['float32']}
-    """
-    named = {name.lower().replace(" ", "_"): value for name, value in facts if name != NOTE}
-    return {**named, "notes": [value for name, value in facts if name == NOTE]}
 
 
 def _figures(result: Prediction) -> tuple[Plate | Prose, ...]:
