@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from isoflat.cli import options
+from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.save import deliver
 from isoflat.cli.terminal import plain
 
@@ -26,77 +27,43 @@ PLACES = ("auto", "layerwise")
 """Where, if no --geometry is given."""
 
 
-def attack(  # noqa: PLR0913
-    model: options.Model,
-    data: options.Data,
-    weights: options.Weights = None,
-    loss: options.Loss = "cross_entropy",
-    names: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--measure",
-            metavar="NAME",
-            help=f"See isoflat measures; can be repeated. Default: {' and '.join(NUMBERS)}.",
-        ),
-    ] = None,
-    geometry: Annotated[
-        list[str] | None,
-        typer.Option("--geometry", metavar="NAME", help=f"Can be repeated. Default: {' and '.join(PLACES)}."),
-    ] = None,
-    params: options.Params = None,
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
-    batch_size: options.BatchSize = 500,
-    points: Annotated[int, typer.Option(min=0, help="Random copies.", rich_help_panel=options.HOW)] = 5,
+@takes(NetworkOptions, "network")
+@takes(MeasureOptions, "wanted", without=("initial", "sample", "logits"), names=list(NUMBERS), geometry=list(PLACES))
+@takes(ComputeOptions, "compute", only=("seed", "device"))
+@takes(OutputOptions, "output", only=("as_json",))
+def attack(
+    network: NetworkOptions,
+    points: Annotated[
+        int, typer.Option(min=0, help="Random copies with the same function.", rich_help_panel=options.HOW)
+    ] = 5,
     spread: Annotated[
-        float, typer.Option(help="Standard deviation of the logarithms of the factors.", rich_help_panel=options.HOW)
+        float,
+        typer.Option(help="Standard deviation of the logarithms of the random factors.", rich_help_panel=options.HOW),
     ] = 3.0,
     search: Annotated[
         int, typer.Option(min=0, help="Steps that try to move each number further.", rich_help_panel=options.HOW)
     ] = 10,
-    rtol: options.Rtol = 1e-3,
-    confidence: options.Confidence = None,
-    certify: options.Certify = True,
-    max_products: options.MaxProducts = 300,
-    seconds: options.Seconds = None,
-    memory: options.Memory = None,
-    probes: options.Probes = 64,
-    seed: options.Seed = 0,
-    device: options.Device = None,
-    as_json: options.AsJson = False,
+    *,
+    wanted: MeasureOptions,
+    compute: ComputeOptions,
+    output: OutputOptions,
 ) -> None:
     """Change the weights but not the function, and see which numbers survive. Everything is measured in float64.
 
     Exit code 0: the attack ran, whatever survived. 2: refused, with the reason.
     """
     from isoflat.experiments.orbit import Plan
-    from isoflat.io.inputs import Inputs, check, device_of, prepare, within_memory
+    from isoflat.io.inputs import check, device_of, prepare, within_memory
     from isoflat.measurement.prepare import symmetries_of
-    from isoflat.measures.base import Budget
 
-    budget = Budget(max_products, seconds, options.bytes_of(memory))
-    measures, places = names or list(NUMBERS), geometry or list(PLACES)
-    effort = {"rtol": rtol, "confidence": confidence, "certify": certify, "probes": probes, "budget": budget}
-    check(measures, places, **effort, seed=seed)
-    settings = {**effort, "params": params or None, "device": device_of(device)}
-    plan = Plan(tuple(measures), tuple(places), points, search, spread, seed, settings)
-    inputs = Inputs(
-        model=model,
-        data=data,
-        weights=weights,
-        weights_key=weights_key,
-        strip_prefix=tuple(strip_prefix or ()),
-        split=split,
-        transform=transform,
-        examples=examples,
-        batch_size=batch_size,
-        loss=loss,
-        seed=seed,
-    )
-    loaded, target = prepare(inputs, settings["params"], None, settings["device"])
+    seed, as_json = compute.seed, output.as_json
+    effort = {key: value for key, value in wanted.effort(seed).items() if key not in ("sample", "seed")}
+    check(wanted.names, wanted.geometry, **effort, seed=seed)
+    params, where = wanted.params or None, device_of(compute.device)
+    settings = {**effort, "params": params, "device": where}
+    plan = Plan(tuple(wanted.names), tuple(wanted.geometry), points, search, spread, seed, settings)
+    inputs = network.inputs(seed)
+    loaded, target = prepare(inputs, params, None, where)
     with within_memory():
         orbit = watched(loaded, symmetries_of(target), plan, hidden=as_json or not sys.stderr.isatty())
     content = {"subject": inputs.described() | {"notes": list(loaded.notes)}, **orbit.to_dict()}

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from isoflat.cli import options
+from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.save import claim, save
 from isoflat.cli.terminal import console, plain, some
 from isoflat.core.errors import UsageError
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from isoflat.symmetry.found import Found
 
 
-def canonicalize(  # noqa: PLR0913
-    model: options.Model,
-    data: options.Data,
+@takes(NetworkOptions, "network")
+@takes(ComputeOptions, "compute", only=("seed",))
+@takes(OutputOptions, "output", only=("force", "as_json"))
+def canonicalize(
+    network: NetworkOptions,
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="The .safetensors file to write.", rich_help_panel=options.OUT)
     ],
-    weights: options.Weights = None,
     fixed_epsilon: Annotated[
         bool,
         typer.Option(
@@ -39,16 +41,9 @@ def canonicalize(  # noqa: PLR0913
             rich_help_panel=options.OUT,
         ),
     ] = False,
-    force: options.Force = False,
-    loss: options.Loss = "cross_entropy",
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
-    batch_size: options.BatchSize = 500,
-    seed: options.Seed = 0,
-    as_json: options.AsJson = False,
+    *,
+    compute: ComputeOptions,
+    output: OutputOptions,
 ) -> None:
     """Write the canonical weights: the same function, and the same numbers for every rescaled or shifted copy of it.
 
@@ -58,28 +53,16 @@ def canonicalize(  # noqa: PLR0913
     """
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out}: expected a name that ends in .safetensors")
-    claim(out, force)
-    from isoflat.io.inputs import Inputs, prepare
+    claim(out, output.force)
+    from isoflat.io.inputs import prepare
     from isoflat.measurement.prepare import symmetries_of
     from isoflat.symmetry.canonical.representative import Epsilon
 
-    inputs = Inputs(
-        model=model,
-        data=data,
-        weights=weights,
-        weights_key=weights_key,
-        strip_prefix=tuple(strip_prefix or ()),
-        split=split,
-        transform=transform,
-        examples=examples,
-        batch_size=batch_size,
-        loss=loss,
-        seed=seed,
-    )
+    inputs = network.inputs(compute.seed)
     loaded, target = prepare(inputs)
     facts, content = convert(loaded, symmetries_of(target), Epsilon.FIXED if fixed_epsilon else Epsilon.MOVED)
-    save(out, content, force)
-    if as_json:
+    save(out, content, output.force)
+    if output.as_json:
         described = {"subject": inputs.described() | {"notes": list(loaded.notes)}, "out": str(out), **facts}
         sys.stdout.write(json.dumps(described, allow_nan=False) + "\n")
     else:

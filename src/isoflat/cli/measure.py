@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
 from isoflat.cli.save import claim, deliver, save
 from isoflat.cli.terminal import facts, plain
@@ -27,73 +27,43 @@ if TYPE_CHECKING:
     from isoflat.io.inputs import Inputs
 
 
-def measure(  # noqa: PLR0913
-    model: options.Model,
-    data: options.Data,
-    weights: options.Weights = None,
-    initial: options.Initial = None,
-    loss: options.Loss = "cross_entropy",
-    names: options.Numbers = None,
-    geometry: options.Geometry = None,
-    params: options.Params = None,
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
-    batch_size: options.BatchSize = 500,
-    rtol: options.Rtol = 1e-3,
-    confidence: options.Confidence = None,
-    certify: options.Certify = True,
-    max_products: options.MaxProducts = 300,
-    seconds: options.Seconds = None,
-    memory: options.Memory = None,
-    probes: options.Probes = 64,
-    sample: options.Sample = None,
-    logits: options.Logits = None,
+@takes(NetworkOptions, "network")
+@takes(MeasureOptions, "wanted")
+@takes(ComputeOptions, "compute")
+@takes(OutputOptions, "output", without=("report",))
+def measure(
+    network: NetworkOptions,
+    wanted: MeasureOptions,
     orbit: Annotated[
         int,
         typer.Option(
             min=0,
             metavar="K",
-            help="Measure K random copies with the same function too (float64), and how far they differ.",
+            help="Measure K random copies with the same function too (in float64), and how far they differ.",
             rich_help_panel=options.HOW,
         ),
     ] = 0,
-    seed: options.Seed = 0,
-    dtype: options.Precision = None,
-    check: options.Check = "refuse",
-    device: options.Device = None,
-    out: options.Out = None,
-    witness: options.Witness = False,
-    force: options.Force = False,
-    as_json: options.AsJson = False,
-    reproducible_sum: options.ReproducibleSum = False,
-    timeout: options.Timeout = 600.0,
+    *,
+    compute: ComputeOptions,
+    output: OutputOptions,
+    witness: Annotated[
+        bool,
+        typer.Option(
+            "--witness",
+            help="Also write the eigenvectors that carry the numbers, beside --out as .safetensors: isoflat verify checks "
+            "the numbers by them.",
+            rich_help_panel=options.OUT,
+        ),
+    ] = False,
 ) -> None:
-    """Measure how flat a minimum is: values with enclosures, loss, accuracy, cost and warnings.
+    """Measure how flat a minimum is: values with confidence intervals, loss, accuracy, cost and warnings.
 
     Several processes share the batches: torchrun --nproc-per-node 4 -m isoflat measure ...
 
     Exit code 0: every value converged. 3: measured, but not to --rtol. 2: refused, with the reason. 4: a process is lost.
     """
-    from isoflat.io.inputs import Inputs
-    from isoflat.measures.base import Budget
-
-    inputs = Inputs(
-        model=model,
-        data=data,
-        weights=weights,
-        weights_key=weights_key,
-        strip_prefix=tuple(strip_prefix or ()),
-        split=split,
-        transform=transform,
-        examples=examples,
-        batch_size=batch_size,
-        loss=loss,
-        seed=seed,
-    )
-    beside = witness_path(out, (weights, initial)) if witness else None
+    inputs, (out, force, initial) = network.inputs(compute.seed), (output.out, output.force, wanted.initial)
+    beside = witness_path(out, (network.weights, initial)) if witness else None
     kept: list[tuple[Record, Tensor]] = []
 
     def keep(record: Record, vector: Tensor) -> None:
@@ -103,35 +73,29 @@ def measure(  # noqa: PLR0913
         claim(out, force)
         claim(beside, force, "--witness")
 
-    with sharing(device, timeout) as ranks:
+    with sharing(compute.device, compute.timeout) as ranks:
         ranks.on_all_ranks(lambda: claimed() if ranks.first else None)
         table, notes, over = evaluate(
             inputs,
             orbit,
             initial,
-            measures=names or [options.HEADLINE],
-            geometry=geometry or [options.PLACE],
-            params=params or None,
-            rtol=rtol,
-            confidence=confidence,
-            certify=certify,
-            budget=Budget(max_products, seconds, options.bytes_of(memory)),
-            probes=probes,
-            sample=sample,
-            logits=logits,
-            seed=seed,
-            dtype=dtype,
-            check=check,
-            device=device,
-            progress=sys.stderr.isatty() and not as_json and ranks.first,
-            reproducible_sum=reproducible_sum,
+            measures=wanted.names,
+            geometry=wanted.geometry,
+            params=wanted.params or None,
+            **wanted.effort(compute.seed),
+            logits=wanted.logits,
+            dtype=compute.dtype,
+            check=compute.check,
+            device=compute.device,
+            progress=not output.as_json and ranks.first,
+            reproducible_sum=compute.reproducible_sum,
             keep=keep if witness else None,
         )
     if not ranks.first:
         return
     content = {
         "subject": inputs.described()
-        | {"params": params or None, "initial": None if initial is None else str(initial), "notes": list(notes)},
+        | {"params": wanted.params or None, "initial": None if initial is None else str(initial), "notes": list(notes)},
         **table.to_dict(),
     }
     if over is not None:
@@ -147,7 +111,7 @@ def measure(  # noqa: PLR0913
         if beside is not None:
             save(beside, packed, force, "--witness")
 
-    deliver(content, lambda screen: show(screen, inputs, table, notes, over), as_json, out, force, also)
+    deliver(content, lambda screen: show(screen, inputs, table, notes, over), output.as_json, out, force, also)
     if not all(row.estimate.converged for row in table):
         raise typer.Exit(NOT_CONVERGED)
 

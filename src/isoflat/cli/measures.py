@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table as Grid
 
-from isoflat.cli import options
 from isoflat.cli.terminal import console, plain
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def measures(
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Cards and table as a page.")] = False,
     bibtex: Annotated[bool, typer.Option("--bibtex", help="What they come from, as BibTeX entries.")] = False,
-    as_json: options.AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
 ) -> None:
     """List every measure with its formula, reference, units and invariances."""
     from isoflat.measures import catalogue

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isoflat.cli import options
 from isoflat.cli.save import claim, save
 from isoflat.cli.terminal import complain, console, plain
 
@@ -56,7 +55,7 @@ def report(  # noqa: PLR0913
         str | None, typer.Option("--trackio", metavar="PROJECT", help="Also log every number as a run of Trackio.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
-    as_json: options.AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
 ) -> None:
     """Show what a folder holds on one page that needs nothing else; nothing is measured.
 

@@ -7,13 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import typer
 
 from isoflat.cli import options
 from isoflat.cli.exits import DOES_NOT_HOLD, NOT_CONVERGED
+from isoflat.cli.options import ComputeOptions, OutputOptions, takes
 
 if TYPE_CHECKING:
     from rich.table import Table as Grid
@@ -28,45 +30,70 @@ PATIENCE = 3600.0
 """Seconds that a process waits for the others: they train apart, and one may go on from a checkpoint that others lack."""
 
 
-def reproduce(  # noqa: PLR0913
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A recipe. Without one, all are listed.", show_default=False)
-    ] = None,
+@final
+@dataclass(frozen=True)
+class RecipeOptions:
+    """A recipe, and what is changed in it."""
+
     scale: Annotated[
         str,
         typer.Option(
             help="small: minutes on two processor cores. paper: as published, unattended on a GPU; it goes on where it "
             "was stopped."
         ),
-    ] = "small",
+    ] = "small"
     data: Annotated[
         str | None,
         typer.Option(
             "--data", metavar="SOURCE", help="The recipe's data, where it does not come with isoflat: a path."
         ),
-    ] = None,
-    replicates: Annotated[int | None, typer.Option(min=1, help="Networks per arm. Default: the recipe's.")] = None,
+    ] = None
+    replicates: Annotated[int | None, typer.Option(min=1, help="Networks per arm. Default: the recipe's.")] = None
     names: Annotated[
         list[str] | None,
         typer.Option("--measure", metavar="NAME", help="Instead of the recipe's numbers; can be repeated."),
-    ] = None,
+    ] = None
     geometry: Annotated[
         list[str] | None,
         typer.Option("--geometry", metavar="NAME", help="With --measure; can be repeated. Default: auto."),
-    ] = None,
+    ] = None
     orbit: Annotated[
-        int | None, typer.Option(min=0, help="Random points of each network's orbit. Default: the recipe's.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="All randomness follows from it. Default: the recipe's.")] = None,
+        int | None,
+        typer.Option(min=0, help="Random copies of each network with the same function. Default: the recipe's."),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of all random numbers: the same gives the same. Default: the recipe's.")
+    ] = None
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="For report, tables and the store of networks. Default: isoflat-NAME."),
+    ] = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Settings of the recipe that are replaced; None where they are not."""
+        numbers = _numbers(self.names, self.geometry)
+        return {"replicates": self.replicates, "orbit": self.orbit, "seed": self.seed, "numbers": numbers}
+
+
+@takes(RecipeOptions, "asked")
+@takes(ComputeOptions, "compute", only=("device", "timeout"), timeout=PATIENCE)
+@takes(OutputOptions, "output", only=("as_json",))
+def reproduce(
+    asked: RecipeOptions,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A recipe. Without one, all are listed.", show_default=False)
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Compare with a stored result.json, within stated tolerances; its recipe is followed."
+        ),
     ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Processes. Default: one for each core; one on a GPU.", rich_help_panel=WHERE),
     ] = None,
-    device: options.Device = None,
     submit: Annotated[
         str | None,
         typer.Option(
@@ -75,14 +102,9 @@ def reproduce(  # noqa: PLR0913
             rich_help_panel=WHERE,
         ),
     ] = None,
-    check: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Compare with a stored result.json, within stated tolerances; its recipe is followed."
-        ),
-    ] = None,
-    timeout: options.Timeout = PATIENCE,
-    as_json: options.AsJson = False,
+    *,
+    compute: ComputeOptions,
+    output: OutputOptions,
 ) -> None:
     """Train, measure, compare, and say what came out: the paper's experiments, and those that question them.
 
@@ -96,21 +118,20 @@ def reproduce(  # noqa: PLR0913
     from isoflat.experiments import checking
     from isoflat.experiments.recipe import recipes
 
-    with sharing(device, timeout) as ranks:
+    with sharing(compute.device, compute.timeout) as ranks:
         if name is None and check is None:
             if ranks.first:
-                listing(as_json)
+                listing(output.as_json)
             return
         stored = None if check is None else ranks.on_all_ranks(lambda: checking.read(check))
-        changes = {"replicates": replicates, "orbit": orbit, "seed": seed, "numbers": _numbers(names, geometry)}
-        recipe = _recipe(name, scale, changes) if stored is None else checking.recipe(stored, name)
-        folder = out or Path(f"isoflat-{recipe.name}")
-        result = followed(recipe, data, folder, jobs, device, submit, hidden=not sys.stderr.isatty())
+        recipe = _recipe(name, asked.scale, asked.changes) if stored is None else checking.recipe(stored, name)
+        folder = asked.out or Path(f"isoflat-{recipe.name}")
+        result = followed(recipe, asked.data, folder, jobs, compute.device, submit, hidden=not sys.stderr.isatty())
     if not ranks.first:
         return
-    write(result, folder, _command(recipes() if name is None else (name,), recipe, data))
+    write(result, folder, _command(recipes() if name is None else (name,), recipe, asked.data))
     verdict = None if stored is None else checking.compared(stored, result)
-    if as_json:
+    if output.as_json:
         extra = {} if verdict is None else {"check": verdict.to_dict()}
         sys.stdout.write(json.dumps({**result.to_dict(), **extra}, allow_nan=False) + "\n")
     else:

@@ -6,13 +6,15 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 
 if TYPE_CHECKING:
     from rich.table import Table as Grid
@@ -43,8 +45,11 @@ ONLY = {
 """Options that belong to one of the two ways in."""
 
 
-def study(  # noqa: PLR0913
-    context: typer.Context,
+@final
+@dataclass(frozen=True)
+class StudyOptions:
+    """The networks of a study, what is measured of them, and where results go."""
+
     networks: Annotated[
         Path | None,
         typer.Option(
@@ -54,7 +59,7 @@ def study(  # noqa: PLR0913
             "hyper-parameter, but seed and replicate.",
             rich_help_panel=LISTED,
         ),
-    ] = None,
+    ] = None
     grid: Annotated[
         Path | None,
         typer.Option(
@@ -62,21 +67,21 @@ def study(  # noqa: PLR0913
             help="TOML: a recipe with data, network, training and a table grid of lists. Every combination is trained.",
             rich_help_panel=TRAINED,
         ),
-    ] = None,
+    ] = None
     data: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
             help=f"What is measured on: {options.DATA_HELP} With --grid: a path, where the data does not come with isoflat.",
         ),
-    ] = None,
+    ] = None
     outcome: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             help="gap, test_error, test_accuracy or test_loss. Default: the one listed; gap with --grid.",
         ),
-    ] = None,
+    ] = None
     names: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,51 +91,44 @@ def study(  # noqa: PLR0913
             + ", ".join(dict.fromkeys(n for n, _ in DEFAULT))
             + ".",
         ),
-    ] = None,
+    ] = None
     geometry: Annotated[
         list[str] | None,
         typer.Option("--geometry", metavar="NAME", help="With --measure; can be repeated. Default: auto."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FACTORY",
-            help="Function without arguments that builds the network of every row.",
-            rich_help_panel=LISTED,
-        ),
-    ] = None,
-    loss: options.Loss = "cross_entropy",
-    params: options.Params = None,
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
-    batch_size: options.BatchSize = 500,
-    rtol: options.Rtol = 0.01,
-    probes: options.Probes = 64,
-    max_products: options.MaxProducts = 300,
-    dtype: options.Precision = None,
-    check: options.Check = "refuse",
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of all random numbers. Default: 0; the file's with --grid.")
+    ] = None
     scale: Annotated[
         str, typer.Option(help="Which table of the file stands over the rest: small or paper.", rich_help_panel=TRAINED)
-    ] = "small",
+    ] = "small"
     replicates: Annotated[
         int | None, typer.Option(min=1, help="Networks per combination. Default: the file's.", rich_help_panel=TRAINED)
-    ] = None,
+    ] = None
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Processes. Default: one for each core; one on a GPU.", rich_help_panel=TRAINED),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all random numbers. Default: 0; the file's with --grid.")] = None,
-    device: options.Device = None,
+    ] = None
+
+
+@takes(StudyOptions, "asked")
+@takes(NetworkOptions, "network", without=("data", "weights"), model=None, data=None)
+@takes(MeasureOptions, "wanted", only=("params", "rtol", "probes", "max_products"), rtol=0.01)
+@takes(ComputeOptions, "compute", only=("dtype", "check", "device"))
+@takes(OutputOptions, "output", only=("as_json",))
+def study(
+    context: typer.Context,
+    asked: StudyOptions,
+    network: NetworkOptions,
+    wanted: MeasureOptions,
+    compute: ComputeOptions,
+    output: OutputOptions,
     out: Annotated[
         Path,
         typer.Option(
             metavar="FOLDER", help="For report, tables and the store of what is measured.", rich_help_panel=options.OUT
         ),
     ] = Path("isoflat-study"),
-    as_json: options.AsJson = False,
 ) -> None:
     """Does flatness predict generalization? Relates every number to an outcome over many networks, and says how surely.
 
@@ -144,36 +142,24 @@ def study(  # noqa: PLR0913
     from isoflat.experiments.grid import read_grid
     from isoflat.experiments.studying import listed, planned, trained
 
-    if (networks is None) == (grid is None):
+    if (asked.networks is None) == (asked.grid is None):
         raise UsageError("give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with")
-    _check_options(context, "grid" if networks is not None else "networks")
-    numbers, hidden = quantities(names, geometry), as_json or not sys.stderr.isatty()
-    if networks is not None:
-        from isoflat.io.inputs import Inputs
-
-        if model is None or data is None:
+    _check_options(context, "grid" if asked.networks is not None else "networks")
+    numbers, hidden, seed = quantities(asked.names, asked.geometry), output.as_json, asked.seed or 0
+    if asked.networks is not None:
+        if network.model is None or asked.data is None:
             raise UsageError("--networks needs --model module:factory, and --data that the networks are measured on")
-        inputs = Inputs(
-            model=model,
-            data=data,
-            weights_key=weights_key,
-            strip_prefix=tuple(strip_prefix or ()),
-            split=split,
-            transform=transform,
-            examples=examples,
-            batch_size=batch_size,
-            loss=loss,
-            seed=seed or 0,
-        )
-        effort = {"rtol": rtol, "probes": probes, "seed": seed or 0}
-        settings = {"params": params or None, "dtype": dtype, "check": check}
-        plan = planned(inputs, numbers or DEFAULT, effort, settings, max_products, device)
-        result, facts = listed(networks, outcome, plan, out, hidden)
+        inputs = replace(network, data=asked.data).inputs(seed)
+        effort = {"rtol": wanted.rtol, "probes": wanted.probes, "seed": seed}
+        settings = {"params": wanted.params or None, "dtype": compute.dtype, "check": compute.check}
+        plan = planned(inputs, numbers or DEFAULT, effort, settings, wanted.max_products, compute.device)
+        result, facts = listed(asked.networks, asked.outcome, plan, out, hidden)
     else:
-        recipe = read_grid(grid or Path(), scale, numbers, DEFAULT, {"replicates": replicates, "seed": seed})
-        result, facts = trained(recipe, outcome, data, out, jobs, device, hidden)
+        changes = {"replicates": asked.replicates, "seed": asked.seed}
+        recipe = read_grid(asked.grid or Path(), asked.scale, numbers, DEFAULT, changes)
+        result, facts = trained(recipe, asked.outcome, asked.data, out, asked.jobs, compute.device, hidden)
     write(result, out, _command(context), facts)
-    if as_json:
+    if output.as_json:
         from isoflat.report.pages.study import subject
 
         sys.stdout.write(json.dumps({"subject": subject(facts), **result.to_dict()}, allow_nan=False) + "\n")

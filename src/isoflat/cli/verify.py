@@ -16,6 +16,7 @@ from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.exits import DOES_NOT_HOLD, REFUSED
+from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import complain, console, facts, plain
 from isoflat.core.errors import IsoflatError, UsageError
 
@@ -29,16 +30,18 @@ if TYPE_CHECKING:
 _RECORDED = "Default: as the result says."
 
 
-def verify(  # noqa: PLR0913
+@takes(NetworkOptions, "network", without=("loss", "batch_size"))
+@takes(MeasureOptions, "wanted", only=("params",))
+@takes(ComputeOptions, "compute", only=("seed", "check", "device"))
+@takes(OutputOptions, "output", only=("as_json",))
+def verify(
     files: Annotated[
         list[Path],
         typer.Argument(
             metavar="RESULT", help="Results of isoflat measure --out ... --witness, one or more.", show_default=False
         ),
     ],
-    model: options.Model,
-    data: options.Data,
-    weights: options.Weights = None,
+    network: NetworkOptions,
     loss: Annotated[
         str | None,
         typer.Option(
@@ -48,20 +51,14 @@ def verify(  # noqa: PLR0913
             rich_help_panel=options.WHAT,
         ),
     ] = None,
-    params: options.Params = None,
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help=f"Rows at a time. {_RECORDED}", rich_help_panel=options.WHAT),
     ] = None,
-    seed: options.Seed = 0,
-    check: options.Check = "refuse",
-    device: options.Device = None,
-    as_json: options.AsJson = False,
+    *,
+    wanted: MeasureOptions,
+    compute: ComputeOptions,
+    output: OutputOptions,
 ) -> None:
     """Check stored numbers by their witnesses, with two products each instead of a measurement.
 
@@ -72,25 +69,25 @@ def verify(  # noqa: PLR0913
     """
     from isoflat.io.inputs import device_of
 
-    where = device_of(device)
+    where = device_of(compute.device)
     given = {
         "loss": loss,
-        "params": params or None,
-        "weights_key": weights_key,
-        "strip_prefix": strip_prefix or None,
-        "transform": transform,
-        "split": split,
-        "examples": examples,
+        "params": wanted.params or None,
+        "weights_key": network.weights_key,
+        "strip_prefix": network.strip_prefix or None,
+        "transform": network.transform,
+        "split": network.split,
+        "examples": network.examples,
         "batch_size": batch_size,
     }
-    named = _Named(model, data, weights, given)
+    named, settings = _Named(network, given), {"device": where, "seed": compute.seed, "check": compute.check}
     found: list[_Checked] = []
     for path in files:
         try:
-            found.append(_checked(path, named, {"device": where, "seed": seed, "check": check}))
+            found.append(_checked(path, named, settings))
         except IsoflatError as error:
             found.append(_Checked(path, (), str(error)))
-    if as_json:
+    if output.as_json:
         sys.stdout.write(f"{json.dumps({'files': [part.to_dict() for part in found]}, allow_nan=False)}\n")
     else:
         for part in found:
@@ -108,15 +105,11 @@ class _Named:
     """What the user named.
 
     Attributes:
-        model: `module:factory`.
-        data: a data source.
-        weights: a weights file.
+        network: the network and its data.
         given: options that are taken from the result where they are None.
     """
 
-    model: str
-    data: str
-    weights: Path | None
+    network: NetworkOptions
     given: Mapping[str, Any]
 
 
@@ -173,7 +166,7 @@ class _Checked:
 
 def _checked(path: Path, named: _Named, settings: Mapping[str, Any]) -> _Checked:
     """Read a result, load what it was measured on, and check its numbers."""
-    from isoflat.io.inputs import Inputs, load, within_memory
+    from isoflat.io.inputs import load, within_memory
     from isoflat.measurement.witness import verify_all
 
     stored = _read(path)
@@ -184,7 +177,7 @@ def _checked(path: Path, named: _Named, settings: Mapping[str, Any]) -> _Checked
     seed = next((record.settings.get("seed") for record, _ in stored.rows), 0)
     if not isinstance(seed, int):
         raise UsageError(f"the result was measured with the seed {seed!r}, which is none: it was damaged")
-    loaded = load(Inputs(named.model, named.data, named.weights, seed=seed, **chosen))
+    loaded = load(replace(named.network.inputs(seed), **chosen))
     with within_memory():
         checks = verify_all(stored.rows, loaded.model, loaded.batches, loaded.loss, params=params, **settings)
     return _Checked(
@@ -209,8 +202,9 @@ def _told(check: Check, edited: bool, named: _Named) -> Check:
 
 def _again(check: Check, named: _Named) -> str:
     """How to measure a number that cannot be checked."""
-    weights = [] if named.weights is None else ["--weights", str(named.weights)]
-    command = ["isoflat", "measure", "--model", named.model, *weights, "--data", named.data]
+    network = named.network
+    weights = [] if network.weights is None else ["--weights", str(network.weights)]
+    command = ["isoflat", "measure", "--model", str(network.model), *weights, "--data", str(network.data)]
     return f"Measure again: {shlex.join([*command, '--measure', check.measure, '--geometry', check.geometry])}"
 
 
