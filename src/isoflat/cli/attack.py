@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table as Grid
 
 from isoflat.cli import options
+from isoflat.cli.grids import Rows
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
+from isoflat.cli.progress import progress, step
 from isoflat.cli.save import deliver
-from isoflat.cli.terminal import plain
+from isoflat.cli.terminal import notes, plain, say
 
 if TYPE_CHECKING:
     from isoflat.experiments.orbit import Orbit, Plan
@@ -64,8 +64,9 @@ def attack(
     plan = Plan(tuple(wanted.names), tuple(wanted.geometry), points, search, spread, seed, settings)
     inputs = network.inputs(seed)
     loaded, target = prepare(inputs, params, None, where)
+    step(f"loaded {inputs.model} and {inputs.data}", as_json)
     with within_memory():
-        orbit = watched(loaded, symmetries_of(target), plan, hidden=as_json or not sys.stderr.isatty())
+        orbit = watched(loaded, symmetries_of(target), plan, as_json)
     content = {"subject": inputs.described() | {"notes": list(loaded.notes)}, **orbit.to_dict()}
     deliver(content, lambda screen: show(screen, orbit, loaded.notes), as_json)
 
@@ -79,32 +80,31 @@ def watched(loaded: Loaded, found: Found, plan: Plan, hidden: bool) -> Orbit:
         plan: what to attack, and how hard.
         hidden: show nothing.
     """
-    from tqdm import tqdm
-
     from isoflat.experiments import orbit
 
-    with tqdm(total=plan.work, disable=hidden, unit=" networks", leave=False) as bar:
+    with progress(plan.work, hidden) as told:
         done = chain([0], repeat(1))  # told before each network is measured: nothing is done at the first
-
-        def report(label: str) -> None:
-            bar.set_description_str(label, refresh=False)
-            bar.update(next(done))
-
-        return orbit.attack(loaded.model, loaded.batches, loaded.loss, found, plan, report)
+        return orbit.attack(
+            loaded.model, loaded.batches, loaded.loss, found, plan, lambda label: told(label, next(done))
+        )
 
 
-def show(screen: Console, orbit: Orbit, notes: tuple[str, ...]) -> None:
+def show(screen: Console, orbit: Orbit, loading: tuple[str, ...]) -> None:
     """One line for each number, what happened to the function meanwhile, and the verdict."""
-    grid = Grid(header_style="bold")
-    for head in ("number", "geometry"):
-        grid.add_column(head, overflow="fold")
-    for head in ("before", "lowest\nseen", "highest\nseen", "worst\ndrift", "survives"):
-        grid.add_column(head, justify="right", no_wrap=True)
-    for row in orbit.rows:
-        seen = (f"{row.lowest:.6g}", f"{row.highest:.6g}", f"{row.drift:.1e}")
-        verdict = plain("yes", style="green") if row.survives else plain("NO", style="bold red")
-        grid.add_row(plain(row.before.measure), row.before.geometry, str(row.before.estimate), *seen, verdict)
-    screen.print(grid)
+    rows = [
+        (
+            row.before.measure,
+            row.before.geometry,
+            str(row.before.estimate),
+            f"{row.lowest:.6g}",
+            f"{row.highest:.6g}",
+            f"{row.drift:.1e}",
+            plain("yes", style="green") if row.survives else plain("NO", style="bold red"),
+        )
+        for row in orbit.rows
+    ]
+    heads = ("number", "geometry", "before", "lowest seen", "highest seen", "worst drift", "survives")
+    screen.print(Rows(heads, rows, words=2))
     examples = orbit.rows[0].before.point.examples
     outputs, change = (f"{value:.0e}" if value else "0" for value in (orbit.output_change, orbit.loss_change))
     aside = " (a constant on all scores, which the loss ignores, aside)" if orbit.blind else ""
@@ -116,9 +116,8 @@ def show(screen: Console, orbit: Orbit, notes: tuple[str, ...]) -> None:
         first = orbit.refused[0]
         lines.append(f"{_copies(len(orbit.refused))} more gave no number; {first.label}: {first.refused}")
     for line in (*lines, verdict_of(orbit)):
-        screen.print(plain(line))
-    for note in notes:
-        screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
+        say(screen, line)
+    notes(screen, loading)
 
 
 def verdict_of(orbit: Orbit) -> str:

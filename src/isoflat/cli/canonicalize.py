@@ -14,8 +14,9 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.save import claim, save
-from isoflat.cli.terminal import console, plain, some
+from isoflat.cli.terminal import WIDTH, console, notes, plain
 from isoflat.core.errors import UsageError
+from isoflat.core.render import some
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -128,7 +129,7 @@ def convert(loaded: Loaded, found: Found, epsilon: Epsilon) -> tuple[dict[str, A
     return facts, pack(tensors, labels)
 
 
-def show(screen: Console, out: Path, facts: dict[str, Any], notes: tuple[str, ...]) -> None:
+def show(screen: Console, out: Path, facts: dict[str, Any], loading: tuple[str, ...]) -> None:
     """What was written, how well it was checked, and what else belongs to it."""
     before, after, blind = *facts["loss"].values(), facts["loss_ignores_common_score"]
     lines = [
@@ -142,7 +143,7 @@ def show(screen: Console, out: Path, facts: dict[str, Any], notes: tuple[str, ..
         ("group", f"{facts['group_hash']}, rules {facts['rules']}"),
     ]
     for head, text in lines:
-        screen.print(plain(f"{head:<9}", style="dim") + plain(text), soft_wrap=True)
+        screen.print(plain(f"{head:<9}", style="dim") + plain(text), soft_wrap=screen.width >= WIDTH)
     if facts["epsilons"]:
         screen.print(
             plain(
@@ -152,9 +153,10 @@ def show(screen: Console, out: Path, facts: dict[str, Any], notes: tuple[str, ..
             )
         )
         for path, value in facts["epsilons"].items():
-            screen.print(plain(f"  {path} = {value['after']!r}  (was {value['before']!r})"), soft_wrap=True)
-    for note in notes:
-        screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
+            screen.print(
+                plain(f"  {path} = {value['after']!r}  (was {value['before']!r})"), soft_wrap=screen.width >= WIDTH
+            )
+    notes(screen, loading)
 
 
 def _change(found: Found, model: nn.Module, other: nn.Module) -> float:

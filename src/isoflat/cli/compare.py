@@ -16,8 +16,10 @@ from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
+from isoflat.cli.progress import interactive, step
 from isoflat.cli.save import claim, deliver, save
-from isoflat.cli.terminal import plain, visible
+from isoflat.cli.terminal import notes, plain
+from isoflat.core.render import visible
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +98,10 @@ def compare(
             lambda: load(inputs, files, {"params": params, "dtype": compute.dtype, "device": where})
         )
         start, further = ranks.on_all_ranks(lambda: before(inputs, wanted.initial))
-        notes = (*loaded.notes, *further)
+        loading = (*loaded.notes, *further)
+        hidden = output.as_json or not ranks.first
+        step(f"loaded {', '.join(files)}, and {inputs.data}", hidden)
+        step(f"measuring {', '.join(wanted.names)} ({', '.join(wanted.geometry)})", hidden)
         with within_memory():
             found = compared(
                 loaded.models,
@@ -111,15 +116,15 @@ def compare(
                 dtype=compute.dtype,
                 check=compute.check,
                 device=where,
-                progress=not output.as_json and ranks.first,
+                progress=interactive() and not output.as_json and ranks.first,
                 reproducible_sum=compute.reproducible_sum,
                 **effort,
             )
     if not ranks.first:
         return
     subject = inputs.described() | {"weights": {label: str(path) for label, path in files.items()}}
-    subject |= {"initial": None if wanted.initial is None else str(wanted.initial), "notes": list(notes)}
-    _deliver(found, subject, output, lambda screen: show(screen, inputs, found, notes))
+    subject |= {"initial": None if wanted.initial is None else str(wanted.initial), "notes": list(loading)}
+    _deliver(found, subject, output, lambda screen: show(screen, inputs, found, loading))
 
 
 def _deliver(
@@ -165,8 +170,7 @@ def _stored(
 
     def shown(screen: Console) -> None:
         screen.print(found)
-        for note in subject["notes"]:
-            screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
+        notes(screen, subject["notes"])
 
     _deliver(found, subject, output, shown)
 
@@ -313,12 +317,11 @@ def written(comparison: Comparison, subject: Mapping[str, Any]) -> str:
     return render(page(comparison, subject))
 
 
-def show(screen: Console, inputs: Inputs, comparison: Comparison, notes: Sequence[str]) -> None:
+def show(screen: Console, inputs: Inputs, comparison: Comparison, loading: Sequence[str]) -> None:
     """Print what was compared, then who is flatter, then how it was loaded."""
     point = comparison.rows[0].point
     screen.print(plain(f"network  {inputs.model}, {point.parameters} trainable entries"))
     screen.print(plain(f"data     {inputs.data}, {point.examples} examples; loss {inputs.loss}"))
     screen.print()
     screen.print(comparison)
-    for note in dict.fromkeys(notes):
-        screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
+    notes(screen, loading)

@@ -16,7 +16,7 @@ from rich.console import Console
 from isoflat.cli.exits import REFUSED
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.save import deliver
-from isoflat.cli.terminal import plain
+from isoflat.cli.terminal import WIDTH, plain
 from isoflat.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -113,8 +113,9 @@ def _show(screen: Console, found: dict[str, Any], checks: tuple[Finding, ...]) -
     for name, state in found["extras"].items():
         hint = f": pip install 'isoflat[{EXTRAS[name]}]'" if state == "missing" and EXTRAS[name] else ""
         screen.print(
-            plain(f"{name:<14}{state}{hint}", style="" if state in ("works", "found") else "dim"), soft_wrap=True
+            plain(f"{name:<14}{state}{hint}", style="" if state in ("works", "found") else "dim"),
+            soft_wrap=screen.width >= WIDTH,
         )
     for check in checks:
         line = plain(f"{check.outcome:<8}", style=_COLOURS[check.outcome])
-        screen.print(line + plain(f"{check.name}: {check.detail}"), soft_wrap=True)
+        screen.print(line + plain(f"{check.name}: {check.detail}"), soft_wrap=screen.width >= WIDTH)

@@ -12,10 +12,12 @@ from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.grids import Rows
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
+from isoflat.cli.progress import interactive, step
 from isoflat.cli.save import claim, deliver, save
-from isoflat.cli.terminal import facts, plain
+from isoflat.cli.terminal import facts, notes, plain
 from isoflat.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,10 +77,11 @@ def measure(
 
     with sharing(compute.device, compute.timeout) as ranks:
         ranks.on_all_ranks(lambda: claimed() if ranks.first else None)
-        table, notes, over = evaluate(
+        table, loading, over = evaluate(
             inputs,
             orbit,
             initial,
+            hidden=output.as_json,
             measures=wanted.names,
             geometry=wanted.geometry,
             params=wanted.params or None,
@@ -87,7 +90,7 @@ def measure(
             dtype=compute.dtype,
             check=compute.check,
             device=compute.device,
-            progress=not output.as_json and ranks.first,
+            progress=interactive() and not output.as_json and ranks.first,
             reproducible_sum=compute.reproducible_sum,
             keep=keep if witness else None,
         )
@@ -95,7 +98,11 @@ def measure(
         return
     content = {
         "subject": inputs.described()
-        | {"params": wanted.params or None, "initial": None if initial is None else str(initial), "notes": list(notes)},
+        | {
+            "params": wanted.params or None,
+            "initial": None if initial is None else str(initial),
+            "notes": list(loading),
+        },
         **table.to_dict(),
     }
     if over is not None:
@@ -111,7 +118,7 @@ def measure(
         if beside is not None:
             save(beside, packed, force, "--witness")
 
-    deliver(content, lambda screen: show(screen, inputs, table, notes, over), output.as_json, out, force, also)
+    deliver(content, lambda screen: show(screen, inputs, table, loading, over), output.as_json, out, force, also)
     if not all(row.estimate.converged for row in table):
         raise typer.Exit(NOT_CONVERGED)
 
@@ -140,7 +147,7 @@ def witness_path(out: Path | None, used: Sequence[Path | None]) -> Path:
 
 
 def evaluate(
-    inputs: Inputs, orbit: int = 0, initial: Path | None = None, **settings: Any
+    inputs: Inputs, orbit: int = 0, initial: Path | None = None, hidden: bool = True, **settings: Any
 ) -> tuple[Table, tuple[str, ...], Orbit | None]:
     """Load and measure.
 
@@ -148,6 +155,7 @@ def evaluate(
         inputs: what is measured.
         orbit: how many copies with the same function are measured too.
         initial: a file with the weights before training.
+        hidden: show no progress.
         **settings: as for `isoflat.measure_all`.
 
     Returns:
@@ -171,15 +179,18 @@ def evaluate(
         lambda: prepare(inputs, settings["params"], settings["dtype"], settings["device"])
     )
     settings["initial"], further = Ranks.here().on_all_ranks(lambda: before(inputs, initial))
-    notes = (*loaded.notes, *further)
+    loading = (*loaded.notes, *further)
+    hidden = hidden or not Ranks.here().first
+    step(f"loaded {inputs.model} and {inputs.data}", hidden)
     with within_memory():
         # Found first: a network without a traceable orbit is refused before the data is read.
         found = symmetries_of(target) if orbit else None
+        step(f"measuring {', '.join(settings['measures'])} ({', '.join(settings['geometry'])})", hidden)
         table = measure_all(loaded.model, loaded.batches, loaded.loss, **settings)
         if found is None:
-            return table, notes, None
+            return table, loading, None
         if not found.dimension:
-            return table, (*notes, "no change of these weights that keeps the function: no orbit"), None
+            return table, (*loading, "no change of these weights that keeps the function: no orbit"), None
         shared = {
             key: settings[key]
             for key in (
@@ -189,16 +200,20 @@ def evaluate(
         }  # fmt: skip
         names, places = tuple(settings["measures"]), tuple(settings["geometry"])
         plan = Plan(names, places, points=orbit, search=0, seed=settings["seed"], settings=shared)
-        return table, notes, watched(loaded, found, plan, hidden=not settings["progress"])
+        return table, loading, watched(loaded, found, plan, hidden)
 
 
-def show(screen: Console, inputs: Inputs, table: Table, notes: tuple[str, ...], orbit: Orbit | None = None) -> None:
+def show(screen: Console, inputs: Inputs, table: Table, loading: tuple[str, ...], orbit: Orbit | None = None) -> None:
     """Print values, then what is needed to trust them."""
-    screen.print(table)
+    screen.print(_values(table))
+    notes(screen, (f"not measured: {part}" for part in table.omitted))
     point = table[0].point
     listed = [
         *inputs.facts(point),
-        ("b", f"{point.stationarity:.4g} (zero at a minimum; bounds the difference to the covariant Hessian)"),
+        (
+            "stationarity",
+            f"b = {point.stationarity:.4g}: zero at a minimum; bounds the difference to the covariant Hessian",
+        ),
         ("peak memory", f"{max(row.estimate.cost.peak_memory for row in table) / 2**20:.0f} MiB"),
     ]
     screen.print(facts(listed))
@@ -206,8 +221,27 @@ def show(screen: Console, inputs: Inputs, table: Table, notes: tuple[str, ...], 
         further = [] if orbit is None else [("over the orbit", _spread(orbit, number))]
         screen.print(plain(f"{row.measure} ({row.geometry})", style="bold"))
         screen.print(facts([*_row(row), *further]))
-    for note in dict.fromkeys((*notes, *(note for row in table for note in row.estimate.notes))):
-        screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
+    notes(screen, (*loading, *(note for row in table for note in row.estimate.notes)))
+
+
+def _values(table: Table) -> Rows:
+    """One line for each number."""
+    from isoflat.core.table import interval
+
+    return Rows(
+        ("measure", "geometry", "value", "interval", "converged"),
+        [
+            (
+                row.measure,
+                row.geometry,
+                str(row.estimate),
+                interval(row.estimate),
+                "yes" if row.estimate.converged else "NO",
+            )
+            for row in table
+        ],
+        words=2,
+    )
 
 
 def _row(row: Record) -> list[tuple[str, str]]:
@@ -223,16 +257,20 @@ def _row(row: Record) -> list[tuple[str, str]]:
     elif estimate.kind is Kind.EXACT:
         known, width = f"{interval(estimate)}: exact, but for rounding", "nothing is estimated"
     else:
-        name = "enclosure" if estimate.kind is Kind.ENCLOSURE else "t-interval of a stochastic estimate"
+        name = "certified" if estimate.kind is Kind.ENCLOSURE else "t-interval of a stochastic estimate"
         known = f"{interval(estimate)}, {name} with confidence {estimate.confidence:.7g}"
         width = f"relative width {estimate.relative_width:.2g}, {asked}"
+    ratio = row.stationarity_ratio
     return [
         ("value", str(estimate)),
-        ("enclosure", known),
+        ("interval", known),
         ("converged", f"{'yes' if estimate.converged else 'NO'} ({width})"),
         ("invariant to", row.group),
-        ("b/value", "not defined here" if row.stationarity_ratio is None else f"{row.stationarity_ratio:.3g}"),
-        ("cost", f"{cost.products} products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s"),
+        ("stationarity", "not defined here" if ratio is None else f"b is {ratio:.3g} of the value"),
+        (
+            "cost",
+            f"{cost.products} Hessian-vector products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s",
+        ),
     ]
 
 

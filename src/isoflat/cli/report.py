@@ -151,8 +151,8 @@ def shown(results: Results, command: str) -> tuple[Page | None, tuple[str, ...]]
 def _reproduced(results: Results, content: Mapping[str, Any]) -> tuple[Page | None, tuple[str, ...]]:
     """The page of a reproduction, if its networks are in the store."""
     from isoflat.experiments.rebuilt import rebuild
+    from isoflat.report.pages.parts import literally
     from isoflat.report.pages.reproduce import page
-    from isoflat.report.pages.shown import literally
 
     found = rebuild(content, results.cells)
     if found.result is None:
@@ -165,7 +165,7 @@ def _reproduced(results: Results, content: Mapping[str, Any]) -> tuple[Page | No
 def _studied(results: Results, content: Mapping[str, Any]) -> tuple[Page | None, tuple[str, ...]]:
     """The page of a study, if its numbers are in the folder."""
     from isoflat.experiments.rebuilt_study import rebuild
-    from isoflat.report.pages.shown import literally
+    from isoflat.report.pages.parts import literally
     from isoflat.report.pages.study import page
 
     found = rebuild(content, [number.record for number in results.found])

@@ -15,11 +15,12 @@ import typer
 
 from isoflat.cli import options
 from isoflat.cli.exits import DOES_NOT_HOLD, NOT_CONVERGED
+from isoflat.cli.grids import Rows, item
 from isoflat.cli.options import ComputeOptions, OutputOptions, takes
+from isoflat.cli.progress import progress
+from isoflat.cli.terminal import console, plain, say
 
 if TYPE_CHECKING:
-    from rich.table import Table as Grid
-
     from isoflat.experiments.recipe import Recipe
     from isoflat.experiments.reproduction import Reproduction
 
@@ -126,7 +127,7 @@ def reproduce(
         stored = None if check is None else ranks.on_all_ranks(lambda: checking.read(check))
         recipe = _recipe(name, asked.scale, asked.changes) if stored is None else checking.recipe(stored, name)
         folder = asked.out or Path(f"isoflat-{recipe.name}")
-        result = followed(recipe, asked.data, folder, jobs, compute.device, submit, hidden=not sys.stderr.isatty())
+        result = followed(recipe, asked.data, folder, jobs, compute.device, submit, hidden=False)
     if not ranks.first:
         return
     write(result, folder, _command(recipes() if name is None else (name,), recipe, asked.data))
@@ -241,15 +242,7 @@ def followed(
 @contextmanager
 def bar(total: float, hidden: bool) -> Iterator[Callable[[str, float], None]]:
     """Networks that are done, what is being done, and how long the rest will take."""
-    from tqdm import tqdm
-
-    layout = "{desc:<44} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
-    with tqdm(total=total, disable=hidden, bar_format=layout, leave=False, smoothing=0.1) as line:
-
-        def report(text: str, done: float) -> None:
-            line.set_description_str(text, refresh=False)
-            line.update(done)
-
+    with progress(total, hidden) as report:
         yield report
 
 
@@ -269,27 +262,19 @@ def write(result: Reproduction, folder: Path, command: str) -> None:
 
 def listing(as_json: bool) -> None:
     """All recipes with their questions."""
-    from rich.table import Table as Grid
-
-    from isoflat.cli.terminal import console, plain
     from isoflat.experiments.recipe import read, recipes
 
     found = [read(name) for name in recipes()]
     if as_json:
         sys.stdout.write(json.dumps([recipe.model_dump(mode="json") for recipe in found], allow_nan=False) + "\n")
         return
-    grid = Grid(header_style="bold")
-    for head in ("recipe", "what", "question", "data"):
-        grid.add_column(head)
+    screen = console()
     for recipe in found:
-        grid.add_row(*map(plain, (recipe.name, recipe.title, recipe.question, recipe.data.source)))
-    console().print(grid)
+        screen.print(item(recipe.name, f"{recipe.title}. {recipe.question}", f"data: {recipe.data.source}"))
 
 
 def show(result: Reproduction, folder: Path) -> None:
     """Tables and sentences on the terminal."""
-    from isoflat.cli.terminal import console, plain
-
     screen = console()
     recipe = result.recipe
     screen.print(plain(f"{recipe.title}, scale {recipe.scale}. {recipe.question}", style="bold"))
@@ -300,19 +285,14 @@ def show(result: Reproduction, folder: Path) -> None:
     for sentence in result.sentences:
         screen.print(plain(sentence), end="\n\n")
     spent = f"{result.seconds:.0f} s; training and measuring these networks took {result.cost:.0f} s in all"
-    screen.print(plain(f"{spent}. Report: {folder / 'report.html'}", style="bold"))
+    say(screen, f"{spent}. Report: {folder / 'report.html'}", "bold")
 
 
-def _networks(result: Reproduction) -> Grid:
-    """One line for each network: every number over its enclosure."""
-    from rich.table import Table as Grid
-
+def _networks(result: Reproduction) -> Rows:
+    """One line for each network: every number over its interval."""
     from isoflat.cli.demo import enclosed
-    from isoflat.cli.terminal import plain
 
-    grid = Grid(title="Networks", title_justify="left", header_style="bold")
-    for head in ("network", "training loss", "epochs", "test error", *(number.words for number in result.numbers)):
-        grid.add_column(head, justify="left" if head == "network" else "right")
+    table, sections = [], []
     for arm in result.recipe.arms:
         for network in result.arm(arm, all_of_them=True):
             loss, epochs = f"{network.training.loss:.4g}", f"{network.training.epochs:.4g}"
@@ -323,21 +303,17 @@ def _networks(result: Reproduction) -> Grid:
             error = "–" if network.test_error is None else f"{100 * network.test_error:.2f} %"
             rows = [network.record(number) for number in result.numbers]
             cells = ["–" if row is None else enclosed(row.estimate) for row in rows]
-            grid.add_row(plain(network.label), loss, epochs, error, *cells)
-        grid.add_section()
-    return grid
+            table.append((network.label, loss, epochs, error, *cells))
+        sections.append(len(table) - 1)
+    heads = ("network", "training loss", "epochs", "test error", *(number.words for number in result.numbers))
+    return Rows(heads, table, "Networks", sections=frozenset(sections))
 
 
-def _summaries(result: Reproduction) -> Grid:
+def _summaries(result: Reproduction) -> Rows:
     """Mean and standard error over the networks of each arm."""
-    from rich.table import Table as Grid
-
-    from isoflat.cli.terminal import plain
-
-    grid = Grid(title="Mean ± standard error over networks", title_justify="left", header_style="bold")
-    for head in ("arm", *(number.words for number in result.numbers)):
-        grid.add_column(head, justify="left" if head == "arm" else "right")
+    rows = []
     for arm in result.recipe.arms:
         found = {summary.number: summary.words for summary in result.summaries if summary.arm == arm.name}
-        grid.add_row(plain(arm.name), *(found.get(number.name, "–") for number in result.numbers))
-    return grid
+        rows.append((arm.name, *(found.get(number.name, "–") for number in result.numbers)))
+    heads = ("arm", *(number.words for number in result.numbers))
+    return Rows(heads, rows, "Mean ± standard error over networks")

@@ -13,6 +13,7 @@ from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
+from isoflat.cli.progress import interactive, step
 from isoflat.cli.save import claim, deliver, save
 from isoflat.cli.terminal import facts, plain
 from isoflat.core.errors import UsageError
@@ -96,6 +97,9 @@ def spectrum(
         ranks.on_all_ranks(lambda: _claim(out, plot, force) if ranks.first else None)
         where, params = device_of(compute.device), further.params or None
         loaded, _ = ranks.on_all_ranks(lambda: prepare(inputs, params, compute.dtype, where))
+        hidden = output.as_json or not ranks.first
+        step(f"loaded {inputs.model} and {inputs.data}", hidden)
+        step(f"measuring the spectrum ({wanted.geometry})", hidden)
         with within_memory():
             found = measured(
                 loaded.model,
@@ -112,7 +116,7 @@ def spectrum(
                 seed=compute.seed,
                 dtype=compute.dtype,
                 device=where,
-                progress=not output.as_json and ranks.first,
+                progress=interactive() and not output.as_json and ranks.first,
                 check=compute.check,
                 reproducible_sum=compute.reproducible_sum,
             )

@@ -14,11 +14,12 @@ import typer
 
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.grids import Rows
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
+from isoflat.cli.terminal import console, plain, say
+from isoflat.cli.terminal import facts as told
 
 if TYPE_CHECKING:
-    from rich.table import Table as Grid
-
     from isoflat.experiments.prediction import Prediction
     from isoflat.report.pages.study import Facts
 
@@ -236,57 +237,36 @@ def write(result: Prediction, folder: Path, command: str, facts: Facts) -> None:
 
 def show(result: Prediction, folder: Path, facts: Facts) -> None:
     """Tables and sentences on the terminal."""
-    from isoflat.cli.terminal import console, plain
-    from isoflat.cli.terminal import facts as listed
-
     screen = console()
-    screen.print(listed(facts))
+    screen.print(told(facts))
     screen.print(_networks(result))
     screen.print(_relations(result))
     first, *others = result.sentences
     screen.print(plain(first, style="bold"), end="\n\n")
     for sentence in others:
         screen.print(plain(sentence), end="\n\n")
-    screen.print(plain(f"Report: {folder / 'report.html'}", style="bold"))
+    say(screen, f"Report: {folder / 'report.html'}", "bold")
 
 
-def _networks(result: Prediction) -> Grid:
+def _networks(result: Prediction) -> Rows:
     """One line for each network."""
-    from rich.table import Table as Grid
-
-    from isoflat.cli.terminal import plain
     from isoflat.experiments.cells import found
     from isoflat.experiments.prediction import words
 
-    grid = Grid(title="Networks", title_justify="left", header_style="bold")
-    grid.add_column("network", overflow="fold")
-    for head in (result.outcome, "training loss", *map(words, result.numbers)):
-        grid.add_column(plain(head), justify="right", overflow="fold", max_width=WIDEST)
+    table = []
     for network in result.networks:
         rows = [found(network.table, number) for number in result.numbers]
         cells = ["–" if row is None else str(row.estimate) for row in rows]
-        grid.add_row(plain(network.label), f"{network.outcome:.4g}", f"{network.loss:.4g}", *cells)
-    return grid
+        table.append((network.label, f"{network.outcome:.4g}", f"{network.loss:.4g}", *cells))
+    return Rows(("network", result.outcome, "training loss", *map(words, result.numbers)), table, "Networks")
 
 
-WIDEST = 14
-"""Columns of a terminal that a number may take, so that labels have room."""
-
-
-def _relations(result: Prediction) -> Grid:
+def _relations(result: Prediction) -> Rows:
     """One line for each number."""
-    from rich.table import Table as Grid
-
-    from isoflat.cli.terminal import plain
     from isoflat.report.pages.study import line
 
-    grid = Grid(title=f"Relation to the {result.outcome}", title_justify="left", header_style="bold")
-    for head in NARROW:
-        grid.add_column(head, justify="left" if head == "number" else "right", overflow="fold")
-    for relation in result.relations:
-        cells = line(relation)
-        grid.add_row(*(plain(cells[head]) for head in NARROW))
-    return grid
+    rows = [tuple(cells[head] for head in NARROW) for cells in map(line, result.relations)]
+    return Rows(NARROW, rows, f"Relation to the {result.outcome}")
 
 
 NARROW = ("number", "τ-b", "interval", "p", "given loss", "Ψ", "sign error", "worst", "where", "K")

@@ -10,7 +10,7 @@ from rich.tree import Tree
 
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.save import deliver
-from isoflat.cli.terminal import plain
+from isoflat.cli.terminal import WIDTH, plain
 
 if TYPE_CHECKING:
     from isoflat.symmetry.found import Found
@@ -110,7 +110,7 @@ def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> N
         facts.append(("loss", "ignores a constant added to all scores of an example"))
     facts.append(("group", f"{content['group_hash']}, rules {content['rules']}"))
     for head, text in facts:
-        screen.print(plain(f"{head:<10}", style="dim") + plain(text), soft_wrap=True)
+        screen.print(plain(f"{head:<10}", style="dim") + plain(text), soft_wrap=screen.width >= WIDTH)
 
 
 def _line(line: Line, width: int) -> Text:

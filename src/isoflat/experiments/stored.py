@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-from isoflat.cli.terminal import complain, visible
+from isoflat.cli.terminal import complain
 from isoflat.core.comparison import Comparison
 from isoflat.core.errors import DataError, UsageError
 from isoflat.core.record import Record
+from isoflat.core.render import visible
 from isoflat.core.table import Table
 from isoflat.experiments.results import Found, Results, read, read_file
 from isoflat.measurement.compare import contrast

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from isoflat.cli.terminal import some
 from isoflat.core.errors import CheckpointError, UnsupportedModel
+from isoflat.core.render import some
 from isoflat.io.weights import Weights
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from isoflat.cli.terminal import some
 from isoflat.core.errors import CheckpointError
+from isoflat.core.render import some
 from isoflat.io.archive import check_safetensors, check_zip, is_zip, read_index, regular
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")

@@ -9,7 +9,7 @@ from isoflat.core.table import interval
 from isoflat.report.document import Grid
 
 _HEADS = (
-    "network", "value", "enclosure", "confidence", "converged", "b / value", "products", "gradient passes", "seconds", "seed",
+    "network", "value", "interval", "confidence", "converged", "stationarity", "Hessian-vector products", "gradient passes", "seconds", "seed",
 )  # fmt: skip
 
 
