@@ -45,7 +45,7 @@ app = typer.Typer(name="isoflat", no_args_is_help=True, add_completion=False, pr
 def isoflat(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
-    """How flat is this minimum, when nobody can cheat? Rescaling-invariant flatness with certified enclosures."""
+    """How flat is this minimum, when nobody can cheat? Rescaling-invariant flatness with certified intervals."""
     if version:
         typer.echo(f"isoflat {metadata.version('isoflat')}")
         raise typer.Exit

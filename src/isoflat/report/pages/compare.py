@@ -114,7 +114,7 @@ def provenance(rows: Sequence[Record], subject: Mapping[str, Any]) -> tuple[tupl
         *((brief(name), text) for name, text in named),
         ("Settings", "; ".join(dict.fromkeys(_told(row.settings) for row in rows))),
         ("Data hash", parts.hashes(rows)),
-        *parts.measured(rows),
+        *parts.origins(rows),
     )
 
 

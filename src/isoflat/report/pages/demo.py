@@ -236,5 +236,5 @@ def _provenance(result: DemoResult, command: str) -> parts.Pairs:
         ("Plan", parts.listed(vars(result.plan))),
         ("Settings", f"{parts.listed(first.settings)}; the attack in float64"),
         ("Data", f"{result.data}, {_rows(result)} training rows, hash {first.data_hash}"),
-        *parts.measured(result.records),
+        *parts.origins(result.records),
     )

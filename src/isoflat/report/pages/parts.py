@@ -113,14 +113,9 @@ def groups(records: Iterable[Record]) -> str:
     return "; ".join(dict.fromkeys(f"{row.geometry}: {row.group_hash}" for row in records))
 
 
-def measured(records: Sequence[Record], *further: tuple[str, str]) -> Pairs:
-    """Settings, data, groups and versions of what was measured.
-
-    Args:
-        records: the numbers.
-        *further: what stands before the versions.
-    """
-    return (("Groups", groups(records)), *further, *tables.versions(records))
+def origins(records: Sequence[Record]) -> Pairs:
+    """Symmetry groups and versions of what was measured."""
+    return (("Groups", groups(records)), *tables.versions(records))
 
 
 NAME, TEXT = 48, 600

@@ -220,7 +220,7 @@ def _figures(records: Sequence[Record]) -> tuple[Plate, ...]:
             strips = tuple((name, tuple(row.estimate for row in own)) for name, own in arms.items())
             panels.append(Panel(_words(key), strips))
     caption = (
-        "Every dot is a number with its confidence interval, which is often narrower than the dot; the bar is the geometric mean of the "
+        "Every dot is a number with its interval, which is often narrower than the dot; the bar is the geometric mean of the "
         "strip. Numbers that are not positive have no place on this axis, and are in the tables only."
     )
     return plates(panels, caption, "Every positive number by measure, geometry and network; the tables hold the same.")

@@ -84,7 +84,7 @@ def _figures(result: Reproduction) -> tuple[Plate, ...]:
         return ()
     return (
         Plate(
-            caption="Every dot is a network, with its confidence interval (mostly narrower than the dot); the bar is the geometric mean. "
+            caption="Every dot is a network, with its interval (mostly narrower than the dot); the bar is the geometric mean. "
             "Further right is sharper. “Other weights”: the same networks at other points of their orbits, the same functions.",
             alternative=" ".join(result.sentences),
             svg=markup(strips(panels), "strips"),
@@ -197,5 +197,5 @@ def _provenance(result: Reproduction, command: str) -> parts.Pairs:
         ("Training", "; ".join(f"{arm.name}: {parts.listed(arm.training.model_dump())}" for arm in recipe.arms)),
         ("Data", f"{result.data}, hash of what was measured on {parts.hashes(records)}"),
         *(("Settings", parts.listed(row.settings)) for row in records[:1]),
-        *parts.measured(records),
+        *parts.origins(records),
     )
