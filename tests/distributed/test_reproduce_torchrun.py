@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from isoflat.cli.main import app
-from isoflat.cli.reproduce import followed
 from isoflat.experiments.recipe import parse
+from isoflat.experiments.reproduce import follow as followed
 
 REPRODUCE = ["reproduce", "synthetic-invariance", "--replicates", "1"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -20,8 +20,8 @@ WORKER = """
 import sys
 from pathlib import Path
 
-from isoflat.experiments.splits import load_split
-from isoflat.cli.reproduce import followed
+from isoflat.experiments.data import load_split
+from isoflat.experiments.reproduce import follow as followed
 from isoflat.experiments.recipe import parse
 from isoflat.risk.ranks import Ranks, joined
 

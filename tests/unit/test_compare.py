@@ -25,13 +25,13 @@ from typer.testing import CliRunner
 
 import isoflat
 from isoflat.cli.compare import compare as compare_verb
-from isoflat.cli.compare import labels
 from isoflat.cli.main import app
 from isoflat.cli.measure import measure as measure_verb
 from isoflat.core.comparison import Basis, Comparison, Difference, Ratio, Verdict
 from isoflat.core.errors import IsoflatError, NonFinite, UsageError
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Point, Record
+from isoflat.io.several import labels
 from isoflat.measurement import compare as module
 from isoflat.measurement.compare import contrast, difference
 

@@ -15,6 +15,7 @@ from isoflat.cli.main import app
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Point, Record
 from isoflat.experiments.recipe import parse
+from isoflat.experiments.reproduce import follow
 
 ASKED = ("--model", "stored_nets:build", "--data", "digits", "--examples", "60", "--rtol", "0.25")
 
@@ -105,7 +106,7 @@ numbers = [{ measure = "quotient_spectral_norm", geometry = "layerwise" }]
         "tiny",
     )
     folder = Path("runs")
-    result = reproduce.followed(recipe, None, folder, jobs=1)
+    result = follow(recipe, None, folder, jobs=1)
     reproduce.write(result, folder, "isoflat reproduce tiny")
     for place in (folder, folder / "store"):
         told = found(place)

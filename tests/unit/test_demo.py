@@ -4,15 +4,15 @@ import re
 
 import torch
 
-from isoflat.cli.demo import watched, write
+from isoflat.cli.demo import write
 from isoflat.experiments.data import digits
-from isoflat.experiments.demo import Plan
+from isoflat.experiments.demo import MlpPlan, demonstrate
 
 
 def test_the_demo_end_to_end(tmp_path):
     before = torch.get_rng_state()
-    plan = Plan(seeds=2, seed=0, widths=(64, 16, 16, 10), target=0.5)
-    result = watched(plan, hidden=True)
+    plan = MlpPlan(seeds=2, seed=0, widths=(64, 16, 16, 10), target=0.5)
+    result = demonstrate(plan)
     assert torch.equal(before, torch.get_rng_state())
     for record in result.records:
         assert record.estimate.converged

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from isoflat import UsageError, symmetries
-from isoflat.experiments.orbit import Plan, attack
+from isoflat.experiments.attack import attack
 
 
 def _net():
@@ -22,17 +22,17 @@ def _data():
     return torch.randn(40, 4, generator=generator), torch.arange(40) % 3
 
 
-def _attacked(plan, net=None, loss=None, targets=None):
+def _attacked(net=None, loss=None, targets=None, **asked):
     net = _net() if net is None else net
     inputs, classes = _data()
     loss = nn.CrossEntropyLoss() if loss is None else loss
     found = symmetries(net, inputs, loss=loss if targets is None else None)
-    return attack(net, (inputs, classes if targets is None else targets), loss, found, plan)
+    return attack(net, (inputs, classes if targets is None else targets), loss, symmetries=found, **asked)
 
 
 @pytest.fixture(scope="module")
 def orbit():
-    return _attacked(Plan(points=2, search=2))
+    return _attacked(points=2, search=2)
 
 
 def test_the_canonical_number_survives_and_the_others_do_not(orbit):
@@ -65,20 +65,20 @@ def test_ranges_hold_every_value_and_the_worst_copy_is_named(orbit):
 def test_it_is_strict_json_and_repeatable(orbit):
     text = json.dumps(orbit.to_dict(), allow_nan=False)
     assert len(json.loads(text)["copies"]) == len(orbit.twins)
-    again = _attacked(Plan(points=2, search=2))
+    again = _attacked(points=2, search=2)
     assert [(row.lowest, row.highest, row.worst) for row in again.rows] == [
         (row.lowest, row.highest, row.worst) for row in orbit.rows
     ]
 
 
 def test_searching_moves_a_number_further_than_chance():
-    plan = {"measures": ("quotient_spectral_norm",), "geometries": ("layerwise",), "points": 1}
-    random, searched = (_attacked(Plan(**plan, search=steps)).rows[0] for steps in (0, 4))
+    plan = {"measures": ("quotient_spectral_norm",), "geometry": ("layerwise",), "points": 1}
+    random, searched = (_attacked(**plan, search=steps).rows[0] for steps in (0, 4))
     assert searched.highest > random.highest
 
 
 def test_uncertified_values_are_judged_by_their_residuals():
-    orbit = _attacked(Plan(measures=("quotient_spectral_norm",), points=2, search=0, settings={"certify": False}))
+    orbit = _attacked(measures=("quotient_spectral_norm",), points=2, search=0, certify=False)
     assert [row.survives for row in orbit.rows] == [True, False]
     assert all(row.tolerance < 0.1 for row in orbit.rows)
 
@@ -86,7 +86,7 @@ def test_uncertified_values_are_judged_by_their_residuals():
 def test_the_network_is_not_changed():
     net = _net()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    _attacked(Plan(measures=("hessian_spectral_norm",), points=1, search=0), net)
+    _attacked(net, measures=("hessian_spectral_norm",), points=1, search=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert net[3].eps == 1e-5
 
@@ -94,14 +94,14 @@ def test_the_network_is_not_changed():
 def test_nothing_to_attack_with_and_plans_without_meaning_are_refused():
     smooth = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     with pytest.raises(UsageError, match="nothing to attack"):
-        _attacked(Plan(), smooth, nn.MSELoss(), torch.zeros(40, 2))
+        _attacked(smooth, nn.MSELoss(), torch.zeros(40, 2))
     with pytest.raises(UsageError, match="0 points"):
-        Plan(points=0, search=0)
+        _attacked(points=0, search=0)
     with pytest.raises(UsageError, match="spread"):
-        Plan(spread=0.0)
+        _attacked(spread=0.0)
 
 
 def test_copies_that_rounding_changes_are_left_out_and_where_all_are_it_says_so(monkeypatch):
-    monkeypatch.setattr("isoflat.experiments.orbit.TOLERANCE", -1.0)
+    monkeypatch.setattr("isoflat.experiments.attack.TOLERANCE", -1.0)
     with pytest.raises(UsageError, match="smaller spread"):
-        _attacked(Plan(measures=("hessian_spectral_norm",), points=2, search=0))
+        _attacked(measures=("hessian_spectral_norm",), points=2, search=0)

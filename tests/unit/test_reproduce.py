@@ -17,19 +17,19 @@ from typer.testing import CliRunner
 
 from isoflat.cli.exits import DOES_NOT_HOLD
 from isoflat.cli.main import app
-from isoflat.cli.reproduce import followed, show, write
+from isoflat.cli.reproduce import show, write
 from isoflat.core.errors import DataError, IsoflatError, NoInvariantGeometry, RankLost, UnknownName, UsageError
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Point, Record
 from isoflat.core.table import Table
 from isoflat.experiments import cells, checking, families
-from isoflat.experiments.cells import Measured, Task, labelled
-from isoflat.experiments.data import Split, digits, gaussian
+from isoflat.experiments.cells import Measured, NetworkTask, labelled
+from isoflat.experiments.data import Split, digits, gaussian, load_split
 from isoflat.experiments.loop import Training
-from isoflat.experiments.rebuilt import rebuild
-from isoflat.experiments.recipe import Asks, Data, Quantity, Scale, parse, read, recipes
+from isoflat.experiments.rebuild import rebuild_reproduction
+from isoflat.experiments.recipe import Asks, DataSpec, Quantity, Scale, parse, read, recipes
+from isoflat.experiments.reproduce import follow as followed
 from isoflat.experiments.reproduction import Reproduction
-from isoflat.experiments.splits import load_split
 from isoflat.experiments.store import Store, address
 from isoflat.experiments.sweep import sweep, tasks
 from isoflat.measurement.run import measure_all
@@ -84,7 +84,7 @@ def test_every_recipe_can_be_built(name, scale):
     else:
         inputs = torch.zeros(2, *((math.prod(shape),) if recipe.data.flat else shape))
         data = Split("none", (inputs, torch.zeros(2, dtype=torch.int64)), (inputs[:0], torch.zeros(0)))
-    model = cells.network(Task(recipe, recipe.arms[0], 0), data)
+    model = cells.network(NetworkTask(recipe, recipe.arms[0], 0), data)
     with torch.no_grad():
         assert len(model(inputs)) == 2
 
@@ -151,14 +151,15 @@ def test_a_grid_makes_an_arm_of_each_combination():
         {"batch": batch, "widths": widths} for batch in (8, 16) for widths in ("64-8-10", "64-9-10")
     ]
     assert recipe.arms[3].training.batch == 16 and recipe.arms[3].network == {"widths": [64, 9, 10]}
-    assert cells.network(Task(recipe, recipe.arms[3], 0), digits())[0].out_features == 9
+    assert cells.network(NetworkTask(recipe, recipe.arms[3], 0), digits())[0].out_features == 9
 
 
 def test_networks_of_one_replicate_start_alike_and_others_do_not(result):
     recipe = result.recipe
     first, second = recipe.arms
     weights = [
-        cells.network(Task(recipe, arm, k), digits())[0].weight for arm, k in ((first, 0), (second, 0), (first, 1))
+        cells.network(NetworkTask(recipe, arm, k), digits())[0].weight
+        for arm, k in ((first, 0), (second, 0), (first, 1))
     ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
@@ -241,7 +242,7 @@ def test_networks_that_diverge_are_in_every_file(diverged, folder, tmp_path):
     )
     assert ">diverged<" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert checking.compared(stored, diverged).holds
-    again = rebuild(stored, Store.open(folder).cells()[0])
+    again = rebuild_reproduction(stored, Store.open(folder).cells()[0])
     assert not again.warnings and again.result.rows() == diverged.rows()
 
 
@@ -348,7 +349,7 @@ KILLED = """
 import sys
 from pathlib import Path
 
-from isoflat.experiments.splits import load_split
+from isoflat.experiments.data import load_split
 from isoflat.experiments.recipe import parse
 from isoflat.experiments.store import Store
 from isoflat.experiments.sweep import sweep, tasks
@@ -457,7 +458,7 @@ def test_the_verb_from_end_to_end(tmp_path):
 def test_workers_that_submitit_runs_fill_the_same_store(tmp_path):
     pytest.importorskip("submitit")
     recipe = parse(SMALL.replace("replicates = 2", "replicates = 1"), "tiny", orbit=0)
-    from isoflat.experiments.submission import submitted
+    from isoflat.experiments.reproduce import submitted
 
     submitted("local", recipe, None, tmp_path, 1, None)
     assert len(Store.open(tmp_path / "store").cells()[0]) == 4  # a training and a measurement for each network
@@ -492,7 +493,7 @@ def test_the_verb_refuses_in_one_line(arguments, told, tmp_path, monkeypatch):
 
 
 def test_the_first_rows_are_taken():
-    whole, part = digits(), load_split(Data(source="digits", train=120, test=60), None)
+    whole, part = digits(), load_split(DataSpec(source="digits", train=120, test=60), None)
     for pair, every, rows in ((part.train, whole.train, 120), (part.test, whole.test, 60)):
         assert all(
             len(own) == rows and torch.equal(own, all_of_it[:rows]) for own, all_of_it in zip(pair, every, strict=True)
@@ -502,9 +503,9 @@ def test_the_first_rows_are_taken():
 
 def test_data_with_too_few_rows_is_refused():
     with pytest.raises(DataError, match="1257"):
-        load_split(Data(source="digits", train=5000), None)
+        load_split(DataSpec(source="digits", train=5000), None)
     with pytest.raises(UsageError, match="must be one of"):
-        load_split(Data(source="svhn"), None)
+        load_split(DataSpec(source="svhn"), None)
 
 
 def test_asks_are_all_used():

@@ -19,7 +19,7 @@ from isoflat.experiments.statistics.partial import partial
 from isoflat.experiments.statistics.permutation import permutation
 from isoflat.experiments.statistics.relation import relations
 from isoflat.experiments.statistics.robust import replicate_noise, robust
-from isoflat.experiments.statistics.sample import Sample, generator_of
+from isoflat.experiments.statistics.sample import OutcomeSample, generator_of
 
 GRID = list(itertools.product((8, 16, 32), (0.1, 0.01), ("sgd", "adam"), range(2)))
 FACTORS = {
@@ -33,7 +33,7 @@ SMALL = st.integers(3, 6).flatmap(
 
 
 def made(values, outcomes, factors=None, losses=None):
-    return Sample(
+    return OutcomeSample(
         values=tuple(map(float, values)),
         outcomes=tuple(map(float, outcomes)),
         factors=factors or {},
@@ -449,7 +449,7 @@ def test_the_order_of_networks_changes_nothing():
         return tuple(column[i] for i in shuffle)
 
     shuffled = {
-        name: Sample(
+        name: OutcomeSample(
             take(each.values),
             take(each.outcomes),
             {factor: take(levels) for factor, levels in reversed(each.factors.items())},
@@ -495,7 +495,7 @@ def test_the_seed_decides_the_draws():
 )
 def test_bad_samples_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
-        Sample(*arguments)
+        OutcomeSample(*arguments)
 
 
 def test_bad_settings_are_refused():

@@ -17,7 +17,6 @@ from scipy.stats import kendalltau
 from typer.testing import CliRunner
 
 from isoflat.cli.main import app
-from isoflat.cli.study import quantities
 from isoflat.core.errors import DataError, UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.record import Point, Record
@@ -26,8 +25,9 @@ from isoflat.experiments import listed
 from isoflat.experiments.listed import read_listing
 from isoflat.experiments.numbers import Number
 from isoflat.experiments.prediction import Observed, Prediction
-from isoflat.experiments.rebuilt_study import rebuild
+from isoflat.experiments.rebuild import rebuild_study
 from isoflat.experiments.recipe import Quantity
+from isoflat.experiments.study import quantities
 from isoflat.measurement.run import measure_all
 from isoflat.report.html import render
 from isoflat.report.pages.study import page
@@ -455,7 +455,7 @@ def test_any_part_of_a_study_may_be_wrong(studied, data):
         if data.draw(st.booleans()):
             break
     within[key] = data.draw(st.sampled_from([None, -1, 0.5, True, "", EVIL, [], {}, [None], {"a": 1}, "nan"]))
-    found = rebuild(content, records)  # never an exception
+    found = rebuild_study(content, records)  # never an exception
     assert found.result is not None or found.warnings
 
 

@@ -9,24 +9,25 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from isoflat.cli.demo import everything, watched, write
+from isoflat.cli.demo import everything, write
 from isoflat.cli.main import app
 from isoflat.core.errors import DataError, UsageError
 from isoflat.experiments.data import LETTERS, characters
+from isoflat.experiments.demo import demonstrate
+from isoflat.experiments.demonstration import verdicts
 from isoflat.experiments.families import decoder
 from isoflat.experiments.loop import Regime, train
 from isoflat.experiments.numbers import CANONICAL, NUMBERS, PAPER
-from isoflat.experiments.study import verdicts
-from isoflat.experiments.transformer import Plan, extremes
+from isoflat.experiments.transformer import TransformerPlan, extremes
 
-TINY = Plan(
+TINY = TransformerPlan(
     seeds=2, target=2.4, rates=(0.003, 0.03), batch=4, windows=8, context=8, width=8, heads=2, layers=1, spreads=(0.0, 1.0)
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def result():
-    return watched(TINY, hidden=True)
+    return demonstrate(TINY)
 
 
 def _scaled(trained, factor):

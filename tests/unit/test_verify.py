@@ -323,7 +323,7 @@ def test_the_verb_says_that_true_numbers_hold(folder):
     printed = _run("verify", "result.json", "result.json", *FEW).stdout
     assert printed.count("layerwise): holds") == 2
     assert "whatever is stored" in printed
-    assert not list(folder.glob(".isoflat-*"))
+    assert not list(folder.glob(".*.part"))
 
 
 def _estimate(**changes):

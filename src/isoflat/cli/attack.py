@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from itertools import chain, repeat
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from isoflat.cli import options
+from isoflat.cli.deliver import deliver
 from isoflat.cli.grids import Rows
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.progress import progress, step
-from isoflat.cli.save import deliver
+from isoflat.cli.progress import step
 from isoflat.cli.terminal import notes, plain, say
+from isoflat.experiments.numbers import GEOMETRIES, MEASURES
 
 if TYPE_CHECKING:
-    from isoflat.experiments.orbit import Orbit, Plan
-    from isoflat.io.inputs import Loaded
-    from isoflat.symmetry.found import Found
-
-NUMBERS = ("quotient_spectral_norm", "hessian_spectral_norm")
-"""Attacked where no --measure is given."""
-
-PLACES = ("auto", "layerwise")
-"""Where, if no --geometry is given."""
+    from isoflat.experiments.attack import AttackResult
 
 
 @takes(NetworkOptions, "network")
-@takes(MeasureOptions, "wanted", without=("initial", "sample", "logits"), names=list(NUMBERS), geometry=list(PLACES))
+@takes(
+    MeasureOptions,
+    "wanted",
+    without=("initial", "sample", "logits"),
+    names=list(MEASURES),
+    geometry=list(GEOMETRIES),
+)
 @takes(ComputeOptions, "compute", only=("seed", "device"))
 @takes(OutputOptions, "output", only=("as_json",))
 def attack(
@@ -52,44 +50,35 @@ def attack(
 
     Exit code 0: the attack ran, whatever survived. 2: refused, with the reason.
     """
-    from isoflat.experiments.orbit import Plan
+    from isoflat.experiments.attack import attack as attacked
     from isoflat.io.inputs import check, device_of, prepare, within_memory
-    from isoflat.measurement.prepare import symmetries_of
 
     seed, as_json = compute.seed, output.as_json
-    effort = {key: value for key, value in wanted.effort(seed).items() if key not in ("sample", "seed")}
-    check(wanted.names, wanted.geometry, **effort, seed=seed)
-    params, where = wanted.params or None, device_of(compute.device)
-    settings = {**effort, "params": params, "device": where}
-    plan = Plan(tuple(wanted.names), tuple(wanted.geometry), points, search, spread, seed, settings)
-    inputs = network.inputs(seed)
-    loaded, target = prepare(inputs, params, None, where)
+    effort = {key: value for key, value in wanted.effort(seed).items() if key != "sample"}
+    check(wanted.names, wanted.geometry, **effort)
+    params, where, inputs = wanted.params or None, device_of(compute.device), network.inputs(seed)
+    loaded, _ = prepare(inputs, params, None, where)
     step(f"loaded {inputs.model} and {inputs.data}", as_json)
     with within_memory():
-        orbit = watched(loaded, symmetries_of(target), plan, as_json)
+        orbit = attacked(
+            loaded.model,
+            loaded.batches,
+            loaded.loss,
+            measures=wanted.names,
+            geometry=wanted.geometry,
+            points=points,
+            search=search,
+            spread=spread,
+            progress=not as_json,
+            params=params,
+            device=where,
+            **effort,
+        )
     content = {"subject": inputs.described() | {"notes": list(loaded.notes)}, **orbit.to_dict()}
     deliver(content, lambda screen: show(screen, orbit, loaded.notes), as_json)
 
 
-def watched(loaded: Loaded, found: Found, plan: Plan, hidden: bool) -> Orbit:
-    """Attack under a progress bar.
-
-    Args:
-        loaded: the network and the data.
-        found: its symmetries.
-        plan: what to attack, and how hard.
-        hidden: show nothing.
-    """
-    from isoflat.experiments import orbit
-
-    with progress(plan.work, hidden) as told:
-        done = chain([0], repeat(1))  # told before each network is measured: nothing is done at the first
-        return orbit.attack(
-            loaded.model, loaded.batches, loaded.loss, found, plan, lambda label: told(label, next(done))
-        )
-
-
-def show(screen: Console, orbit: Orbit, loading: tuple[str, ...]) -> None:
+def show(screen: Console, orbit: AttackResult, loading: tuple[str, ...]) -> None:
     """One line for each number, what happened to the function meanwhile, and the verdict."""
     rows = [
         (
@@ -120,7 +109,7 @@ def show(screen: Console, orbit: Orbit, loading: tuple[str, ...]) -> None:
     notes(screen, loading)
 
 
-def verdict_of(orbit: Orbit) -> str:
+def verdict_of(orbit: AttackResult) -> str:
     """Which numbers survive, in words."""
     alive = [row.name for row in orbit.rows if row.survives]
     moved = [row.name for row in orbit.rows if not row.survives]

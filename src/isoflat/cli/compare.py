@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from isoflat.cli import options
+from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
 from isoflat.cli.progress import interactive, step
-from isoflat.cli.save import claim, deliver, save
-from isoflat.cli.terminal import notes, plain
-from isoflat.core.render import visible
+from isoflat.cli.terminal import complain, notes, plain
+from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
-    import torch
-
     from isoflat.core.comparison import Comparison
     from isoflat.io.inputs import Inputs
-    from isoflat.risk.batches import Batches
-
-_ENDINGS = (".index.json", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-"""Taken off the names of files to make labels, in this order."""
-
 
 STORED = ("checkpoints", "reference", "names", "geometry", "logits", "out", "report", "force", "as_json")
 """Arguments that have a meaning where nothing is measured."""
@@ -75,9 +66,9 @@ def compare(
     """
     from isoflat.core.errors import UsageError
     from isoflat.experiments.stored import holds_results
-    from isoflat.io.initial import before
+    from isoflat.io.inputs import before, device_of, within_memory
     from isoflat.io.inputs import check as known
-    from isoflat.io.inputs import device_of, within_memory
+    from isoflat.io.several import labels, load_several
     from isoflat.measurement.compare import compare as compared
 
     if all(map(holds_results, checkpoints)):
@@ -95,7 +86,7 @@ def compare(
         ranks.on_all_ranks(lambda: claimed(output.out, output.report, output.force) if ranks.first else None)
         where = device_of(compute.device)
         loaded = ranks.on_all_ranks(
-            lambda: load(inputs, files, {"params": params, "dtype": compute.dtype, "device": where})
+            lambda: load_several(inputs, files, {"params": params, "dtype": compute.dtype, "device": where})
         )
         start, further = ranks.on_all_ranks(lambda: before(inputs, wanted.initial))
         loading = (*loaded.notes, *further)
@@ -166,7 +157,7 @@ def _stored(
         tuple(find_geometry(place).name for place in places),
         wanted.logits or "raw",
     )
-    found, subject = compared(paths, asked, reference)
+    found, subject = compared(paths, asked, reference, partial(complain, prefix="warning"))
 
     def shown(screen: Console) -> None:
         screen.print(found)
@@ -178,109 +169,6 @@ def _stored(
 def _idle(context: typer.Context, name: str) -> bool:
     """Whether it was typed, and has no meaning for stored numbers."""
     return name not in STORED and options.typed(context, name)
-
-
-@final
-@dataclass(frozen=True)
-class Loaded:
-    """What can be compared.
-
-    Attributes:
-        models: by label, in evaluation mode, each with its weights.
-        batches: the data, for all.
-        loss: what `isoflat.compare` takes as loss.
-        notes: what was chosen while loading.
-    """
-
-    models: Mapping[str, torch.nn.Module]
-    batches: Batches
-    loss: Any
-    notes: tuple[str, ...]
-
-
-def load(inputs: Inputs, files: Mapping[str, Path], settings: Mapping[str, Any]) -> Loaded:
-    """Build and fill every network, read the data once, and see that all run on it.
-
-    Args:
-        inputs: what the user named, but for the weights.
-        files: weights by label.
-        settings: `params`, `dtype` and `device`, as for `isoflat.measure`.
-
-    Raises:
-        IsoflatError: something cannot be found, opened or fitted; nothing has been measured then.
-    """
-    from isoflat.io.data import load_data
-    from isoflat.io.inputs import fill, try_forward
-    from isoflat.io.model import build, find_loss
-    from isoflat.measurement.prepare import subject
-
-    loss = find_loss(inputs.loss)
-    models, notes = {}, []
-    for label, path in files.items():
-        models[label] = build(inputs.model, inputs.seed)
-        notes += [f"{label}: {note}" for note in fill(models[label], replace(inputs, weights=path))]
-    _check_apart(models, inputs.model)
-    data = load_data(inputs.data, inputs.split, inputs.transform, inputs.examples, inputs.batch_size)
-    for model in models.values():
-        try_forward(subject(model, data.batches, loss, **settings))
-    return Loaded(models, data.batches, loss, (*notes, *data.notes))
-
-
-def _check_apart(models: Mapping[str, torch.nn.Module], factory: str) -> None:
-    """Refuse networks that share tensors: the weights loaded last would be in all of them."""
-    from isoflat.core.errors import UsageError
-
-    owner: dict[int, str] = {}
-    for label, model in models.items():
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            place = tensor.untyped_storage().data_ptr() if hasattr(tensor, "untyped_storage") else 0
-            if place and owner.setdefault(place, label) != label:
-                raise UsageError(
-                    f"--model {factory}: the networks it builds share the tensor '{name}', so that weights loaded into one "
-                    "change the others: build everything anew at each call"
-                )
-
-
-def labels(paths: Sequence[Path]) -> list[str]:
-    """Short names for files, each once: the file's, or with its ending or folders where these tell files apart.
-
-    >>> labels([Path("runs/small.safetensors"), Path("runs/large.safetensors")])
-    ['small', 'large']
-    >>> labels([Path("a/best.pt"), Path("b/best.pt"), Path("last.pt"), Path("last.ckpt"), Path("c.pt"), Path("c.pt")])
-    ['a/best', 'b/best', 'last.pt', 'last.ckpt', 'c', 'c (2)']
-    """
-    short = [_stem(path.name) for path in paths]
-    found = list(short)
-    for stem in set(short):
-        same = [index for index, name in enumerate(short) if name == stem]
-        whole = [Path(os.path.abspath(paths[index])) for index in same]  # noqa: PTH100 (links keep their names)
-        if len(same) == 1 or len(set(whole)) == 1:
-            continue
-        if len({path.name for path in whole}) == len(same):
-            apart = [path.name for path in whole]
-        else:
-            common = os.path.commonpath([path.parent for path in whole])
-            inside = [path.relative_to(common) for path in whole]
-            stems = [(path.parent / _stem(path.name)).as_posix() for path in inside]
-            apart = stems if len(set(stems)) == len(set(whole)) else [path.as_posix() for path in inside]
-        for index, name in zip(same, apart, strict=True):
-            found[index] = name
-    unique: list[str] = []
-    for name in map(visible, found):
-        numbered = (name if count == 1 else f"{name} ({count})" for count in itertools.count(1))
-        unique.append(next(label for label in numbered if label not in unique))
-    return unique
-
-
-def _stem(name: str) -> str:
-    """A file's name without the endings of weights files.
-
-    >>> _stem("model.safetensors.index.json"), _stem("epoch.3.ckpt"), _stem(".pt")
-    ('model', 'epoch.3', '.pt')
-    """
-    for ending in _ENDINGS:
-        name = name.removesuffix(ending) or name
-    return name
 
 
 def _chosen(reference: str | None, files: Mapping[str, Path]) -> str | None:

@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from isoflat.cli.grids import Rows
-from isoflat.cli.progress import progress
 from isoflat.cli.terminal import console, plain, say
 
 if TYPE_CHECKING:
     from isoflat.core.estimate import Estimate
-    from isoflat.experiments import transformer
-    from isoflat.experiments.attack import Ladder
-    from isoflat.experiments.demo import Plan
-    from isoflat.experiments.outcome import DemoResult
+    from isoflat.experiments.demonstration import DemoResult
+    from isoflat.experiments.ladders import Ladder
 
 NETWORKS = ("mlp", "transformer")
 """What --network takes; the first is the default."""
@@ -47,50 +44,21 @@ def demo(
     """Are large-batch minima sharper, large-step minima flatter? Train, measure, attack, report; nothing is downloaded."""
     from isoflat.core.errors import UnknownName
     from isoflat.experiments import transformer
-    from isoflat.experiments.demo import Plan
+    from isoflat.experiments.demo import MlpPlan, demonstrate
+    from isoflat.io.files import make_folder
 
     if network not in NETWORKS:
         raise UnknownName("network", network, NETWORKS)
-    kind = transformer.Plan if network == "transformer" else Plan
+    kind = transformer.TransformerPlan if network == "transformer" else MlpPlan
     plan = kind(seeds=seeds, seed=seed, optimizer=optimizer)
-    prepare(out)
-    result = watched(plan, hidden=False)
+    make_folder(out)
+    result = demonstrate(plan, progress=True)
     which = "" if network == NETWORKS[0] else f" --network {network}"
     report = write(result, out, f"isoflat demo{which} --seeds {seeds} --seed {seed} --optimizer {optimizer}")
     if as_json:
         sys.stdout.write(json.dumps({**result.to_dict(), "report": str(report)}, allow_nan=False) + "\n")
     else:
         show(result, report)
-
-
-def prepare(folder: Path) -> None:
-    """Make the folder before anything is computed.
-
-    Raises:
-        UsageError: it cannot be made.
-    """
-    from isoflat.core.errors import UsageError
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {folder} cannot be made ({error.strerror}): give the name of a folder") from error
-
-
-def watched(plan: Plan | transformer.Plan, hidden: bool) -> DemoResult:
-    """Run the demonstration and show its progress.
-
-    Args:
-        plan: what to do.
-        hidden: show nothing.
-    """
-    from isoflat.experiments import demo, transformer
-    from isoflat.experiments.data import characters, digits
-
-    with progress(plan.work, hidden, width=34) as report:
-        if isinstance(plan, transformer.Plan):
-            return transformer.run(characters(plan.windows, plan.context), plan, report)
-        return demo.run(digits(), plan, report)
 
 
 def write(result: DemoResult, folder: Path, command: str) -> Path:
@@ -104,8 +72,8 @@ def write(result: DemoResult, folder: Path, command: str) -> Path:
     Returns:
         The report's path.
     """
-    from isoflat.cli.save import save
     from isoflat.integrations.tables import to_csv
+    from isoflat.io.files import save
     from isoflat.report.html import render
     from isoflat.report.pages.demo import page
     from isoflat.report.tables import flat

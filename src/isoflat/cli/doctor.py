@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
+from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import REFUSED
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.save import deliver
 from isoflat.cli.terminal import WIDTH, plain
 from isoflat.core.errors import UsageError
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, final
+from typing import TypeVar, final
 
 import torch
 
 from isoflat.core.errors import DataError, IsoflatError, NondeterministicRisk, UnsupportedModel
 from isoflat.core.space import norm
-from isoflat.io.data import load_data
-from isoflat.io.inputs import Inputs, fill, try_forward
-from isoflat.io.model import build, find_loss
+from isoflat.io.inputs import Inputs, try_forward
+from isoflat.io.model import build, fill, find_loss
 from isoflat.io.named import reason
 from isoflat.measurement.prepare import subject
 from isoflat.measures.base import Subject
@@ -52,15 +51,15 @@ def examine(inputs: Inputs, dtype: str | None = None, device: torch.device | Non
     exam = _Exam()
     loss = exam.check("loss is known", lambda: (find_loss(inputs.loss), inputs.loss))
     model = exam.check("model builds", lambda: _described(build(inputs.model, inputs.seed)))
-    exam.check("weights fit", lambda: (True, "; ".join(fill(_sure(model), inputs)) or "every tensor, strictly"))
+    exam.check("weights fit", lambda: (True, "; ".join(_filled(_sure(model), inputs)) or "every tensor, strictly"))
     exam.check("mode is right", lambda: _mode(_sure(model)))
     data = exam.check(
         "data can be read",
-        lambda: _with_notes(load_data(inputs.data, inputs.split, inputs.transform, inputs.examples, inputs.batch_size)),
+        lambda: _with_notes(inputs),
     )
-    exam.check("data is the same at a second pass", lambda: _same_twice(_sure(data).batches))
+    exam.check("data is the same at a second pass", lambda: _same_twice(_sure(data)))
     target = exam.check(
-        "network runs on the data", lambda: _runs(subject(_sure(model), _sure(data).batches, loss, None, dtype, device))
+        "network runs on the data", lambda: _runs(subject(_sure(model), _sure(data), loss, None, dtype, device))
     )
     exam.check("loss is deterministic", lambda: _deterministic(_sure(target)))
     exam.check("loss and gradient are finite", lambda: _finite(_sure(target)))
@@ -105,8 +104,13 @@ def _described(model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
     return model, f"{type(model).__name__} with {sum(p.numel() for p in model.parameters())} entries"
 
 
-def _with_notes(data: Any) -> tuple[Any, str]:
-    return data, "; ".join(data.notes) or "ready"
+def _filled(model: torch.nn.Module, inputs: Inputs) -> tuple[str, ...]:
+    return fill(model, inputs.weights, inputs.weights_key, inputs.strip_prefix, inputs.seed)
+
+
+def _with_notes(inputs: Inputs) -> tuple[Batches, str]:
+    notes: list[str] = []
+    return inputs.read(notes.append), "; ".join(notes) or "ready"
 
 
 def _mode(model: torch.nn.Module) -> tuple[bool, str]:

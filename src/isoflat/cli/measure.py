@@ -11,21 +11,22 @@ import typer
 from rich.console import Console
 
 from isoflat.cli import options
+from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.grids import Rows
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
 from isoflat.cli.progress import interactive, step
-from isoflat.cli.save import claim, deliver, save
 from isoflat.cli.terminal import facts, notes, plain
 from isoflat.core.errors import UsageError
+from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from isoflat.core.record import Record
     from isoflat.core.table import Table
-    from isoflat.experiments.orbit import Orbit
+    from isoflat.experiments.attack import AttackResult
     from isoflat.io.inputs import Inputs
 
 
@@ -148,7 +149,7 @@ def witness_path(out: Path | None, used: Sequence[Path | None]) -> Path:
 
 def evaluate(
     inputs: Inputs, orbit: int = 0, initial: Path | None = None, hidden: bool = True, **settings: Any
-) -> tuple[Table, tuple[str, ...], Orbit | None]:
+) -> tuple[Table, tuple[str, ...], AttackResult | None]:
     """Load and measure.
 
     Args:
@@ -164,10 +165,8 @@ def evaluate(
     Raises:
         IsoflatError: something is refused; names and limits are checked before a file is opened.
     """
-    from isoflat.cli.attack import watched
-    from isoflat.experiments.orbit import Plan
-    from isoflat.io.initial import before
-    from isoflat.io.inputs import check, device_of, prepare, within_memory
+    from isoflat.experiments.attack import attack
+    from isoflat.io.inputs import before, check, device_of, prepare, within_memory
     from isoflat.measurement.prepare import symmetries_of
     from isoflat.measurement.run import measure_all
     from isoflat.risk.ranks import Ranks
@@ -198,12 +197,25 @@ def evaluate(
                 "initial",
             )
         }  # fmt: skip
-        names, places = tuple(settings["measures"]), tuple(settings["geometry"])
-        plan = Plan(names, places, points=orbit, search=0, seed=settings["seed"], settings=shared)
-        return table, loading, watched(loaded, found, plan, hidden)
+        copies = attack(
+            loaded.model,
+            loaded.batches,
+            loaded.loss,
+            measures=settings["measures"],
+            geometry=settings["geometry"],
+            points=orbit,
+            search=0,
+            seed=settings["seed"],
+            symmetries=found,
+            progress=not hidden,
+            **shared,
+        )
+        return table, loading, copies
 
 
-def show(screen: Console, inputs: Inputs, table: Table, loading: tuple[str, ...], orbit: Orbit | None = None) -> None:
+def show(
+    screen: Console, inputs: Inputs, table: Table, loading: tuple[str, ...], orbit: AttackResult | None = None
+) -> None:
     """Print values, then what is needed to trust them."""
     screen.print(_values(table))
     notes(screen, (f"not measured: {part}" for part in table.omitted))
@@ -274,7 +286,7 @@ def _row(row: Record) -> list[tuple[str, str]]:
     ]
 
 
-def _spread(orbit: Orbit, number: int) -> str:
+def _spread(orbit: AttackResult, number: int) -> str:
     """One number over the copies, in words."""
     row = orbit.rows[number]
     value, verdict = row.before.estimate.value, "does not move" if row.survives else "MOVES"

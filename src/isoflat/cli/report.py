@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isoflat.cli.save import claim, save
 from isoflat.cli.terminal import complain, console, plain
+from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
     from isoflat.core.record import Record
@@ -150,11 +150,11 @@ def shown(results: Results, command: str) -> tuple[Page | None, tuple[str, ...]]
 
 def _reproduced(results: Results, content: Mapping[str, Any]) -> tuple[Page | None, tuple[str, ...]]:
     """The page of a reproduction, if its networks are in the store."""
-    from isoflat.experiments.rebuilt import rebuild
+    from isoflat.experiments.rebuild import rebuild_reproduction
     from isoflat.report.pages.parts import literally
     from isoflat.report.pages.reproduce import page
 
-    found = rebuild(content, results.cells)
+    found = rebuild_reproduction(content, results.cells)
     if found.result is None:
         return None, (*found.warnings, "The experiment of result.json is shown by its numbers only.")
     with literally():
@@ -164,16 +164,16 @@ def _reproduced(results: Results, content: Mapping[str, Any]) -> tuple[Page | No
 
 def _studied(results: Results, content: Mapping[str, Any]) -> tuple[Page | None, tuple[str, ...]]:
     """The page of a study, if its numbers are in the folder."""
-    from isoflat.experiments.rebuilt_study import rebuild
+    from isoflat.experiments.rebuild import rebuild_study
     from isoflat.report.pages.parts import literally
     from isoflat.report.pages.study import page
 
-    found = rebuild(content, [number.record for number in results.found])
+    found = rebuild_study(content, [number.record for number in results.found])
     if found.result is None:
         return None, found.warnings
     command = content.get("command")
     with literally():
-        made = page(found.result, command if isinstance(command, str) else "isoflat study", found.facts)
+        made = page(found.result, command if isinstance(command, str) else "isoflat study", found.result.facts)
     return _with_others(made, results, found.result.records), found.warnings
 
 

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, final
+from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
-from isoflat.cli import options
 from isoflat.cli.exits import DOES_NOT_HOLD, NOT_CONVERGED
 from isoflat.cli.grids import Rows, item
 from isoflat.cli.options import ComputeOptions, OutputOptions, takes
-from isoflat.cli.progress import progress
 from isoflat.cli.terminal import console, plain, say
 
 if TYPE_CHECKING:
+    from isoflat.experiments.checking import ReproductionCheck
     from isoflat.experiments.recipe import Recipe
     from isoflat.experiments.reproduction import Reproduction
 
@@ -70,12 +66,6 @@ class RecipeOptions:
         typer.Option(metavar="FOLDER", help="For report, tables and the store of networks. Default: isoflat-NAME."),
     ] = None
 
-    @property
-    def changes(self) -> dict[str, Any]:
-        """Settings of the recipe that are replaced; None where they are not."""
-        numbers = _numbers(self.names, self.geometry)
-        return {"replicates": self.replicates, "orbit": self.orbit, "seed": self.seed, "numbers": numbers}
-
 
 @takes(RecipeOptions, "asked")
 @takes(ComputeOptions, "compute", only=("device", "timeout"), timeout=PATIENCE)
@@ -117,7 +107,7 @@ def reproduce(
     """
     from isoflat.cli.processes import sharing
     from isoflat.experiments import checking
-    from isoflat.experiments.recipe import recipes
+    from isoflat.experiments.reproduce import reproduce as followed
 
     with sharing(compute.device, compute.timeout) as ranks:
         if name is None and check is None:
@@ -125,12 +115,26 @@ def reproduce(
                 listing(output.as_json)
             return
         stored = None if check is None else ranks.on_all_ranks(lambda: checking.read(check))
-        recipe = _recipe(name, asked.scale, asked.changes) if stored is None else checking.recipe(stored, name)
-        folder = asked.out or Path(f"isoflat-{recipe.name}")
-        result = followed(recipe, asked.data, folder, jobs, compute.device, submit, hidden=False)
+        result = followed(
+            name or "" if stored is None else checking.recipe(stored, name),
+            asked.data,
+            out=asked.out,
+            scale=asked.scale,
+            replicates=asked.replicates,
+            measures=asked.names,
+            geometry=asked.geometry,
+            orbit=asked.orbit,
+            seed=asked.seed,
+            jobs=jobs,
+            device=compute.device,
+            submit=submit,
+            progress=True,
+        )
+    recipe = result.recipe
+    folder = asked.out or Path(f"isoflat-{recipe.name}")
     if not ranks.first:
         return
-    write(result, folder, _command(recipes() if name is None else (name,), recipe, asked.data))
+    write(result, folder, _command(recipe, asked.data))
     verdict = None if stored is None else checking.compared(stored, result)
     if output.as_json:
         extra = {} if verdict is None else {"check": verdict.to_dict()}
@@ -138,118 +142,22 @@ def reproduce(
     else:
         show(result, folder)
         if verdict is not None:
-            checking.show(verdict)
+            show_check(verdict)
     if verdict is not None and not verdict.holds:
         raise typer.Exit(DOES_NOT_HOLD)
     if any(not record.estimate.converged for record in result.records):
         raise typer.Exit(NOT_CONVERGED)
 
 
-def _recipe(name: str | None, scale: str, changes: dict[str, Any]) -> Recipe:
-    from isoflat.core.errors import UnknownName
-    from isoflat.experiments.recipe import Scale, read
-
-    if scale not in list(Scale):
-        raise UnknownName("scale", scale, list(Scale))
-    return read(name or "", Scale(scale), **changes)
-
-
-def _numbers(names: list[str] | None, places: list[str] | None) -> list[dict[str, str]] | None:
-    """What to measure instead of the recipe's numbers."""
-    from isoflat.core.errors import UsageError
-    from isoflat.measures.catalogue import find_geometry, find_measure
-
-    if not names:
-        if places:
-            raise UsageError("--geometry says where --measure is measured: name measures too")
-        return None
-    made = []
-    for name in names:
-        single = find_measure(name).geometry is not None
-        made += [
-            {"measure": name, "geometry": find_geometry(place).name}
-            for place in (places or [options.PLACE])[: 1 if single else None]
-        ]
-    return made
-
-
-def _command(names: tuple[str, ...], recipe: Recipe, data: str | None) -> str:
+def _command(recipe: Recipe, data: str | None) -> str:
     parts = ["isoflat reproduce", recipe.name, "--scale", str(recipe.scale), "--replicates", str(recipe.replicates)]
     return " ".join([*parts, "--seed", str(recipe.seed), *(["--data", data] if data else [])])
 
 
-def followed(
-    recipe: Recipe,
-    source: str | None,
-    folder: Path,
-    jobs: int | None = None,
-    device: str | None = None,
-    submit: str | None = None,
-    hidden: bool = True,
-) -> Reproduction:
-    """Every network of a recipe trained and measured, under a progress bar.
-
-    In a process group the first process alone writes and shows progress.
-
-    Args:
-        recipe: what to do.
-        source: of the data, where it does not come with isoflat.
-        folder: whose store is used.
-        jobs: processes.
-        device: where networks live.
-        submit: "slurm" or "local", where submitit is to run the workers.
-        hidden: show no progress.
-
-    Raises:
-        IsoflatError: something is refused; what would be of all networks alike, before any is trained.
-    """
-    import time
-
-    import torch
-
-    from isoflat.cli.demo import prepare
-    from isoflat.core.errors import UsageError
-    from isoflat.experiments import submission
-    from isoflat.experiments.cells import decided
-    from isoflat.experiments.reproduction import Reproduction
-    from isoflat.experiments.splits import load_split
-    from isoflat.experiments.store import Store
-    from isoflat.experiments.sweep import check, sweep, tasks
-    from isoflat.io.inputs import device_of
-    from isoflat.risk.ranks import Ranks
-
-    started, ranks = time.monotonic(), Ranks.here()
-    if ranks.world > 1 and ((jobs or 1) > 1 or submit is not None):
-        raise UsageError("under torchrun all processes are at the same network: leave out --jobs and --submit")
-    if submit is not None:
-        submission.check(submit)
-    place = device_of(device) or torch.device("cpu")
-    split = ranks.on_all_ranks(lambda: load_split(recipe.data, source), lambda split: {"data": split.hash}).to(place)
-    numbers = tuple(quantity.number for quantity in recipe.numbers)
-    ranks.on_all_ranks(lambda: check(recipe, split, numbers))
-    ranks.on_all_ranks(lambda: prepare(folder) if ranks.first else None)  # what is refused leaves no folder behind
-    store, todo = decided(ranks, lambda: Store.open(folder / "store")), tasks(recipe)
-    alone = place.type == "cpu" and ranks.world == 1
-    workers = jobs or (min(len(todo), os.cpu_count() or 1) if alone else 1)
-    if submit is not None:
-        submission.submitted(submit, recipe, source, folder, workers, device)
-        workers = 1
-    with bar(len(todo), hidden or not ranks.first) as report:
-        networks = sweep(todo, split, numbers, store, report, workers)
-    return Reproduction(recipe, split.name, numbers, networks, time.monotonic() - started)
-
-
-@contextmanager
-def bar(total: float, hidden: bool) -> Iterator[Callable[[str, float], None]]:
-    """Networks that are done, what is being done, and how long the rest will take."""
-    with progress(total, hidden) as report:
-        yield report
-
-
 def write(result: Reproduction, folder: Path, command: str) -> None:
     """The report, the result and the tables; earlier ones of the same names are replaced, nothing else is touched."""
-    from isoflat.cli.save import save
     from isoflat.integrations.tables import to_csv
+    from isoflat.io.files import save
     from isoflat.report.html import render
     from isoflat.report.pages.reproduce import page
 
@@ -317,3 +225,12 @@ def _summaries(result: Reproduction) -> Rows:
         rows.append((arm.name, *(found.get(number.name, "–") for number in result.numbers)))
     heads = ("arm", *(number.words for number in result.numbers))
     return Rows(heads, rows, "Mean ± standard error over networks")
+
+
+def show_check(checked: ReproductionCheck) -> None:
+    """Print what differs from a stored result, and the sentence."""
+    screen = console()
+    for line in checked.lines:
+        if not line.holds:
+            say(screen, f"{line.what}: stored {line.stored}, found {line.found}; allowed: {line.allowed}", "red")
+    say(screen, checked.sentence, "bold")

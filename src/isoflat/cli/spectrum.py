@@ -10,13 +10,14 @@ import typer
 from rich.console import Console
 
 from isoflat.cli import options
+from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
 from isoflat.cli.progress import interactive, step
-from isoflat.cli.save import claim, deliver, save
 from isoflat.cli.terminal import facts, plain
 from isoflat.core.errors import UsageError
+from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
     from isoflat.core.spectrum import Spectrum

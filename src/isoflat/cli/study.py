@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, final
 
@@ -21,17 +20,6 @@ from isoflat.cli.terminal import facts as told
 
 if TYPE_CHECKING:
     from isoflat.experiments.prediction import Prediction
-    from isoflat.report.pages.study import Facts
-
-DEFAULT = (
-    ("quotient_spectral_norm", "auto"),
-    ("quotient_spectral_norm", "layerwise"),
-    ("hessian_spectral_norm", "auto"),
-    ("relative_flatness", "auto"),
-    ("fisher_rao_norm", "auto"),
-    ("gradient_norm", "auto"),
-)
-"""Measured where no --measure is given: cheap, and of different kinds."""
 
 LISTED, TRAINED = "Networks of your own, with --networks", "Networks to train, with --grid"
 """Panels of the help."""
@@ -88,9 +76,8 @@ class StudyOptions:
         typer.Option(
             "--measure",
             metavar="NAME",
-            help="See isoflat measures; can be repeated. Default: "
-            + ", ".join(dict.fromkeys(n for n, _ in DEFAULT))
-            + ".",
+            help="See isoflat measures; can be repeated. Default: quotient_spectral_norm (auto and layerwise), "
+            "hessian_spectral_norm, relative_flatness, fisher_rao_norm, gradient_norm.",
         ),
     ] = None
     geometry: Annotated[
@@ -140,57 +127,47 @@ def study(
     is measured.
     """
     from isoflat.core.errors import UsageError
-    from isoflat.experiments.grid import read_grid
-    from isoflat.experiments.studying import listed, planned, trained
+    from isoflat.experiments.study import study as related
 
     if (asked.networks is None) == (asked.grid is None):
         raise UsageError("give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with")
     _check_options(context, "grid" if asked.networks is not None else "networks")
-    numbers, hidden, seed = quantities(asked.names, asked.geometry), output.as_json, asked.seed or 0
-    if asked.networks is not None:
-        if network.model is None or asked.data is None:
-            raise UsageError("--networks needs --model module:factory, and --data that the networks are measured on")
-        inputs = replace(network, data=asked.data).inputs(seed)
-        effort = {"rtol": wanted.rtol, "probes": wanted.probes, "seed": seed}
-        settings = {"params": wanted.params or None, "dtype": compute.dtype, "check": compute.check}
-        plan = planned(inputs, numbers or DEFAULT, effort, settings, wanted.max_products, compute.device)
-        result, facts = listed(asked.networks, asked.outcome, plan, out, hidden)
-    else:
-        changes = {"replicates": asked.replicates, "seed": asked.seed}
-        recipe = read_grid(asked.grid or Path(), asked.scale, numbers, DEFAULT, changes)
-        result, facts = trained(recipe, asked.outcome, asked.data, out, asked.jobs, compute.device, hidden)
-    write(result, out, _command(context), facts)
+    result = related(
+        asked.networks,
+        network.model,
+        asked.data,
+        grid=asked.grid,
+        outcome=asked.outcome,
+        measures=asked.names,
+        geometry=asked.geometry,
+        out=out,
+        seed=asked.seed,
+        device=compute.device,
+        progress=not output.as_json,
+        scale=asked.scale,
+        replicates=asked.replicates,
+        jobs=asked.jobs,
+        max_products=wanted.max_products,
+        rtol=wanted.rtol,
+        probes=wanted.probes,
+        params=wanted.params or None,
+        dtype=compute.dtype,
+        check=compute.check,
+        loss=network.loss,
+        weights_key=network.weights_key,
+        strip_prefix=tuple(network.strip_prefix or ()),
+        transform=network.transform,
+        split=network.split,
+        examples=network.examples,
+        batch_size=network.batch_size,
+    )
+    write(result, out, _command(context))
     if output.as_json:
-        from isoflat.report.pages.study import subject
-
-        sys.stdout.write(json.dumps({"subject": subject(facts), **result.to_dict()}, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps({"subject": result.subject, **result.to_dict()}, allow_nan=False) + "\n")
     else:
-        show(result, out, facts)
+        show(result, out)
     if any(not record.estimate.converged for record in result.records):
         raise typer.Exit(NOT_CONVERGED)
-
-
-def quantities(names: Sequence[str] | None, places: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
-    """Every measure in every place it is asked for, or in its own; none where none is named.
-
-    Raises:
-        UsageError: a name is unknown, or there are places without measures.
-
-    >>> quantities(["hessian_trace", "quotient_trace"], ["auto", "layerwise"])
-    (('hessian_trace', 'euclidean'), ('quotient_trace', 'auto'), ('quotient_trace', 'layerwise'))
-    """
-    from isoflat.core.errors import UsageError
-    from isoflat.measures.catalogue import find_geometry, find_measure
-
-    if places and not names:
-        raise UsageError("--geometry says where --measure is measured: name measures too")
-    known = [find_geometry(place).name for place in places or [options.PLACE]]
-    made = [(name, place) for name in names or () for place in _places(find_measure(name).geometry, known)]
-    return tuple(dict.fromkeys(made))
-
-
-def _places(own: str | None, known: Sequence[str]) -> Sequence[str]:
-    return known if own is None else [own]
 
 
 def _check_options(context: typer.Context, other: str) -> None:
@@ -221,24 +198,24 @@ def _command(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def write(result: Prediction, folder: Path, command: str, facts: Facts) -> None:
+def write(result: Prediction, folder: Path, command: str) -> None:
     """The report, the result and the tables; earlier ones of the same names are replaced, nothing else is touched."""
-    from isoflat.cli.save import save
     from isoflat.integrations.tables import to_csv
+    from isoflat.io.files import save
     from isoflat.report.html import render
-    from isoflat.report.pages.study import page, subject
+    from isoflat.report.pages.study import page
 
-    content = {"command": command, "subject": subject(facts), **result.to_dict()}
+    content = {"command": command, "subject": result.subject, **result.to_dict()}
     save(folder / "result.json", json.dumps(content, allow_nan=False, indent=1) + "\n", force=True)
     save(folder / "networks.csv", to_csv(result.rows()), force=True)
     save(folder / "records.jsonl", "".join(f"{record.to_json()}\n" for record in result.records), force=True)
-    save(folder / "report.html", render(page(result, command, facts)), force=True)
+    save(folder / "report.html", render(page(result, command, result.facts)), force=True)
 
 
-def show(result: Prediction, folder: Path, facts: Facts) -> None:
+def show(result: Prediction, folder: Path) -> None:
     """Tables and sentences on the terminal."""
     screen = console()
-    screen.print(told(facts))
+    screen.print(told(result.facts))
     screen.print(_networks(result))
     screen.print(_relations(result))
     first, *others = result.sentences

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from isoflat.cli.deliver import deliver
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.save import deliver
 from isoflat.cli.terminal import WIDTH, plain
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def symmetries(network: NetworkOptions, compute: ComputeOptions, output: OutputO
     Exit code 0: found and proved. 2: refused, with the reason.
     """
     from isoflat.io.inputs import prepare
+    from isoflat.io.symmetries import described
     from isoflat.measurement.prepare import symmetries_of
 
     inputs = network.inputs(compute.seed)
@@ -49,36 +50,6 @@ def symmetries(network: NetworkOptions, compute: ComputeOptions, output: OutputO
         **described(found, found.verify(seed=compute.seed)),
     }
     deliver(content, lambda screen: show(screen, inputs.model, found, content), output.as_json)
-
-
-def described(found: Found, verified: float) -> dict[str, Any]:
-    """Everything that was found, as plain values.
-
-    Args:
-        found: the symmetries.
-        verified: largest relative change of an output that a random element made.
-    """
-    from isoflat.symmetry.found import VERSION
-
-    claimed = [line for line in found.report if line.kind != NOT_CLAIMED]
-    shifts = found.translation.dimension + found.common.dimension
-    return {
-        "dimension": {
-            "exact": found.dimension,
-            "without_epsilon": found.free.dimension + found.basis.dimension + shifts,
-        },
-        "groups": [{"kind": line.kind, "dimension": line.dimension, "tensors": list(line.tensors)} for line in claimed],
-        "not_claimed": [
-            {"units": line.dimension, "tensors": list(line.tensors), "reasons": list(line.reasons)}
-            for line in found.report
-            if line.kind == NOT_CLAIMED
-        ],
-        "epsilons": found.constants(found.model),
-        "loss_ignores_common_score": found.blind,
-        "verified": verified,
-        "group_hash": found.hash,
-        "rules": VERSION,
-    }
 
 
 def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> None:

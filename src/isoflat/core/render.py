@@ -1,8 +1,9 @@
-"""Text from files and models, as people can read it."""
+"""Text for people: lists of names cut short, and characters that a terminal would obey spelled out."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories that move the cursor, change the direction of writing, or show nothing."""
@@ -19,12 +20,12 @@ def visible(text: object) -> str:
     )
 
 
-def some(names: object, limit: int = 4) -> str:
-    """How many names there are, and the first few, each cut to a readable length.
+def some(names: Iterable[object], most: int = 6) -> str:
+    """A few names, each cut to a readable length, and how many more.
 
-    >>> some(["a", "b", "c"], limit=2)
-    '3 (a, b, ...)'
+    >>> some(["b", "a", "c"], most=2)
+    'a, b and 1 more'
     """
-    listed = [str(name) for name in names]  # pyrefly: ignore
-    short = [name if len(name) <= 80 else f"{name[:77]}..." for name in listed[:limit]]
-    return f"{len(listed)} ({', '.join(short)}{', ...' if len(listed) > limit else ''})"
+    listed = sorted(map(str, names))
+    short = [name if len(name) <= 80 else f"{name[:77]}..." for name in listed[:most]]
+    return ", ".join(short) + (f" and {len(listed) - most} more" if len(listed) > most else "")

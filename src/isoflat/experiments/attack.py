@@ -1,292 +1,381 @@
-"""Edits that keep a network's function: what they do to a flatness number."""
+"""Copies of a network with other weights and the same function: how far can a number be moved?"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from isoflat.core.errors import IsoflatError, UsageError
+from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.experiments.numbers import GEOMETRIES, MEASURES, NUMBERS, Number
-from isoflat.geometry.canonical import GEOMETRY
+from isoflat.core.table import Table
+from isoflat.experiments.numbers import GEOMETRIES, MEASURES
+from isoflat.experiments.progress import Report, bar
+from isoflat.measurement.prepare import subject, symmetries_of
 from isoflat.measurement.run import measure_all
+from isoflat.measures.catalogue import find_measure
 from isoflat.symmetry.canonical.representative import install
-from isoflat.symmetry.finding.discover import symmetries
-from isoflat.symmetry.found import Found
-from isoflat.symmetry.groups.scaling import LayerScale
+from isoflat.symmetry.found import TOLERANCE, Found
 
-STILL = 1e-6
-"""Relative change up to which a sentence says that a number stays."""
+SLACK = 1e-8
+"""Relative change of a number in float64 that counts as rounding, beside the widths of its enclosures."""
 
+STEP = 1 / 3
+"""Spread of a step of the search, in units of that of a random copy: factors that add up stay within float64."""
 
-def rounded(value: float) -> str:
-    """Three digits, and powers of ten only where they save space.
-
-    >>> rounded(4017.6), rounded(0.81234), rounded(2.291e15)
-    ('4020', '0.812', '2.29e+15')
-    """
-    return f"{float(f'{value:.3g}'):g}"
+Element = tuple[Tensor, ...]
+"""Coordinates in each exact group: logarithms of factors, or shifts."""
 
 
 @final
 @dataclass(frozen=True)
-class Rung:
-    """The network edited by one amount.
+class AttackPlan:
+    """What is attacked, and how hard.
 
     Attributes:
-        amount: how strongly.
-        output_change: largest change of an output on the training set, relative to the largest output.
-        records: each number there, by name.
-        changes: of each number, relative to the first rung.
+        measures: names in the catalogue.
+        geometries: names of metrics.
+        points: random copies.
+        search: steps that try to move each number further.
+        spread: standard deviation of the logarithms of the factors.
+        seed: of all randomness.
+        settings: further ones for `measure_all`.
     """
 
-    amount: float
+    measures: tuple[str, ...] = MEASURES
+    geometries: tuple[str, ...] = GEOMETRIES
+    points: int = 5
+    search: int = 10
+    spread: float = 3.0
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse an attack that does nothing."""
+        if min(self.points, self.search) < 0 or self.points + self.search == 0:
+            raise UsageError(
+                f"expected at least one random point or search step, got {self.points} points and {self.search} steps"
+            )
+        if not 0 < self.spread < math.inf:
+            raise UsageError(f"spread must be a positive number (3 is usual), got {self.spread}")
+
+    @property
+    def work(self) -> int:
+        """How many networks are measured."""
+        single = [find_measure(name).geometry is not None for name in set(self.measures)]
+        rows = sum(1 if alone else len(set(self.geometries)) for alone in single)
+        return 1 + self.points + rows * self.search
+
+
+@final
+@dataclass(frozen=True)
+class Twin:
+    """One copy.
+
+    Attributes:
+        label: how it was come by.
+        output_change: largest change of an output on the traced rows, relative to the largest output.
+        loss_change: of the loss on all the data, relative to it; None where it was not measured.
+        estimates: one for each attacked number, in order; none where it was not measured.
+        refused: why it was not measured; empty where it was.
+    """
+
+    label: str
     output_change: float
-    records: Mapping[str, Record]
-    changes: Mapping[str, float]
+    loss_change: float | None = None
+    estimates: tuple[Estimate, ...] = ()
+    refused: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {
-            "amount": self.amount,
+            "label": self.label,
+            "output_change": _number(self.output_change),
+            "loss_change": None if self.loss_change is None else _number(self.loss_change),
+            "estimates": [estimate.to_dict() for estimate in self.estimates],
+            "refused": self.refused,
+        }
+
+
+@final
+@dataclass(frozen=True)
+class AttackedNumber:
+    """What became of one number.
+
+    Attributes:
+        before: at the weights as given, in float64.
+        lowest: value seen, the one before included.
+        highest: value seen, the one before included.
+        drift: largest `|value − before| / |before|`; absolute where the value before is zero.
+        worst: label of the copy where it was seen.
+        tolerance: drift that the enclosures' relative widths and rounding explain there.
+        survives: whether the drift of every copy is within its tolerance.
+    """
+
+    before: Record
+    lowest: float
+    highest: float
+    drift: float
+    worst: str
+    tolerance: float
+    survives: bool
+
+    @property
+    def name(self) -> str:
+        """Measure and geometry."""
+        return f"{self.before.measure} ({self.before.geometry})"
+
+    @property
+    def deviation(self) -> float:
+        """Largest distance from the value before."""
+        value = self.before.estimate.value
+        return max(self.highest - value, value - self.lowest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "measure": self.before.measure,
+            "geometry": self.before.geometry,
+            "before": self.before.to_dict(),
+            "lowest": self.lowest,
+            "highest": self.highest,
+            "drift": _number(self.drift),
+            "worst": self.worst,
+            "tolerance": _number(self.tolerance),
+            "survives": self.survives,
+        }
+
+
+@final
+@dataclass(frozen=True)
+class AttackResult:
+    """Numbers over an orbit.
+
+    Attributes:
+        plan: what was asked.
+        dimension: of the exact groups that were used.
+        group_hash: of the group.
+        blind: whether a constant added to all scores, which the loss ignores, does not count as a change of outputs.
+        rows: one for each number.
+        twins: every copy, in order.
+    """
+
+    plan: AttackPlan
+    dimension: int
+    group_hash: str
+    blind: bool
+    rows: tuple[AttackedNumber, ...]
+    twins: tuple[Twin, ...]
+
+    @property
+    def measured(self) -> tuple[Twin, ...]:
+        """Copies that gave numbers."""
+        return tuple(twin for twin in self.twins if not twin.refused)
+
+    @property
+    def refused(self) -> tuple[Twin, ...]:
+        """Copies that gave none."""
+        return tuple(twin for twin in self.twins if twin.refused)
+
+    @property
+    def output_change(self) -> float:
+        """Largest of all measured copies."""
+        return max(twin.output_change for twin in self.measured)
+
+    @property
+    def loss_change(self) -> float:
+        """Largest of all measured copies."""
+        return max(twin.loss_change or 0.0 for twin in self.measured)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "points": self.plan.points,
+            "search": self.plan.search,
+            "spread": self.plan.spread,
+            "seed": self.plan.seed,
+            "dimension": self.dimension,
+            "group_hash": self.group_hash,
+            "loss_ignores_common_score": self.blind,
             "output_change": self.output_change,
-            "records": {name: record.to_dict() for name, record in self.records.items()},
-            "changes": dict(self.changes),
+            "loss_change": self.loss_change,
+            "rows": [row.to_dict() for row in self.rows],
+            "copies": [twin.to_dict() for twin in self.twins],
         }
 
 
-@final
-@dataclass(frozen=True)
-class Ladder:
-    """One kind of edit with growing amounts, measured in float64.
+def attack(  # noqa: PLR0913
+    model: nn.Module,
+    data: Any,
+    loss: Any = None,
+    *,
+    measures: Sequence[str] = MEASURES,
+    geometry: Sequence[str] = GEOMETRIES,
+    points: int = 5,
+    search: int = 10,
+    spread: float = 3.0,
+    seed: int = 0,
+    symmetries: Found | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> AttackResult:
+    """Measure a network and copies of it with the same function, in float64, and see which numbers survive.
 
-    Attributes:
-        name: short.
-        title: what is edited.
-        edit: the same, to begin a sentence with; `{amount}` and `{label}` are filled in.
-        how: what exactly, for a caption.
-        label: which network.
-        verified: worst output change over random elements of all its symmetries, proved before it was edited.
-        rungs: the first one is the reference: nothing edited.
+    Random copies come first. Then each number is searched for by itself, from the copy that moved it furthest so far:
+    a random step is kept where the number moves further. Every copy counts for every number. The model is not changed.
+
+    Args:
+        model: the network.
+        data: as for `isoflat.measure`.
+        loss: as for `isoflat.measure`.
+        measures: names in the catalogue.
+        geometry: names of metrics.
+        points: random copies.
+        search: steps that try to move each number further.
+        spread: standard deviation of the logarithms of the factors.
+        seed: seed of all randomness.
+        symmetries: the network's symmetries; None to find and prove them.
+        progress: show a line on the standard error.
+        **settings: as for `isoflat.measure_all`: `params`, `device`, `rtol`, `confidence`, `certify`, `probes`, `budget`.
+
+    Raises:
+        UsageError: there is nothing to attack with, or no copy could be measured.
+        IsoflatError: the network cannot be measured as it is given.
+
+    >>> from isoflat.experiments.families import mlp
+    >>> data = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
+    >>> net = mlp.build((3, 4, 2), bias=False, seed=0).eval()
+    >>> found = attack(net, data, nn.CrossEntropyLoss(), geometry=["auto"], points=1, search=0)
+    >>> [(row.before.measure, row.survives) for row in found.rows]
+    [('quotient_spectral_norm', True), ('hessian_spectral_norm', False)]
     """
-
-    name: str
-    title: str
-    edit: str
-    how: str
-    label: str
-    verified: float
-    rungs: tuple[Rung, ...]
-
-    @property
-    def records(self) -> tuple[Record, ...]:
-        """Every measured number."""
-        return tuple(record for rung in self.rungs for record in rung.records.values())
-
-    @property
-    def sentence(self) -> str:
-        """What the edit did, in words."""
-        last = self.rungs[-1]
-        what = ", ".join(self._fate(number) for number in reversed(NUMBERS))
-        edit = self.edit.format(amount=f"{last.amount:g}", label=self.label)
-        return f"{edit} changes outputs by at most {last.output_change:.0e} of their size: {what}."
-
-    def _fate(self, number: Number) -> str:
-        first, last = (rung.records[number.name].estimate.value for rung in (self.rungs[0], self.rungs[-1]))
-        change = self.rungs[-1].changes[number.name]
-        if change <= STILL:
-            return f"the {number.words} stays, to {change:.0e} of its value"
-        return f"the {number.words} goes from {rounded(first)} to {rounded(last)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
-        return {
-            **{key: value for key, value in vars(self).items() if key != "rungs"},
-            "rungs": [rung.to_dict() for rung in self.rungs],
-            "sentence": self.sentence,
-        }
-
-
-@final
-@dataclass(frozen=True)
-class Victim:
-    """A network to be edited, in float64, with its data and its symmetries proved.
-
-    Attributes:
-        model: a copy of the network.
-        data: inputs and class targets, float64.
-        label: what to call it.
-        found: its symmetries.
-        verified: worst output change when they were proved.
-        aside: whether outputs are compared but for a constant on all scores of an example, which the loss ignores.
-    """
-
-    model: nn.Module
-    data: tuple[Tensor, Tensor]
-    label: str
-    found: Found
-    verified: float
-    aside: bool = False
-
-    @staticmethod
-    def prepare(model: nn.Module, data: tuple[Tensor, Tensor], label: str, aside: bool = False) -> Victim:
-        """A copy of a network in float64, traced and proved; the network itself is not changed.
-
-        Args:
-            model: the network.
-            data: inputs and class targets.
-            label: what to call it.
-            aside: whether what the loss ignores is set aside where outputs are compared, because it will be moved.
-
-        Raises:
-            SymmetryViolated: what was found does not keep its outputs.
-        """
-        twin = copy.deepcopy(model).double().eval()
-        precise = (data[0].double() if data[0].is_floating_point() else data[0], data[1])
-        found = symmetries(twin, precise[0], loss=nn.CrossEntropyLoss(), verify=False)
-        return Victim(twin, precise, label, found, found.verify(), aside and found.blind)
-
-    def climb(
-        self,
-        ladder: tuple[str, str, str, str],
-        amounts: Sequence[float],
-        move: Callable[[State, float], State],
-        seed: int,
-        report: Callable[[str], None] = lambda text: None,
-    ) -> Ladder:
-        """Edit by each amount and measure.
-
-        Args:
-            ladder: name, title, edit and how of the ladder.
-            amounts: the first one is the reference.
-            move: the state edited by an amount.
-            seed: of start vectors.
-            report: told what is going on, once per rung.
-        """
-        state = self.found.state()
-        before = self._outputs(self.model)
-        rungs: list[Rung] = []
-        for amount in amounts:
-            report(f"attacking {self.label}, {ladder[0]} {amount:g}")
-            holder = install(self.model, move(state, amount))
-            change = float((self._outputs(holder) - before).abs().max() / before.abs().max())
-            records = self._measured(holder, f"{self.label}, {ladder[0]} {amount:g}", seed)
-            start = rungs[0].records if rungs else records
-            changes = {
-                name: abs(record.estimate.value / start[name].estimate.value - 1) for name, record in records.items()
-            }
-            rungs.append(Rung(amount, change, records, changes))
-        return Ladder(*ladder, self.label, self.verified, tuple(rungs))
-
-    def _outputs(self, model: nn.Module) -> Tensor:
-        with torch.no_grad():
-            scores = model(self.data[0])
-        return scores - scores.mean(1, keepdim=True) if self.aside else scores
-
-    def _measured(self, model: nn.Module, label: str, seed: int) -> dict[str, Record]:
-        known = GEOMETRY.on(replace(self.found, model=model))
-        table = measure_all(
-            model,
-            self.data,
-            nn.CrossEntropyLoss(),
-            measures=MEASURES,
-            geometry=[known if name == "auto" else name for name in GEOMETRIES],
-            seed=seed,
-            label=label,
+    plan = AttackPlan(tuple(measures), tuple(geometry), points, search, spread, seed, settings)
+    found = symmetries
+    if found is None:
+        found = symmetries_of(subject(model, data, loss, settings.get("params"), None, settings.get("device")))
+    if not found.dimension:
+        raise UsageError(
+            "no change of these weights that keeps the function was found, so that there is nothing to attack with: "
+            "isoflat symmetries says what fixes them"
         )
-        return {number.name: number.of(table) for number in NUMBERS}
+    with bar(plan.work, not progress) as line:
+        hunt = _Hunt(copy.deepcopy(model).double(), data, loss, found, plan, line)
+        _visit_all(hunt, found, plan)
+    twins = tuple(twin for twin, _ in hunt.visited)
+    if all(twin.refused for twin in twins):
+        raise UsageError(f"none of {len(twins)} copies could be measured ({twins[0].refused}): try a smaller spread")
+    rows = tuple(_row(record, row, twins) for row, record in enumerate(hunt.before))
+    return AttackResult(plan, found.dimension, found.hash, found.blind, rows, twins)
 
 
-def rescale_layers(victim: Victim, factors: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
-    """First layer of a feed-forward network times the factor, last layer divided by it."""
-    chain = LayerScale.sequential(victim.found.state())
-    inside = [1.0] * (chain.dimension - 1)
-    words = (
-        "layers ×",
-        "Whole layers rescaled",
-        "Rescaling whole layers of one network ({label}) by {amount}",
-        "the first layer times the factor, the last layer divided by it",
-    )
-    return victim.climb(
-        words, factors, lambda state, f: chain.act(state, chain.element(f, *inside, 1 / f)), seed, report
-    )
+def _visit_all(hunt: _Hunt, found: Found, plan: AttackPlan) -> None:
+    """Measure random copies first; then search for each number by itself."""
+    for k in range(plan.points):
+        hunt.visit(f"random copy {k + 1}", found.element(stream(plan.seed, "orbit", k), plan.spread))
+    for row, record in enumerate(hunt.before):
+        name = f"{record.measure} ({record.geometry})"
+        for step in range(plan.search):
+            move = found.element(stream(plan.seed, "search", name, step), STEP * plan.spread)
+            element = tuple(a + b for a, b in zip(hunt.furthest(row), move, strict=True))
+            hunt.visit(f"search for {name}, step {step + 1}", element)
 
 
-def rescale_units(victim: Victim, factors: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
-    """Units of the first hidden layer times the factor or divided by it, at random; the next layer's columns inversely."""
-    state = victim.found.state()
-    first, second = LayerScale.sequential(state).weights[:2]
-    units = state.tensors[first].shape[0]
-    order = torch.randperm(units, generator=stream(seed, "units"))
-    signs = torch.where(order < units / 2, 1.0, -1.0).double()
+class _Hunt:
+    """Copies measured so far, with the elements that lead to them."""
 
-    def move(at: State, factor: float) -> State:
-        factors = factor**signs
-        return at.replace({first: at.tensors[first] * factors[:, None], second: at.tensors[second] / factors})
+    def __init__(self, twin: nn.Module, data: Any, loss: Any, found: Found, plan: AttackPlan, report: Report) -> None:
+        self._twin, self._data, self._loss = twin, data, loss
+        self._found, self._plan, self._report = found, plan, report
+        self._done = 0.0
+        self._state = found.state(twin)
+        self._outputs = found.output(self._state)
+        self.before = self._measured("as given", self._state)
+        self.visited: list[tuple[Twin, Element]] = []
 
-    words = (
-        "units ×",
-        "Single units rescaled",
-        "Rescaling single units of the same network ({label}) by {amount}",
-        "units of the first hidden layer times the factor or divided by it, the next layer inversely",
-    )
-    return victim.climb(words, factors, move, seed, report)
+    def visit(self, label: str, element: Element) -> None:
+        """Measure the copy that a group element leads to; where its outputs or its numbers fail, say why."""
+        state = self._found.act(self._state, element)
+        size = float(self._outputs.abs().max())
+        change = float((self._found.output(state) - self._outputs).abs().max()) / (size or 1.0)
+        if not change <= TOLERANCE:
+            self._tell(label)
+            reason = f"rounding changed its outputs by {change:.0e} of the largest (allowed: {TOLERANCE:g})"
+            self.visited.append((Twin(label, change, refused=reason), element))
+            return
+        try:
+            table = self._measured(label, state)
+        except IsoflatError as error:
+            self.visited.append((Twin(label, change, refused=str(error)), element))
+            return
+        old, new = self.before[0].point.loss, table[0].point.loss
+        estimates = tuple(record.estimate for record in table)
+        self.visited.append((Twin(label, change, abs(new - old) / (abs(old) or 1.0), estimates), element))
+
+    def _tell(self, label: str) -> None:
+        self._report(label, self._done)  # told before each network is measured: nothing is done at the first
+        self._done = 1.0
+
+    def furthest(self, row: int) -> Element:
+        """The element that moved a number furthest so far; the identity where none did."""
+        identity = tuple(torch.zeros(group.dimension, dtype=torch.float64) for group in self._found.symmetries)
+        start = self.before[row].estimate.value
+        best, chosen = 0.0, identity
+        for twin, element in self.visited:
+            far = 0.0 if twin.refused else _distance(start, twin.estimates[row].value)
+            if far > best:
+                best, chosen = far, element
+        return chosen
+
+    def _measured(self, label: str, state: State) -> Table:
+        self._tell(label)
+        return measure_all(
+            install(self._twin, state),
+            self._data,
+            self._loss,
+            measures=self._plan.measures,
+            geometry=self._plan.geometries,
+            seed=self._plan.seed,
+            **self._plan.settings,
+        )
 
 
-def shift_constants(
-    victim: Victim, pairs: Sequence[tuple[str, str]], amounts: Sequence[float], seed: int, report: Callable[[str], None]
-) -> Ladder:
-    """A constant added to biases before batch normalisation, and to the running means that take it away again.
+def _row(record: Record, row: int, twins: Sequence[Twin]) -> AttackedNumber:
+    """The range of one number, and the copy that speaks most against it."""
+    before = record.estimate
+    seen = [(twin.label, twin.estimates[row]) for twin in twins if not twin.refused]
+    values = [before.value, *(after.value for _, after in seen)]
+    size = abs(before.value) or 1.0
 
-    Args:
-        victim: a network with batch normalisation.
-        pairs: names of a bias and of the running mean of what it is added to.
-        amounts: how much; the first one is zero.
-        seed: of the signs and of start vectors.
-        report: as for `Victim.climb`.
-    """
+    def doubts() -> Iterator[tuple[bool, float, float, str]]:
+        for label, after in seen:
+            drift, allowed = abs(after.value - before.value) / size, _width(before) + _width(after) + SLACK
+            yield drift > allowed, drift, allowed, label
 
-    def move(at: State, amount: float) -> State:
-        changed = {}
-        for bias, mean in pairs:
-            draw = torch.randint(0, 2, at.tensors[bias].shape, generator=stream(seed, "shift", bias)).double() * 2 - 1
-            changed |= {name: at.tensors[name] + amount * draw for name in (bias, mean)}
-        return at.replace(changed)
-
-    words = (
-        "biases +",
-        "Constants moved",
-        "Adding ±{amount} to the biases of another network ({label}) and to the running means that take it away again",
-        "± the amount added to every bias before a batch normalisation and to its running mean",
-    )
-    return victim.climb(words, amounts, move, seed, report)
+    moved, drift, allowed, label = max(doubts(), key=lambda doubt: doubt[:2])
+    return AttackedNumber(record, min(values), max(values), drift, label, allowed, not moved)
 
 
-def reparametrize_all(victim: Victim, spreads: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
-    """A random element of every symmetry that was found, as `isoflat.reparametrize` draws it, at growing spreads.
+def _width(estimate: Estimate) -> float:
+    """How much of its value an estimate leaves open."""
+    if estimate.kind is Kind.UNCERTIFIED:  # its interval is open above: only the residual tells
+        return (estimate.residual or 0.0) / (abs(estimate.value) or 1.0)
+    return (estimate.upper - estimate.lower) / (abs(estimate.value) or 1.0)
 
-    Args:
-        victim: any network; its outputs are to be compared with what the loss ignores set aside.
-        spreads: standard deviations of the logarithms of the factors; the first one is zero.
-        seed: of the element and of start vectors.
-        report: as for `Victim.climb`.
-    """
-    groups = victim.found.dimension
 
-    def move(at: State, spread: float) -> State:
-        return victim.found.act(at, victim.found.element(stream(seed, "reparametrize"), spread, at))
+def _distance(before: float, after: float) -> float:
+    """`|log(after/before)|`; infinite across zero."""
+    if before == 0:
+        return abs(after)
+    return abs(math.log(after / before)) if after / before > 0 else math.inf
 
-    words = (
-        "spread",
-        "Every symmetry at once",
-        f"A random element of the {groups}-dimensional symmetry group of {{label}} with spread {{amount}}",
-        f"one random element of all {groups} dimensions of the group; the spread is the standard deviation of the "
-        "logarithms of its factors",
-    )
-    return victim.climb(words, spreads, move, seed, report)
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -26,8 +26,9 @@ from isoflat.experiments.checkpoint import Checkpoint
 from isoflat.experiments.data import Split
 from isoflat.experiments.loop import VERSION, Training, accuracy, full_loss, train
 from isoflat.experiments.numbers import Number
+from isoflat.experiments.progress import Report
 from isoflat.experiments.recipe import Arm, Recipe
-from isoflat.experiments.store import Cell, Store, address
+from isoflat.experiments.store import Artifact, Store, address
 from isoflat.measurement.run import measure_all
 from isoflat.measures.catalogue import find_measure
 from isoflat.risk.ranks import Ranks
@@ -36,9 +37,6 @@ from isoflat.symmetry.finding.discover import symmetries
 from isoflat.symmetry.found import VERSION as RULES
 
 T = TypeVar("T")
-
-Report = Callable[[str, float], None]
-"""Told what is being done, and which share of the cell has been done since the last call."""
 
 POINTS = 2
 """Raised whenever other points of the orbit are drawn."""
@@ -56,7 +54,7 @@ devices, which want large ones."""
 
 @final
 @dataclass(frozen=True)
-class Task:
+class NetworkTask:
     """A network to train and measure.
 
     Attributes:
@@ -130,7 +128,7 @@ class Measured:
         diverged: what was said when its training diverged, and then there are no numbers; empty where it did not.
     """
 
-    task: Task
+    task: NetworkTask
     training: Training
     train_error: float | None
     test_error: float | None
@@ -166,7 +164,7 @@ def decided(ranks: Ranks, work: Callable[[], T]) -> T:
     return outcome
 
 
-def run(task: Task, data: Split, numbers: Sequence[Number], store: Store, report: Report) -> Measured | None:
+def run(task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store, report: Report) -> Measured | None:
     """Train and measure, or read what was done before.
 
     In a process group every process trains the same, all go on with the weights of the first, and share the measurement;
@@ -199,7 +197,7 @@ def run(task: Task, data: Split, numbers: Sequence[Number], store: Store, report
     return read(task, trained, measured)
 
 
-def read(task: Task, trained: Cell, measured: Cell | None) -> Measured:
+def read(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> Measured:
     """From what is kept; of a network whose training diverged that is one cell."""
     result = trained.result
     if measured is None:
@@ -220,7 +218,7 @@ def read(task: Task, trained: Cell, measured: Cell | None) -> Measured:
     )
 
 
-def network(task: Task, data: Split) -> nn.Module:
+def network(task: NetworkTask, data: Split) -> nn.Module:
     """With its initial weights."""
     recipe = task.recipe
     given: dict[str, Any] = {
@@ -239,7 +237,7 @@ def network(task: Task, data: Split) -> nn.Module:
     return model.to(data.train[0].device)
 
 
-def _trained(task: Task, data: Split, store: Store, report: Report) -> Cell:
+def _trained(task: NetworkTask, data: Split, store: Store, report: Report) -> Artifact:
     recipe, arm = task.recipe, task.arm
     settings = task.training(data)
     model, noisy = network(task, data), labelled(data, arm.training.noise, recipe.seed)
@@ -275,7 +273,7 @@ def _trained(task: Task, data: Split, store: Store, report: Report) -> Cell:
     return decided(ranks, lambda: store.put(settings, result, tensors))
 
 
-def _checkpoint(task: Task, where: str, store: Store, ranks: Ranks) -> Checkpoint | None:
+def _checkpoint(task: NetworkTask, where: str, store: Store, ranks: Ranks) -> Checkpoint | None:
     """Written by the first process; the others only read it, where they see its folder, so as not to fall behind."""
     folder = decided(ranks, lambda: store.scratch(where))
     if not folder.is_dir():
@@ -283,7 +281,9 @@ def _checkpoint(task: Task, where: str, store: Store, ranks: Ranks) -> Checkpoin
     return Checkpoint(folder / "training.pt", EPOCHS if ranks.first else task.arm.training.epochs + 1)
 
 
-def _measured(task: Task, data: Split, numbers: Sequence[Number], trained: Cell, store: Store, report: Report) -> Cell:
+def _measured(
+    task: NetworkTask, data: Split, numbers: Sequence[Number], trained: Artifact, store: Store, report: Report
+) -> Artifact:
     recipe, ranks = task.recipe, Ranks.here()
     model = network(task, data)
     model.load_state_dict(decided(ranks, trained.tensors))
@@ -309,7 +309,7 @@ def _measured(task: Task, data: Split, numbers: Sequence[Number], trained: Cell,
     return decided(ranks, lambda: store.put(task.measurement(data, numbers), result, None))
 
 
-def _twins(task: Task, model: nn.Module, inputs: Tensor) -> Sequence[nn.Module]:
+def _twins(task: NetworkTask, model: nn.Module, inputs: Tensor) -> Sequence[nn.Module]:
     """The same function with other weights: after the recipe's edit, or at random points of the orbit."""
     recipe = task.recipe
     if recipe.edit is not None:
@@ -361,7 +361,11 @@ def labelled(data: Split, noise: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(
-    model: nn.Module, data: tuple[Tensor, Tensor], numbers: Sequence[Number], task: Task, before: nn.Module | None
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    numbers: Sequence[Number],
+    task: NetworkTask,
+    before: nn.Module | None,
 ) -> Table:
     """Every number of one network: those with the same scores share their passes over the data."""
     recipe = task.recipe

@@ -28,7 +28,7 @@ ERRORS = 4.0
 
 @final
 @dataclass(frozen=True)
-class Line:
+class CheckLine:
     """One thing that was compared.
 
     Attributes:
@@ -48,10 +48,10 @@ class Line:
 
 @final
 @dataclass(frozen=True)
-class Checked:
+class ReproductionCheck:
     """What a comparison with a stored result found."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[CheckLine, ...]
     same: int
     networks: int
 
@@ -112,14 +112,14 @@ def recipe(stored: Mapping[str, Any], name: str | None) -> Recipe:
     return found
 
 
-def compared(stored: Mapping[str, Any], result: Reproduction) -> Checked:
-    """Line by line."""
+def compared(stored: Mapping[str, Any], result: Reproduction) -> ReproductionCheck:
+    """CheckLine by line."""
     before = {_key(row): row for row in stored["networks"]}
     after = {_key(row): row for row in result.rows()}
     same = {key for key in before.keys() & after.keys() if _weights(before[key]) == _weights(after[key])}
     lines = [*_numbers(before, after, same), *_means(stored, result), *_verdicts(stored, result)]
     networks = {(key[0], key[1]) for key in after}
-    return Checked(tuple(lines), len({(key[0], key[1]) for key in same}), len(networks))
+    return ReproductionCheck(tuple(lines), len({(key[0], key[1]) for key in same}), len(networks))
 
 
 def _weights(row: Mapping[str, Any]) -> object:
@@ -131,7 +131,7 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("arm", "replicate", "point", "measure", "geometry", "logits"))
 
 
-def _numbers(before: Mapping[Any, Any], after: Mapping[Any, Any], same: set[Any]) -> Iterator[Line]:
+def _numbers(before: Mapping[Any, Any], after: Mapping[Any, Any], same: set[Any]) -> Iterator[CheckLine]:
     """Numbers of the same weights."""
     for key in after:
         if key in same:
@@ -142,44 +142,31 @@ def _numbers(before: Mapping[Any, Any], after: Mapping[Any, Any], same: set[Any]
             holds = ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]
             first, second = (f"[{row['lower']:.6g}, {row['upper']:.6g}]" for row in (old, new))
             what = f"{key[3]} ({key[4]}) of {key[0]} {key[1]}, point {key[2]}"
-            yield Line(what, first, second, "enclosures overlap", holds)
+            yield CheckLine(what, first, second, "enclosures overlap", holds)
 
 
-def _means(stored: Mapping[str, Any], result: Reproduction) -> Iterator[Line]:
+def _means(stored: Mapping[str, Any], result: Reproduction) -> Iterator[CheckLine]:
     before = {(row["arm"], row["number"]): row for row in stored["summaries"]}
     for summary in result.summaries:
         old = before.get((summary.arm, summary.number))
         what = f"mean of {summary.number} over {summary.arm}"
         if old is None:
-            yield Line(what, "none", f"{summary.mean:.4g}", "both there", False)
+            yield CheckLine(what, "none", f"{summary.mean:.4g}", "both there", False)
             continue
         error = math.hypot(old["error"] or 0.0, summary.error or 0.0)
         # Widths of enclosures count as well: numbers are known no better.
         room = ERRORS * error + old["width"] * abs(old["mean"]) + summary.width * abs(summary.mean)
         holds = abs(old["mean"] - summary.mean) <= room
         allowed = f"{room:.2g} apart ({ERRORS:g} standard errors, and widths of enclosures)"
-        yield Line(what, f"{old['mean']:.4g}", f"{summary.mean:.4g}", allowed, holds)
+        yield CheckLine(what, f"{old['mean']:.4g}", f"{summary.mean:.4g}", allowed, holds)
 
 
-def _verdicts(stored: Mapping[str, Any], result: Reproduction) -> Iterator[Line]:
+def _verdicts(stored: Mapping[str, Any], result: Reproduction) -> Iterator[CheckLine]:
     for name, verdict in result.verdicts().items():
         old = stored["verdicts"].get(name, {}).get("finding", "none")
-        yield Line(f"verdict by {name}", old, str(verdict.finding), "the same", old == str(verdict.finding))
+        yield CheckLine(f"verdict by {name}", old, str(verdict.finding), "the same", old == str(verdict.finding))
     before = {(row["measure"], row["outcome"]): row["finding"] for row in stored["relations"]}
     for relation in result.told:
         old = before.get((relation.measure, relation.outcome), "none")
         what = f"relation of the {relation.measure} to the {relation.outcome}"
-        yield Line(what, old, relation.finding, "the same", old == relation.finding)
-
-
-def show(checked: Checked) -> None:
-    """On the terminal: what differs, and the sentence."""
-    from isoflat.cli.terminal import console, plain
-
-    screen = console()
-    for line in checked.lines:
-        if not line.holds:
-            screen.print(
-                plain(f"{line.what}: stored {line.stored}, found {line.found}; allowed: {line.allowed}", style="red")
-            )
-    screen.print(plain(checked.sentence, style="bold"))
+        yield CheckLine(what, old, relation.finding, "the same", old == relation.finding)

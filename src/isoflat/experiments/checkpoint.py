@@ -91,7 +91,7 @@ class Keeper:
         torch.save(content, packed)
         path = self.checkpoint.path
         with files.told(path, "saving a checkpoint"):
-            files.replace(path, packed.getvalue())
+            files.write(path, packed.getvalue(), alone=True)
 
     def resume(self) -> Way | None:
         """Put back what is saved; None where nothing is."""

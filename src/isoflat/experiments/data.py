@@ -1,4 +1,4 @@
-"""Data that needs no network."""
+"""The data of an experiment: what comes with isoflat, or a file of the user's."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from functools import cached_property
 from importlib import import_module
 from typing import final
 
-import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from isoflat.core.errors import DataError, UsageError
 from isoflat.core.fingerprint import fingerprint
 from isoflat.core.rng import stream
-
-SPLIT = 0
-"""Seed of the one split everybody gets."""
+from isoflat.experiments.recipe import DataSpec
+from isoflat.io.data import load_rows
+from isoflat.io.digits import digits as stored_digits
+from isoflat.io.rows import Rows, convert
 
 TOPICS = ("while", "for", "with", "try")
 """Pages of Python's `help()` on statements: a dictionary of strings, there with every CPython, also under -OO."""
@@ -92,15 +90,7 @@ def digits() -> Split:
     >>> tuple(data.train[0].shape), tuple(data.test[0].shape), float(data.train[0].max())
     ((1257, 64), (540, 64), 1.0)
     """
-    pixels, classes = load_digits(return_X_y=True)
-    inputs, rest, targets, others = train_test_split(
-        (np.asarray(pixels) / 16).astype(np.float32), classes, test_size=0.3, random_state=SPLIT, stratify=classes
-    )
-    return Split("digits", _pair(inputs, targets), _pair(rest, others))
-
-
-def _pair(inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(inputs), torch.from_numpy(targets.astype(np.int64))
+    return Split("digits", *stored_digits())
 
 
 def characters(windows: int = 48, context: int = 32) -> Split:
@@ -151,3 +141,50 @@ def _help() -> str:
             f"this Python came without its help texts (pydoc_data.topics: {error}): install its standard library in full"
         ) from error
     return "".join(letter for letter in " ".join(text.lower().split()) if letter in LETTERS)
+
+
+FILES = {
+    "mnist": "MNIST as a .npz file with x_train, y_train, x_test and y_test (the Keras layout), or as Parquet files",
+    "cifar10": "CIFAR-10 as Parquet files with images and labels (a folder or glob whose file names tell train and test), "
+    "or as a .npz file with x_train, y_train, x_test and y_test",
+}
+"""Data that does not come with isoflat."""
+
+
+def load_split(spec: DataSpec, source: str | None) -> Split:
+    """What a recipe is trained and measured on.
+
+    Args:
+        spec: the recipe's.
+        source: a path where the data does not come with isoflat; None for none.
+
+    Raises:
+        UsageError: a path is missing, or given where there is none to give.
+        DataError: the file is missing, damaged, or has too few rows.
+    """
+    if spec.source in FILES:
+        if source is None:
+            raise UsageError(f"this recipe needs --data: {FILES[spec.source]}")
+        found = Split(spec.source, _pair(load_rows(source, "train"), spec), _pair(load_rows(source, "test"), spec))
+        return found.first(spec.train, spec.test)
+    if source not in (None, spec.source):
+        raise UsageError(
+            f"--data {source}: the data of this recipe, {spec.source}, comes with isoflat; leave --data out"
+        )
+    if spec.source == "digits":
+        return digits().first(spec.train, spec.test)
+    if spec.source == "characters":
+        return characters(spec.train or 48, spec.context or 32).first(None, spec.test)
+    if spec.source == "gaussian":
+        return gaussian(spec.train or 500, spec.features or 50, spec.classes or 10)
+    known = ", ".join(("digits", "characters", "gaussian", *FILES))
+    raise UsageError(f"a recipe's data must be one of {known}, got {spec.source!r}")
+
+
+def _pair(rows: Rows, spec: DataSpec) -> tuple[Tensor, Tensor]:
+    """Inputs as the recipe wants them."""
+    if rows.targets.is_floating_point():
+        raise DataError("the targets of this data are no classes")
+    inputs = convert(rows.inputs)
+    inputs = inputs * 255 if spec.raw else inputs
+    return (inputs.flatten(1) if spec.flat else inputs).to(torch.float32), rows.targets

@@ -1,6 +1,6 @@
 """The demonstration: are large-batch minima sharper, and which number can be trusted to say so?
 
-Everything here is a pure function of its arguments; nothing is printed or written.
+Nothing is printed or written, but for a line of progress where it is asked for.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from torch import nn
 
 from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
-from isoflat.experiments.attack import Victim, rescale_layers, rescale_units, shift_constants
-from isoflat.experiments.data import Split
+from isoflat.experiments import transformer
+from isoflat.experiments.data import Split, characters, digits
+from isoflat.experiments.demonstration import DemoArm, DemoResult, Setting, train_arms, verdicts
 from isoflat.experiments.families import mlp, normed
-from isoflat.experiments.loop import Regime, train
+from isoflat.experiments.ladders import Victim, rescale_layers, rescale_units, shift_constants
+from isoflat.experiments.loop import Regime, one_thread, train
 from isoflat.experiments.numbers import PLAIN
-from isoflat.experiments.outcome import DemoResult
-from isoflat.experiments.study import Arm, Report, Setting, one_thread, train_arms, verdicts
+from isoflat.experiments.progress import Report, bar, silent
 
-SMALL, LARGE = Arm("small batch", 16), Arm("large batch", None)
+SMALL, LARGE = DemoArm("small batch", 16), DemoArm("large batch", None)
 
 
 @final
 @dataclass(frozen=True)
-class Plan:
+class MlpPlan:
     """What the demonstration does.
 
     Attributes:
@@ -75,7 +76,20 @@ class Plan:
         )
 
 
-def run(data: Split, plan: Plan, report: Report = lambda text, done: None) -> DemoResult:
+def demonstrate(plan: MlpPlan | transformer.TransformerPlan, progress: bool = False) -> DemoResult:
+    """Run a demonstration on data that comes with isoflat or with Python.
+
+    Args:
+        plan: which demonstration, and how.
+        progress: show a line on the standard error.
+    """
+    with bar(plan.work, not progress) as report:
+        if isinstance(plan, transformer.TransformerPlan):
+            return transformer.run(characters(plan.windows, plan.context), plan, report)
+        return run(digits(), plan, report)
+
+
+def run(data: Split, plan: MlpPlan, report: Report = silent) -> DemoResult:
     """Train, measure, compare, attack.
 
     Args:
@@ -102,7 +116,7 @@ def run(data: Split, plan: Plan, report: Report = lambda text, done: None) -> De
     return DemoResult(setting, plan, data.name, networks, found, tuple(ladders), time.monotonic() - started)
 
 
-def _normed(data: Split, plan: Plan, report: Report) -> nn.Sequential:
+def _normed(data: Split, plan: MlpPlan, report: Report) -> nn.Sequential:
     """A smaller network with biases and batch normalisation, trained with small batches to the same loss."""
     report("training batch-normalised", 0.0)
     model = normed.build((plan.widths[0], *plan.widths[2:]), seed=stream(plan.seed, "normed").initial_seed())

@@ -25,8 +25,7 @@ from isoflat.experiments.numbers import Number
 from isoflat.experiments.statistics.sample import LEAST, Level
 from isoflat.experiments.store import Store, address
 from isoflat.experiments.sweep import PAUSE
-from isoflat.io.data import load_data
-from isoflat.io.inputs import Inputs, fill, try_forward, within_memory
+from isoflat.io.inputs import Inputs, try_forward, within_memory
 from isoflat.io.model import build, find_loss
 from isoflat.measurement.prepare import subject
 from isoflat.measurement.run import measure_all
@@ -51,7 +50,7 @@ _KNOWN = ("weights", "label", "train_loss", *OUTCOMES, *REPLICATES)
 
 @final
 @dataclass(frozen=True)
-class Row:
+class ListedNetwork:
     """A network of the list.
 
     Attributes:
@@ -70,6 +69,10 @@ class Row:
     loss: float | None
     factors: Mapping[str, Level] = field(default_factory=dict)
 
+    def network(self, inputs: Inputs, note: Callable[[str], None] = lambda text: None) -> torch.nn.Module:
+        """The network with the weights of its row."""
+        return replace(inputs, weights=self.weights).network(note)
+
 
 @final
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Listing:
         problems: of the others, each in a line that names the row.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ListedNetwork, ...]
     column: str
     problems: tuple[str, ...] = ()
 
@@ -172,7 +175,7 @@ def _outcome(path: Path, columns: list[str], wanted: str | None) -> str:
 
 def _row(
     place: str, folder: Path, cells: Mapping[str, Any] | None, column: str, factors: list[str], losses: bool
-) -> Row:
+) -> ListedNetwork:
     if cells is None:
         raise DataError(f"{place} has more or fewer cells than there are columns")
     weights = cells.get("weights")
@@ -186,7 +189,7 @@ def _row(
         outcome = 1 - outcome
     loss = _number(place, "train_loss", cells) if losses else None
     levels = {name: _level(cells.get(name)) for name in factors}
-    return Row(place, folder / weights, str(cells.get("label", "")), outcome, loss, levels)
+    return ListedNetwork(place, folder / weights, str(cells.get("label", "")), outcome, loss, levels)
 
 
 def _number(place: str, column: str, cells: Mapping[str, Any]) -> float:
@@ -227,7 +230,7 @@ def whole(number: float) -> float:
 
 @final
 @dataclass(frozen=True)
-class Plan:
+class ListedPlan:
     """How networks of a list are measured.
 
     Attributes:
@@ -271,7 +274,7 @@ class Plan:
 
 @final
 @dataclass(frozen=True)
-class Ready:
+class ReadyNetwork:
     """A network of the list that can be measured.
 
     Attributes:
@@ -279,11 +282,11 @@ class Ready:
         cell: everything that its numbers depend on.
     """
 
-    row: Row
+    row: ListedNetwork
     cell: dict[str, Any]
 
 
-def ready(listing: Listing, plan: Plan) -> tuple[tuple[Ready, ...], Batches, tuple[str, ...]]:
+def ready(listing: Listing, plan: ListedPlan) -> tuple[tuple[ReadyNetwork, ...], Batches, tuple[str, ...]]:
     """Every network opened and fitted once, and the data read, before anything is measured.
 
     Returns:
@@ -295,15 +298,17 @@ def ready(listing: Listing, plan: Plan) -> tuple[tuple[Ready, ...], Batches, tup
     """
     inputs = plan.inputs
     loss, model = find_loss(inputs.loss), build(inputs.model, inputs.seed)
-    data = load_data(inputs.data, inputs.split, inputs.transform, inputs.examples, inputs.batch_size)
-    try_forward(subject(model, data.batches, loss, plan.settings["params"], plan.settings["dtype"], plan.device))
-    common = _common(plan, fingerprint(*map(digest, data.batches)))
-    found, notes, problems = [], list(data.notes), list(listing.problems)
+    notes: list[str] = []
+    batches = inputs.read(notes.append)
+    try_forward(subject(model, batches, loss, plan.settings["params"], plan.settings["dtype"], plan.device))
+    common = _common(plan, fingerprint(*map(digest, batches)))
+    found, problems = [], list(listing.problems)
     seen: dict[str, str] = {}
     for row in listing.rows:
         try:
-            model, own = filled(row, inputs)
-            target = subject(model, data.batches, loss, plan.settings["params"], plan.settings["dtype"], plan.device)
+            own: list[str] = []
+            model = row.network(inputs, own.append)
+            target = subject(model, batches, loss, plan.settings["params"], plan.settings["dtype"], plan.device)
         except IsoflatError as error:
             problems.append(f"{row.place}: {error}")
             continue
@@ -312,19 +317,13 @@ def ready(listing: Listing, plan: Plan) -> tuple[tuple[Ready, ...], Batches, tup
         if mark in seen:
             problems.append(f"{row.place} has the same weights as {seen[mark]}: every network counts once")
         seen.setdefault(mark, row.place)
-        found.append(Ready(row, {**common, "model_hash": mark, "structure": _structure(model)}))
+        found.append(ReadyNetwork(row, {**common, "model_hash": mark, "structure": _structure(model)}))
     if problems:
         raise CheckpointError(f"{len(problems)} bad rows, nothing was measured: {'; '.join(problems)}")
-    return tuple(found), data.batches, tuple(dict.fromkeys(notes))
+    return tuple(found), batches, tuple(dict.fromkeys(notes))
 
 
-def filled(row: Row, inputs: Inputs) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    """A network with the weights of its row, and what a reader must know of them."""
-    model = build(inputs.model, inputs.seed)
-    return model, fill(model, replace(inputs, weights=row.weights))
-
-
-def kept(network: Ready, label: str, plan: Plan, batches: Batches, store: Store) -> Table:
+def kept(network: ReadyNetwork, label: str, plan: ListedPlan, batches: Batches, store: Store) -> Table:
     """The numbers of one network: read from the store, or measured and kept there.
 
     Raises:
@@ -335,7 +334,7 @@ def kept(network: Ready, label: str, plan: Plan, batches: Batches, store: Store)
         with store.claim(where) as mine:
             cell = store.get(where)
             if cell is None and mine:
-                table = plan.table(filled(network.row, plan.inputs)[0], batches, label)
+                table = plan.table(network.row.network(plan.inputs), batches, label)
                 cell = store.put(network.cell, {"table": table.to_dict()}, None)
         if cell is not None:
             table = Table.from_json(json.dumps(cell.result["table"]))
@@ -346,7 +345,7 @@ def kept(network: Ready, label: str, plan: Plan, batches: Batches, store: Store)
         time.sleep(PAUSE)  # another process is at it
 
 
-def _common(plan: Plan, data_hash: str) -> dict[str, Any]:
+def _common(plan: ListedPlan, data_hash: str) -> dict[str, Any]:
     """What the numbers of all networks depend on."""
     entries = {number.measure: str(find_measure(number.measure).version) for number in plan.numbers}
     places = {number.geometry: str(find_geometry(number.geometry).version) for number in plan.numbers}

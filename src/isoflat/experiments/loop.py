@@ -130,6 +130,17 @@ class Training:
     history: tuple[tuple[int, float], ...] = ()
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small networks gain nothing from threads, suffer where cores are shared, and owe them their last digits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def train(
     model: nn.Module,
     data: tuple[Tensor, Tensor],

@@ -13,9 +13,15 @@ from isoflat.core.table import Table
 from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number, flat
 from isoflat.experiments.statistics.relation import Relation, relations
-from isoflat.experiments.statistics.sample import LEAST, Level, Sample
+from isoflat.experiments.statistics.sample import LEAST, Level, OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
 from isoflat.measures.catalogue import find_measure
+
+NOTE = "Note"
+"""Name of facts that say what was chosen while loading; there may be several."""
+
+Facts = tuple[tuple[str, str], ...]
+"""Names and values that say what was studied."""
 
 DRAWS = 4999
 """Of bootstraps and permutations."""
@@ -63,6 +69,7 @@ class Prediction:
         seed: random draws follow from it.
         left_out: networks that are not among them, each with the reason.
         draws: resamples and permutations.
+        facts: names and values that say what was studied.
     """
 
     numbers: tuple[Number, ...]
@@ -71,6 +78,7 @@ class Prediction:
     seed: int = 0
     left_out: tuple[tuple[str, str], ...] = ()
     draws: int = DRAWS
+    facts: Facts = field(default=(), compare=False)
 
     @property
     def factors(self) -> dict[str, tuple[Level, ...]]:
@@ -89,14 +97,14 @@ class Prediction:
         return tuple(row for network in self.networks for row in network.table)
 
     @cached_property
-    def samples(self) -> dict[str, Sample]:
+    def samples(self) -> dict[str, OutcomeSample]:
         """By number in words, so turned that a higher one is sharper; without those known of too few networks."""
-        made: dict[str, Sample] = {}
+        made: dict[str, OutcomeSample] = {}
         for number in self.numbers:
             known = self._known(number)
             if len(known) >= LEAST:
                 sign = number.sign
-                made[sharpness(number)] = Sample(
+                made[sharpness(number)] = OutcomeSample(
                     values=tuple(sign * value for value, _ in known),
                     outcomes=tuple(network.outcome for _, network in known),
                     factors={
@@ -218,6 +226,16 @@ class Prediction:
             for network in self.networks
             for row in network.table
         ]
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        """What was studied, for a result.
+
+        >>> Prediction((), (), "gap", facts=(("Training loss", "as measured"), ("Note", "float32"))).subject
+        {'training_loss': 'as measured', 'notes': ['float32']}
+        """
+        named = {name.lower().replace(" ", "_"): value for name, value in self.facts if name != NOTE}
+        return {**named, "notes": [value for name, value in self.facts if name == NOTE]}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import cache
 from importlib.resources import files
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from isoflat.core.errors import UnknownName, UsageError
+from isoflat.core.errors import DataError, UnknownName, UsageError
 from isoflat.experiments.loop import OPTIMIZERS, Regime
 from isoflat.experiments.numbers import NUMBERS, Number
 from isoflat.measures.catalogue import find_geometry, find_measure
@@ -55,7 +56,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 @final
-class Data(_Strict):
+class DataSpec(_Strict):
     """What is trained and measured on.
 
     Attributes:
@@ -82,7 +83,7 @@ class Data(_Strict):
 
 
 @final
-class Network(BaseModel):
+class NetworkSpec(BaseModel):
     """A family of `experiments.families`, and the arguments of its `build`."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -96,7 +97,7 @@ class Network(BaseModel):
 
 
 @final
-class Training(_Strict):
+class TrainingSpec(_Strict):
     """How networks are trained; see `loop.Regime`, whose own values stand where none are given.
 
     Attributes:
@@ -118,7 +119,7 @@ class Training(_Strict):
     looks: int | float = 2  # an address tells 2 from 2.0
 
     @model_validator(mode="after")
-    def _known(self) -> Training:
+    def _known(self) -> TrainingSpec:
         """Whatever a regime refuses is refused here."""
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}: one of {', '.join(OPTIMIZERS)}")
@@ -154,7 +155,7 @@ class Arm(_Strict):
 
     name: str
     value: float | None = None
-    training: Training
+    training: TrainingSpec
     network: dict[str, Any] = Field(default_factory=dict)
     factors: dict[str, str | float] = Field(default_factory=dict)
 
@@ -242,8 +243,8 @@ class Recipe(_Strict):
     differs: str = ""
     asks: Asks
     along: str = "place along the arms"
-    data: Data
-    network: Network
+    data: DataSpec
+    network: NetworkSpec
     arms: tuple[Arm, ...]
     replicates: Positive = 5
     numbers: tuple[Quantity, ...]
@@ -340,7 +341,7 @@ def _grid(axes: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[dict[st
     lists = [values if isinstance(values, list) else [values] for values in axes.values()]
     for values in product(*lists):
         chosen = dict(zip(axes, values, strict=True))
-        trained = {key: value for key, value in chosen.items() if key in Training.model_fields}
+        trained = {key: value for key, value in chosen.items() if key in TrainingSpec.model_fields}
         yield {
             "name": ", ".join(f"{key} {_word(value)}" for key, value in chosen.items()),
             "training": {**usual, **trained},
@@ -362,3 +363,51 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         own = joined.get(key)
         joined[key] = _over(own, value) if isinstance(own, Mapping) and isinstance(value, Mapping) else value
     return joined
+
+
+def read_grid(
+    path: Path,
+    scale: str,
+    asked: Sequence[tuple[str, str]],
+    default: Sequence[tuple[str, str]],
+    changes: Mapping[str, Any],
+) -> Recipe:
+    """The recipe in a file, with what a grid needs not say.
+
+    Args:
+        path: of the file.
+        scale: whose table stands over the rest.
+        asked: measures with their geometries; none for the file's.
+        default: measured where neither says what.
+        changes: fields that the user sets differently; None for none.
+
+    Raises:
+        DataError: there is no such file, or no grid in it.
+        UsageError: something in it is missing, unknown or without meaning.
+    """
+    if scale not in list(Scale):
+        raise UnknownName("scale", scale, list(Scale))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = tomllib.loads(text)
+    except OSError as error:
+        raise DataError(f"--grid {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise DataError(f"--grid {path} is no TOML: {error}") from error
+    over = content.get(scale, {})
+    there = content.keys() | (over.keys() if isinstance(over, dict) else set())
+    axes = content.get("grid", over.get("grid") if isinstance(over, dict) else None)
+    if "arms" in there or not isinstance(axes, dict) or not axes:
+        raise DataError(f"--grid {path}: expected a table [grid] of lists, such as batch = [16, 64], and no arms")
+    usual = {
+        "title": f"Grid {path.stem}",
+        "question": "Does flatness predict generalization?",
+        "reference": path.name,
+        "orbit": 0,  # every network once: its functions are not at stake here
+    }
+    further: dict[str, Any] = {name: value for name, value in usual.items() if name not in there} | {
+        "asks": Asks.RELATION
+    }
+    if asked or "numbers" not in there:
+        further["numbers"] = [{"measure": name, "geometry": place} for name, place in asked or default]
+    return parse(text, path.stem, Scale(scale), **{**further, **changes})

@@ -18,8 +18,8 @@ from isoflat.experiments.cells import Measured, found
 from isoflat.experiments.numbers import COLUMNS, Number, flat
 from isoflat.experiments.recipe import Arm, Asks, Recipe
 from isoflat.experiments.statistics.relation import Relation, relations
-from isoflat.experiments.statistics.sample import Sample
-from isoflat.experiments.verdict import SIGNIFICANCE, Finding, Verdict, compare
+from isoflat.experiments.statistics.sample import OutcomeSample
+from isoflat.experiments.verdict import SIGNIFICANCE, GroupFinding, GroupVerdict, compare
 
 DRAWS = 2000
 """Of bootstraps and permutations."""
@@ -117,7 +117,7 @@ class Reproduction:
             if (summary := _summary(arm, number, self.arm(arm))) is not None
         )
 
-    def verdicts(self, point: int | None = None) -> dict[str, Verdict]:
+    def verdicts(self, point: int | None = None) -> dict[str, GroupVerdict]:
         """The second of two arms against the first by every number.
 
         Args:
@@ -128,7 +128,7 @@ class Reproduction:
         """
         if len(self.recipe.arms) != 2:
             return {}
-        made: dict[str, Verdict] = {}
+        made: dict[str, GroupVerdict] = {}
         for number in self.numbers:
             groups = []
             for arm in self.recipe.arms:
@@ -185,7 +185,9 @@ class Reproduction:
         }
         return relations(samples, self.recipe.seed, DRAWS, outcome=words) if samples else ()
 
-    def _sample(self, number: Number, outcome: Callable[[Measured], float | None], point: int | None) -> Sample | None:
+    def _sample(
+        self, number: Number, outcome: Callable[[Measured], float | None], point: int | None
+    ) -> OutcomeSample | None:
         """A number beside an outcome, turned so that more of it should go with more of that; None where too few are known."""
         known = [
             (number.sign * row.estimate.value, float(after), network)
@@ -196,7 +198,7 @@ class Reproduction:
         ]
         if len(known) < 3 or len({after for _, after, _ in known}) < 2:
             return None
-        return Sample(
+        return OutcomeSample(
             values=tuple(value for value, _, _ in known),
             outcomes=tuple(after for _, after, _ in known),
             losses=tuple(network.training.loss for _, _, network in known),
@@ -296,18 +298,18 @@ class Reproduction:
         names = [arm.minima for arm in self.recipe.arms]
         yield f"{_capital(names[better])} generalize better ({errors})."
         for verdict in self.verdicts().values():
-            if verdict.finding is not Finding.NO_EVIDENCE:
-                sharper = int(verdict.finding is Finding.SHARPER)
+            if verdict.finding is not GroupFinding.NO_EVIDENCE:
+                sharper = int(verdict.finding is GroupFinding.SHARPER)
                 friend = "a false friend here" if sharper == better else "a true friend here"
                 yield f"{_capital(verdict.number)} is {friend}: it calls {names[sharper]} sharper."
 
     def _dissent(self) -> str | None:
         """Generalization and flatness in a sentence, where there is evidence on both."""
-        found = [verdict for verdict in self.verdicts().values() if verdict.finding is not Finding.NO_EVIDENCE]
+        found = [verdict for verdict in self.verdicts().values() if verdict.finding is not GroupFinding.NO_EVIDENCE]
         if self._better is None or self._better[0] is None or not found:
             return None
         better = self._better[0]
-        sharper = int(found[0].finding is Finding.SHARPER) == better
+        sharper = int(found[0].finding is GroupFinding.SHARPER) == better
         minima, called = self.recipe.arms[better].minima, "sharper" if sharper else "flatter"
         return f"{_capital(minima)} generalize better, and {found[0].number} calls them {called}."
 

@@ -15,9 +15,9 @@ from isoflat.core.comparison import Comparison
 from isoflat.core.errors import DataError, IsoflatError, UsageError
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
-from isoflat.experiments.store import Cell, Refused, Store
+from isoflat.experiments.store import Artifact, Refused, Store
 from isoflat.experiments.store.main import MARKER
-from isoflat.experiments.store.strict import parse
+from isoflat.io.strict import parse
 
 LARGEST = 1 << 28
 """Bytes that a file of results may take."""
@@ -36,7 +36,7 @@ _REPRODUCED = {"recipe", "data", "summaries", "networks"}
 
 @final
 @dataclass(frozen=True)
-class Found:
+class StoredNumber:
     """A number that was read.
 
     Attributes:
@@ -108,7 +108,7 @@ class Studied:
     content: Mapping[str, Any]
 
 
-Item = Found | Contest | Reproduced | Studied | Omission | Refused
+Item = StoredNumber | Contest | Reproduced | Studied | Omission | Refused
 
 
 @final
@@ -129,11 +129,11 @@ class Results:
     """
 
     folder: Path
-    found: tuple[Found, ...]
+    found: tuple[StoredNumber, ...]
     contests: tuple[Contest, ...]
     reproduced: tuple[Reproduced, ...]
     studied: tuple[Studied, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[Artifact, ...]
     omitted: tuple[Omission, ...]
     refused: tuple[Refused, ...]
     files: tuple[Path, ...]
@@ -153,7 +153,7 @@ def read(folder: Path) -> Results:
         raise UsageError(f"{folder} cannot be read ({error.strerror or error}): check its permissions") from error
     files = [path for path in files if path.name != MARKER and not path.name.startswith(".")]
     items: list[Item] = [item for path in files for item in _file(path, folder)]
-    cells: list[Cell] = []
+    cells: list[Artifact] = []
     for place in (folder, folder / STORE):
         if place.is_dir() and (place == folder) <= (place / MARKER).exists():
             more, refused = _store(place)
@@ -174,23 +174,23 @@ def read_file(path: Path) -> Results:
     return _results(path.parent, list(_file(path, path.parent)), [], [path])
 
 
-def _results(folder: Path, items: Sequence[Item], cells: Sequence[Cell], files: Sequence[Path]) -> Results:
+def _results(folder: Path, items: Sequence[Item], cells: Sequence[Artifact], files: Sequence[Path]) -> Results:
     return Results(
         folder,
-        _once(item for item in items if isinstance(item, Found)),
+        _once(item for item in items if isinstance(item, StoredNumber)),
         tuple(item for item in items if isinstance(item, Contest)),
         tuple(item for item in items if isinstance(item, Reproduced)),
         tuple(item for item in items if isinstance(item, Studied)),
         tuple(cells),
         tuple(dict.fromkeys(item for item in items if isinstance(item, Omission))),
         tuple(item for item in items if isinstance(item, Refused)),
-        (*files, *(folder / found.source for found in items if isinstance(found, Found))),
+        (*files, *(folder / found.source for found in items if isinstance(found, StoredNumber))),
     )
 
 
-def _once(found: Iterable[Found]) -> tuple[Found, ...]:
+def _once(found: Iterable[StoredNumber]) -> tuple[StoredNumber, ...]:
     """Numbers without those that another file has told before; in a store they may have another label."""
-    first: dict[str, Found] = {}
+    first: dict[str, StoredNumber] = {}
     told: set[str] = set()
     for number in found:
         bare = identity(replace(number.record, label=""))
@@ -233,7 +233,7 @@ def _kinds(of: Any) -> TypeAdapter[Any]:
     return TypeAdapter(of)
 
 
-def _store(place: Path) -> tuple[tuple[Cell, ...], tuple[Refused, ...]]:
+def _store(place: Path) -> tuple[tuple[Artifact, ...], tuple[Refused, ...]]:
     if not (place / MARKER).exists():  # opening it would make it a store
         return (), (Refused(place, f"{place} is no store: {MARKER} is not in it; move it away"),)
     try:
@@ -242,10 +242,10 @@ def _store(place: Path) -> tuple[tuple[Cell, ...], tuple[Refused, ...]]:
         return (), (Refused(place, f"{place}: {error}"),)
 
 
-def _cell(cell: Cell, place: Path, folder: Path) -> Iterator[Item]:
+def _cell(cell: Artifact, place: Path, folder: Path) -> Iterator[Item]:
     path = place / "cells" / f"{cell.address}.json"
     for item in _within(cell.result, path, folder):
-        yield replace(item, cell=True) if isinstance(item, Found) else item
+        yield replace(item, cell=True) if isinstance(item, StoredNumber) else item
 
 
 def _file(path: Path, folder: Path) -> Iterator[Item]:
@@ -285,7 +285,7 @@ def _lines(text: bytes, path: Path, folder: Path) -> Iterator[Item]:
     for place, line in lines:
         try:
             content = parse(line)
-            yield Found(checked(Record.from_dict(content)), _name(path, folder), f"line {place}")
+            yield StoredNumber(checked(Record.from_dict(content)), _name(path, folder), f"line {place}")
         except MALFORMED as error:
             faults.append(f"line {place} is refused: {why(error)}")
     if faults or not lines:
@@ -317,14 +317,14 @@ def _study(content: Mapping[str, Any], path: Path, folder: Path) -> Studied | Re
     return Studied(sentences, tuple(gone), _name(path, folder), content)
 
 
-def _within(content: Any, path: Path, folder: Path) -> Iterator[Found | Omission | Refused]:
+def _within(content: Any, path: Path, folder: Path) -> Iterator[StoredNumber | Omission | Refused]:
     """Records and omissions anywhere in a value; what lies in them is theirs."""
     left: list[tuple[str, Any]] = [("", content)]
     while left:
         place, value = left.pop()
         if isinstance(value, dict) and value.keys() >= _RECORD:
             try:
-                yield Found(checked(Record.from_dict(value)), _name(path, folder), place)
+                yield StoredNumber(checked(Record.from_dict(value)), _name(path, folder), place)
             except MALFORMED as error:
                 yield Refused(path, f"{path}: {place or 'its number'} is refused: {why(error)}")
         elif isinstance(value, dict) and value.keys() == _OMISSION and all(isinstance(v, str) for v in value.values()):

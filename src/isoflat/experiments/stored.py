@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-from isoflat.cli.terminal import complain
 from isoflat.core.comparison import Comparison
 from isoflat.core.errors import DataError, UsageError
 from isoflat.core.record import Record
 from isoflat.core.render import visible
 from isoflat.core.table import Table
-from isoflat.experiments.results import Found, Results, read, read_file
+from isoflat.experiments.results import Results, StoredNumber, read, read_file
 from isoflat.measurement.compare import contrast
+
+Warn = Callable[[str], None]
+"""Called with a line for each thing that is left out."""
 
 SUFFIXES = (".json", ".jsonl")
 """Of files with results."""
@@ -53,13 +55,16 @@ def holds_results(path: Path) -> bool:
     return path.is_dir() or (path.suffix in SUFFIXES and not path.name.endswith(".index.json"))
 
 
-def compared(paths: Sequence[Path], wanted: Wanted, reference: str | None) -> tuple[Comparison, dict[str, Any]]:
+def compared(
+    paths: Sequence[Path], wanted: Wanted, reference: str | None, warn: Warn = lambda text: None
+) -> tuple[Comparison, dict[str, Any]]:
     """The networks in folders and files, set against each other by the numbers that all of them have.
 
     Args:
         paths: folders of `isoflat reproduce`, `study` or `demo`, stores, and results of `isoflat measure`.
         wanted: which numbers.
         reference: the label that others are set against; None for the first.
+        warn: called with a line for each damaged file of a folder, which is left out.
 
     Returns:
         The comparison, and what was compared.
@@ -68,7 +73,7 @@ def compared(paths: Sequence[Path], wanted: Wanted, reference: str | None) -> tu
         DataError: a file is damaged, or there are no two networks with a number in common.
         UsageError: two cannot be compared, or there is no network of this label.
     """
-    networks, notes = _networks(paths, wanted)
+    networks, notes = _networks(paths, wanted, warn)
     if len(networks) < 2:
         there = f"only {next(iter(networks))}" if networks else "no network"
         raise DataError(
@@ -89,9 +94,11 @@ def compared(paths: Sequence[Path], wanted: Wanted, reference: str | None) -> tu
     return contrast(tables, reference), {"stored": [str(path) for path in paths], "notes": notes}
 
 
-def _networks(paths: Sequence[Path], wanted: Wanted) -> tuple[dict[str, dict[tuple[str, str], Record]], list[str]]:
+def _networks(
+    paths: Sequence[Path], wanted: Wanted, warn: Warn
+) -> tuple[dict[str, dict[tuple[str, str], Record]], list[str]]:
     """Every network's numbers, by label; at its own weights, not at others of its orbit."""
-    sources = [(path, [number for number in _numbers(path) if number.record in wanted]) for path in paths]
+    sources = [(path, [number for number in _numbers(path, warn) if number.record in wanted]) for path in paths]
     owners: dict[str, set[int]] = {}
     for place, (_, found) in enumerate(sources):
         for number in found:
@@ -111,19 +118,19 @@ def _networks(paths: Sequence[Path], wanted: Wanted) -> tuple[dict[str, dict[tup
     return networks, [f"{len(others)} {note}"] * bool(others)
 
 
-def _numbers(path: Path) -> list[Found]:
+def _numbers(path: Path, warn: Warn) -> list[StoredNumber]:
     """Those that are stored by themselves, and those of comparisons."""
-    results = _read(path)
-    others = [Found(row, contest.source) for contest in results.contests for row in contest.comparison.rows]
+    results = _read(path, warn)
+    others = [StoredNumber(row, contest.source) for contest in results.contests for row in contest.comparison.rows]
     return [*results.found, *others]
 
 
-def _read(path: Path) -> Results:
+def _read(path: Path, warn: Warn) -> Results:
     """What is stored there; in a folder a damaged file is named and left out, a damaged file by itself is refused."""
     if path.is_dir():
         results = read(path)
         for refused in results.refused:
-            complain(refused.why, "warning")
+            warn(refused.why)
         return results
     results = read_file(path)
     if results.refused:

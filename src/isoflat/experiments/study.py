@@ -1,247 +1,307 @@
-"""What demonstrations share: two ways of training, and networks measured at one loss."""
+"""Does flatness predict generalization? Networks of a list, or of a grid that is trained, set beside what became of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, final
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+from isoflat.core.errors import (
+    DataError,
+    IsoflatError,
+    NoInvariantGeometry,
+    NonFinite,
+    SymmetryViolated,
+    UnknownName,
+    UnsupportedModel,
+    UsageError,
+)
+from isoflat.experiments.cells import Measured
+from isoflat.experiments.data import load_split
+from isoflat.experiments.listed import OUTCOMES, ListedPlan, ReadyNetwork, kept, read_listing, ready, whole
+from isoflat.experiments.numbers import Number
+from isoflat.experiments.prediction import NOTE, Observed, Prediction
+from isoflat.experiments.progress import bar
+from isoflat.experiments.recipe import Quantity, Recipe, read_grid
+from isoflat.experiments.reproduce import follow
+from isoflat.experiments.statistics.sample import LEAST
+from isoflat.experiments.store import Store
+from isoflat.io.files import make_folder
+from isoflat.io.inputs import Inputs, check, device_of
+from isoflat.io.several import labels
+from isoflat.measurement.run import checked
+from isoflat.measures.base import Budget
+from isoflat.measures.catalogue import find_geometry, find_measure
+from isoflat.risk.batches import Batches
 
-from isoflat.core.estimate import Estimate
-from isoflat.core.rng import stream
-from isoflat.core.table import Table
-from isoflat.experiments.data import Split
-from isoflat.experiments.loop import Regime, Training, accuracy, train
-from isoflat.experiments.numbers import GEOMETRIES, MEASURES, NUMBERS, Number
-from isoflat.experiments.verdict import Verdict, compare
-from isoflat.measurement.run import measure_all
+NUMBERS = (
+    ("quotient_spectral_norm", "auto"),
+    ("quotient_spectral_norm", "layerwise"),
+    ("hessian_spectral_norm", "auto"),
+    ("relative_flatness", "auto"),
+    ("fisher_rao_norm", "auto"),
+    ("gradient_norm", "auto"),
+)
+"""Numbers that are measured where none is named: cheap, and of different kinds."""
 
-Report = Callable[[str, float], None]
-"""Told what is being done, and how many units of work (one network is two) have been done since the last call."""
-
-
-class Plan(Protocol):
-    """What every demonstration's plan says; each has a frozen dataclass of its own."""
-
-    @property
-    def seeds(self) -> int:
-        """Networks per arm."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """All randomness follows from it."""
-        ...
-
-    @property
-    def optimizer(self) -> str:
-        """See `Regime`."""
-        ...
-
-    @property
-    def target(self) -> float:
-        """Training loss at which networks are compared."""
-        ...
-
-    @property
-    def max_epochs(self) -> int:
-        """See `Regime`."""
-        ...
-
-    @property
-    def work(self) -> float:
-        """Units of work of the whole demonstration, as reported on the way."""
-        ...
+TRAINED_OUTCOMES = ("gap", "test_error", "test_loss")
+"""Outcomes that are known of networks that are trained here."""
 
 
-@final
-@dataclass(frozen=True)
-class Arm:
-    """One way of training.
+def study(  # noqa: PLR0913
+    networks: Path | str | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    *,
+    grid: Path | str | None = None,
+    outcome: str | None = None,
+    measures: Sequence[str] | None = None,
+    geometry: Sequence[str] | None = None,
+    out: Path | str = "isoflat-study",
+    seed: int | None = None,
+    device: str | None = None,
+    progress: bool = False,
+    scale: str = "small",
+    replicates: int | None = None,
+    jobs: int | None = None,
+    max_products: int = 300,
+    rtol: float = 0.01,
+    probes: int = 64,
+    params: Sequence[str] | None = None,
+    dtype: str | None = None,
+    check: str = "refuse",
+    **inputs: Any,
+) -> Prediction:
+    """Relate every number to an outcome over many networks, as `isoflat study` does, and say how surely.
 
-    Attributes:
-        name: singular, such as "small batch".
-        batch: rows per step; None for all of them.
-        rate: learning rate; None for the optimizer's usual one.
-    """
-
-    name: str
-    batch: int | None
-    rate: float | None = None
-
-    @property
-    def adjective(self) -> str:
-        """Its name before a noun."""
-        return self.name.replace(" ", "-")
-
-    @property
-    def minima(self) -> str:
-        """What its networks are called in a sentence."""
-        return f"{self.adjective} minima"
-
-    def how(self, rows: int) -> str:
-        """What sets it apart, in words.
-
-        Args:
-            rows: of the training set.
-        """
-        if self.rate is not None:
-            return f"with learning rate {self.rate:g}"
-        return f"with all {rows}" if self.batch is None else f"with {self.batch} rows per step"
-
-
-@final
-@dataclass(frozen=True)
-class Setting:
-    """What is particular to one demonstration, beside its plan.
-
-    Attributes:
-        network: the architecture, in words.
-        arms: the two ways of training that are compared; the first is the baseline.
-        question: that the comparison answers.
-        fooled: the number by which an edited network passes for a sharper one.
-        passing: that sentence, with `{label}`, `{times}`, `{other}` and what the canonical number says, `{still}`.
-        leading: which ladder's sentence stands at the head of the report.
-        together: whether networks and edits are shown in one table.
-    """
-
-    network: str
-    arms: tuple[Arm, Arm]
-    question: str
-    fooled: Number
-    passing: str
-    leading: int = 0
-    together: bool = False
-
-
-@final
-@dataclass(frozen=True)
-class Trained:
-    """A trained and measured network.
-
-    Attributes:
-        arm: how it was trained.
-        seed: its number within the arm; weights, order of rows and start vectors follow from it and the plan's seed.
-        training: how the training went.
-        test_accuracy: on the held-out rows.
-        table: every number, on the whole training set.
-        model: the network itself.
-    """
-
-    arm: Arm
-    seed: int
-    training: Training
-    test_accuracy: float
-    table: Table
-    model: nn.Module = field(repr=False, compare=False)
-
-    @property
-    def label(self) -> str:
-        """Arm and seed."""
-        return f"{self.arm.name} {self.seed}"
-
-    def estimate(self, number: Number) -> Estimate:
-        """One of its numbers."""
-        return number.of(self.table).estimate
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
-        return {
-            "label": self.label,
-            "arm": self.arm.name,
-            "batch": self.arm.batch,
-            **({} if self.arm.rate is None else {"rate": self.arm.rate}),
-            "seed": self.seed,
-            "training": dict(vars(self.training)),
-            "test_accuracy": self.test_accuracy,
-            "records": [record.to_dict() for record in self.table],
-        }
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Small networks gain nothing from threads, suffer where cores are shared, and owe them their last digits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def train_arms(
-    data: Split, plan: Plan, arms: tuple[Arm, Arm], build: Callable[[int], nn.Module], report: Report
-) -> tuple[Trained, ...]:
-    """Networks of both arms, trained and measured; pairs start from the same weights.
+    Give `networks`, a list of checkpoints with what became of them; or `grid`, hyper-parameters to train with. Measured
+    networks are kept in the folder's store: the same call goes on where another was stopped.
 
     Args:
-        data: what to train on.
-        plan: how.
-        arms: the two ways.
-        build: a network from the seed of its initial weights.
-        report: told what is going on.
+        networks: CSV with a row, or TOML with a table, for each network: weights, an outcome and hyper-parameters.
+        model: with `networks`: `module:factory`, a function without arguments that builds the network of every row.
+        data: what is measured on, as for `isoflat.load_data`; with `grid` a path, where it does not come with isoflat.
+        grid: TOML: a recipe with data, network, training and a table grid of lists. Every combination is trained.
+        outcome: "gap", "test_error", "test_accuracy" or "test_loss"; None for the one listed, or the gap with `grid`.
+        measures: names in the catalogue; None for a few cheap ones of different kinds.
+        geometry: names of metrics, with `measures`; None for "auto".
+        out: folder for the store; made if need be.
+        seed: seed of all random numbers; None for 0, or the file's with `grid`.
+        device: device of the networks; None for the CPU.
+        progress: show a line on the standard error.
+        scale: with `grid`: whose table stands over the rest, "small" or "paper".
+        replicates: with `grid`: networks for each combination; None for the file's.
+        jobs: with `grid`: processes; None for one for each core.
+        max_products: with `networks`, as all that follow: Hessian-vector products per eigenvalue.
+        rtol: relative width of the enclosures to reach.
+        probes: random probes of traces.
+        params: which parameters count, by name; None for all.
+        dtype: precision of the products; None for the weights' own.
+        check: "refuse", "warn" or "skip", where products disagree with differences of gradients.
+        **inputs: how weights and data are read; see `isoflat.io.inputs.Inputs`.
+
+    Raises:
+        UsageError: neither or both ways in are given, or something is unknown or has no meaning.
+        IsoflatError: something else is refused; bad rows are all named, before anything is measured.
+
+    >>> study()
+    Traceback (most recent call last):
+    isoflat.core.errors.UsageError: give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with
     """
-
-    def trained(arm: Arm, seed: int) -> Trained:
-        model = build(stream(plan.seed, "network", seed).initial_seed())
-        return _trained(model, data, plan, arm, seed, report)
-
-    # Arms alternate, so that the time left is foreseen well.
-    pairs = [[trained(arm, seed) for arm in arms] for seed in range(plan.seeds)]
-    return tuple(network for arm in zip(*pairs, strict=True) for network in arm)
-
-
-def _trained(model: nn.Module, data: Split, plan: Plan, arm: Arm, seed: int, report: Report) -> Trained:
-    """One network, from its initial weights to its numbers."""
-    regime = Regime(arm.batch, plan.target, plan.optimizer, plan.max_epochs, arm.rate)
-    label = f"{arm.name} {seed}"
-    reached = 0.0
-
-    def progress(share: float) -> None:
-        nonlocal reached
-        report(f"training {label}", max(0.0, share - reached))
-        reached = max(reached, share)
-
-    report(f"training {label}", 0.0)
-    training = train(model, data.train, regime, stream(plan.seed, "order", arm.name, seed), progress)
-    report(f"measuring {label}", 0.0)
-    model.eval()
-    table = measure_all(
-        model,
-        data.train,
-        nn.CrossEntropyLoss(),
-        measures=MEASURES,
-        geometry=GEOMETRIES,
-        seed=plan.seed,
-        label=label,
+    if (networks is None) == (grid is None):
+        raise UsageError("give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with")
+    asked = quantities(measures, geometry)
+    if grid is not None:
+        recipe = read_grid(Path(grid), scale, asked, NUMBERS, {"replicates": replicates, "seed": seed})
+        return of_grid(recipe, outcome, data, Path(out), jobs, device, progress)
+    if model is None or data is None:
+        raise UsageError("--networks needs --model module:factory, and --data that the networks are measured on")
+    plan = planned(
+        Inputs(model=model, data=data, seed=seed or 0, **inputs),
+        asked or NUMBERS,
+        {"rtol": rtol, "probes": probes, "seed": seed or 0},
+        {"params": None if params is None else list(params), "dtype": dtype, "check": check},
+        max_products,
+        device,
     )
-    report(f"measured {label}", 1.0)
-    return Trained(arm, seed, training, accuracy(model, data.test), table, model)
+    return of_list(Path(networks or ""), outcome, plan, Path(out), progress)
 
 
-def verdicts(networks: tuple[Trained, ...], arms: tuple[Arm, Arm]) -> dict[str, Verdict]:
-    """The second arm against the first by every number, over the networks that reached the target.
+def quantities(names: Sequence[str] | None, places: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    """Every measure in every place it is asked for, or in its own; none where none is named.
+
+    Raises:
+        UsageError: a name is unknown, or there are places without measures.
+
+    >>> quantities(["hessian_trace", "quotient_trace"], ["auto", "layerwise"])
+    (('hessian_trace', 'euclidean'), ('quotient_trace', 'auto'), ('quotient_trace', 'layerwise'))
+    """
+    if places and not names:
+        raise UsageError("--geometry says where --measure is measured: name measures too")
+    known = [find_geometry(place).name for place in places or ["auto"]]
+    made = [(name, place) for name in names or () for place in _places(find_measure(name).geometry, known)]
+    return tuple(dict.fromkeys(made))
+
+
+def _places(own: str | None, known: Sequence[str]) -> Sequence[str]:
+    return known if own is None else [own]
+
+
+def planned(
+    inputs: Inputs,
+    asked: Sequence[tuple[str, str]],
+    effort: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    products: int,
+    device: str | None,
+) -> ListedPlan:
+    """How networks of a list are measured; names and limits are checked before a file is opened.
 
     Args:
-        networks: of both arms.
-        arms: the baseline and the other one.
+        inputs: model, data and loss.
+        asked: measures with their geometries.
+        effort: `rtol`, `probes` and `seed`.
+        settings: `params`, `dtype` and `check`.
+        products: Hessian-vector products per eigenvalue.
+        device: where networks are measured.
 
-    Returns:
-        By name of the number; empty if an arm has fewer than two such networks.
+    Raises:
+        UsageError: something is unknown or has no meaning.
     """
-    first, second = (
-        [network for network in networks if network.arm == arm and network.training.reached] for arm in arms
+    numbers = _numbers(asked)
+    check([n.measure for n in numbers], [n.geometry for n in numbers], budget=Budget(products), **effort)
+    own = {**effort, **settings, "check": str(checked(settings["check"]))}
+    return ListedPlan(inputs, numbers, own, products, device_of(device))
+
+
+def of_list(path: Path, outcome: str | None, plan: ListedPlan, folder: Path, progress: bool) -> Prediction:
+    """Networks of a list, measured or read from the folder's store.
+
+    Args:
+        path: of the list.
+        outcome: the column to predict; None for the only one.
+        plan: how they are measured.
+        folder: whose store is used; made if need be.
+        progress: show a line on the standard error.
+
+    Raises:
+        IsoflatError: something is refused; bad rows are all named, before anything is measured.
+    """
+    listing = read_listing(path, outcome)
+    rows, batches, notes = ready(listing, plan)
+    make_folder(folder)
+    found, left_out = _observed(rows, batches, plan, Store.open(folder / "store"), progress)
+    told = listing.words if listing.column != "test_accuracy" else f"{listing.words}, 1 less the accuracy"
+    facts = (
+        ("Networks", f"{path}, {len(found)} of {len(rows)}"),
+        ("Model", plan.inputs.model),
+        ("Data", f"{plan.inputs.data}, {found[0].table[0].point.examples} examples"),
+        ("Loss", plan.inputs.loss),
+        ("Outcome", f"column {listing.column}: {told}"),
+        ("Training loss", "as measured" if listing.rows[0].loss is None else "column train_loss"),
+        *((NOTE, note) for note in notes),
     )
-    if min(len(first), len(second)) < 2:
-        return {}
-    return {
-        number.name: compare(
-            f"the {number.words}",
-            (arms[0].minima, [network.estimate(number) for network in first]),
-            (arms[1].minima, [network.estimate(number) for network in second]),
+    return Prediction(plan.numbers, found, listing.words, plan.inputs.seed, left_out, facts=facts)
+
+
+def _observed(
+    rows: Sequence[ReadyNetwork], batches: Batches, plan: ListedPlan, store: Store, progress: bool
+) -> tuple[tuple[Observed, ...], tuple[tuple[str, str], ...]]:
+    """What was measured, and the networks that cannot be, with the reasons."""
+    found: list[Observed] = []
+    refused: list[tuple[str, IsoflatError]] = []
+    with bar(len(rows), not progress) as report:
+        for ready, short in zip(rows, labels([each.row.weights for each in rows]), strict=True):
+            row, label = ready.row, ready.row.label or short
+            report(f"measuring {label}", 0.0)
+            try:
+                table = kept(ready, label, plan, batches, store)
+            except (UnsupportedModel, NonFinite, NoInvariantGeometry, SymmetryViolated) as error:  # of these weights
+                refused.append((label, error))
+            else:
+                loss = table[0].point.loss if row.loss is None else row.loss
+                found.append(Observed(label, table, row.outcome, loss, row.factors))
+            report(f"{label} is done", 1.0)
+    if not found:
+        raise refused[0][1]
+    return tuple(found), tuple((label, f"which cannot be measured: {error}") for label, error in refused)
+
+
+def _numbers(asked: Sequence[tuple[str, str]]) -> tuple[Number, ...]:
+    made = {number.name: number for number in (Quantity(measure=name, geometry=place).number for name, place in asked)}
+    return tuple(made.values())
+
+
+def of_grid(
+    recipe: Recipe,
+    outcome: str | None,
+    data: str | None,
+    folder: Path,
+    jobs: int | None,
+    device: str | None,
+    progress: bool,
+) -> Prediction:
+    """Networks of a grid, trained and measured or read from the folder's store.
+
+    Args:
+        recipe: with an arm for every combination.
+        outcome: what to predict; None for the generalisation gap.
+        data: a path, where the data does not come with isoflat.
+        folder: whose store is used; made if need be.
+        jobs: processes.
+        device: where networks live.
+        progress: show a line on the standard error.
+
+    Raises:
+        IsoflatError: something is refused.
+    """
+    chosen = outcome or TRAINED_OUTCOMES[0]
+    if chosen not in TRAINED_OUTCOMES:
+        raise UnknownName("outcome of trained networks", chosen, TRAINED_OUTCOMES)
+    if len(recipe.arms) * recipe.replicates < LEAST:
+        raise UsageError(f"--grid: a relation needs at least {LEAST} networks: give more values, or --replicates")
+    if data is None and not len(load_split(recipe.data, None).test[1]):
+        raise DataError(f"--grid: the data {recipe.data.source} has no held-out rows to generalize to")
+    made = follow(recipe, data, folder, jobs, device, None, progress)
+    networks = tuple(
+        Observed(
+            network.label,
+            network.table,
+            _outcome(network, chosen),
+            network.training.loss,
+            {
+                name: whole(level) if isinstance(level, float) else level
+                for name, level in network.task.arm.factors.items()
+            },
         )
-        for number in NUMBERS
-    }
+        for network in made.networks
+        if network.training.reached and len(network.table)
+    )
+    left_out = (
+        *((n.label, f"which missed its target: training loss {n.training.loss:.3g}") for n in made.missed),
+        *((n.label, f"which diverged: {n.diverged}") for n in made.diverged),
+        *(
+            (n.label, f"which cannot be measured: {n.table.omitted[0]}")
+            for n in made.networks
+            if n.training.reached and not len(n.table)
+        ),
+    )
+    explained = {"gap": ", test error less training error"}.get(chosen, "")
+    facts = (
+        (
+            "Grid",
+            f"{recipe.name}, {len(recipe.arms)} combinations, {recipe.replicates} networks each, scale {recipe.scale}",
+        ),
+        ("Network", ", ".join(f"{key} {value}" for key, value in recipe.network.model_dump().items())),
+        ("Data", made.data),
+        ("Outcome", f"{OUTCOMES[chosen]}{explained}"),
+        ("Seed", str(recipe.seed)),
+        ("Time", f"{made.cost:.0f} s to train and measure"),
+    )
+    return Prediction(made.numbers, networks, OUTCOMES[chosen], recipe.seed, left_out, facts=facts)
+
+
+def _outcome(network: Measured, chosen: str) -> float:
+    """The outcome of a network whose data has held-out rows, and whose training did not diverge."""
+    found = network.test_loss if chosen == "test_loss" else network.test_error
+    return (found or 0.0) - ((network.train_error or 0.0) if chosen == "gap" else 0.0)

@@ -13,12 +13,13 @@ from torch import nn
 
 from isoflat.core.errors import UsageError
 from isoflat.experiments import cells
-from isoflat.experiments.cells import Measured, Report, Task, run
+from isoflat.experiments.cells import Measured, NetworkTask, run
 from isoflat.experiments.data import Split
+from isoflat.experiments.loop import one_thread
 from isoflat.experiments.numbers import Number
+from isoflat.experiments.progress import Report, silent
 from isoflat.experiments.recipe import Recipe
 from isoflat.experiments.store import Store
-from isoflat.experiments.study import one_thread
 from isoflat.measurement.prepare import subject
 from isoflat.measurement.run import opened, planned
 from isoflat.measures.base import Settings
@@ -33,9 +34,9 @@ PAUSE = 1.0
 """Seconds between two looks at a cell that another process is at."""
 
 
-def tasks(recipe: Recipe) -> tuple[Task, ...]:
+def tasks(recipe: Recipe) -> tuple[NetworkTask, ...]:
     """Every network of an experiment; arms alternate, so that the time left is foreseen well."""
-    return tuple(Task(recipe, arm, replicate) for replicate in range(recipe.replicates) for arm in recipe.arms)
+    return tuple(NetworkTask(recipe, arm, replicate) for replicate in range(recipe.replicates) for arm in recipe.arms)
 
 
 def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
@@ -57,7 +58,7 @@ def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
     inputs, targets = (part[:FEW] for part in data.train)
     inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
     seen: list[dict[str, Any]] = []
-    for task in (Task(recipe, arm, 0) for arm in recipe.arms):
+    for task in (NetworkTask(recipe, arm, 0) for arm in recipe.arms):
         if task.arm.network in seen:
             continue
         seen.append(task.arm.network)
@@ -80,11 +81,11 @@ def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
 
 
 def sweep(
-    todo: Sequence[Task],
+    todo: Sequence[NetworkTask],
     data: Split,
     numbers: Sequence[Number],
     store: Store,
-    report: Report = lambda text, done: None,
+    report: Report = silent,
     jobs: int = 1,
 ) -> tuple[Measured, ...]:
     """All of them, in order.
@@ -121,17 +122,14 @@ def sweep(
     return tuple(done[place] for place in range(len(todo)))
 
 
-Found = Iterator[tuple[int, Measured | None]]
-
-
 def _in_turn(
-    left: Sequence[tuple[int, Task]],
+    left: Sequence[tuple[int, NetworkTask]],
     data: Split,
     numbers: Sequence[Number],
     store: Store,
     report: Report,
     jobs: int,
-) -> Found:
+) -> Iterator[tuple[int, Measured | None]]:
     for place, task in left:
         told = 0.0
 
@@ -148,13 +146,13 @@ def _in_turn(
 
 
 def _side_by_side(
-    left: Sequence[tuple[int, Task]],
+    left: Sequence[tuple[int, NetworkTask]],
     data: Split,
     numbers: Sequence[Number],
     store: Store,
     report: Report,
     jobs: int,
-) -> Found:
+) -> Iterator[tuple[int, Measured | None]]:
     device = data.train[0].device
     arrays = [part.numpy(force=True) for pair in (data.train, data.test) for part in pair]
     # Copies on writing: workers share one copy of the data in memory.
@@ -172,7 +170,7 @@ def _side_by_side(
 
 def _worker(
     place: int,
-    task: Task,
+    task: NetworkTask,
     content: tuple[str, str, Sequence[Any], torch.device],
     numbers: Sequence[Number],
     store: Store,
@@ -181,4 +179,4 @@ def _worker(
     inputs, targets, others, rest = (torch.from_numpy(array).to(device) for array in arrays)
     data = Split(name, (inputs, targets), (others, rest), vocabulary)
     with one_thread():
-        return place, run(task, data, numbers, store, lambda text, done: None)
+        return place, run(task, data, numbers, store, silent)

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from typing import final
 
 from isoflat.core.errors import UsageError
-from isoflat.experiments.attack import Victim, reparametrize_all
 from isoflat.experiments.data import Split
+from isoflat.experiments.demonstration import DemoArm, DemoResult, Setting, Trained, train_arms, verdicts
 from isoflat.experiments.families import decoder
+from isoflat.experiments.ladders import Victim, reparametrize_all
+from isoflat.experiments.loop import one_thread
 from isoflat.experiments.numbers import CANONICAL, PAPER
-from isoflat.experiments.outcome import DemoResult
-from isoflat.experiments.study import Arm, Report, Setting, Trained, one_thread, train_arms, verdicts
+from isoflat.experiments.progress import Report, silent
 
 
 @final
 @dataclass(frozen=True)
-class Plan:
+class TransformerPlan:
     """What the demonstration does.
 
     Attributes:
@@ -80,7 +81,7 @@ class Plan:
         return Setting(
             network=f"{self.layers} causal pre-norm blocks of width {self.width} with {self.heads} heads, ReLU, "
             f"{self.context} characters of context",
-            arms=(Arm("small step", self.batch, first), Arm("large step", self.batch, second)),
+            arms=(DemoArm("small step", self.batch, first), DemoArm("large step", self.batch, second)),
             question="Are large-step minima flatter?",
             fooled=PAPER,
             passing="By the paper's number the reparametrised {label} would pass for {times} times sharper than the "
@@ -90,7 +91,7 @@ class Plan:
         )
 
 
-def run(data: Split, plan: Plan, report: Report = lambda text, done: None) -> DemoResult:
+def run(data: Split, plan: TransformerPlan, report: Report = silent) -> DemoResult:
     """Train, measure, compare; attack the flattest network, and the sharpest one of the other arm.
 
     Args:

@@ -17,7 +17,7 @@ from isoflat.core.estimate import Estimate
 SIGNIFICANCE = 0.05
 
 
-class Finding(StrEnum):
+class GroupFinding(StrEnum):
     """What the comparison says about the second group."""
 
     SHARPER = "sharper"
@@ -27,7 +27,7 @@ class Finding(StrEnum):
 
 @final
 @dataclass(frozen=True)
-class Verdict:
+class GroupVerdict:
     """A comparison of two groups by one number that is lower for flatter minima.
 
     Attributes:
@@ -47,7 +47,7 @@ class Verdict:
     number: str
     baseline: str
     other: str
-    finding: Finding
+    finding: GroupFinding
     ratio: float
     median_ratio: float
     superiority: float
@@ -64,9 +64,9 @@ class Verdict:
     @property
     def claim(self) -> str:
         """The finding in one clause."""
-        if self.finding is Finding.NO_EVIDENCE:
+        if self.finding is GroupFinding.NO_EVIDENCE:
             return f"By {self.number} there is no evidence that {self.other} and {self.baseline} differ"
-        times = self.ratio if self.finding is Finding.SHARPER else 1 / self.ratio
+        times = self.ratio if self.finding is GroupFinding.SHARPER else 1 / self.ratio
         how_much = f"{times:.1f} times " if times > 1 else ""  # an outlier can turn the means against the ranks
         return f"By {self.number}, {self.other} are {how_much}{self.finding} than {self.baseline}"
 
@@ -97,7 +97,9 @@ class Verdict:
         }
 
 
-def compare(number: str, baseline: tuple[str, Sequence[Estimate]], other: tuple[str, Sequence[Estimate]]) -> Verdict:
+def compare(
+    number: str, baseline: tuple[str, Sequence[Estimate]], other: tuple[str, Sequence[Estimate]]
+) -> GroupVerdict:
     """Compare two groups by a positive number that is lower for flatter minima.
 
     Args:
@@ -121,10 +123,10 @@ def compare(number: str, baseline: tuple[str, Sequence[Estimate]], other: tuple[
     ties = len(np.unique(np.concatenate([first, second]))) < len(first) + len(second)
     test = mannwhitneyu(second, first, alternative="two-sided", method="asymptotic" if ties else "exact")
     p, superiority = float(test.pvalue), float(test.statistic) / (len(first) * len(second))
-    finding = Finding.NO_EVIDENCE
+    finding = GroupFinding.NO_EVIDENCE
     if p < SIGNIFICANCE:
-        finding = Finding.SHARPER if superiority > 0.5 else Finding.FLATTER
-    return Verdict(
+        finding = GroupFinding.SHARPER if superiority > 0.5 else GroupFinding.FLATTER
+    return GroupVerdict(
         number=number,
         baseline=baseline[0],
         other=other[0],

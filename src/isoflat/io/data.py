@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from isoflat.core.errors import DataError
 from isoflat.io.arrays import read_npz
+from isoflat.io.digits import digits
 from isoflat.io.images import read_folder, read_parquet
 from isoflat.io.named import function, named, reason
 from isoflat.io.rows import Rows, evenly, rows
@@ -26,47 +26,44 @@ SPLITS = ("train", "test", "validation", "valid", "val")
 _KNOWN = "digits, a .npz file, Parquet files, a folder of images by class, or module:factory"
 
 
-@final
-@dataclass(frozen=True)
-class Data:
-    """What the network is measured on.
-
-    Attributes:
-        batches: come out the same at each pass.
-        notes: what was read and how it was converted.
-    """
-
-    batches: Batches
-    notes: tuple[str, ...]
-
-
 def load_data(
-    source: str,
+    spec: str,
     split: str | None = None,
+    *,
     transform: str | None = None,
     examples: int | None = None,
     batch_size: int = 500,
-) -> Data:
-    """Batches from a source named on the command line.
+    note: Callable[[str], None] = lambda text: None,
+) -> Batches:
+    """Batches from a named source, as `--data` of the command line takes it.
 
     Args:
-        source: `digits`, a path, a glob of Parquet files, or `module:factory`.
+        spec: `digits`, a path, a glob of Parquet files, or `module:factory`.
         split: which split; None for train where there are several.
         transform: `module:fn` from a batch's raw inputs to the network's; None for the convention (`rows.convert`).
         examples: how many to take, evenly spaced; None for all.
         batch_size: rows per batch.
+        note: called with a line for everything that a reader must know of how the data was read.
+
+    Returns:
+        Batches that come out the same at each pass, as `isoflat.measure` takes them.
 
     Raises:
         DataError: the data is missing, damaged, empty or of an unknown kind.
         UsageError: `module:name` cannot be found.
+
+    >>> [tuple(inputs.shape) for inputs, _ in load_data("digits", "test", examples=100, batch_size=60)]
+    [(60, 64), (40, 64)]
     """
     apply = None if transform is None else function(transform, "--transform")
-    found = _found(source, split, examples)
+    found = _found(spec, split, examples)
     if isinstance(found, Rows):
-        return Data(found.batches(batch_size, apply), (*found.notes, *_conversion(found, transform)))
+        for text in (*found.notes, *_conversion(found, transform)):
+            note(text)
+        return found.batches(batch_size, apply)
     if apply is not None:
-        raise DataError(f"--transform does not apply to the batches of --data {source}: transform them in the factory")
-    return Data(as_batches(found, batch_size), ())
+        raise DataError(f"--transform does not apply to the batches of --data {spec}: transform them in the factory")
+    return as_batches(found, batch_size)
 
 
 def load_rows(source: str, split: str) -> Rows:
@@ -96,11 +93,9 @@ def _found(source: str, split: str | None, examples: int | None) -> Any:
 
 
 def _digits(split: str | None, examples: int | None) -> Rows:
-    from isoflat.experiments.data import digits
-
     if split not in (None, "train", "test"):
         raise DataError(f"digits has no split {split!r}: choose --split train or test")
-    inputs, targets = digits().test if split == "test" else digits().train
+    inputs, targets = digits()[split == "test"]
     return _part(inputs, targets, "digits", examples, (f"digits, {split or 'train'} split",))
 
 

@@ -32,7 +32,7 @@ def fit(model: nn.Module, weights: Weights, prefixes: Sequence[str] = ()) -> tup
     """
     target = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     if lazy := [name for name, tensor in target.items() if nn.parameter.is_lazy(tensor)]:
-        raise UnsupportedModel(f"{some(lazy)} tensors have no shape yet (lazy): run the network once in its factory")
+        raise UnsupportedModel(f"tensors without a shape (lazy): {some(lazy)}. Run the network once in its factory")
     tensors, notes = _rename(dict(weights.tensors), target, prefixes, weights)
     tied = _tied(target)
     for names in tied:

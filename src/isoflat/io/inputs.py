@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -13,10 +13,8 @@ import torch
 from isoflat.core.errors import DataError, IsoflatError, UsageError
 from isoflat.core.record import Point
 from isoflat.io.data import load_data
-from isoflat.io.fit import fit
-from isoflat.io.model import build, find_loss
+from isoflat.io.model import find_loss, load_model
 from isoflat.io.named import reason
-from isoflat.io.weights import read_weights
 from isoflat.measurement.prepare import subject
 from isoflat.measures.base import Settings, Subject
 from isoflat.measures.catalogue import find_geometry, find_measure
@@ -28,7 +26,7 @@ from isoflat.risk.ranks import own_device
 @final
 @dataclass(frozen=True)
 class Inputs:
-    """What the user named; nothing is opened yet.
+    """Names that the user gave; nothing is opened yet.
 
     Attributes:
         model: `module:factory`.
@@ -55,6 +53,28 @@ class Inputs:
     batch_size: int = 500
     loss: str = "cross_entropy"
     seed: int = 0
+
+    def network(self, note: Callable[[str], None] = lambda text: None) -> torch.nn.Module:
+        """The network with its weights; see `load_model`."""
+        return load_model(
+            self.model,
+            self.weights,
+            key=self.weights_key,
+            strip_prefix=self.strip_prefix,
+            seed=self.seed,
+            note=note,
+        )
+
+    def read(self, note: Callable[[str], None] = lambda text: None) -> Batches:
+        """The data; see `load_data`."""
+        return load_data(
+            self.data,
+            self.split,
+            transform=self.transform,
+            examples=self.examples,
+            batch_size=self.batch_size,
+            note=note,
+        )
 
     def facts(self, point: Point) -> list[tuple[str, str]]:
         """What was measured, for people.
@@ -90,7 +110,7 @@ class Inputs:
 @final
 @dataclass(frozen=True)
 class Loaded:
-    """What can be measured.
+    """A network with what it is measured on.
 
     Attributes:
         model: the network, in evaluation mode, with its weights.
@@ -111,11 +131,10 @@ def load(inputs: Inputs) -> Loaded:
     Raises:
         IsoflatError: something cannot be found, opened or fitted.
     """
+    notes: list[str] = []
     loss = find_loss(inputs.loss)
-    model = build(inputs.model, inputs.seed)
-    notes = fill(model, inputs)
-    data = load_data(inputs.data, inputs.split, inputs.transform, inputs.examples, inputs.batch_size)
-    return Loaded(model, data.batches, loss, (*notes, *data.notes))
+    model = inputs.network(notes.append)
+    return Loaded(model, inputs.read(notes.append), loss, tuple(notes))
 
 
 def check(measures: list[str], geometry: list[str], **settings: Any) -> None:
@@ -165,20 +184,6 @@ def within_memory() -> Iterator[None]:
         raise MemoryError(str(error)) from error
 
 
-def fill(model: torch.nn.Module, inputs: Inputs) -> tuple[str, ...]:
-    """Load the weights file into the model, if there is one; what a reader must know about it.
-
-    Raises:
-        CheckpointError: it cannot be opened safely, or does not fit.
-        UsageError: an option for weights files was given without one.
-    """
-    if inputs.weights is not None:
-        return fit(model, read_weights(inputs.weights, inputs.weights_key), inputs.strip_prefix)
-    if inputs.weights_key is not None or inputs.strip_prefix:
-        raise UsageError("--weights-key and --strip-prefix choose within a weights file: name it with --weights")
-    return (f"weights as built by the factory (no --weights was given), torch's seed {inputs.seed}",)
-
-
 def device_of(name: str | None) -> torch.device | None:
     """A device that is there; of several processes on a machine each takes the accelerator of its own number.
 
@@ -217,3 +222,16 @@ def try_forward(target: Subject) -> None:
             f"network and loss fail on the first batch (tensors {shapes}): {reason(error)}. Bring the inputs into the "
             "form the network was trained on with --transform module:fn, and check --loss and the number of classes"
         ) from error
+
+
+def before(inputs: Inputs, file: Path | None) -> tuple[torch.nn.Module | None, tuple[str, ...]]:
+    """The network before training, for bounds whose prior is centred there, and what a reader must know of it.
+
+    Args:
+        inputs: what the user named.
+        file: the weights before training; None for none.
+    """
+    if file is None:
+        return None, ()
+    notes: list[str] = []
+    return replace(inputs, weights=file).network(notes.append), tuple(notes)

@@ -2,16 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from isoflat.core.errors import UsageError
+from isoflat.io.fit import fit
 from isoflat.io.named import function, named, reason
+from isoflat.io.weights import read_weights
 
 LOSSES = ("cross_entropy", "mse", "model")
 """Losses that need no code of the user's own; `model`: the model's output carries its loss."""
+
+
+def load_model(
+    spec: str,
+    weights: Path | str | None = None,
+    *,
+    key: str | None = None,
+    strip_prefix: Sequence[str] = (),
+    seed: int = 0,
+    note: Callable[[str], None] = lambda text: None,
+) -> nn.Module:
+    """The network that a factory builds, with the weights of a file, in evaluation mode.
+
+    Weights are read without ever running what the file says, and fitted strictly: all of them in the right places, or none.
+
+    Args:
+        spec: `module:factory`; the factory is called without arguments.
+        weights: `.safetensors`, a `.safetensors.index.json`, or `.pt`, `.pth`, `.ckpt`, `.bin` written by `torch.save`;
+            None for the weights that the factory builds.
+        key: the entry of the file that holds the weights, with dots for entries within entries; None to look in the
+            usual places.
+        strip_prefix: prefixes removed from the names in the file; the usual wrappers' are found by themselves.
+        seed: seed of torch's random numbers while the network is built, so that fresh weights are the same at each run.
+        note: called with a line for everything that a reader must know of how the weights were read.
+
+    Raises:
+        UsageError: the factory cannot be found, fails, or returns something else.
+        CheckpointError: the file cannot be opened safely, or does not fit.
+
+    >>> load_model("torch.nn:Identity")
+    Identity()
+    """
+    model = build(spec, seed)
+    for text in fill(model, weights, key, strip_prefix, seed):
+        note(text)
+    return model
+
+
+def fill(
+    model: nn.Module, weights: Path | str | None, key: str | None, strip_prefix: Sequence[str], seed: int
+) -> tuple[str, ...]:
+    """Load a weights file into a network, if there is one; what a reader must know about it.
+
+    Args:
+        model: changed in place; left as it is where anything does not fit.
+        weights: as for `load_model`.
+        key: as for `load_model`.
+        strip_prefix: as for `load_model`.
+        seed: with which the network was built.
+
+    Raises:
+        CheckpointError: it cannot be opened safely, or does not fit.
+        UsageError: an option for weights files was given without one.
+    """
+    if weights is not None:
+        return fit(model, read_weights(Path(weights), key), strip_prefix)
+    if key is not None or strip_prefix:
+        raise UsageError("--weights-key and --strip-prefix choose within a weights file: name it with --weights")
+    return (f"weights as built by the factory (no --weights was given), torch's seed {seed}",)
 
 
 def build(spec: str, seed: int) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import final
 import numpy as np
 from scipy.special import xlogy
 
-from isoflat.experiments.statistics.sample import Sample, generator_of, signs
+from isoflat.experiments.statistics.sample import OutcomeSample, generator_of, signs
 
 MOST = 2
 """Hyper-parameters conditioned on at once."""
@@ -40,7 +40,7 @@ class Conditional:
     settled: int
 
 
-def conditional(sample: Sample, seed: int = 0, deals: int = 20) -> Conditional:
+def conditional(sample: OutcomeSample, seed: int = 0, deals: int = 20) -> Conditional:
     """Conditional independence score K (Jiang et al. 2019, arXiv:1912.02178, section 3).
 
     For ordered pairs of networks, V_μ and V_g are the signs of the differences of measure and outcome, and U_S are the
@@ -52,7 +52,7 @@ def conditional(sample: Sample, seed: int = 0, deals: int = 20) -> Conditional:
         seed: of the random deals.
         deals: how often values are dealt out at random; 0 for no comparison with chance.
 
-    >>> conditional(Sample((1.0, 2.0, 4.0, 3.0), (1.0, 2.0, 4.0, 3.0)), deals=0).score
+    >>> conditional(OutcomeSample((1.0, 2.0, 4.0, 3.0), (1.0, 2.0, 4.0, 3.0)), deals=0).score
     1.0
     """
     sample = sample.ordered
@@ -82,7 +82,7 @@ def conditional(sample: Sample, seed: int = 0, deals: int = 20) -> Conditional:
     )
 
 
-def _cells(sample: Sample, chosen: tuple[str, ...], first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def _cells(sample: OutcomeSample, chosen: tuple[str, ...], first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Number of the cell of U_S in which each ordered pair lies."""
     cells = np.zeros(len(first), dtype=np.int64)
     for name in chosen:

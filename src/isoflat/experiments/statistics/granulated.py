@@ -8,7 +8,7 @@ from typing import final
 
 import numpy as np
 
-from isoflat.experiments.statistics.sample import Sample, signs
+from isoflat.experiments.statistics.sample import OutcomeSample, signs
 
 
 @final
@@ -30,7 +30,7 @@ class Granulated:
     silent: Mapping[str, int]
 
 
-def granulated(sample: Sample) -> Granulated:
+def granulated(sample: OutcomeSample) -> Granulated:
     """Granulated Kendall coefficients ψ and their mean Ψ (Jiang et al. 2019, arXiv:1912.02178, section 3).
 
     τ is τ-a, as there: the mean over pairs of the product of signs, with ties as zero. Replicates, which share the
@@ -39,7 +39,7 @@ def granulated(sample: Sample) -> Granulated:
     Args:
         sample: networks with hyper-parameters.
 
-    >>> granulated(Sample((1.0, 2.0, 3.0, 4.0), (2.0, 1.0, 4.0, 3.0), {"a": (0, 0, 1, 1), "b": (0, 1, 0, 1)})).psi
+    >>> granulated(OutcomeSample((1.0, 2.0, 3.0, 4.0), (2.0, 1.0, 4.0, 3.0), {"a": (0, 0, 1, 1), "b": (0, 1, 0, 1)})).psi
     {'a': 1.0, 'b': -1.0}
     """
     agreement = signs(sample.values) * signs(sample.outcomes)

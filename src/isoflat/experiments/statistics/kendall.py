@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import bootstrap, kendalltau
 
 from isoflat.core.errors import UsageError
-from isoflat.experiments.statistics.sample import Sample, generator_of, signs
+from isoflat.experiments.statistics.sample import OutcomeSample, generator_of, signs
 
 
 @final
@@ -38,7 +38,7 @@ class Kendall:
     unanimous: bool
 
 
-def kendall(sample: Sample, seed: int = 0, draws: int = 1999, confidence: float = 0.95) -> Kendall:
+def kendall(sample: OutcomeSample, seed: int = 0, draws: int = 1999, confidence: float = 0.95) -> Kendall:
     """τ-b with a percentile bootstrap interval over networks.
 
     A network drawn twice is tied with itself in both numbers, and τ-b leaves such pairs out, so that resamples are not
@@ -55,7 +55,7 @@ def kendall(sample: Sample, seed: int = 0, draws: int = 1999, confidence: float 
     Raises:
         UsageError: the confidence or the number of draws has no meaning.
 
-    >>> kendall(Sample((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 4.0, 3.0))).tau
+    >>> kendall(OutcomeSample((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 4.0, 3.0))).tau
     0.666...
     """
     if not 0 < confidence < 1 or draws < 1:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import permutation_test, rankdata
 
 from isoflat.core.errors import UsageError
-from isoflat.experiments.statistics.sample import Sample, generator_of
+from isoflat.experiments.statistics.sample import OutcomeSample, generator_of
 
 
 @final
@@ -31,7 +31,7 @@ class Partial:
     draws: int
 
 
-def partial(sample: Sample, seed: int = 0, draws: int = 9999) -> Partial:
+def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Partial:
     """Partial Spearman correlation given the training loss, tested by Freedman and Lane (1983).
 
     Spearman and not Kendall: if measure and outcome depend on the loss only (as a Gaussian copula with correlations
@@ -47,11 +47,13 @@ def partial(sample: Sample, seed: int = 0, draws: int = 9999) -> Partial:
     Raises:
         UsageError: the training losses are not known, or there is no draw.
 
-    >>> partial(Sample((1.0, 2.0, 3.0, 4.0), (2.0, 1.0, 4.0, 3.0), losses=(1.0, 1.0, 2.0, 2.0))).rho
+    >>> partial(OutcomeSample((1.0, 2.0, 3.0, 4.0), (2.0, 1.0, 4.0, 3.0), losses=(1.0, 1.0, 2.0, 2.0))).rho
     -1.0
     """
     if sample.losses is None:
-        raise UsageError("a partial correlation given the training loss needs the training losses: give Sample.losses")
+        raise UsageError(
+            "a partial correlation given the training loss needs the training losses: give OutcomeSample.losses"
+        )
     if draws < 1:
         raise UsageError(f"a permutation test needs at least one draw, got {draws}")
     sample = sample.ordered

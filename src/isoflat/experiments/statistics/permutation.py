@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import kendalltau, permutation_test, rankdata
 
 from isoflat.core.errors import UsageError
-from isoflat.experiments.statistics.sample import Sample, generator_of, signs
+from isoflat.experiments.statistics.sample import OutcomeSample, generator_of, signs
 
 
 @final
@@ -37,7 +37,7 @@ class Permutation:
         return not self.exact and math.isclose(self.floor, 2 / (self.draws + 1))
 
 
-def permutation(sample: Sample, seed: int = 0, draws: int = 9999) -> Permutation:
+def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Permutation:
     """Test of τ under the hypothesis that outcomes are dealt out to values at random.
 
     Without ties the distribution of τ over all permutations is known by recursion. With ties all permutations are
@@ -52,7 +52,7 @@ def permutation(sample: Sample, seed: int = 0, draws: int = 9999) -> Permutation
     Raises:
         UsageError: fewer than one draw.
 
-    >>> permutation(Sample((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 3.0, 4.0))).p
+    >>> permutation(OutcomeSample((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 3.0, 4.0))).p
     0.08333333333333333
     """
     if draws < 1:

@@ -14,7 +14,7 @@ from isoflat.experiments.statistics.multiplicity import benjamini_hochberg, holm
 from isoflat.experiments.statistics.partial import Partial, partial
 from isoflat.experiments.statistics.permutation import Permutation, permutation
 from isoflat.experiments.statistics.robust import Robust, replicate_noise, robust
-from isoflat.experiments.statistics.sample import Sample
+from isoflat.experiments.statistics.sample import OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
 
 STRENGTHS = ((0.6, "strong"), (0.3, "moderate"), (0.0, "weak"))
@@ -155,7 +155,7 @@ class Relation:
 
 
 def relations(
-    samples: Mapping[str, Sample],
+    samples: Mapping[str, OutcomeSample],
     seed: int = 0,
     draws: int = 9999,
     confidence: float = 0.95,
@@ -174,7 +174,7 @@ def relations(
         UsageError: there is no measure, or the draws or the confidence have no meaning.
 
     >>> numbers = tuple(float(i) for i in range(8))
-    >>> relations({"sharpness": Sample(numbers, numbers)}, draws=99)[0].claim
+    >>> relations({"sharpness": OutcomeSample(numbers, numbers)}, draws=99)[0].claim
     'A higher sharpness goes with a larger generalisation gap: a strong relation'
     """
     if not samples:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import erf
 
 from isoflat.core.errors import UsageError
-from isoflat.experiments.statistics.sample import Level, Sample, signs
+from isoflat.experiments.statistics.sample import Level, OutcomeSample, signs
 
 
 @final
@@ -58,7 +58,7 @@ class Robust:
     noise: float | None
 
 
-def robust(sample: Sample, noise: float | None = None) -> Robust:
+def robust(sample: OutcomeSample, noise: float | None = None) -> Robust:
     """Sign error of the measure in every environment (Dziugaite et al. 2020, arXiv:2010.11924).
 
     The error of a pair is (1 - sgn Δμ sgn Δg) / 2. A measure can be right on average and yet fail wherever one
@@ -73,7 +73,7 @@ def robust(sample: Sample, noise: float | None = None) -> Robust:
     Raises:
         UsageError: the noise is negative or not finite.
 
-    >>> robust(Sample((1.0, 2.0, 3.0), (1.0, 3.0, 2.0), {"width": (8, 16, 32)})).worst.name
+    >>> robust(OutcomeSample((1.0, 2.0, 3.0), (1.0, 3.0, 2.0), {"width": (8, 16, 32)})).worst.name
     'width 16 against 32'
     """
     if noise is not None and not 0 <= noise < math.inf:
@@ -101,13 +101,13 @@ def robust(sample: Sample, noise: float | None = None) -> Robust:
     )
 
 
-def replicate_noise(sample: Sample) -> float | None:
+def replicate_noise(sample: OutcomeSample) -> float | None:
     """Standard deviation of the outcome among networks alike in every hyper-parameter, pooled; None without any.
 
     Args:
         sample: networks with hyper-parameters.
 
-    >>> replicate_noise(Sample((1.0, 2.0, 3.0), (0.0, 2.0, 5.0), {"width": (8, 8, 16)}))
+    >>> replicate_noise(OutcomeSample((1.0, 2.0, 3.0), (0.0, 2.0, 5.0), {"width": (8, 8, 16)}))
     1.4142135623730951
     """
     groups = [group for group in sample.groups() if len(group) > 1] if sample.factors else []

@@ -22,7 +22,7 @@ LEAST = 3
 
 @final
 @dataclass(frozen=True)
-class Sample:
+class OutcomeSample:
     """One measure of many trained networks, beside their outcome.
 
     Attributes:
@@ -35,7 +35,7 @@ class Sample:
     Raises:
         UsageError: the lengths differ, a number is not finite, or there are fewer than three networks.
 
-    >>> len(Sample((1.0, 2.0, 3.0), (0.1, 0.2, 0.3)))
+    >>> len(OutcomeSample((1.0, 2.0, 3.0), (0.1, 0.2, 0.3)))
     3
     """
 
@@ -68,7 +68,7 @@ class Sample:
         return len(self.values)
 
     @property
-    def ordered(self) -> Sample:
+    def ordered(self) -> OutcomeSample:
         """The same networks in an order that is their own, so that random draws do not depend on the order given."""
         names = sorted(self.factors)
         losses = self.losses or (0.0,) * len(self)
@@ -81,7 +81,7 @@ class Sample:
                 [repr(self.factors[name][i]) for name in names],
             ),
         )
-        return Sample(
+        return OutcomeSample(
             values=tuple(self.values[i] for i in order),
             outcomes=tuple(self.outcomes[i] for i in order),
             factors={name: tuple(self.factors[name][i] for i in order) for name in names},

@@ -10,8 +10,8 @@ folder/index.sqlite                    made from the cells, to look them up; nev
 ```
 """
 
-from isoflat.experiments.store.artifact import Cell, Refused
+from isoflat.experiments.store.artifact import Artifact, Refused
 from isoflat.experiments.store.main import Store
-from isoflat.experiments.store.strict import address
+from isoflat.io.strict import address
 
-__all__ = ["Cell", "Refused", "Store", "address"]
+__all__ = ["Artifact", "Refused", "Store", "address"]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from isoflat.core.errors import DataError, UsageError
-from isoflat.experiments.store.strict import address, canonical, digest, flat, is_address, parse
+from isoflat.io.strict import address, canonical, digest, flat, is_address, parse
 
 SCHEMA = 1
 """Version of the layout; raised whenever a field changes its meaning."""
@@ -30,7 +30,7 @@ _AGAIN = "remove it, and the cell is computed again"
 
 @final
 @dataclass(frozen=True)
-class Cell:
+class Artifact:
     """A finished cell, as read.
 
     Attributes:
@@ -71,7 +71,7 @@ class Cell:
     def row(self) -> dict[str, Any]:
         """Address, settings and numbers under dotted names; lists among the settings as their JSON.
 
-        >>> Cell("0a", {"widths": [4, 2]}, {"loss": {"train": 0.5}, "curve": [3, 1]}, None).row()
+        >>> Artifact("0a", {"widths": [4, 2]}, {"loss": {"train": 0.5}, "curve": [3, 1]}, None).row()
         {'address': '0a', 'settings.widths': '[4,2]', 'result.loss.train': 0.5}
         """
         settings, result = flat(self.settings, "settings"), flat(self.result, "result")
@@ -96,7 +96,7 @@ class Refused:
     why: str
 
 
-def read(path: Path) -> Cell | None:
+def read(path: Path) -> Artifact | None:
     """A cell from its JSON file; None if there is no such file.
 
     Raises:
@@ -114,7 +114,7 @@ def read(path: Path) -> Cell | None:
     weights = None if found["weights"] is None else path.with_suffix(".safetensors")
     if weights is not None and not weights.is_file():
         raise DataError(f"{path} is there, but its weights {weights.name} are missing: {_AGAIN}")
-    return Cell(found["address"], found["settings"], found["result"], weights, found["weights"])
+    return Artifact(found["address"], found["settings"], found["result"], weights, found["weights"])
 
 
 def write(settings: Mapping[str, Any], result: Mapping[str, Any], weights: bytes | None) -> tuple[str, bytes]:
@@ -183,5 +183,5 @@ def _check(path: Path, found: Any) -> None:
         raise DataError(f"{path} was renamed: by its settings it is {own}; give it that name back")
 
 
-def _forget(cell: Cell) -> str:
+def _forget(cell: Artifact) -> str:
     return f"remove it and {cell.address}.json, and the cell is computed again"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from isoflat.core.errors import DataError
-from isoflat.experiments.store.artifact import Cell, read
-from isoflat.experiments.store.strict import address, canonical, is_address, parse
+from isoflat.experiments.store.artifact import Artifact, read
+from isoflat.io.strict import address, canonical, is_address, parse
 
 VERSION = 1
 """Of the table; an index of another version is made anew."""
@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS cells (
 _IN_MEMORY = ":memory:"
 
 
-def note(file: Path, cell: Cell, path: Path) -> None:
+def note(file: Path, cell: Artifact, path: Path) -> None:
     """Write down a cell that has just been finished.
 
     Where the index cannot take it, nothing is lost: whoever looks something up next sees that it is behind.
@@ -104,14 +104,14 @@ def _trusted(name: str, row: tuple[Any, ...] | None, there: tuple[int, int]) -> 
         return None
 
 
-def _readable(path: Path) -> Cell | None:
+def _readable(path: Path) -> Artifact | None:
     try:
         return read(path)
     except DataError:
         return None  # `Store.cells` names it
 
 
-def _insert(index: sqlite3.Connection, cell: Cell, path: Path) -> None:
+def _insert(index: sqlite3.Connection, cell: Artifact, path: Path) -> None:
     there = path.stat()
     label = cell.settings.get("label", "")
     index.execute(

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from isoflat.core.errors import DataError, UsageError
 from isoflat.experiments.store import index
-from isoflat.experiments.store.artifact import SCHEMA, Cell, Refused, packed, read, write
-from isoflat.experiments.store.strict import canonical, flat, is_address, parse
+from isoflat.experiments.store.artifact import SCHEMA, Artifact, Refused, packed, read, write
 from isoflat.io import files
+from isoflat.io.strict import canonical, flat, is_address, parse
 
 MARKER = "isoflat-store.json"
 
@@ -64,7 +64,7 @@ class Store:
             if not marker.exists():
                 (folder / "locks").mkdir(exist_ok=True)
                 with store._writing():
-                    files.replace(marker, canonical({"schema": SCHEMA}, MARKER).encode() + b"\n")
+                    files.write(marker, canonical({"schema": SCHEMA}, MARKER).encode() + b"\n", alone=True)
             content = marker.read_bytes()
         try:
             found = parse(content)
@@ -78,7 +78,7 @@ class Store:
         store._tidy()
         return store
 
-    def get(self, address: str) -> Cell | None:
+    def get(self, address: str) -> Artifact | None:
         """A finished cell; None if it is not there.
 
         Raises:
@@ -87,7 +87,9 @@ class Store:
         """
         return read(self._json(address))
 
-    def put(self, settings: Mapping[str, Any], result: Mapping[str, Any], weights: Mapping[str, Tensor] | None) -> Cell:
+    def put(
+        self, settings: Mapping[str, Any], result: Mapping[str, Any], weights: Mapping[str, Tensor] | None
+    ) -> Artifact:
         """Finish a cell: its weights are written first, then its JSON in one step, and its scratch folder goes.
 
         The same once more changes nothing. A damaged cell is written anew.
@@ -144,9 +146,9 @@ class Store:
             place.mkdir(parents=True, exist_ok=True)
         return place
 
-    def cells(self) -> tuple[tuple[Cell, ...], tuple[Refused, ...]]:
+    def cells(self) -> tuple[tuple[Artifact, ...], tuple[Refused, ...]]:
         """All readable cells in the order of their addresses, and what else lies among them."""
-        found: list[Cell] = []
+        found: list[Artifact] = []
         refused: list[Refused] = []
         for path in self._files():
             try:
@@ -161,7 +163,7 @@ class Store:
         """One flat row per readable cell: its address, `settings.…` and the numbers and texts of `result.…`."""
         return [cell.row() for cell in self.cells()[0]]
 
-    def find(self, where: Mapping[str, Any]) -> tuple[Cell, ...]:
+    def find(self, where: Mapping[str, Any]) -> tuple[Artifact, ...]:
         """Readable cells with these settings, by dotted names: `{"net.width": 16}`.
 
         The index says where to look; the cells themselves decide.
@@ -183,7 +185,7 @@ class Store:
         weights = {path for path in there if path.suffix == ".safetensors" and is_address(path.stem)}
         return [path for path in there if path not in weights and not path.name.startswith(".")]
 
-    def _readable(self, address: str) -> Cell | None:
+    def _readable(self, address: str) -> Artifact | None:
         try:
             return self.get(address)
         except DataError:
@@ -205,8 +207,8 @@ class Store:
         if weights is None:
             path.with_suffix(".safetensors").unlink(missing_ok=True)
         else:
-            files.replace(path.with_suffix(".safetensors"), weights)
-        files.replace(path, text)
+            files.write(path.with_suffix(".safetensors"), weights, alone=True)
+        files.write(path, text, alone=True)
 
     def _tidy(self) -> None:
         """Remove what a process left that was killed after it had finished a cell and before it removed its scratch."""

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from statistics import median
 
 from isoflat.core.table import interval
-from isoflat.experiments.attack import Ladder, rounded
+from isoflat.experiments.demonstration import DemoArm, DemoLine, DemoResult, Trained
+from isoflat.experiments.ladders import Ladder, rounded
 from isoflat.experiments.numbers import CANONICAL, NUMBERS, PAPER
-from isoflat.experiments.outcome import DemoResult, Line
-from isoflat.experiments.study import Arm, Trained
 from isoflat.report import tables
 from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.drawing import markup
@@ -94,7 +93,7 @@ def _everything(result: DemoResult) -> Grid:
     )
 
 
-def _line(line: Line) -> tuple[str, ...]:
+def _line(line: DemoLine) -> tuple[str, ...]:
     cells = [line.label, "–" if line.output_change is None else f"{line.output_change:.0e}"]
     for number in (CANONICAL, PAPER):
         change = f"{line.changes[number.name]:.0e}" if line.changes else "–"
@@ -137,7 +136,7 @@ def _summary(result: DemoResult) -> Grid:
     )
 
 
-def _arm(networks: tuple[Trained, ...], arm: Arm) -> tuple[str, ...]:
+def _arm(networks: tuple[Trained, ...], arm: DemoArm) -> tuple[str, ...]:
     def spread(values: list[float], written: Callable[[float], str] = rounded) -> str:
         return f"{written(median(values))} ({written(min(values))}–{written(max(values))})"
 

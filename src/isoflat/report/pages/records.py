@@ -12,9 +12,9 @@ from typing import Any
 from isoflat.core.comparison import Comparison
 from isoflat.core.record import Record
 from isoflat.core.table import interval
-from isoflat.experiments.attack import rounded
-from isoflat.experiments.results import Contest, Found, Results
-from isoflat.experiments.store.strict import flat
+from isoflat.experiments.ladders import rounded
+from isoflat.experiments.results import Contest, Results, StoredNumber
+from isoflat.io.strict import flat
 from isoflat.report import tables
 from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.figures import Panel
@@ -81,14 +81,14 @@ def page(results: Results, command: str) -> Page:
     )
 
 
-def tamed(found: Sequence[Found]) -> tuple[Record, ...]:
+def tamed(found: Sequence[StoredNumber]) -> tuple[Record, ...]:
     """Records with texts that a page can show, each network under a name of its own."""
     labels = labelled(found)
     own = names(labels)
     return tuple(tame(number.record, own[label]) for number, label in zip(found, labels, strict=True))
 
 
-def labelled(found: Sequence[Found]) -> list[str]:
+def labelled(found: Sequence[StoredNumber]) -> list[str]:
     """What networks are called; where one has several weights, as at other points of its orbit, each has its number."""
     weights: dict[str, dict[str, int]] = {}
     made = []
@@ -135,13 +135,13 @@ def rows(results: Results) -> list[dict[str, Any]]:
     return [_row(number) for number in numbers_of(results)]
 
 
-def numbers_of(results: Results) -> tuple[Found, ...]:
+def numbers_of(results: Results) -> tuple[StoredNumber, ...]:
     """Every number, those that were compared included."""
-    compared = (Found(row, contest.source) for contest in results.contests for row in contest.comparison.rows)
+    compared = (StoredNumber(row, contest.source) for contest in results.contests for row in contest.comparison.rows)
     return (*results.found, *compared)
 
 
-def _row(number: Found) -> dict[str, Any]:
+def _row(number: StoredNumber) -> dict[str, Any]:
     record, estimate = number.record, number.record.estimate
     return {
         **_plain(record.settings, "settings"),

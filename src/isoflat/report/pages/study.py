@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from isoflat.core.render import visible
 from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number
-from isoflat.experiments.prediction import Observed, Prediction, words
+from isoflat.experiments.prediction import NOTE, Facts, Observed, Prediction, words
 from isoflat.experiments.statistics.relation import Relation
 from isoflat.measures.base import Direction
 from isoflat.measures.catalogue import find_measure
@@ -17,12 +15,6 @@ from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.drawing import markup
 from isoflat.report.pages import parts
 from isoflat.report.pages.parts import INTERVAL
-
-NOTE = "Note"
-"""What was chosen while loading goes by this name; there may be several."""
-
-Facts = tuple[tuple[str, str], ...]
-"""Names and values that say what was studied."""
 
 SHADES = 8
 """Levels of a hyper-parameter that can be told apart by shade."""
@@ -85,16 +77,6 @@ def page(result: Prediction, command: str, facts: Facts) -> Page:
         ),
         colophon=parts.COLOPHON,
     )
-
-
-def subject(facts: Facts) -> dict[str, Any]:
-    """What was studied, for a result.
-
-    >>> subject((("Training loss", "as measured"), ("Note", "float32")))
-    {'training_loss': 'as measured', 'notes': ['float32']}
-    """
-    named = {name.lower().replace(" ", "_"): value for name, value in facts if name != NOTE}
-    return {**named, "notes": [value for name, value in facts if name == NOTE]}
 
 
 def _figures(result: Prediction) -> tuple[Plate | Prose, ...]:

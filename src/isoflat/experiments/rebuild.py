@@ -1,26 +1,38 @@
-"""A reproduction, put together again from its result and its store."""
+"""Reproductions and studies, put together again from their results and what is kept beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from isoflat.core.errors import DataError
-from isoflat.core.table import Table
+from isoflat.core.record import Record
+from isoflat.core.table import Omission, Table
 from isoflat.experiments import cells, checking
-from isoflat.experiments.cells import Measured, Task
+from isoflat.experiments.cells import Measured, NetworkTask
 from isoflat.experiments.data import Split
 from isoflat.experiments.loop import Training
 from isoflat.experiments.numbers import Number
-from isoflat.experiments.recipe import Recipe
+from isoflat.experiments.prediction import NOTE, Facts, Observed, Prediction, flat
+from isoflat.experiments.recipe import Quantity, Recipe
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.experiments.results import MALFORMED, checked, why
-from isoflat.experiments.store import Cell
-from isoflat.experiments.store.strict import canonical
+from isoflat.experiments.statistics.sample import Level
+from isoflat.experiments.store import Artifact
+from isoflat.io.strict import canonical
+
+FACTOR = "factor."
+"""Before the name of a hyper-parameter, in rows."""
+
+Draws = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Resamples and permutations that are computed anew."""
+
+_Pairs = list[dict[str, str]]
+
 
 NAMED = 6
 """Missing networks that are named."""
@@ -31,7 +43,7 @@ _UNKNOWN = {"training": {"data_hash", "versions"}, "measurement": {"of", "versio
 
 @final
 @dataclass(frozen=True)
-class Rebuilt:
+class RebuiltReproduction:
     """A reproduction without its data.
 
     Attributes:
@@ -43,7 +55,21 @@ class Rebuilt:
     warnings: tuple[str, ...]
 
 
-def rebuild(content: Mapping[str, Any], store: Sequence[Cell]) -> Rebuilt:
+@final
+@dataclass(frozen=True)
+class RebuiltStudy:
+    """A study without its data and weights.
+
+    Attributes:
+        result: what its networks say; None where it cannot be put together.
+        warnings: why not, or what comes out otherwise than it was told.
+    """
+
+    result: Prediction | None
+    warnings: tuple[str, ...]
+
+
+def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) -> RebuiltReproduction:
     """Networks are found in the store by their settings; where several versions trained them, the result says which.
 
     Args:
@@ -56,7 +82,7 @@ def rebuild(content: Mapping[str, Any], store: Sequence[Cell]) -> Rebuilt:
         seconds = float(content.get("seconds", 0.0))
         told = [row for row in content["networks"] if isinstance(row, dict)]
     except MALFORMED as error:
-        return Rebuilt(None, (f"The result of the experiment is refused: {why(error)}",))
+        return RebuiltReproduction(None, (f"The result of the experiment is refused: {why(error)}",))
     empty = Reproduction(recipe, str(content["data"]), numbers, (), seconds)
     networks: dict[tuple[int, int], Measured] = {}
     agreeing: set[tuple[int, int]] = set()
@@ -76,17 +102,17 @@ def rebuild(content: Mapping[str, Any], store: Sequence[Cell]) -> Rebuilt:
             agreeing.add(place)
     found = tuple(network for _, network in sorted(networks.items()))
     warnings += _differences(recipe, networks, agreeing)
-    return Rebuilt(replace(empty, networks=found) if found else None, tuple(warnings))
+    return RebuiltReproduction(replace(empty, networks=found) if found else None, tuple(warnings))
 
 
 def _pairs(
-    recipe: Recipe, numbers: Sequence[Number], store: Sequence[Cell]
-) -> Iterator[tuple[Task, Cell, Cell | None]]:
+    recipe: Recipe, numbers: Sequence[Number], store: Sequence[Artifact]
+) -> Iterator[tuple[NetworkTask, Artifact, Artifact | None]]:
     """Cells of each network, by their settings; one where the training diverged."""
     nothing = (torch.empty(0), torch.empty(0, dtype=torch.int64))
     data = Split("", nothing, nothing)  # its hash is the one thing that is asked of it, and is not compared
     arms = {arm.name: arm for arm in recipe.arms}
-    measured: dict[Any, list[Cell]] = {}
+    measured: dict[Any, list[Artifact]] = {}
     for cell in store:
         if cell.settings.get("kind") == "measurement":
             measured.setdefault(cell.settings.get("of"), []).append(cell)
@@ -94,7 +120,7 @@ def _pairs(
         arm, replicate = arms.get(str(cell.settings.get("arm"))), cell.settings.get("replicate")
         if arm is None or not isinstance(replicate, int) or not 0 <= replicate < recipe.replicates:
             continue
-        task = Task(recipe, arm, replicate)
+        task = NetworkTask(recipe, arm, replicate)
         if _same(cell.settings, task.training(data)):
             if "diverged" in cell.result:
                 yield task, cell, None
@@ -158,3 +184,96 @@ def _differences(
         )
     if other := [network.label for place, network in networks.items() if place not in agreeing]:
         yield f"result.json tells other numbers than the store, which is believed: {', '.join(other[:NAMED])}."
+
+
+def _facts(told: Mapping[str, Any]) -> Facts:
+    """The facts of a `subject`."""
+    named = ((name.replace("_", " ").capitalize(), value) for name, value in told.items() if name != "notes")
+    return _of(Facts, (*named, *((NOTE, text) for text in told.get("notes", ()))))
+
+
+def rebuild_study(content: Mapping[str, Any], records: Sequence[Record]) -> RebuiltStudy:
+    """Statistics are computed anew from the numbers; drawn with the same seed, they come out the same.
+
+    Args:
+        content: of the result.json of `isoflat study`.
+        records: every number in its folder.
+    """
+    try:
+        result = replace(_prediction(content, records), facts=_facts(content.get("subject", {})))
+        told = tuple(content["sentences"])
+    except MALFORMED as error:
+        return RebuiltStudy(
+            None, (f"The study of result.json is shown by its sentences and numbers only: {why(error)}",)
+        )
+    same = result.sentences == told
+    changed = "result.json says other sentences than its numbers, which are believed."
+    return RebuiltStudy(result, () if same else (changed,))
+
+
+def _prediction(content: Mapping[str, Any], records: Sequence[Record]) -> Prediction:
+    rows, omitted = _of(list[dict[str, Any]], content["networks"]), _omitted(content)
+    known: dict[tuple[str, str, str, str], Record] = {}
+    for record in records:
+        known.setdefault((record.label, *_key(flat(record))), record)
+    numbers: dict[tuple[str, str, str], Number] = {}
+    networks: dict[str, list[tuple[dict[str, Any], Record]]] = {}
+    for row in rows:
+        key = _key(row)
+        record = known.get((row["label"], *key))
+        if record is None or any(row.get(name) != value for name, value in flat(record).items()):
+            raise DataError(
+                f"{row['measure']} of {row['label']} is not among the numbers of the folder, or is another there"
+            )
+        numbers.setdefault(key, _number(*key))
+        networks.setdefault(row["label"], []).append((row, record))
+    order = list(_of(dict[str, str], content["numbers"]))
+    found = {number.name: number for number in numbers.values()}
+    found |= {n.name: n for part in omitted if (n := _number(part.measure, part.geometry, "raw")).name in order}
+    return Prediction(
+        numbers=tuple(found[name] for name in order),
+        networks=tuple(_network(label, told, omitted) for label, told in networks.items()),
+        outcome=_of(str, content["outcome"]),
+        seed=_of(int, content["seed"]),
+        left_out=tuple((part["label"], part["reason"]) for part in _of(_Pairs, content["left_out"])),
+        draws=_of(Draws, content["draws"]),
+    )
+
+
+def _network(label: str, told: Sequence[tuple[dict[str, Any], Record]], omitted: Sequence[Omission]) -> Observed:
+    first = told[0][0]
+    return Observed(
+        label,
+        Table(tuple(record for _, record in told), tuple(part for part in omitted if part.label == label)),
+        _of(float, first["outcome"]),
+        _of(float, first["training_loss"]),
+        {name.removeprefix(FACTOR): _level(level) for name, level in first.items() if name.startswith(FACTOR)},
+    )
+
+
+def _level(value: Any) -> Level:
+    """A value of a hyper-parameter; whole numbers stay whole."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise DataError(f"a hyper-parameter is a number or a word, not {value!r}")
+    return value
+
+
+def _omitted(content: Mapping[str, Any]) -> tuple[Omission, ...]:
+    return tuple(Omission(**part) for part in _of(_Pairs, content["omitted"]))
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["measure"], row["geometry"], row["logits"]
+
+
+def _number(measure: str, geometry: str, logits: str) -> Number:
+    return Quantity(measure=measure, geometry=geometry, logits=None if logits == "raw" else logits).number
+
+
+def _of(kind: Any, value: Any) -> Any:
+    """The value, if it is of its kind.
+
+    Raises:
+        ValueError: it is not.
+    """
+    return TypeAdapter(kind).validate_python(value, strict=True)

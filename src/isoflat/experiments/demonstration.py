@@ -1,0 +1,377 @@
+"""A demonstration: two ways of training, networks measured at one loss, edits of these, and the findings in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+from torch import nn
+
+from isoflat.core.estimate import Estimate
+from isoflat.core.record import Record
+from isoflat.core.rng import stream
+from isoflat.core.table import Table
+from isoflat.experiments.data import Split
+from isoflat.experiments.ladders import Ladder
+from isoflat.experiments.loop import Regime, Training, accuracy, train
+from isoflat.experiments.numbers import CANONICAL, GEOMETRIES, MEASURES, NUMBERS, Number
+from isoflat.experiments.progress import Report
+from isoflat.experiments.verdict import GroupVerdict, compare
+from isoflat.measurement.run import measure_all
+
+
+class DemoPlan(Protocol):
+    """What every demonstration's plan says; each has a frozen dataclass of its own."""
+
+    @property
+    def seeds(self) -> int:
+        """Networks per arm."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """All randomness follows from it."""
+        ...
+
+    @property
+    def optimizer(self) -> str:
+        """See `Regime`."""
+        ...
+
+    @property
+    def target(self) -> float:
+        """Training loss at which networks are compared."""
+        ...
+
+    @property
+    def max_epochs(self) -> int:
+        """See `Regime`."""
+        ...
+
+    @property
+    def work(self) -> float:
+        """Units of work of the whole demonstration, as reported on the way."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class DemoArm:
+    """One way of training.
+
+    Attributes:
+        name: singular, such as "small batch".
+        batch: rows per step; None for all of them.
+        rate: learning rate; None for the optimizer's usual one.
+    """
+
+    name: str
+    batch: int | None
+    rate: float | None = None
+
+    @property
+    def adjective(self) -> str:
+        """Its name before a noun."""
+        return self.name.replace(" ", "-")
+
+    @property
+    def minima(self) -> str:
+        """What its networks are called in a sentence."""
+        return f"{self.adjective} minima"
+
+    def how(self, rows: int) -> str:
+        """What sets it apart, in words.
+
+        Args:
+            rows: of the training set.
+        """
+        if self.rate is not None:
+            return f"with learning rate {self.rate:g}"
+        return f"with all {rows}" if self.batch is None else f"with {self.batch} rows per step"
+
+
+@final
+@dataclass(frozen=True)
+class Setting:
+    """What is particular to one demonstration, beside its plan.
+
+    Attributes:
+        network: the architecture, in words.
+        arms: the two ways of training that are compared; the first is the baseline.
+        question: that the comparison answers.
+        fooled: the number by which an edited network passes for a sharper one.
+        passing: that sentence, with `{label}`, `{times}`, `{other}` and what the canonical number says, `{still}`.
+        leading: which ladder's sentence stands at the head of the report.
+        together: whether networks and edits are shown in one table.
+    """
+
+    network: str
+    arms: tuple[DemoArm, DemoArm]
+    question: str
+    fooled: Number
+    passing: str
+    leading: int = 0
+    together: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Trained:
+    """A trained and measured network.
+
+    Attributes:
+        arm: how it was trained.
+        seed: its number within the arm; weights, order of rows and start vectors follow from it and the plan's seed.
+        training: how the training went.
+        test_accuracy: on the held-out rows.
+        table: every number, on the whole training set.
+        model: the network itself.
+    """
+
+    arm: DemoArm
+    seed: int
+    training: Training
+    test_accuracy: float
+    table: Table
+    model: nn.Module = field(repr=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        """Arm and seed."""
+        return f"{self.arm.name} {self.seed}"
+
+    def estimate(self, number: Number) -> Estimate:
+        """One of its numbers."""
+        return number.of(self.table).estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "label": self.label,
+            "arm": self.arm.name,
+            "batch": self.arm.batch,
+            **({} if self.arm.rate is None else {"rate": self.arm.rate}),
+            "seed": self.seed,
+            "training": dict(vars(self.training)),
+            "test_accuracy": self.test_accuracy,
+            "records": [record.to_dict() for record in self.table],
+        }
+
+
+def train_arms(
+    data: Split, plan: DemoPlan, arms: tuple[DemoArm, DemoArm], build: Callable[[int], nn.Module], report: Report
+) -> tuple[Trained, ...]:
+    """Networks of both arms, trained and measured; pairs start from the same weights.
+
+    Args:
+        data: what to train on.
+        plan: how.
+        arms: the two ways.
+        build: a network from the seed of its initial weights.
+        report: told what is going on.
+    """
+
+    def trained(arm: DemoArm, seed: int) -> Trained:
+        model = build(stream(plan.seed, "network", seed).initial_seed())
+        return _trained(model, data, plan, arm, seed, report)
+
+    # Arms alternate, so that the time left is foreseen well.
+    pairs = [[trained(arm, seed) for arm in arms] for seed in range(plan.seeds)]
+    return tuple(network for arm in zip(*pairs, strict=True) for network in arm)
+
+
+def _trained(model: nn.Module, data: Split, plan: DemoPlan, arm: DemoArm, seed: int, report: Report) -> Trained:
+    """One network, from its initial weights to its numbers."""
+    regime = Regime(arm.batch, plan.target, plan.optimizer, plan.max_epochs, arm.rate)
+    label = f"{arm.name} {seed}"
+    reached = 0.0
+
+    def progress(share: float) -> None:
+        nonlocal reached
+        report(f"training {label}", max(0.0, share - reached))
+        reached = max(reached, share)
+
+    report(f"training {label}", 0.0)
+    training = train(model, data.train, regime, stream(plan.seed, "order", arm.name, seed), progress)
+    report(f"measuring {label}", 0.0)
+    model.eval()
+    table = measure_all(
+        model,
+        data.train,
+        nn.CrossEntropyLoss(),
+        measures=MEASURES,
+        geometry=GEOMETRIES,
+        seed=plan.seed,
+        label=label,
+    )
+    report(f"measured {label}", 1.0)
+    return Trained(arm, seed, training, accuracy(model, data.test), table, model)
+
+
+def verdicts(networks: tuple[Trained, ...], arms: tuple[DemoArm, DemoArm]) -> dict[str, GroupVerdict]:
+    """The second arm against the first by every number, over the networks that reached the target.
+
+    Args:
+        networks: of both arms.
+        arms: the baseline and the other one.
+
+    Returns:
+        By name of the number; empty if an arm has fewer than two such networks.
+    """
+    first, second = (
+        [network for network in networks if network.arm == arm and network.training.reached] for arm in arms
+    )
+    if min(len(first), len(second)) < 2:
+        return {}
+    return {
+        number.name: compare(
+            f"the {number.words}",
+            (arms[0].minima, [network.estimate(number) for network in first]),
+            (arms[1].minima, [network.estimate(number) for network in second]),
+        )
+        for number in NUMBERS
+    }
+
+
+@final
+@dataclass(frozen=True)
+class DemoLine:
+    """One network in a table of all: as trained, or edited.
+
+    Attributes:
+        label: what it is.
+        loss: on the training set.
+        records: each number, by name.
+        output_change: relative to the network as trained; None for that itself.
+        changes: of each number, relative to the network as trained, in the same precision.
+    """
+
+    label: str
+    loss: float
+    records: Mapping[str, Record]
+    output_change: float | None = None
+    changes: Mapping[str, float] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demonstration found.
+
+    Attributes:
+        setting: which demonstration.
+        plan: what was done.
+        data: name of the data set.
+        networks: all of them, those that missed the target included.
+        verdicts: by name of the number; empty if too few networks reached the target.
+        ladders: what edits that keep the function did.
+        seconds: wall-clock time.
+    """
+
+    setting: Setting
+    plan: DemoPlan
+    data: str
+    networks: tuple[Trained, ...]
+    verdicts: dict[str, GroupVerdict]
+    ladders: tuple[Ladder, ...]
+    seconds: float
+
+    @property
+    def missed(self) -> tuple[Trained, ...]:
+        """Networks above the target loss: shown, but left out of the comparison."""
+        return tuple(network for network in self.networks if not network.training.reached)
+
+    def arm(self, arm: DemoArm) -> tuple[Trained, ...]:
+        """Networks of one arm."""
+        return tuple(network for network in self.networks if network.arm == arm)
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Every measured number."""
+        networks = [record for network in self.networks for record in network.table]
+        return (*networks, *(record for ladder in self.ladders for record in ladder.records))
+
+    @property
+    def lines(self) -> tuple[tuple[DemoLine, ...], ...]:
+        """Everything that was measured, for one table: a group for each arm, then one for each edited network."""
+        groups = [
+            tuple(
+                DemoLine(
+                    network.label, network.training.loss, {number.name: number.of(network.table) for number in NUMBERS}
+                )
+                for network in self.arm(arm)
+            )
+            for arm in self.setting.arms
+        ]
+        groups += [
+            tuple(
+                DemoLine(
+                    f"{ladder.label}, {ladder.name} {rung.amount:g}",
+                    rung.records[self.setting.fooled.name].point.loss,
+                    rung.records,
+                    rung.output_change,
+                    rung.changes,
+                )
+                for rung in ladder.rungs[1:]
+            )
+            for ladder in self.ladders
+        ]
+        return tuple(groups)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What came out, in words."""
+        return (*self.comparison, *self.manipulation)
+
+    @property
+    def comparison(self) -> tuple[str, ...]:
+        """Whether the minima of one arm are sharper, in words."""
+        found = [verdict.sentence for verdict in self.verdicts.values()]
+        if not found:
+            found.append("No comparison: fewer than two networks of an arm reached the target loss.")
+        if self.missed:
+            names = ", ".join(network.label for network in self.missed)
+            found.append(
+                f"Left out of the comparison, because they missed the target loss {self.plan.target:g}: {names}."
+            )
+        return tuple(found)
+
+    @property
+    def manipulation(self) -> tuple[str, ...]:
+        """What edits that keep the function do to the numbers, in words."""
+        first, *others = (ladder.sentence for ladder in self.ladders)
+        return (first, *self._overtaking(), *others)
+
+    def _overtaking(self) -> list[str]:
+        """What the first ladder does to the comparison itself: its network, edited, against the other arm."""
+        ladder, fooled = self.ladders[0], self.setting.fooled
+        own = next(network.arm for network in self.networks if network.label == ladder.label)
+        other = next(arm for arm in self.setting.arms if arm != own)
+        sharpest = max(self.arm(other), key=lambda network: network.estimate(fooled).value)
+        times, still = (
+            ladder.rungs[-1].records[number.name].estimate.value / sharpest.estimate(number).value
+            for number in (fooled, CANONICAL)
+        )
+        if times <= 1:
+            return []
+        words = f"{_amount(1 / still)} times flatter" if still < 1 else f"{_amount(still)} times sharper"
+        return [
+            self.setting.passing.format(label=ladder.label, times=_amount(times), other=other.adjective, still=words)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "plan": {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self.plan).items()},
+            "data": self.data,
+            "verdicts": {name: verdict.to_dict() for name, verdict in self.verdicts.items()},
+            "networks": [network.to_dict() for network in self.networks],
+            "ladders": [ladder.to_dict() for ladder in self.ladders],
+            "sentences": list(self.sentences),
+            "seconds": self.seconds,
+        }
+
+
+def _amount(times: float) -> str:
+    return f"{times:.1f}" if times < 10 else f"{float(f'{times:.2g}'):,.0f}" if times < 1e9 else f"{times:.0e}"

@@ -1,0 +1,201 @@
+"""Experiments of the literature: every network of a recipe trained and measured, here or by workers of a cluster."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from isoflat.core.errors import UnknownName, UsageError
+from isoflat.experiments.cells import decided
+from isoflat.experiments.data import load_split
+from isoflat.experiments.progress import bar
+from isoflat.experiments.recipe import Recipe, Scale, read
+from isoflat.experiments.reproduction import Reproduction
+from isoflat.experiments.store import Store
+from isoflat.experiments.sweep import check, sweep, tasks
+from isoflat.io.files import make_folder
+from isoflat.io.inputs import device_of
+from isoflat.measures.catalogue import find_geometry, find_measure
+from isoflat.risk.ranks import Ranks
+
+CLUSTERS = ("slurm", "local")
+"""Places where submitit can run workers."""
+
+HOURS = 24
+"""Hours that a worker may take; the next one does what it has not done by then."""
+
+
+def reproduce(  # noqa: PLR0913
+    recipe: str | Recipe,
+    data: str | None = None,
+    *,
+    out: Path | str | None = None,
+    scale: str = "small",
+    replicates: int | None = None,
+    measures: Sequence[str] | None = None,
+    geometry: Sequence[str] | None = None,
+    orbit: int | None = None,
+    seed: int | None = None,
+    jobs: int | None = None,
+    device: str | None = None,
+    submit: str | None = None,
+    progress: bool = False,
+) -> Reproduction:
+    """Train, measure and compare the networks of an experiment, as `isoflat reproduce` does.
+
+    Every network is kept in the store of the folder as soon as it is there: the same call goes on where another was
+    stopped, and calls of several machines that share the folder help each other. In a process group of
+    `torch.distributed` all processes share each network's measurement.
+
+    Args:
+        recipe: name of a recipe of the package (`isoflat.experiments.recipe.recipes()`); or one that was read already,
+            which is followed as it is, whatever `scale`, `replicates`, `measures`, `geometry`, `orbit` and `seed` say.
+        data: path of the recipe's data, where it does not come with isoflat.
+        out: folder for the store; None for `isoflat-NAME`.
+        scale: "small", or "paper" for the experiment as it was published.
+        replicates: networks per arm; None for the recipe's.
+        measures: names in the catalogue, instead of the recipe's numbers.
+        geometry: names of metrics, with `measures`; None for "auto".
+        orbit: random points of each network's orbit; None for the recipe's.
+        seed: seed of all random numbers; None for the recipe's.
+        jobs: processes; None for one for each core, and one on an accelerator.
+        device: device of the networks; None for the CPU.
+        submit: "slurm" or "local", where submitit is to run `jobs` workers.
+        progress: show a line on the standard error.
+
+    Returns:
+        What was found, as numbers and in sentences.
+
+    Raises:
+        IsoflatError: something is refused; what would be refused of all networks alike, before any is trained.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found = reproduce(
+    ...         "degenerate-minima", out=folder, replicates=1, measures=["gradient_norm"], orbit=0, jobs=1
+    ...     )
+    >>> len(found.networks) == len(found.recipe.arms)
+    True
+    """
+    if isinstance(recipe, str):
+        if scale not in list(Scale):
+            raise UnknownName("scale", scale, list(Scale))
+        changes = {"replicates": replicates, "orbit": orbit, "seed": seed, "numbers": _numbers(measures, geometry)}
+        recipe = read(recipe, Scale(scale), **changes)
+    folder = Path(f"isoflat-{recipe.name}" if out is None else out)
+    return follow(recipe, data, folder, jobs, device, submit, progress)
+
+
+def _numbers(names: Sequence[str] | None, places: Sequence[str] | None) -> list[dict[str, str]] | None:
+    """Numbers that are measured instead of the recipe's; None for the recipe's."""
+    if not names:
+        if places:
+            raise UsageError("--geometry says where --measure is measured: name measures too")
+        return None
+    made = []
+    for name in names:
+        single = find_measure(name).geometry is not None
+        known = [find_geometry(place).name for place in places or ["auto"]]
+        made += [{"measure": name, "geometry": place} for place in known[: 1 if single else None]]
+    return made
+
+
+def follow(
+    recipe: Recipe,
+    source: str | None,
+    folder: Path,
+    jobs: int | None = None,
+    device: str | None = None,
+    submit: str | None = None,
+    progress: bool = False,
+) -> Reproduction:
+    """Follow a recipe: every network trained and measured, or read from the folder's store.
+
+    In a process group the first process alone writes and shows progress.
+
+    Args:
+        recipe: experiment to follow.
+        source: path of the data, where it does not come with isoflat.
+        folder: folder whose store is used; made if need be.
+        jobs: processes.
+        device: device of the networks.
+        submit: "slurm" or "local", where submitit is to run the workers.
+        progress: show a line on the standard error.
+
+    Raises:
+        IsoflatError: something is refused; what would be refused of all networks alike, before any is trained.
+    """
+    started, ranks = time.monotonic(), Ranks.here()
+    if ranks.world > 1 and ((jobs or 1) > 1 or submit is not None):
+        raise UsageError("under torchrun all processes are at the same network: leave out --jobs and --submit")
+    if submit is not None:
+        _check_cluster(submit)
+    place = device_of(device) or torch.device("cpu")
+    split = ranks.on_all_ranks(lambda: load_split(recipe.data, source), lambda split: {"data": split.hash}).to(place)
+    numbers = tuple(quantity.number for quantity in recipe.numbers)
+    ranks.on_all_ranks(lambda: check(recipe, split, numbers))
+    ranks.on_all_ranks(lambda: make_folder(folder) if ranks.first else None)  # what is refused leaves no folder behind
+    store, todo = decided(ranks, lambda: Store.open(folder / "store")), tasks(recipe)
+    alone = place.type == "cpu" and ranks.world == 1
+    workers = jobs or (min(len(todo), os.cpu_count() or 1) if alone else 1)
+    if submit is not None:
+        submitted(submit, recipe, source, folder, workers, device)
+        workers = 1
+    with bar(len(todo), not (progress and ranks.first)) as report:
+        networks = sweep(todo, split, numbers, store, report, workers)
+    return Reproduction(recipe, split.name, numbers, networks, time.monotonic() - started)
+
+
+def _check_cluster(cluster: str) -> None:
+    """Refuse what cannot be submitted to, before anything is written.
+
+    Raises:
+        UnknownName: no such cluster.
+        UsageError: submitit is not installed.
+    """
+    if cluster not in CLUSTERS:
+        raise UnknownName("cluster", cluster, CLUSTERS)
+    if find_spec("submitit") is None:
+        raise UsageError("--submit needs submitit: pip install 'isoflat[slurm]'")
+
+
+def submitted(cluster: str, recipe: Recipe, source: str | None, folder: Path, workers: int, device: str | None) -> None:
+    """Run workers on a cluster and wait for all of them: each follows the recipe on the same store.
+
+    Slurm's own settings (partition, account, memory) are taken from its environment variables, such as SBATCH_PARTITION.
+
+    Args:
+        cluster: "slurm", or "local" for processes of this machine; it has been checked.
+        recipe: experiment whose networks are to be made.
+        source: path of the data.
+        folder: folder that all of them see; logs go to its `jobs`.
+        workers: how many.
+        device: device of the networks.
+
+    Raises:
+        UsageError: there is no Slurm.
+    """
+    import submitit
+
+    try:
+        executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=cluster)
+    except RuntimeError as error:
+        raise UsageError(f"--submit {cluster}: {error}") from error
+    gpus = 1 if device is not None and device.startswith("cuda") else 0
+    executor.update_parameters(
+        name=f"isoflat-{recipe.name}", timeout_min=60 * HOURS, cpus_per_task=1, gpus_per_node=gpus
+    )
+    with executor.batch():
+        jobs = [executor.submit(work, recipe, source, folder.absolute(), device) for _ in range(workers)]
+    for job in jobs:
+        job.result()
+
+
+def work(recipe: Recipe, source: str | None, folder: Path, device: str | None) -> int:
+    """Make every network that no other worker is at; how many there are at the end."""
+    return len(follow(recipe, source, folder, jobs=1, device=device).networks)
