@@ -13,10 +13,16 @@ from isoflat.cli.grids import Rows
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.progress import step
 from isoflat.cli.terminal import notes, plain, say
-from isoflat.experiments.numbers import GEOMETRIES, MEASURES
 
 if TYPE_CHECKING:
     from isoflat.experiments.attack import AttackResult
+
+
+NUMBERS = ["quotient_spectral_norm", "hessian_spectral_norm"]
+"""Measures that `isoflat.attack` attacks by default; written out here so that the help needs no torch."""
+
+PLACES = ["auto", "layerwise"]
+"""Geometries in which it does."""
 
 
 @takes(NetworkOptions, "network")
@@ -24,8 +30,8 @@ if TYPE_CHECKING:
     MeasureOptions,
     "wanted",
     without=("initial", "sample", "logits"),
-    names=list(MEASURES),
-    geometry=list(GEOMETRIES),
+    names=NUMBERS,
+    geometry=PLACES,
 )
 @takes(ComputeOptions, "compute", only=("seed", "device"))
 @takes(OutputOptions, "output", only=("as_json",))
