@@ -73,7 +73,7 @@ def test_the_table_holds_every_network_and_every_edit(result):
             assert (line.output_change, line.changes) == (rung.output_change, rung.changes)
             assert line.records == rung.records
             assert line.loss == pytest.approx(ladder.rungs[0].records[PAPER.name].point.loss, rel=1e-9)
-    cells = [cell for column in everything(result).columns for cell in column.cells]
+    cells = [cell for row in everything(result).rows for cell in row]
     for number in NUMBERS:
         assert any(str(result.ladders[0].rungs[-1].records[number.name].estimate) in str(cell) for cell in cells)
 

@@ -11,18 +11,20 @@ import typer
 from rich.console import Console
 
 from isoflat.cli import options
-from isoflat.cli.terminal import console, plain
+from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
+from isoflat.cli.terminal import WIDTH, console, notes, plain
 from isoflat.core.errors import UsageError
 from isoflat.io.files import claim, save
 
 
-def canonicalize(  # noqa: PLR0913
-    model: options.Model,
-    data: options.Data,
+@takes(NetworkOptions, "network")
+@takes(ComputeOptions, "compute", only=("seed",))
+@takes(OutputOptions, "output", only=("force", "as_json"))
+def canonicalize(
+    network: NetworkOptions,
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="The .safetensors file to write.", rich_help_panel=options.OUT)
     ],
-    weights: options.Weights = None,
     fixed_epsilon: Annotated[
         bool,
         typer.Option(
@@ -31,16 +33,9 @@ def canonicalize(  # noqa: PLR0913
             rich_help_panel=options.OUT,
         ),
     ] = False,
-    force: options.Force = False,
-    loss: options.Loss = "cross_entropy",
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
-    batch_size: options.BatchSize = 500,
-    seed: options.Seed = 0,
-    as_json: options.AsJson = False,
+    *,
+    compute: ComputeOptions,
+    output: OutputOptions,
 ) -> None:
     """Write the canonical weights: the same function, and the same numbers for every rescaled or shifted copy of it.
 
@@ -50,36 +45,24 @@ def canonicalize(  # noqa: PLR0913
     """
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out}: expected a name that ends in .safetensors")
-    claim(out, force)
+    claim(out, output.force)
     from isoflat.io.canonical import canonical_file
-    from isoflat.io.inputs import Inputs, prepare
+    from isoflat.io.inputs import prepare
     from isoflat.measurement.groups import symmetries_of
     from isoflat.symmetry.canonical.representative import Epsilon
 
-    inputs = Inputs(
-        model=model,
-        data=data,
-        weights=weights,
-        weights_key=weights_key,
-        strip_prefix=tuple(strip_prefix or ()),
-        split=split,
-        transform=transform,
-        examples=examples,
-        batch_size=batch_size,
-        loss=loss,
-        seed=seed,
-    )
+    inputs = network.inputs(compute.seed)
     loaded, target = prepare(inputs)
     facts, content = canonical_file(loaded, symmetries_of(target), Epsilon.FIXED if fixed_epsilon else Epsilon.MOVED)
-    save(out, content, force)
-    if as_json:
+    save(out, content, output.force)
+    if output.as_json:
         described = {"subject": inputs.described() | {"notes": list(loaded.notes)}, "out": str(out), **facts}
         sys.stdout.write(json.dumps(described, allow_nan=False) + "\n")
     else:
         show(console(), out, facts, loaded.notes)
 
 
-def show(screen: Console, out: Path, facts: dict[str, Any], notes: tuple[str, ...]) -> None:
+def show(screen: Console, out: Path, facts: dict[str, Any], loading: tuple[str, ...]) -> None:
     """What was written, how well it was checked, and what else belongs to it."""
     before, after, blind = *facts["loss"].values(), facts["loss_ignores_common_score"]
     lines = [
@@ -93,7 +76,7 @@ def show(screen: Console, out: Path, facts: dict[str, Any], notes: tuple[str, ..
         ("group", f"{facts['group_hash']}, rules {facts['rules']}"),
     ]
     for head, text in lines:
-        screen.print(plain(f"{head:<9}", style="dim") + plain(text), soft_wrap=True)
+        screen.print(plain(f"{head:<9}", style="dim") + plain(text), soft_wrap=screen.width >= WIDTH)
     if facts["epsilons"]:
         screen.print(
             plain(
@@ -103,6 +86,7 @@ def show(screen: Console, out: Path, facts: dict[str, Any], notes: tuple[str, ..
             )
         )
         for path, value in facts["epsilons"].items():
-            screen.print(plain(f"  {path} = {value['after']!r}  (was {value['before']!r})"), soft_wrap=True)
-    for note in notes:
-        screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
+            screen.print(
+                plain(f"  {path} = {value['after']!r}  (was {value['before']!r})"), soft_wrap=screen.width >= WIDTH
+            )
+    notes(screen, loading)

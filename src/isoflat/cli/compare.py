@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +13,10 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
-from isoflat.cli.terminal import complain, plain
+from isoflat.cli.progress import interactive, step
+from isoflat.cli.terminal import complain, notes, plain
 from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ STORED = ("checkpoints", "reference", "names", "geometry", "logits", "out", "rep
 """Arguments that have a meaning where nothing is measured."""
 
 
-def compare(  # noqa: PLR0913
+@takes(NetworkOptions, "network", without=("weights",), model=None, data=None)
+@takes(MeasureOptions, "wanted")
+@takes(ComputeOptions, "compute")
+@takes(OutputOptions, "output")
+def compare(
     context: typer.Context,
     checkpoints: Annotated[
         list[Path],
@@ -37,8 +42,8 @@ def compare(  # noqa: PLR0913
             show_default=False,
         ),
     ],
-    model: options.SomeModel = None,
-    data: options.SomeData = None,
+    network: NetworkOptions,
+    wanted: MeasureOptions,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -47,36 +52,9 @@ def compare(  # noqa: PLR0913
             help="The checkpoint, or the name of the stored network, that the others are set against. Default: the first.",
         ),
     ] = None,
-    initial: options.Initial = None,
-    loss: options.Loss = "cross_entropy",
-    names: options.Numbers = None,
-    geometry: options.Geometry = None,
-    params: options.Params = None,
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
-    batch_size: options.BatchSize = 500,
-    rtol: options.Rtol = 1e-3,
-    confidence: options.Confidence = None,
-    certify: options.Certify = True,
-    max_products: options.MaxProducts = 300,
-    seconds: options.Seconds = None,
-    memory: options.Memory = None,
-    probes: options.Probes = 64,
-    sample: options.Sample = None,
-    logits: options.Logits = None,
-    seed: options.Seed = 0,
-    dtype: options.Precision = None,
-    check: options.Check = "refuse",
-    device: options.Device = None,
-    out: options.Out = None,
-    report: options.Report = None,
-    force: options.Force = False,
-    as_json: options.AsJson = False,
-    reproducible_sum: options.ReproducibleSum = False,
-    timeout: options.Timeout = 600.0,
+    *,
+    compute: ComputeOptions,
+    output: OutputOptions,
 ) -> None:
     """Say which of several checkpoints is flatter: same samples, same probes, same random starts.
 
@@ -88,117 +66,104 @@ def compare(  # noqa: PLR0913
     """
     from isoflat.core.errors import UsageError
     from isoflat.experiments.stored import holds_results
-    from isoflat.io.inputs import Inputs, before, device_of, within_memory
+    from isoflat.io.inputs import before, device_of, within_memory
     from isoflat.io.inputs import check as known
     from isoflat.io.several import labels, load_several
     from isoflat.measurement.compare import compare as compared
-    from isoflat.measures.settings import Budget
 
     if all(map(holds_results, checkpoints)):
-        _stored(context, checkpoints, reference)
+        _stored(context, checkpoints, wanted, output, reference)
         return
-    if model is None or data is None:
+    if network.model is None or network.data is None:
         raise UsageError("weights need --model module:factory, and --data that they are measured on")
-    inputs = Inputs(
-        model=model,
-        data=data,
-        weights_key=weights_key,
-        strip_prefix=tuple(strip_prefix or ()),
-        split=split,
-        transform=transform,
-        examples=examples,
-        batch_size=batch_size,
-        loss=loss,
-        seed=seed,
-    )
-    effort: dict[str, Any] = {
-        "rtol": rtol,
-        "confidence": confidence,
-        "certify": certify,
-        "probes": probes,
-        "sample": sample,
-        "budget": Budget(max_products, seconds, options.bytes_of(memory)),
-        "seed": seed,
-    }
-    numbers, places = names or [options.HEADLINE], geometry or [options.PLACE]
-    known(numbers, places, **effort)
+    inputs, effort, params = network.inputs(compute.seed), wanted.effort(compute.seed), wanted.params or None
+    known(wanted.names, wanted.geometry, **effort)
     if len(checkpoints) < 2:
         raise UsageError(f"only {checkpoints[0]} was named: a comparison needs two checkpoints or more")
     files = dict(zip(labels(checkpoints), checkpoints, strict=True))
     base = _chosen(reference, files)
-    with sharing(device, timeout) as ranks:
-        ranks.on_all_ranks(lambda: claimed(out, report, force) if ranks.first else None)
-        where = device_of(device)
+    with sharing(compute.device, compute.timeout) as ranks:
+        ranks.on_all_ranks(lambda: claimed(output.out, output.report, output.force) if ranks.first else None)
+        where = device_of(compute.device)
         loaded = ranks.on_all_ranks(
-            lambda: load_several(inputs, files, {"params": params or None, "dtype": dtype, "device": where})
+            lambda: load_several(inputs, files, {"params": params, "dtype": compute.dtype, "device": where})
         )
-        start, further = ranks.on_all_ranks(lambda: before(inputs, initial))
-        notes = (*loaded.notes, *further)
+        start, further = ranks.on_all_ranks(lambda: before(inputs, wanted.initial))
+        loading = (*loaded.notes, *further)
+        hidden = output.as_json or not ranks.first
+        step(f"loaded {', '.join(files)}, and {inputs.data}", hidden)
+        step(f"measuring {', '.join(wanted.names)} ({', '.join(wanted.geometry)})", hidden)
         with within_memory():
             found = compared(
                 loaded.models,
                 loaded.batches,
                 loaded.loss,
                 reference=base,
-                measures=numbers,
-                geometry=places,
-                logits=logits,
+                measures=wanted.names,
+                geometry=wanted.geometry,
+                logits=wanted.logits,
                 initial=start,
-                params=params or None,
-                dtype=dtype,
-                check=check,
+                params=params,
+                dtype=compute.dtype,
+                check=compute.check,
                 device=where,
-                progress=sys.stderr.isatty() and not as_json and ranks.first,
-                reproducible_sum=reproducible_sum,
+                progress=interactive() and not output.as_json and ranks.first,
+                reproducible_sum=compute.reproducible_sum,
                 **effort,
             )
     if not ranks.first:
         return
     subject = inputs.described() | {"weights": {label: str(path) for label, path in files.items()}}
-    subject |= {"initial": None if initial is None else str(initial), "notes": list(notes)}
+    subject |= {"initial": None if wanted.initial is None else str(wanted.initial), "notes": list(loading)}
+    _deliver(found, subject, output, lambda screen: show(screen, inputs, found, loading))
+
+
+def _deliver(
+    found: Comparison, subject: Mapping[str, Any], output: OutputOptions, shown: Callable[[Console], None]
+) -> None:
+    """Write and print a comparison; end with an exit code of its own where a value did not converge."""
 
     def also() -> None:
-        if report is not None:
-            save(report, written(found, subject), force, "--report")
+        if output.report is not None:
+            save(output.report, written(found, subject), output.force, "--report")
 
-    content = {"subject": subject, **found.to_dict()}
-    deliver(content, lambda screen: show(screen, inputs, found, notes), as_json, out, force, also)
+    deliver({"subject": subject, **found.to_dict()}, shown, output.as_json, output.out, output.force, also)
     if not found.converged:
         raise typer.Exit(NOT_CONVERGED)
 
 
-def _stored(context: typer.Context, paths: Sequence[Path], reference: str | None) -> None:
+def _stored(
+    context: typer.Context,
+    paths: Sequence[Path],
+    wanted: MeasureOptions,
+    output: OutputOptions,
+    reference: str | None,
+) -> None:
     """Compare what is measured already."""
     from isoflat.core.errors import UsageError
     from isoflat.experiments.stored import Wanted, compared
     from isoflat.measures.catalogue import find_geometry, find_measure
 
-    given: Mapping[str, Any] = context.params
     other = [each.opts[0] for each in context.command.params if each.name and _idle(context, each.name)]
     if other:
         raise UsageError(
             f"{', '.join(other)}: {', '.join(map(str, paths))} holds numbers that are measured already; leave it out"
         )
-    claimed(given["out"], given["report"], given["force"])
-    wanted = Wanted(
-        tuple(find_measure(name).label for name in given["names"] or ()),
-        tuple(find_geometry(name).name for name in given["geometry"] or ()),
-        given["logits"] or "raw",
+    claimed(output.out, output.report, output.force)
+    names = wanted.names if options.typed(context, "names") else ()
+    places = wanted.geometry if options.typed(context, "geometry") else ()
+    asked = Wanted(
+        tuple(find_measure(name).label for name in names),
+        tuple(find_geometry(place).name for place in places),
+        wanted.logits or "raw",
     )
-    found, subject = compared(paths, wanted, reference, partial(complain, prefix="warning"))
-
-    def also() -> None:
-        if given["report"] is not None:
-            save(given["report"], written(found, subject), given["force"], "--report")
+    found, subject = compared(paths, asked, reference, partial(complain, prefix="warning"))
 
     def shown(screen: Console) -> None:
         screen.print(found)
-        for note in subject["notes"]:
-            screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
+        notes(screen, subject["notes"])
 
-    deliver({"subject": subject, **found.to_dict()}, shown, given["as_json"], given["out"], given["force"], also)
-    if not found.converged:
-        raise typer.Exit(NOT_CONVERGED)
+    _deliver(found, subject, output, shown)
 
 
 def _idle(context: typer.Context, name: str) -> bool:
@@ -240,12 +205,11 @@ def written(comparison: Comparison, subject: Mapping[str, Any]) -> str:
     return render(page(comparison, subject))
 
 
-def show(screen: Console, inputs: Inputs, comparison: Comparison, notes: Sequence[str]) -> None:
+def show(screen: Console, inputs: Inputs, comparison: Comparison, loading: Sequence[str]) -> None:
     """Print what was compared, then who is flatter, then how it was loaded."""
     point = comparison.rows[0].point
     screen.print(plain(f"network  {inputs.model}, {point.parameters} trainable entries"))
     screen.print(plain(f"data     {inputs.data}, {point.examples} examples; loss {inputs.loss}"))
     screen.print()
     screen.print(comparison)
-    for note in dict.fromkeys(notes):
-        screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
+    notes(screen, loading)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+from isoflat.cli.grids import Rows
+from isoflat.cli.terminal import console, plain, say
 
+if TYPE_CHECKING:
     from isoflat.core.estimate import Estimate
     from isoflat.experiments.demonstration import DemoResult
     from isoflat.experiments.ladders import Ladder
@@ -27,8 +28,8 @@ def demo(
             help="mlp: digits, small against large batches. transformer: Python's help texts, small against large steps."
         ),
     ] = NETWORKS[0],
-    seeds: Annotated[int, typer.Option(min=2, help="Networks per arm.")] = 5,
-    seed: Annotated[int, typer.Option(help="All randomness follows from it.")] = 0,
+    seeds: Annotated[int, typer.Option(min=2, help="Networks for each of the two ways of training.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers: the same gives the same.")] = 0,
     optimizer: Annotated[
         str,
         typer.Option(
@@ -51,7 +52,7 @@ def demo(
     kind = transformer.TransformerPlan if network == "transformer" else MlpPlan
     plan = kind(seeds=seeds, seed=seed, optimizer=optimizer)
     make_folder(out)
-    result = demonstrate(plan, progress=sys.stderr.isatty())
+    result = demonstrate(plan, progress=True)
     which = "" if network == NETWORKS[0] else f" --network {network}"
     report = write(result, out, f"isoflat demo{which} --seeds {seeds} --seed {seed} --optimizer {optimizer}")
     if as_json:
@@ -96,9 +97,7 @@ def write(result: DemoResult, folder: Path, command: str) -> Path:
 
 
 def show(result: DemoResult, report: Path) -> None:
-    """Tables and sentences on the terminal."""
-    from isoflat.cli.terminal import console, plain
-
+    """Print tables and sentences."""
     screen = console()
     screen.print(everything(result) if result.setting.together else networks(result))
     for sentence in result.comparison:
@@ -107,54 +106,42 @@ def show(result: DemoResult, report: Path) -> None:
         screen.print(rungs(ladder))
     for sentence in result.manipulation:
         screen.print(plain(sentence), end="\n\n")
-    screen.print(plain(f"{result.seconds:.0f} s. Report: {report}", style="bold"))
+    say(screen, f"{result.seconds:.0f} s. Report: {report}", "bold")
 
 
-def networks(result: DemoResult) -> RichTable:
-    """One line per network: every number over its enclosure."""
-    from rich.table import Table as RichTable
-
+def networks(result: DemoResult) -> Rows:
+    """One line per network: every number over its interval."""
     from isoflat.experiments.numbers import NUMBERS
 
-    grid = RichTable(title="Minima at equal training loss", title_justify="left", header_style="bold")
-    for head in ("network", "training loss", "|gradient|", "test accuracy", *(number.words for number in NUMBERS)):
-        grid.add_column(head, justify="left" if head == "network" else "right", no_wrap=True)
-    for before, network in zip((None, *result.networks), result.networks, strict=False):
-        if before is not None and before.arm != network.arm:
-            grid.add_section()
+    rows, sections = [], []
+    for place, network in enumerate(result.networks):
+        if place and result.networks[place - 1].arm != network.arm:
+            sections.append(place - 1)
         loss = f"{network.training.loss:.5f}" + ("" if network.training.reached else " missed")
         slope = f"{network.table[0].point.gradient_norm:.2g}"
         cells = [enclosed(network.estimate(number)) for number in NUMBERS]
-        grid.add_row(network.label, loss, slope, f"{network.test_accuracy:.3f}", *cells)
-    return grid
+        rows.append((network.label, loss, slope, f"{network.test_accuracy:.3f}", *cells))
+    heads = ("network", "training loss", "|gradient|", "test accuracy", *(number.words for number in NUMBERS))
+    return Rows(heads, rows, "Minima at equal training loss", sections=frozenset(sections))
 
 
-def rungs(ladder: Ladder) -> RichTable:
-    """One line per amount of an edit: every number over its enclosure."""
-    from rich.table import Table as RichTable
-
+def rungs(ladder: Ladder) -> Rows:
+    """One line per amount of an edit: every number over its interval."""
     from isoflat.experiments.numbers import NUMBERS
 
-    title = f"{ladder.title}, the same function ({ladder.label})"
-    grid = RichTable(title=title, title_justify="left", header_style="bold")
-    for head in (ladder.name, "outputs change by", *(number.words for number in NUMBERS)):
-        grid.add_column(head, justify="right", no_wrap=True)
+    rows = []
     for rung in ladder.rungs:
         cells = [enclosed(rung.records[number.name].estimate) for number in NUMBERS]
-        grid.add_row(f"{rung.amount:g}", f"{rung.output_change:.0e}" if rung.output_change else "0", *cells)
-    return grid
+        rows.append((f"{rung.amount:g}", f"{rung.output_change:.0e}" if rung.output_change else "0", *cells))
+    heads = (ladder.name, "outputs change by", *(number.words for number in NUMBERS))
+    return Rows(heads, rows, f"{ladder.title}, the same function ({ladder.label})", words=0)
 
 
-def everything(result: DemoResult) -> RichTable:
-    """One line per network, as trained or edited: every number over its enclosure, and how far the edit moved it."""
-    from rich.table import Table as RichTable
-
+def everything(result: DemoResult) -> Rows:
+    """One line per network, as trained or edited: every number over its interval, and how far the edit moved it."""
     from isoflat.experiments.numbers import NUMBERS
 
-    title = "Minima at equal training loss; then two of them edited by random symmetries (changes relative to before)"
-    grid = RichTable(title=title, title_justify="left", header_style="bold")
-    for head in ("network", "training loss", "outputs change by", *(number.words for number in NUMBERS)):
-        grid.add_column(head, justify="left" if head == "network" else "right", no_wrap=True)
+    rows, sections = [], []
     for group in result.lines:
         for line in group:
             moved = "" if line.output_change is None else f"{line.output_change:.0e}"
@@ -163,13 +150,15 @@ def everything(result: DemoResult) -> RichTable:
                 + (f"\nchanges by {line.changes[number.name]:.0e}" if line.changes else "")
                 for number in NUMBERS
             ]
-            grid.add_row(line.label, f"{line.loss:.5f}", moved, *cells)
-        grid.add_section()
-    return grid
+            rows.append((line.label, f"{line.loss:.5f}", moved or "–", *cells))
+        sections.append(len(rows) - 1)
+    title = "Minima at equal training loss; then two of them edited by random symmetries (changes relative to before)"
+    heads = ("network", "training loss", "outputs change by", *(number.words for number in NUMBERS))
+    return Rows(heads, rows, title, sections=frozenset(sections))
 
 
 def enclosed(estimate: Estimate) -> str:
-    """A value, and its enclosure below."""
+    """A value, and its interval below."""
     from isoflat.core.table import interval
 
     return f"{estimate}\n{interval(estimate)}"

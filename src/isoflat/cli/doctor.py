@@ -8,15 +8,15 @@ import subprocess
 import sys
 from dataclasses import asdict
 from importlib import metadata
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
-from isoflat.cli import options
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import REFUSED
-from isoflat.cli.terminal import plain
+from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
+from isoflat.cli.terminal import WIDTH, plain
 from isoflat.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,51 +38,26 @@ FRAGILE = ("torchvision", "timm")
 _COLOURS = {"ok": "green", "fail": "bold red", "skipped": "dim"}
 
 
-def doctor(  # noqa: PLR0913
-    model: Annotated[str | None, options.Model.__metadata__[0]] = None,
-    data: Annotated[str | None, options.Data.__metadata__[0]] = None,
-    weights: options.Weights = None,
-    loss: options.Loss = "cross_entropy",
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
-    batch_size: options.BatchSize = 500,
-    seed: options.Seed = 0,
-    dtype: options.Precision = None,
-    device: options.Device = None,
-    as_json: options.AsJson = False,
-) -> None:
+@takes(NetworkOptions, "network", model=None, data=None)
+@takes(ComputeOptions, "compute", only=("seed", "dtype", "device"))
+@takes(OutputOptions, "output", only=("as_json",))
+def doctor(network: NetworkOptions, compute: ComputeOptions, output: OutputOptions) -> None:
     """Tell versions and devices; with --model and --data, check everything a measurement relies on.
 
     Exit code 0: all checks passed. 2: a check failed, and its line says what to do.
     """
-    if (model is None) != (data is None):
+    if (network.model is None) != (network.data is None):
         raise UsageError("to check a network, give both --model and --data (for instance --data digits)")
     checks: tuple[Finding, ...] = ()
-    if model is not None and data is not None:
+    if network.model is not None:
         from isoflat.cli.examine import examine
-        from isoflat.io.inputs import Inputs, device_of
+        from isoflat.io.inputs import device_of
 
-        inputs = Inputs(
-            model=model,
-            data=data,
-            weights=weights,
-            weights_key=weights_key,
-            strip_prefix=tuple(strip_prefix or ()),
-            split=split,
-            transform=transform,
-            examples=examples,
-            batch_size=batch_size,
-            loss=loss,
-            seed=seed,
-        )
-        checks = examine(inputs, dtype, device_of(device))
+        checks = examine(network.inputs(compute.seed), compute.dtype, device_of(compute.device))
     found = surroundings()
     good = all(check.outcome == "ok" for check in checks)
     report = {**found, "checks": [asdict(check) for check in checks], "ok": good}
-    deliver(report, lambda screen: _show(screen, found, checks), as_json)
+    deliver(report, lambda screen: _show(screen, found, checks), output.as_json)
     if not good:
         raise typer.Exit(REFUSED)
 
@@ -138,8 +113,9 @@ def _show(screen: Console, found: dict[str, Any], checks: tuple[Finding, ...]) -
     for name, state in found["extras"].items():
         hint = f": pip install 'isoflat[{EXTRAS[name]}]'" if state == "missing" and EXTRAS[name] else ""
         screen.print(
-            plain(f"{name:<14}{state}{hint}", style="" if state in ("works", "found") else "dim"), soft_wrap=True
+            plain(f"{name:<14}{state}{hint}", style="" if state in ("works", "found") else "dim"),
+            soft_wrap=screen.width >= WIDTH,
         )
     for check in checks:
         line = plain(f"{check.outcome:<8}", style=_COLOURS[check.outcome])
-        screen.print(line + plain(f"{check.name}: {check.detail}"), soft_wrap=True)
+        screen.print(line + plain(f"{check.name}: {check.detail}"), soft_wrap=screen.width >= WIDTH)

@@ -18,7 +18,8 @@ nothing to report.
 
 from __future__ import annotations
 
-from importlib import metadata
+import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -45,8 +46,10 @@ app = typer.Typer(name="isoflat", no_args_is_help=True, add_completion=False, pr
 def isoflat(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
-    """How flat is this minimum, when nobody can cheat? Rescaling-invariant flatness with certified enclosures."""
+    """How flat is this minimum, when nobody can cheat? Rescaling-invariant flatness with certified intervals."""
     if version:
+        from importlib import metadata
+
         typer.echo(f"isoflat {metadata.version('isoflat')}")
         raise typer.Exit
 
@@ -70,5 +73,8 @@ for verb in (
 
 
 def run() -> None:
-    """Entry point of the command `isoflat`."""
+    """Entry point of the command `isoflat`: lines leave at once, also into a file or a pipe."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     app(prog_name="isoflat")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +13,11 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.grids import Rows
+from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
-from isoflat.cli.terminal import facts, plain
+from isoflat.cli.progress import interactive, step
+from isoflat.cli.terminal import facts, notes, plain
 from isoflat.core.errors import UsageError
 from isoflat.io.files import claim, save
 
@@ -28,73 +30,43 @@ if TYPE_CHECKING:
     from isoflat.io.inputs import Inputs
 
 
-def measure(  # noqa: PLR0913
-    model: options.Model,
-    data: options.Data,
-    weights: options.Weights = None,
-    initial: options.Initial = None,
-    loss: options.Loss = "cross_entropy",
-    names: options.Numbers = None,
-    geometry: options.Geometry = None,
-    params: options.Params = None,
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
-    batch_size: options.BatchSize = 500,
-    rtol: options.Rtol = 1e-3,
-    confidence: options.Confidence = None,
-    certify: options.Certify = True,
-    max_products: options.MaxProducts = 300,
-    seconds: options.Seconds = None,
-    memory: options.Memory = None,
-    probes: options.Probes = 64,
-    sample: options.Sample = None,
-    logits: options.Logits = None,
+@takes(NetworkOptions, "network")
+@takes(MeasureOptions, "wanted")
+@takes(ComputeOptions, "compute")
+@takes(OutputOptions, "output", without=("report",))
+def measure(
+    network: NetworkOptions,
+    wanted: MeasureOptions,
     orbit: Annotated[
         int,
         typer.Option(
             min=0,
             metavar="K",
-            help="Measure K random copies with the same function too (float64), and how far they differ.",
+            help="Measure K random copies with the same function too (in float64), and how far they differ.",
             rich_help_panel=options.HOW,
         ),
     ] = 0,
-    seed: options.Seed = 0,
-    dtype: options.Precision = None,
-    check: options.Check = "refuse",
-    device: options.Device = None,
-    out: options.Out = None,
-    witness: options.Witness = False,
-    force: options.Force = False,
-    as_json: options.AsJson = False,
-    reproducible_sum: options.ReproducibleSum = False,
-    timeout: options.Timeout = 600.0,
+    *,
+    compute: ComputeOptions,
+    output: OutputOptions,
+    witness: Annotated[
+        bool,
+        typer.Option(
+            "--witness",
+            help="Also write the eigenvectors that carry the numbers, beside --out as .safetensors: isoflat verify checks "
+            "the numbers by them.",
+            rich_help_panel=options.OUT,
+        ),
+    ] = False,
 ) -> None:
-    """Measure how flat a minimum is: values with enclosures, loss, accuracy, cost and warnings.
+    """Measure how flat a minimum is: values with confidence intervals, loss, accuracy, cost and warnings.
 
     Several processes share the batches: torchrun --nproc-per-node 4 -m isoflat measure ...
 
     Exit code 0: every value converged. 3: measured, but not to --rtol. 2: refused, with the reason. 4: a process is lost.
     """
-    from isoflat.io.inputs import Inputs
-    from isoflat.measures.settings import Budget
-
-    inputs = Inputs(
-        model=model,
-        data=data,
-        weights=weights,
-        weights_key=weights_key,
-        strip_prefix=tuple(strip_prefix or ()),
-        split=split,
-        transform=transform,
-        examples=examples,
-        batch_size=batch_size,
-        loss=loss,
-        seed=seed,
-    )
-    beside = witness_path(out, (weights, initial)) if witness else None
+    inputs, (out, force, initial) = network.inputs(compute.seed), (output.out, output.force, wanted.initial)
+    beside = witness_path(out, (network.weights, initial)) if witness else None
     kept: list[tuple[Record, Tensor]] = []
 
     def keep(record: Record, vector: Tensor) -> None:
@@ -104,35 +76,34 @@ def measure(  # noqa: PLR0913
         claim(out, force)
         claim(beside, force, "--witness")
 
-    with sharing(device, timeout) as ranks:
+    with sharing(compute.device, compute.timeout) as ranks:
         ranks.on_all_ranks(lambda: claimed() if ranks.first else None)
-        table, notes, over = evaluate(
+        table, loading, over = evaluate(
             inputs,
             orbit,
             initial,
-            measures=names or [options.HEADLINE],
-            geometry=geometry or [options.PLACE],
-            params=params or None,
-            rtol=rtol,
-            confidence=confidence,
-            certify=certify,
-            budget=Budget(max_products, seconds, options.bytes_of(memory)),
-            probes=probes,
-            sample=sample,
-            logits=logits,
-            seed=seed,
-            dtype=dtype,
-            check=check,
-            device=device,
-            progress=sys.stderr.isatty() and not as_json and ranks.first,
-            reproducible_sum=reproducible_sum,
+            hidden=output.as_json,
+            measures=wanted.names,
+            geometry=wanted.geometry,
+            params=wanted.params or None,
+            **wanted.effort(compute.seed),
+            logits=wanted.logits,
+            dtype=compute.dtype,
+            check=compute.check,
+            device=compute.device,
+            progress=interactive() and not output.as_json and ranks.first,
+            reproducible_sum=compute.reproducible_sum,
             keep=keep if witness else None,
         )
     if not ranks.first:
         return
     content = {
         "subject": inputs.described()
-        | {"params": params or None, "initial": None if initial is None else str(initial), "notes": list(notes)},
+        | {
+            "params": wanted.params or None,
+            "initial": None if initial is None else str(initial),
+            "notes": list(loading),
+        },
         **table.to_dict(),
     }
     if over is not None:
@@ -148,7 +119,7 @@ def measure(  # noqa: PLR0913
         if beside is not None:
             save(beside, packed, force, "--witness")
 
-    deliver(content, lambda screen: show(screen, inputs, table, notes, over), as_json, out, force, also)
+    deliver(content, lambda screen: show(screen, inputs, table, loading, over), output.as_json, out, force, also)
     if not all(row.estimate.converged for row in table):
         raise typer.Exit(NOT_CONVERGED)
 
@@ -177,7 +148,7 @@ def witness_path(out: Path | None, used: Sequence[Path | None]) -> Path:
 
 
 def evaluate(
-    inputs: Inputs, orbit: int = 0, initial: Path | None = None, **settings: Any
+    inputs: Inputs, orbit: int = 0, initial: Path | None = None, hidden: bool = True, **settings: Any
 ) -> tuple[Table, tuple[str, ...], AttackResult | None]:
     """Load and measure.
 
@@ -185,6 +156,7 @@ def evaluate(
         inputs: what is measured.
         orbit: how many copies with the same function are measured too.
         initial: a file with the weights before training.
+        hidden: show no progress.
         **settings: as for `isoflat.measure_all`.
 
     Returns:
@@ -206,15 +178,18 @@ def evaluate(
         lambda: prepare(inputs, settings["params"], settings["dtype"], settings["device"])
     )
     settings["initial"], further = Ranks.here().on_all_ranks(lambda: before(inputs, initial))
-    notes = (*loaded.notes, *further)
+    loading = (*loaded.notes, *further)
+    hidden = hidden or not Ranks.here().first
+    step(f"loaded {inputs.model} and {inputs.data}", hidden)
     with within_memory():
         # Found first: a network without a traceable orbit is refused before the data is read.
         found = symmetries_of(target) if orbit else None
+        step(f"measuring {', '.join(settings['measures'])} ({', '.join(settings['geometry'])})", hidden)
         table = measure_all(loaded.model, loaded.batches, loaded.loss, **settings)
         if found is None:
-            return table, notes, None
+            return table, loading, None
         if not found.dimension:
-            return table, (*notes, "no change of these weights that keeps the function: no orbit"), None
+            return table, (*loading, "no change of these weights that keeps the function: no orbit"), None
         shared = {
             key: settings[key]
             for key in (
@@ -232,21 +207,25 @@ def evaluate(
             search=0,
             seed=settings["seed"],
             symmetries=found,
-            progress=settings["progress"],
+            progress=not hidden,
             **shared,
         )
-        return table, notes, copies
+        return table, loading, copies
 
 
 def show(
-    screen: Console, inputs: Inputs, table: Table, notes: tuple[str, ...], orbit: AttackResult | None = None
+    screen: Console, inputs: Inputs, table: Table, loading: tuple[str, ...], orbit: AttackResult | None = None
 ) -> None:
     """Print values, then what is needed to trust them."""
-    screen.print(table)
+    screen.print(_values(table))
+    notes(screen, (f"not measured: {part}" for part in table.omitted))
     point = table[0].point
     listed = [
         *inputs.facts(point),
-        ("b", f"{point.stationarity:.4g} (zero at a minimum; bounds the difference to the covariant Hessian)"),
+        (
+            "stationarity",
+            f"b = {point.stationarity:.4g}: zero at a minimum; bounds the difference to the covariant Hessian",
+        ),
         ("peak memory", f"{max(row.estimate.cost.peak_memory for row in table) / 2**20:.0f} MiB"),
     ]
     screen.print(facts(listed))
@@ -254,8 +233,27 @@ def show(
         further = [] if orbit is None else [("over the orbit", _spread(orbit, number))]
         screen.print(plain(f"{row.measure} ({row.geometry})", style="bold"))
         screen.print(facts([*_row(row), *further]))
-    for note in dict.fromkeys((*notes, *(note for row in table for note in row.estimate.notes))):
-        screen.print(plain(f"note: {note}", style="yellow"), soft_wrap=True)
+    notes(screen, (*loading, *(note for row in table for note in row.estimate.notes)))
+
+
+def _values(table: Table) -> Rows:
+    """One line for each number."""
+    from isoflat.core.table import interval
+
+    return Rows(
+        ("measure", "geometry", "value", "interval", "converged"),
+        [
+            (
+                row.measure,
+                row.geometry,
+                str(row.estimate),
+                interval(row.estimate),
+                "yes" if row.estimate.converged else "NO",
+            )
+            for row in table
+        ],
+        words=2,
+    )
 
 
 def _row(row: Record) -> list[tuple[str, str]]:
@@ -271,16 +269,20 @@ def _row(row: Record) -> list[tuple[str, str]]:
     elif estimate.kind is Kind.EXACT:
         known, width = f"{interval(estimate)}: exact, but for rounding", "nothing is estimated"
     else:
-        name = "enclosure" if estimate.kind is Kind.ENCLOSURE else "t-interval of a stochastic estimate"
+        name = "certified" if estimate.kind is Kind.ENCLOSURE else "t-interval of a stochastic estimate"
         known = f"{interval(estimate)}, {name} with confidence {estimate.confidence:.7g}"
         width = f"relative width {estimate.relative_width:.2g}, {asked}"
+    ratio = row.stationarity_ratio
     return [
         ("value", str(estimate)),
-        ("enclosure", known),
+        ("interval", known),
         ("converged", f"{'yes' if estimate.converged else 'NO'} ({width})"),
         ("invariant to", row.group),
-        ("b/value", "not defined here" if row.stationarity_ratio is None else f"{row.stationarity_ratio:.3g}"),
-        ("cost", f"{cost.products} products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s"),
+        ("stationarity", "not defined here" if ratio is None else f"b is {ratio:.3g} of the value"),
+        (
+            "cost",
+            f"{cost.products} Hessian-vector products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s",
+        ),
     ]
 
 

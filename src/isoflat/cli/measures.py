@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table as Grid
 
-from isoflat.cli import options
-from isoflat.cli.terminal import console, plain
+from isoflat.cli.grids import Rows, item
+from isoflat.cli.progress import interactive, step
+from isoflat.cli.terminal import console, facts, plain, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from isoflat.measures.base import Measure
+
+
+SENTENCE = 120
+"""Characters of a definition that the list shows whole."""
 
 
 def measures(
@@ -26,7 +30,7 @@ def measures(
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Cards and table as a page.")] = False,
     bibtex: Annotated[bool, typer.Option("--bibtex", help="What they come from, as BibTeX entries.")] = False,
-    as_json: options.AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
 ) -> None:
     """List every measure with its formula, reference, units and invariances."""
     from isoflat.measures import catalogue
@@ -51,17 +55,18 @@ def measures(
     if name is not None:
         _show_card(screen, chosen[name])
         return
-    grid = Grid(header_style="bold")
-    grid.add_column("measure", no_wrap=True)
-    for head in ("formula", "units", "invariant under", "reference"):
-        grid.add_column(head, overflow="fold")
-    for entry in chosen.values():
-        grid.add_row(*map(plain, (entry.label, entry.formula, entry.units, _briefly(entry), entry.reference)))
-    screen.print(grid)
-    places = Grid("geometry", "metric", "spectra invariant to", header_style="bold")
+    for listed in chosen.values():
+        screen.print(item(listed.label, _sentence(listed), _briefly(listed)))
+    screen.print(plain("\nGeometries, in which a measure is taken", "bold"))
     for place in catalogue.geometries().values():
-        places.add_row(*map(plain, (place.name, place.title, place.group)))
-    screen.print(places)
+        screen.print(item(place.name, f"{place.title}.", f"invariant to: {place.group}"))
+    say(screen, "\nisoflat measures NAME tells formula, units, reference and pitfalls of one of them.")
+
+
+def _sentence(measure: Measure) -> str:
+    """The definition, up to the first colon where it is long."""
+    text = measure.definition
+    return text if len(text) <= SENTENCE or ": " not in text else f"{text.partition(': ')[0]}."
 
 
 def _show_table(chosen: Mapping[str, Measure], as_json: bool, markdown: bool) -> None:
@@ -73,8 +78,9 @@ def _show_table(chosen: Mapping[str, Measure], as_json: bool, markdown: bool) ->
     from isoflat.testing import Invariance, batches, drifts_of
 
     found = {}
-    bar = tqdm(batches(chosen.values()), desc="attacking", leave=False, disable=as_json or not sys.stderr.isatty())
+    bar = tqdm(batches(chosen.values()), desc="attacking", leave=False, disable=as_json or not interactive())
     for name, place, entries in bar:
+        step(f"attacking {len(entries)} measures ({name or place})", as_json)
         for entry, row in zip(entries, drifts_of(entries, place).values(), strict=True):
             found[entry.name, name or str(entry.geometry)] = row
     found = dict(sorted(found.items()))
@@ -88,15 +94,10 @@ def _show_table(chosen: Mapping[str, Measure], as_json: bool, markdown: bool) ->
     if markdown:
         sys.stdout.write(page(list(chosen.values()), list(geometries().values()), found))
         return
-    grid = Grid(
-        header_style="bold",
-        caption="largest change over the smaller value, under edits that keep the function; ✓ claimed",
-    )
-    for head in ("measure", "geometry", *map(str, Invariance)):
-        grid.add_column(head, no_wrap=True)
-    for (name, place), row in found.items():
-        grid.add_row(*map(plain, (name, place, *(cell(row[kind]) for kind in Invariance))))
-    console().print(grid)
+    rows = [(name, place, *(cell(row[kind]) for kind in Invariance)) for (name, place), row in found.items()]
+    screen = console()
+    screen.print(Rows(("measure", "geometry", *map(str, Invariance)), rows, words=2))
+    say(screen, "largest change over the smaller value, under edits that keep the function; ✓ claimed", "dim")
 
 
 def card(entry: Measure) -> dict[str, Any]:
@@ -125,14 +126,7 @@ def _show_card(screen: Console, entry: Measure) -> None:
         "options": ", ".join(f"{key} = {value:g}" for key, value in entry.options.items()) or "none",
         "loss_degree": "no power" if entry.loss_degree is None else f"{entry.loss_degree:g}",
     }
-    grid = Grid.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for key, value in content.items():
-        if value == "":
-            continue
-        grid.add_row(plain(key.replace("_", " ")), plain(value))
-    screen.print(grid)
+    screen.print(facts((key.replace("_", " "), value) for key, value in content.items() if value != ""))
 
 
 def _claims(entry: Measure) -> dict[str, str]:
@@ -149,8 +143,8 @@ def _in_words(entry: Measure) -> str:
     return " | ".join(f"{place}: {group}" for place, group in _claims(entry).items())
 
 
-def _briefly(entry: Measure) -> str:
-    """Where a geometry decides, the table below the measures says what it is invariant to."""
-    if entry.own is not None:
-        return ", ".join(sorted(entry.own))
-    return f"as {entry.geometry}" if entry.geometry else "as the geometry"
+def _briefly(measure: Measure) -> str:
+    """Invariances in a line; where a geometry decides, the list below the measures says what it is invariant to."""
+    if measure.own is not None:
+        return f"invariant to: {', '.join(sorted(measure.own)) or 'nothing that is claimed'}"
+    return f"as invariant as {measure.geometry or 'the geometry it is measured in'}, below"

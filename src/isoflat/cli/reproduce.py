@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
-from isoflat.cli import options
 from isoflat.cli.exits import DOES_NOT_HOLD, NOT_CONVERGED
+from isoflat.cli.grids import Rows, item
+from isoflat.cli.options import ComputeOptions, OutputOptions, takes
+from isoflat.cli.terminal import console, plain, say
 
 if TYPE_CHECKING:
-    from rich.table import Table as Grid
-
     from isoflat.experiments.checking import ReproductionCheck
     from isoflat.experiments.recipe import Recipe
     from isoflat.experiments.reproduction import Reproduction
@@ -26,45 +27,64 @@ PATIENCE = 3600.0
 """Seconds that a process waits for the others: they train apart, and one may go on from a checkpoint that others lack."""
 
 
-def reproduce(  # noqa: PLR0913
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A recipe. Without one, all are listed.", show_default=False)
-    ] = None,
+@final
+@dataclass(frozen=True)
+class RecipeOptions:
+    """A recipe, and what is changed in it."""
+
     scale: Annotated[
         str,
         typer.Option(
             help="small: minutes on two processor cores. paper: as published, unattended on a GPU; it goes on where it "
             "was stopped."
         ),
-    ] = "small",
+    ] = "small"
     data: Annotated[
         str | None,
         typer.Option(
             "--data", metavar="SOURCE", help="The recipe's data, where it does not come with isoflat: a path."
         ),
-    ] = None,
-    replicates: Annotated[int | None, typer.Option(min=1, help="Networks per arm. Default: the recipe's.")] = None,
+    ] = None
+    replicates: Annotated[int | None, typer.Option(min=1, help="Networks per arm. Default: the recipe's.")] = None
     names: Annotated[
         list[str] | None,
         typer.Option("--measure", metavar="NAME", help="Instead of the recipe's numbers; can be repeated."),
-    ] = None,
+    ] = None
     geometry: Annotated[
         list[str] | None,
         typer.Option("--geometry", metavar="NAME", help="With --measure; can be repeated. Default: auto."),
-    ] = None,
+    ] = None
     orbit: Annotated[
-        int | None, typer.Option(min=0, help="Random points of each network's orbit. Default: the recipe's.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="All randomness follows from it. Default: the recipe's.")] = None,
+        int | None,
+        typer.Option(min=0, help="Random copies of each network with the same function. Default: the recipe's."),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of all random numbers: the same gives the same. Default: the recipe's.")
+    ] = None
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="For report, tables and the store of networks. Default: isoflat-NAME."),
+    ] = None
+
+
+@takes(RecipeOptions, "asked")
+@takes(ComputeOptions, "compute", only=("device", "timeout"), timeout=PATIENCE)
+@takes(OutputOptions, "output", only=("as_json",))
+def reproduce(
+    asked: RecipeOptions,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A recipe. Without one, all are listed.", show_default=False)
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Compare with a stored result.json, within stated tolerances; its recipe is followed."
+        ),
     ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Processes. Default: one for each core; one on a GPU.", rich_help_panel=WHERE),
     ] = None,
-    device: options.Device = None,
     submit: Annotated[
         str | None,
         typer.Option(
@@ -73,14 +93,9 @@ def reproduce(  # noqa: PLR0913
             rich_help_panel=WHERE,
         ),
     ] = None,
-    check: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Compare with a stored result.json, within stated tolerances; its recipe is followed."
-        ),
-    ] = None,
-    timeout: options.Timeout = PATIENCE,
-    as_json: options.AsJson = False,
+    *,
+    compute: ComputeOptions,
+    output: OutputOptions,
 ) -> None:
     """Train, measure, compare, and say what came out: the paper's experiments, and those that question them.
 
@@ -94,35 +109,34 @@ def reproduce(  # noqa: PLR0913
     from isoflat.experiments import checking
     from isoflat.experiments.reproduce import reproduce as followed
 
-    with sharing(device, timeout) as ranks:
+    with sharing(compute.device, compute.timeout) as ranks:
         if name is None and check is None:
             if ranks.first:
-                listing(as_json)
+                listing(output.as_json)
             return
         stored = None if check is None else ranks.on_all_ranks(lambda: checking.read(check))
-        wanted = name or "" if stored is None else checking.recipe(stored, name)
         result = followed(
-            wanted,
-            data,
-            out=out,
-            scale=scale,
-            replicates=replicates,
-            measures=names,
-            geometry=geometry,
-            orbit=orbit,
-            seed=seed,
+            name or "" if stored is None else checking.recipe(stored, name),
+            asked.data,
+            out=asked.out,
+            scale=asked.scale,
+            replicates=asked.replicates,
+            measures=asked.names,
+            geometry=asked.geometry,
+            orbit=asked.orbit,
+            seed=asked.seed,
             jobs=jobs,
-            device=device,
+            device=compute.device,
             submit=submit,
-            progress=sys.stderr.isatty(),
+            progress=True,
         )
     recipe = result.recipe
-    folder = out or Path(f"isoflat-{recipe.name}")
+    folder = asked.out or Path(f"isoflat-{recipe.name}")
     if not ranks.first:
         return
-    write(result, folder, _command(recipe, data))
+    write(result, folder, _command(recipe, asked.data))
     verdict = None if stored is None else checking.compared(stored, result)
-    if as_json:
+    if output.as_json:
         extra = {} if verdict is None else {"check": verdict.to_dict()}
         sys.stdout.write(json.dumps({**result.to_dict(), **extra}, allow_nan=False) + "\n")
     else:
@@ -156,27 +170,19 @@ def write(result: Reproduction, folder: Path, command: str) -> None:
 
 def listing(as_json: bool) -> None:
     """All recipes with their questions."""
-    from rich.table import Table as Grid
-
-    from isoflat.cli.terminal import console, plain
     from isoflat.experiments.recipe import read, recipes
 
     found = [read(name) for name in recipes()]
     if as_json:
         sys.stdout.write(json.dumps([recipe.model_dump(mode="json") for recipe in found], allow_nan=False) + "\n")
         return
-    grid = Grid(header_style="bold")
-    for head in ("recipe", "what", "question", "data"):
-        grid.add_column(head)
+    screen = console()
     for recipe in found:
-        grid.add_row(*map(plain, (recipe.name, recipe.title, recipe.question, recipe.data.source)))
-    console().print(grid)
+        screen.print(item(recipe.name, f"{recipe.title}. {recipe.question}", f"data: {recipe.data.source}"))
 
 
 def show(result: Reproduction, folder: Path) -> None:
     """Tables and sentences on the terminal."""
-    from isoflat.cli.terminal import console, plain
-
     screen = console()
     recipe = result.recipe
     screen.print(plain(f"{recipe.title}, scale {recipe.scale}. {recipe.question}", style="bold"))
@@ -187,19 +193,14 @@ def show(result: Reproduction, folder: Path) -> None:
     for sentence in result.sentences:
         screen.print(plain(sentence), end="\n\n")
     spent = f"{result.seconds:.0f} s; training and measuring these networks took {result.cost:.0f} s in all"
-    screen.print(plain(f"{spent}. Report: {folder / 'report.html'}", style="bold"))
+    say(screen, f"{spent}. Report: {folder / 'report.html'}", "bold")
 
 
-def _networks(result: Reproduction) -> Grid:
-    """One line for each network: every number over its enclosure."""
-    from rich.table import Table as Grid
-
+def _networks(result: Reproduction) -> Rows:
+    """One line for each network: every number over its interval."""
     from isoflat.cli.demo import enclosed
-    from isoflat.cli.terminal import plain
 
-    grid = Grid(title="Networks", title_justify="left", header_style="bold")
-    for head in ("network", "training loss", "epochs", "test error", *(number.words for number in result.numbers)):
-        grid.add_column(head, justify="left" if head == "network" else "right")
+    table, sections = [], []
     for arm in result.recipe.arms:
         for network in result.arm(arm, all_of_them=True):
             loss, epochs = f"{network.training.loss:.4g}", f"{network.training.epochs:.4g}"
@@ -210,34 +211,26 @@ def _networks(result: Reproduction) -> Grid:
             error = "–" if network.test_error is None else f"{100 * network.test_error:.2f} %"
             rows = [network.record(number) for number in result.numbers]
             cells = ["–" if row is None else enclosed(row.estimate) for row in rows]
-            grid.add_row(plain(network.label), loss, epochs, error, *cells)
-        grid.add_section()
-    return grid
+            table.append((network.label, loss, epochs, error, *cells))
+        sections.append(len(table) - 1)
+    heads = ("network", "training loss", "epochs", "test error", *(number.words for number in result.numbers))
+    return Rows(heads, table, "Networks", sections=frozenset(sections))
 
 
-def _summaries(result: Reproduction) -> Grid:
+def _summaries(result: Reproduction) -> Rows:
     """Mean and standard error over the networks of each arm."""
-    from rich.table import Table as Grid
-
-    from isoflat.cli.terminal import plain
-
-    grid = Grid(title="Mean ± standard error over networks", title_justify="left", header_style="bold")
-    for head in ("arm", *(number.words for number in result.numbers)):
-        grid.add_column(head, justify="left" if head == "arm" else "right")
+    rows = []
     for arm in result.recipe.arms:
         found = {summary.number: summary.words for summary in result.summaries if summary.arm == arm.name}
-        grid.add_row(plain(arm.name), *(found.get(number.name, "–") for number in result.numbers))
-    return grid
+        rows.append((arm.name, *(found.get(number.name, "–") for number in result.numbers)))
+    heads = ("arm", *(number.words for number in result.numbers))
+    return Rows(heads, rows, "Mean ± standard error over networks")
 
 
 def show_check(checked: ReproductionCheck) -> None:
     """Print what differs from a stored result, and the sentence."""
-    from isoflat.cli.terminal import console, plain
-
     screen = console()
     for line in checked.lines:
         if not line.holds:
-            screen.print(
-                plain(f"{line.what}: stored {line.stored}, found {line.found}; allowed: {line.allowed}", style="red")
-            )
-    screen.print(plain(checked.sentence, style="bold"))
+            say(screen, f"{line.what}: stored {line.stored}, found {line.found}; allowed: {line.allowed}", "red")
+    say(screen, checked.sentence, "bold")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 from rich.console import Console
@@ -12,7 +12,9 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
+from isoflat.cli.progress import interactive, step
 from isoflat.cli.terminal import facts, plain
 from isoflat.core.errors import UsageError
 from isoflat.io.files import claim, save
@@ -22,11 +24,11 @@ if TYPE_CHECKING:
     from isoflat.io.inputs import Inputs
 
 
-def spectrum(  # noqa: PLR0913
-    model: options.Model,
-    data: options.Data,
-    weights: options.Weights = None,
-    loss: options.Loss = "cross_entropy",
+@final
+@dataclass(frozen=True)
+class DensityOptions:
+    """Where a spectrum is measured, and how closely."""
+
     geometry: Annotated[
         str,
         typer.Option(
@@ -34,96 +36,90 @@ def spectrum(  # noqa: PLR0913
             metavar="NAME",
             help="auto (proof against every symmetry found), elementwise, layerwise (the paper's) or euclidean.",
         ),
-    ] = options.PLACE,
-    params: options.Params = None,
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
-    batch_size: options.BatchSize = 500,
+    ] = options.PLACE
     outliers: Annotated[
         int,
-        typer.Option(min=0, help="Take out at most so many separated eigenvalues.", rich_help_panel=options.HOW),
-    ] = 24,
-    probes: Annotated[int, typer.Option(min=1, help="Random probes.", rich_help_panel=options.HOW)] = 4,
-    steps: Annotated[int, typer.Option(min=2, help="Products per probe.", rich_help_panel=options.HOW)] = 64,
+        typer.Option(min=0, help="Most separated eigenvalues that are taken out first.", rich_help_panel=options.HOW),
+    ] = 24
+    probes: Annotated[
+        int, typer.Option(min=1, help="Random vectors that see the rest.", rich_help_panel=options.HOW)
+    ] = 4
+    steps: Annotated[
+        int, typer.Option(min=2, help="Hessian-vector products for each of them.", rich_help_panel=options.HOW)
+    ] = 64
     confidence: Annotated[
-        float, typer.Option(help="That the band holds everywhere.", rich_help_panel=options.HOW)
-    ] = 0.95,
+        float,
+        typer.Option(
+            help="Probability that the band contains the true distribution everywhere.", rich_help_panel=options.HOW
+        ),
+    ] = 0.95
     max_products: Annotated[
         int | None,
         typer.Option(
-            help="Budget of Hessian-vector products in all. Default: what all steps take.", rich_help_panel=options.HOW
+            help="Most Hessian-vector products in all. Default: what all steps take.", rich_help_panel=options.HOW
         ),
-    ] = None,
-    seconds: Annotated[float | None, typer.Option(help="Time in all.", rich_help_panel=options.HOW)] = None,
-    memory: options.Memory = None,
-    logits: options.Logits = None,
-    seed: options.Seed = 0,
-    dtype: options.Precision = None,
-    check: options.Check = "refuse",
-    device: options.Device = None,
+    ] = None
+    seconds: Annotated[
+        float | None, typer.Option(help="Most seconds in all. Default: no limit.", rich_help_panel=options.HOW)
+    ] = None
+
+
+@takes(NetworkOptions, "network")
+@takes(DensityOptions, "wanted")
+@takes(MeasureOptions, "further", only=("params", "memory", "logits"))
+@takes(ComputeOptions, "compute")
+@takes(OutputOptions, "output", without=("report",))
+def spectrum(
+    network: NetworkOptions,
+    wanted: DensityOptions,
+    further: MeasureOptions,
+    compute: ComputeOptions,
+    output: OutputOptions,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Draw it there, as .png or .svg.", rich_help_panel=options.OUT),
     ] = None,
-    out: options.Out = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace existing --out and --plot files.", rich_help_panel=options.OUT)
-    ] = False,
-    as_json: options.AsJson = False,
-    reproducible_sum: options.ReproducibleSum = False,
-    timeout: options.Timeout = 600.0,
 ) -> None:
     """All Hessian eigenvalues at once: outliers, quantiles, shares and ranks, each with an interval, and a drawing.
 
     Exit code 0: done. 3: a budget ended it before all steps were taken. 2: refused, with the reason. 4: a process is lost.
     """
-    from isoflat.io.inputs import Inputs, device_of, prepare, within_memory
+    from isoflat.io.inputs import device_of, prepare, within_memory
     from isoflat.measurement.spectrum import Deflated
     from isoflat.measurement.spectrum import spectrum as measured
     from isoflat.measures.catalogue import find_geometry
     from isoflat.measures.settings import Budget
 
-    inputs = Inputs(
-        model=model,
-        data=data,
-        weights=weights,
-        weights_key=weights_key,
-        strip_prefix=tuple(strip_prefix or ()),
-        split=split,
-        transform=transform,
-        examples=examples,
-        batch_size=batch_size,
-        loss=loss,
-        seed=seed,
-    )
-    find_geometry(geometry)
-    budget = Budget(Deflated.price(outliers, probes, steps, max_products), seconds, options.bytes_of(memory))
-    with sharing(device, timeout) as ranks:
+    inputs, out, force = network.inputs(compute.seed), output.out, output.force
+    find_geometry(wanted.geometry)
+    price = Deflated.price(wanted.outliers, wanted.probes, wanted.steps, wanted.max_products)
+    budget = Budget(price, wanted.seconds, options.bytes_of(further.memory))
+    with sharing(compute.device, compute.timeout) as ranks:
         ranks.on_all_ranks(lambda: _claim(out, plot, force) if ranks.first else None)
-        where = device_of(device)
-        loaded, _ = ranks.on_all_ranks(lambda: prepare(inputs, params or None, dtype, where))
+        where, params = device_of(compute.device), further.params or None
+        loaded, _ = ranks.on_all_ranks(lambda: prepare(inputs, params, compute.dtype, where))
+        hidden = output.as_json or not ranks.first
+        step(f"loaded {inputs.model} and {inputs.data}", hidden)
+        step(f"measuring the spectrum ({wanted.geometry})", hidden)
         with within_memory():
             found = measured(
                 loaded.model,
                 loaded.batches,
                 loaded.loss,
-                geometry=geometry,
-                outliers=outliers,
-                probes=probes,
-                steps=steps,
-                confidence=confidence,
-                params=params or None,
+                geometry=wanted.geometry,
+                outliers=wanted.outliers,
+                probes=wanted.probes,
+                steps=wanted.steps,
+                confidence=wanted.confidence,
+                params=params,
                 budget=budget,
-                logits=logits,
-                seed=seed,
-                dtype=dtype,
+                logits=further.logits,
+                seed=compute.seed,
+                dtype=compute.dtype,
                 device=where,
-                progress=sys.stderr.isatty() and not as_json and ranks.first,
-                check=check,
-                reproducible_sum=reproducible_sum,
+                progress=interactive() and not output.as_json and ranks.first,
+                check=compute.check,
+                reproducible_sum=compute.reproducible_sum,
             )
     if not ranks.first:
         return
@@ -135,7 +131,7 @@ def spectrum(  # noqa: PLR0913
             save(plot, written(portrait(found), plot.suffix.lower()), force, "--plot")
 
     content = {"subject": inputs.described() | {"notes": list(loaded.notes)}, **found.to_dict()}
-    deliver(content, lambda screen: show(screen, inputs, loaded.notes, found, plot), as_json, out, force, draw)
+    deliver(content, lambda screen: show(screen, inputs, loaded.notes, found, plot), output.as_json, out, force, draw)
     if not found.density.reached:
         raise typer.Exit(NOT_CONVERGED)
 

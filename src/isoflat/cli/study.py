@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.grids import Rows
+from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
+from isoflat.cli.terminal import console, plain, say
+from isoflat.cli.terminal import facts as told
 
 if TYPE_CHECKING:
-    from rich.table import Table as Grid
-
     from isoflat.experiments.prediction import Prediction
 
 LISTED, TRAINED = "Networks of your own, with --networks", "Networks to train, with --grid"
@@ -31,8 +34,11 @@ ONLY = {
 """Options that belong to one of the two ways in."""
 
 
-def study(  # noqa: PLR0913
-    context: typer.Context,
+@final
+@dataclass(frozen=True)
+class StudyOptions:
+    """The networks of a study, what is measured of them, and where results go."""
+
     networks: Annotated[
         Path | None,
         typer.Option(
@@ -42,7 +48,7 @@ def study(  # noqa: PLR0913
             "hyper-parameter, but seed and replicate.",
             rich_help_panel=LISTED,
         ),
-    ] = None,
+    ] = None
     grid: Annotated[
         Path | None,
         typer.Option(
@@ -50,21 +56,21 @@ def study(  # noqa: PLR0913
             help="TOML: a recipe with data, network, training and a table grid of lists. Every combination is trained.",
             rich_help_panel=TRAINED,
         ),
-    ] = None,
+    ] = None
     data: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
             help=f"What is measured on: {options.DATA_HELP} With --grid: a path, where the data does not come with isoflat.",
         ),
-    ] = None,
+    ] = None
     outcome: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             help="gap, test_error, test_accuracy or test_loss. Default: the one listed; gap with --grid.",
         ),
-    ] = None,
+    ] = None
     names: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,51 +79,44 @@ def study(  # noqa: PLR0913
             help="See isoflat measures; can be repeated. Default: quotient_spectral_norm (auto and layerwise), "
             "hessian_spectral_norm, relative_flatness, fisher_rao_norm, gradient_norm.",
         ),
-    ] = None,
+    ] = None
     geometry: Annotated[
         list[str] | None,
         typer.Option("--geometry", metavar="NAME", help="With --measure; can be repeated. Default: auto."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FACTORY",
-            help="Function without arguments that builds the network of every row.",
-            rich_help_panel=LISTED,
-        ),
-    ] = None,
-    loss: options.Loss = "cross_entropy",
-    params: options.Params = None,
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
-    batch_size: options.BatchSize = 500,
-    rtol: options.Rtol = 0.01,
-    probes: options.Probes = 64,
-    max_products: options.MaxProducts = 300,
-    dtype: options.Precision = None,
-    check: options.Check = "refuse",
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of all random numbers. Default: 0; the file's with --grid.")
+    ] = None
     scale: Annotated[
         str, typer.Option(help="Which table of the file stands over the rest: small or paper.", rich_help_panel=TRAINED)
-    ] = "small",
+    ] = "small"
     replicates: Annotated[
         int | None, typer.Option(min=1, help="Networks per combination. Default: the file's.", rich_help_panel=TRAINED)
-    ] = None,
+    ] = None
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Processes. Default: one for each core; one on a GPU.", rich_help_panel=TRAINED),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all random numbers. Default: 0; the file's with --grid.")] = None,
-    device: options.Device = None,
+    ] = None
+
+
+@takes(StudyOptions, "asked")
+@takes(NetworkOptions, "network", without=("data", "weights"), model=None, data=None)
+@takes(MeasureOptions, "wanted", only=("params", "rtol", "probes", "max_products"), rtol=0.01)
+@takes(ComputeOptions, "compute", only=("dtype", "check", "device"))
+@takes(OutputOptions, "output", only=("as_json",))
+def study(
+    context: typer.Context,
+    asked: StudyOptions,
+    network: NetworkOptions,
+    wanted: MeasureOptions,
+    compute: ComputeOptions,
+    output: OutputOptions,
     out: Annotated[
         Path,
         typer.Option(
             metavar="FOLDER", help="For report, tables and the store of what is measured.", rich_help_panel=options.OUT
         ),
     ] = Path("isoflat-study"),
-    as_json: options.AsJson = False,
 ) -> None:
     """Does flatness predict generalization? Relates every number to an outcome over many networks, and says how surely.
 
@@ -130,40 +129,40 @@ def study(  # noqa: PLR0913
     from isoflat.core.errors import UsageError
     from isoflat.experiments.study import study as related
 
-    if (networks is None) == (grid is None):
+    if (asked.networks is None) == (asked.grid is None):
         raise UsageError("give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with")
-    _check_options(context, "grid" if networks is not None else "networks")
+    _check_options(context, "grid" if asked.networks is not None else "networks")
     result = related(
-        networks,
-        model,
-        data,
-        grid=grid,
-        outcome=outcome,
-        measures=names,
-        geometry=geometry,
+        asked.networks,
+        network.model,
+        asked.data,
+        grid=asked.grid,
+        outcome=asked.outcome,
+        measures=asked.names,
+        geometry=asked.geometry,
         out=out,
-        seed=seed,
-        device=device,
-        progress=sys.stderr.isatty() and not as_json,
-        scale=scale,
-        replicates=replicates,
-        jobs=jobs,
-        max_products=max_products,
-        rtol=rtol,
-        probes=probes,
-        params=params or None,
-        dtype=dtype,
-        check=check,
-        loss=loss,
-        weights_key=weights_key,
-        strip_prefix=tuple(strip_prefix or ()),
-        transform=transform,
-        split=split,
-        examples=examples,
-        batch_size=batch_size,
+        seed=asked.seed,
+        device=compute.device,
+        progress=not output.as_json,
+        scale=asked.scale,
+        replicates=asked.replicates,
+        jobs=asked.jobs,
+        max_products=wanted.max_products,
+        rtol=wanted.rtol,
+        probes=wanted.probes,
+        params=wanted.params or None,
+        dtype=compute.dtype,
+        check=compute.check,
+        loss=network.loss,
+        weights_key=network.weights_key,
+        strip_prefix=tuple(network.strip_prefix or ()),
+        transform=network.transform,
+        split=network.split,
+        examples=network.examples,
+        batch_size=network.batch_size,
     )
     write(result, out, _command(context))
-    if as_json:
+    if output.as_json:
         sys.stdout.write(json.dumps({"subject": result.subject, **result.to_dict()}, allow_nan=False) + "\n")
     else:
         show(result, out)
@@ -215,57 +214,36 @@ def write(result: Prediction, folder: Path, command: str) -> None:
 
 def show(result: Prediction, folder: Path) -> None:
     """Tables and sentences on the terminal."""
-    from isoflat.cli.terminal import console, plain
-    from isoflat.cli.terminal import facts as listed
-
     screen = console()
-    screen.print(listed(result.facts))
+    screen.print(told(result.facts))
     screen.print(_networks(result))
     screen.print(_relations(result))
     first, *others = result.sentences
     screen.print(plain(first, style="bold"), end="\n\n")
     for sentence in others:
         screen.print(plain(sentence), end="\n\n")
-    screen.print(plain(f"Report: {folder / 'report.html'}", style="bold"))
+    say(screen, f"Report: {folder / 'report.html'}", "bold")
 
 
-def _networks(result: Prediction) -> Grid:
+def _networks(result: Prediction) -> Rows:
     """One line for each network."""
-    from rich.table import Table as Grid
-
-    from isoflat.cli.terminal import plain
     from isoflat.experiments.cells import found
     from isoflat.experiments.prediction import words
 
-    grid = Grid(title="Networks", title_justify="left", header_style="bold")
-    grid.add_column("network", overflow="fold")
-    for head in (result.outcome, "training loss", *map(words, result.numbers)):
-        grid.add_column(plain(head), justify="right", overflow="fold", max_width=WIDEST)
+    table = []
     for network in result.networks:
         rows = [found(network.table, number) for number in result.numbers]
         cells = ["–" if row is None else str(row.estimate) for row in rows]
-        grid.add_row(plain(network.label), f"{network.outcome:.4g}", f"{network.loss:.4g}", *cells)
-    return grid
+        table.append((network.label, f"{network.outcome:.4g}", f"{network.loss:.4g}", *cells))
+    return Rows(("network", result.outcome, "training loss", *map(words, result.numbers)), table, "Networks")
 
 
-WIDEST = 14
-"""Columns of a terminal that a number may take, so that labels have room."""
-
-
-def _relations(result: Prediction) -> Grid:
+def _relations(result: Prediction) -> Rows:
     """One line for each number."""
-    from rich.table import Table as Grid
-
-    from isoflat.cli.terminal import plain
     from isoflat.report.pages.study import line
 
-    grid = Grid(title=f"Relation to the {result.outcome}", title_justify="left", header_style="bold")
-    for head in NARROW:
-        grid.add_column(head, justify="left" if head == "number" else "right", overflow="fold")
-    for relation in result.relations:
-        cells = line(relation)
-        grid.add_row(*(plain(cells[head]) for head in NARROW))
-    return grid
+    rows = [tuple(cells[head] for head in NARROW) for cells in map(line, result.relations)]
+    return Rows(NARROW, rows, f"Relation to the {result.outcome}")
 
 
 NARROW = ("number", "τ-b", "interval", "p", "given loss", "Ψ", "sign error", "worst", "where", "K")

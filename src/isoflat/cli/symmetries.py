@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from isoflat.cli import options
 from isoflat.cli.deliver import deliver
-from isoflat.cli.terminal import plain
+from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
+from isoflat.cli.terminal import WIDTH, plain
 
 if TYPE_CHECKING:
     from isoflat.symmetry.found import Found
@@ -25,20 +25,10 @@ LISTED = 8
 """Tensors that one line names."""
 
 
-def symmetries(  # noqa: PLR0913
-    model: options.Model,
-    data: options.Data,
-    weights: options.Weights = None,
-    loss: options.Loss = "cross_entropy",
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
-    batch_size: options.BatchSize = 500,
-    seed: options.Seed = 0,
-    as_json: options.AsJson = False,
-) -> None:
+@takes(NetworkOptions, "network")
+@takes(ComputeOptions, "compute", only=("seed",))
+@takes(OutputOptions, "output", only=("as_json",))
+def symmetries(network: NetworkOptions, compute: ComputeOptions, output: OutputOptions) -> None:
     """Find changes of the weights that keep the function (scales, shifts, bases), and prove them on the network.
 
     "Common vector": one vector added to all rows of a weight, because readers subtract their mean; "read": to every
@@ -48,30 +38,18 @@ def symmetries(  # noqa: PLR0913
     The network is traced on the first rows of the data; the loss tells whether a constant added to all scores counts.
     Exit code 0: found and proved. 2: refused, with the reason.
     """
-    from isoflat.io.inputs import Inputs, prepare
+    from isoflat.io.inputs import prepare
     from isoflat.io.symmetries import described
     from isoflat.measurement.groups import symmetries_of
 
-    inputs = Inputs(
-        model=model,
-        data=data,
-        weights=weights,
-        weights_key=weights_key,
-        strip_prefix=tuple(strip_prefix or ()),
-        split=split,
-        transform=transform,
-        examples=examples,
-        batch_size=batch_size,
-        loss=loss,
-        seed=seed,
-    )
+    inputs = network.inputs(compute.seed)
     loaded, target = prepare(inputs)
     found = symmetries_of(target)
     content = {
         "subject": inputs.described() | {"notes": list(loaded.notes)},
-        **described(found, found.verify(seed=seed)),
+        **described(found, found.verify(seed=compute.seed)),
     }
-    deliver(content, lambda screen: show(screen, model, found, content), as_json)
+    deliver(content, lambda screen: show(screen, inputs.model, found, content), output.as_json)
 
 
 def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> None:
@@ -103,7 +81,7 @@ def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> N
         facts.append(("loss", "ignores a constant added to all scores of an example"))
     facts.append(("group", f"{content['group_hash']}, rules {content['rules']}"))
     for head, text in facts:
-        screen.print(plain(f"{head:<10}", style="dim") + plain(text), soft_wrap=True)
+        screen.print(plain(f"{head:<10}", style="dim") + plain(text), soft_wrap=screen.width >= WIDTH)
 
 
 def _line(line: Line, width: int) -> Text:

@@ -1,31 +1,19 @@
-"""What is written to a terminal: names from files and models come out visible, never as commands to it."""
+"""Printing to a terminal: names from files and models come out visible, never as commands to it."""
 
 from __future__ import annotations
 
+import os
 import sys
-import unicodedata
 from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from isoflat.core.render import visible
+
 WIDTH = 160
-"""Columns where the output is no terminal, so that a table in a log keeps its rows."""
-
-_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-"""Unicode categories that move the cursor, change the direction of writing, or show nothing."""
-
-
-def visible(text: object) -> str:
-    r"""The text with control characters, escape sequences and marks of writing direction spelled out.
-
-    >>> visible("layer\x1b[31m.weight\u202e\n")
-    'layer\\x1b[31m.weight\\u202e\\n'
-    """
-    return "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char) in _UNSEEN else char for char in str(text)
-    )
+"""Columns where the output is no terminal and COLUMNS does not say, so that a table in a log keeps its rows."""
 
 
 def plain(text: object, style: str = "") -> Text:
@@ -34,9 +22,20 @@ def plain(text: object, style: str = "") -> Text:
 
 
 def console() -> Console:
-    """Where results are printed: standard output."""
+    """A console on standard output, as wide as the terminal or as the variable COLUMNS says."""
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=WIDTH)
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=WIDTH)
+
+
+def say(screen: Console, text: object, style: str = "") -> None:
+    """Print a sentence: wrapped at words where there is a width, in one line where a program may read it."""
+    screen.print(plain(text, style), soft_wrap=screen.width >= WIDTH)
+
+
+def notes(screen: Console, texts: Iterable[str]) -> None:
+    """Print what a reader must know, each text once."""
+    for text in dict.fromkeys(texts):
+        say(screen, f"note: {text}", "yellow")
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> Grid:
@@ -50,16 +49,5 @@ def facts(rows: Iterable[tuple[str, object]]) -> Grid:
 
 
 def complain(text: str, prefix: str = "error") -> None:
-    """One line on standard error."""
+    """Write one line on standard error."""
     sys.stderr.write(f"{prefix}: {visible(text)}\n")
-
-
-def some(names: object, limit: int = 4) -> str:
-    """How many names there are, and the first few, each cut to a readable length.
-
-    >>> some(["a", "b", "c"], limit=2)
-    '3 (a, b, ...)'
-    """
-    listed = [str(name) for name in names]  # pyrefly: ignore
-    short = [name if len(name) <= 80 else f"{name[:77]}..." for name in listed[:limit]]
-    return f"{len(listed)} ({', '.join(short)}{', ...' if len(listed) > limit else ''})"

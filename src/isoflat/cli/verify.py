@@ -12,6 +12,7 @@ from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.exits import DOES_NOT_HOLD, REFUSED
+from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import complain, console, facts, plain
 from isoflat.core.errors import IsoflatError
 
@@ -21,16 +22,18 @@ if TYPE_CHECKING:
 _RECORDED = "Default: as the result says."
 
 
-def verify(  # noqa: PLR0913
+@takes(NetworkOptions, "network", without=("loss", "batch_size"))
+@takes(MeasureOptions, "wanted", only=("params",))
+@takes(ComputeOptions, "compute", only=("seed", "check", "device"))
+@takes(OutputOptions, "output", only=("as_json",))
+def verify(
     files: Annotated[
         list[Path],
         typer.Argument(
             metavar="RESULT", help="Results of isoflat measure --out ... --witness, one or more.", show_default=False
         ),
     ],
-    model: options.Model,
-    data: options.Data,
-    weights: options.Weights = None,
+    network: NetworkOptions,
     loss: Annotated[
         str | None,
         typer.Option(
@@ -40,20 +43,14 @@ def verify(  # noqa: PLR0913
             rich_help_panel=options.WHAT,
         ),
     ] = None,
-    params: options.Params = None,
-    weights_key: options.WeightsKey = None,
-    strip_prefix: options.StripPrefix = None,
-    transform: options.Transform = None,
-    split: options.Split = None,
-    examples: options.Examples = None,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help=f"Rows at a time. {_RECORDED}", rich_help_panel=options.WHAT),
     ] = None,
-    seed: options.Seed = 0,
-    check: options.Check = "refuse",
-    device: options.Device = None,
-    as_json: options.AsJson = False,
+    *,
+    wanted: MeasureOptions,
+    compute: ComputeOptions,
+    output: OutputOptions,
 ) -> None:
     """Check stored numbers by their witnesses, with two products each instead of a measurement.
 
@@ -65,25 +62,25 @@ def verify(  # noqa: PLR0913
     from isoflat.io.inputs import device_of
     from isoflat.io.verify import VerifiedFile, verify_named
 
-    where = device_of(device)
+    where = device_of(compute.device)
     given = {
         "loss": loss,
-        "params": params or None,
-        "weights_key": weights_key,
-        "strip_prefix": strip_prefix or None,
-        "transform": transform,
-        "split": split,
-        "examples": examples,
+        "params": wanted.params or None,
+        "weights_key": network.weights_key,
+        "strip_prefix": network.strip_prefix or None,
+        "transform": network.transform,
+        "split": network.split,
+        "examples": network.examples,
         "batch_size": batch_size,
     }
+    settings = {"device": where, "seed": compute.seed, "check": compute.check}
     found: list[VerifiedFile] = []
     for path in files:
         try:
-            settings = {"device": where, "seed": seed, "check": check}
-            found.append(verify_named(path, model, data, weights, given, settings))
+            found.append(verify_named(path, str(network.model), str(network.data), network.weights, given, settings))
         except IsoflatError as error:
             found.append(VerifiedFile(path, (), str(error)))
-    if as_json:
+    if output.as_json:
         sys.stdout.write(f"{json.dumps({'files': [_plain(part) for part in found]}, allow_nan=False)}\n")
     else:
         for part in found:

@@ -1,11 +1,12 @@
-"""Progress of long experiments on the standard error."""
+"""Progress of long experiments on standard error: a bar on a terminal, a line for each step in a file or a pipe."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
+from isoflat.core.render import visible
 
 Report = Callable[[str, float], None]
 """Called with what is being done, and how many units of work have been done since the last call."""
@@ -26,11 +27,33 @@ def bar(total: float, hidden: bool) -> Iterator[Report]:
     >>> with bar(2, hidden=True) as report:
     ...     report("first half", 1.0)
     """
-    layout = "{desc:<44} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
-    with tqdm(total=total, disable=hidden, bar_format=layout, leave=False, smoothing=0.1) as line:
+    if hidden:
+        yield silent
+    elif sys.stderr.isatty():
+        from tqdm import tqdm
 
-        def report(text: str, done: float) -> None:
-            line.set_description_str(text, refresh=False)
-            line.update(done)
+        layout = "{desc:<44} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
+        with tqdm(total=total, bar_format=layout, leave=False, smoothing=0.1) as line:
 
-        yield report
+            def report(text: str, done: float) -> None:
+                line.set_description_str(text, refresh=False)
+                line.update(done)
+
+            yield report
+    else:
+        yield _lines(total)
+
+
+def _lines(total: float) -> Report:
+    """Report each new step as a line, at once."""
+    passed, last = 0.0, ""
+
+    def report(text: str, done: float) -> None:
+        nonlocal passed, last
+        passed += done
+        if text != last:
+            sys.stderr.write(f"{100 * min(passed / total, 1):3.0f} % {visible(text)}\n")
+            sys.stderr.flush()
+            last = text
+
+    return report

@@ -71,7 +71,7 @@ class Climb:
 
 
 def strips(panels: Sequence[Panel]) -> Figure:
-    """Every estimate as a point with its enclosure, one strip per group, on a logarithmic axis per panel.
+    """Every estimate as a point with its interval, one strip per group, on a logarithmic axis per panel.
 
     The bar across a strip is its geometric mean.
     """

@@ -9,12 +9,21 @@ from isoflat.core.table import interval
 from isoflat.report.document import Grid
 
 _HEADS = (
-    "network", "value", "enclosure", "confidence", "converged", "b / value", "products", "gradient passes", "seconds", "seed",
-)  # fmt: skip
+    "network",
+    "value",
+    "interval",
+    "confidence",
+    "converged",
+    "stationarity",
+    "Hessian-vector products",
+    "gradient passes",
+    "seconds",
+    "seed",
+)
 
 
 def measurements(records: Sequence[Record], caption: str) -> tuple[Grid, ...]:
-    """Every number with its enclosure, confidence and cost: one grid per measure, geometry and group."""
+    """Every number with its interval, confidence and cost: one grid per measure, geometry and group."""
     kinds = dict.fromkeys((record.measure, record.geometry, record.group) for record in records)
     grids = []
     for measure, geometry, group in kinds:

@@ -12,9 +12,10 @@ from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Record
 from isoflat.core.table import interval
 from isoflat.report import tables
-from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
+from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.figures import Panel
-from isoflat.report.pages.shown import TEXT, brief, drawable, names, plates, tame
+from isoflat.report.pages import parts
+from isoflat.report.pages.parts import COLOPHON, INTERVAL, TEXT, brief, drawable, names, plates, tame
 
 READING = (
     ("Difference", "The first network’s number minus the second’s, with the interval that it lies in. A network is called "
@@ -23,11 +24,8 @@ READING = (
      "same random questions, and differ answer by answer. “Identical weights”: nothing differs to the last bit. "
      "“Uncertified”: one number has no upper end, so that nothing is decided."),
     ("Rank", "The best and the worst place that a network can have, 1 for the flattest; one number where they are the same."),
-    ("Enclosure", "An interval that contains the exact number for these weights and these data, with the stated confidence. It "
-     "says nothing of other seeds, data or architectures."),
+    INTERVAL,
 )  # fmt: skip
-
-COLOPHON = "Made by isoflat. This file is complete in itself: it loads nothing and runs nothing."
 
 
 def page(comparison: Comparison, subject: Mapping[str, Any]) -> Page:
@@ -53,10 +51,12 @@ def page(comparison: Comparison, subject: Mapping[str, Any]) -> Page:
         ),
         sections=(
             Section("Who is flatter?", tuple(blocks(found))),
-            Section("How to read this", (Terms(READING),)),
-            Section("Every number with its enclosure and cost", tables.measurements(found.rows, "Networks")),
-            Section("Warnings", warnings(found, subject)),
-            Section("Provenance", (Terms(provenance(found.rows, subject)),)),
+            *parts.closing(
+                READING,
+                tables.measurements(found.rows, "Networks"),
+                warnings(found, subject),
+                provenance(found.rows, subject),
+            ),
         ),
         colophon=COLOPHON,
     )
@@ -97,15 +97,10 @@ def blocks(comparison: Comparison) -> list[Grid | Plate]:
 
 def warnings(comparison: Comparison, subject: Mapping[str, Any]) -> tuple[Prose, ...]:
     """What to know before believing it."""
-    told = [
-        f"{row.label}, {row.measure} ({row.geometry}) did not converge: {interval(row.estimate)}."
-        for row in comparison.rows
-        if not row.estimate.converged
-    ]
     loading = subject.get("notes")
-    told += [*comparison.notes, *comparison.remarks]
+    told = [*parts.unconverged(comparison.rows), *comparison.notes, *comparison.remarks]
     told += [brief(note, TEXT) for note in loading] if isinstance(loading, list) else []
-    return tuple(Prose(text) for text in dict.fromkeys(told)) or (Prose("None: every number converged."),)
+    return parts.warnings(told)
 
 
 def provenance(rows: Sequence[Record], subject: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -118,9 +113,8 @@ def provenance(rows: Sequence[Record], subject: Mapping[str, Any]) -> tuple[tupl
     return (
         *((brief(name), text) for name, text in named),
         ("Settings", "; ".join(dict.fromkeys(_told(row.settings) for row in rows))),
-        ("Data hash", ", ".join(dict.fromkeys(row.data_hash for row in rows))),
-        ("Groups", "; ".join(dict.fromkeys(f"{row.geometry}: {row.group_hash}" for row in rows))),
-        *tables.versions(rows),
+        ("Data hash", parts.hashes(rows)),
+        *parts.origins(rows),
     )
 
 
@@ -136,9 +130,7 @@ def _figures(comparison: Comparison) -> tuple[Plate, ...]:
         rows = [row for row in comparison.rows if (row.measure, row.geometry) == (measure, geometry)]
         if all(drawable(row.estimate) for row in rows):
             panels.append(Panel(f"{measure} ({geometry})", tuple((row.label, (row.estimate,)) for row in rows)))
-    caption = (
-        "Every network’s number with its enclosure, which is often narrower than the dot. The bar marks the value."
-    )
+    caption = "Every network’s number with its confidence interval, which is often narrower than the dot. The bar marks the value."
     return plates(panels, caption, " ".join(comparison.sentences))
 
 
@@ -150,7 +142,7 @@ def _ranking(comparison: Comparison, number: tuple[str, str]) -> Grid:
     order = sorted(rows, key=lambda label: (*places[label], (1 if lower else -1) * rows[label].estimate.value))
     return Grid(
         f"{number[0]} ({number[1]}): {'lower' if lower else 'higher'} is flatter. Flattest first.",
-        ("network", "rank", "loss", "accuracy", "value", "enclosure"),
+        ("network", "rank", "loss", "accuracy", "value", "interval"),
         tuple(
             (
                 label,

@@ -5,39 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from isoflat.core.record import Record
 from isoflat.core.table import interval
 from isoflat.experiments.demonstration import DemoArm, DemoLine, DemoResult, Trained
 from isoflat.experiments.ladders import Ladder, rounded
 from isoflat.experiments.numbers import CANONICAL, NUMBERS, PAPER
 from isoflat.report import tables
-from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
+from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.drawing import markup
 from isoflat.report.figures import Climb, Curve, Panel, ladders, strips
+from isoflat.report.pages import parts
+from isoflat.report.pages.parts import COST, INTERVAL, RANK_TEST, STATIONARITY
 
 COLOURS = ("first", "second", "third")
 
 READING = (
-    ("The canonical number", "SolverQuery norm of D H D at the canonical representative: the one network with the same "
+    ("The canonical number", "Spectral norm of D H D at the canonical representative: the one network with the same "
      "function that rescalings of units, changes of scale that a normalisation undoes, shifts of constants and changes of "
      "basis between linear maps (queries and keys, values and outputs) lead back to. They are found by tracing the "
      "network and proved on it. Lower is flatter."),
-    ("The paper’s number", "SolverQuery norm of D H D (Rangamani et al. 2019, arXiv 1902.02434): the Hessian H of the "
+    ("The paper’s number", "Spectral norm of D H D (Rangamani et al. 2019, arXiv 1902.02434): the Hessian H of the "
      "training loss, seen in units of each layer’s own norm, D. Multiplying one layer by a factor and dividing another "
      "by it leaves the number exactly where it was; multiplying single units does not. Lower is flatter."),
-    ("The plain number", "SolverQuery norm of H itself. The same rescaling moves it as far as one likes."),
+    ("The plain number", "Spectral norm of H itself. The same rescaling moves it as far as one likes."),
     ("Spread", "How far a random edit goes: the standard deviation of the logarithms of its factors. Spread 3 multiplies "
      "a typical unit by twenty, or divides it by that; constants and bases move along."),
-    ("339.27(7)", "The digit in brackets is the uncertainty of the last digit shown. The enclosure spells the same out: "
-     "an interval that contains the exact number for these weights and these data, with the stated confidence over "
-     "the solver’s random start, in float32 given the estimated rounding error of a product. It says nothing about "
-     "other seeds: their spread is what the dots of Figure 1 show."),
-    ("b / value", "A bound on how far the paper’s number is from the exact Riemannian curvature because the gradient "
-     "has not vanished, relative to the number. Small means: close enough to a minimum."),
-    ("Products, gradient passes", "The cost: Hessian-vector products over all of the data, and the whole measurement "
-     "in units of one gradient over the same data, timed in the same run."),
-    ("Rank test", "Exact two-sided Mann-Whitney test. Networks, not data points, are what is counted, so the smallest "
-     "p is limited by the number of seeds. One data set and one architecture: nothing here speaks for others."),
+    ("339.27(7)", "The digit in brackets is the uncertainty of the last digit shown; the confidence interval spells the same "
+     "out. In float32 it takes in the estimated rounding error of a product."),
+    INTERVAL,
+    STATIONARITY,
+    COST,
+    RANK_TEST,
 )  # fmt: skip
 
 
@@ -66,12 +63,9 @@ def page(result: DemoResult, command: str) -> Page:
             *((Section("In one table", (_everything(result),)),) if result.setting.together else ()),
             Section(result.setting.question, _comparison(result)),
             Section("Can the number be moved without changing the network?", _attack(result)),
-            Section("How to read this", (Terms(READING),)),
-            Section("Every number with its enclosure and cost", _numbers(result)),
-            Section("Warnings", _warnings(result)),
-            Section("Provenance", (Terms(_provenance(result, command)),)),
+            *parts.closing(READING, _numbers(result), _warnings(result), _provenance(result, command)),
         ),
-        colophon="Made by isoflat. This file is complete in itself: it loads nothing and runs nothing.",
+        colophon=parts.COLOPHON,
     )
 
 
@@ -89,7 +83,7 @@ def _rows(result: DemoResult) -> int:
 
 
 def _everything(result: DemoResult) -> Grid:
-    enclosed = tuple(head for number in (CANONICAL, PAPER) for head in (f"{number.words}, enclosed", "changes by"))
+    enclosed = tuple(head for number in (CANONICAL, PAPER) for head in (f"{number.words}, interval", "changes by"))
     return Grid(
         "Networks as they were trained, then two of them with other weights that give the same function. All changes "
         "are relative to the network as it was trained, in float64.",
@@ -116,7 +110,7 @@ def _comparison(result: DemoResult) -> tuple[Prose | Plate | Grid, ...]:
         for number in NUMBERS
     ]
     figure = Plate(
-        caption="Every dot is a network, with its enclosure (mostly narrower than the dot). The bar is the geometric "
+        caption="Every dot is a network, with its confidence interval (mostly narrower than the dot). The bar is the geometric "
         "mean of the arm. Further right is sharper.",
         alternative=" ".join(verdict.sentence for verdict in result.verdicts.values()) or "Every number by arm.",
         svg=markup(strips(panels), "strips"),
@@ -229,29 +223,17 @@ def _numbers(result: DemoResult) -> tuple[Grid, ...]:
 
 
 def _warnings(result: DemoResult) -> tuple[Prose, ...]:
-    found = [f"{network.label} missed the target loss: {network.training.loss:.4g}." for network in result.missed]
-    found += [
-        f"{_name(r)} did not converge: {interval(r.estimate)}." for r in result.records if not r.estimate.converged
-    ]
-    found += tables.warnings(result.records)
-    return tuple(Prose(text) for text in found) or (
-        Prose("None: every network reached the target, every number converged."),
-    )
+    told = [f"{network.label} missed the target loss: {network.training.loss:.4g}." for network in result.missed]
+    told += [*parts.unconverged(result.records), *tables.warnings(result.records)]
+    return parts.warnings(told, "every network reached the target, every number converged")
 
 
-def _name(record: Record) -> str:
-    return f"{record.label}, {record.measure}"
-
-
-def _provenance(result: DemoResult, command: str) -> tuple[tuple[str, str], ...]:
+def _provenance(result: DemoResult, command: str) -> parts.Pairs:
     first = result.records[0]
-    plan = result.plan
-    settings = ", ".join(f"{key} {value}" for key, value in first.settings.items())
     return (
         ("Command", command),
-        ("DemoPlan", ", ".join(f"{key} {value}" for key, value in vars(plan).items())),
-        ("Settings", settings + "; the attack in float64"),
+        ("Plan", parts.listed(vars(result.plan))),
+        ("Settings", f"{parts.listed(first.settings)}; the attack in float64"),
         ("Data", f"{result.data}, {_rows(result)} training rows, hash {first.data_hash}"),
-        ("Groups", "; ".join(dict.fromkeys(f"{r.geometry}: {r.group_hash}" for r in result.records))),
-        *tables.versions(result.records),
+        *parts.origins(result.records),
     )

@@ -16,22 +16,19 @@ from isoflat.experiments.ladders import rounded
 from isoflat.experiments.results import Contest, Results, StoredNumber
 from isoflat.io.strict import flat
 from isoflat.report import tables
-from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
+from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.figures import Panel
 from isoflat.report.pages import compare as compare_report
-from isoflat.report.pages.shown import TEXT, brief, drawable, names, plates, tame
+from isoflat.report.pages import parts
+from isoflat.report.pages.parts import COST, INTERVAL, STATIONARITY, TEXT, brief, drawable, names, plates, tame
 
 READING = (
-    ("Enclosure", "An interval that contains the exact number for these weights and these data, with the stated confidence "
-     "over the solver’s random start. The digit in brackets is the uncertainty of the last digit shown. It says nothing of "
-     "other seeds, data or architectures."),
+    INTERVAL,
     ("Measure and geometry", "What was measured, and the units of the weights in which it was: isoflat measures NAME explains "
      "one. Numbers of different measures or geometries are not compared, nor are those that are invariant to different "
      "groups: they stand in tables of their own."),
-    ("b / value", "A bound on how far the number is from the exact Riemannian curvature because the gradient has not vanished, "
-     "relative to the number. Small means: close enough to a minimum."),
-    ("Products, gradient passes", "The cost: Hessian-vector products over all of the data, and the whole measurement in units "
-     "of one gradient over the same data, timed in the same run."),
+    STATIONARITY,
+    COST,
 )  # fmt: skip
 
 LISTED = 60
@@ -76,12 +73,11 @@ def page(results: Results, command: str) -> Page:
         sections=(
             *(_contest(contest) for contest in results.contests),
             *([Section("What was measured", (*_figures(records), _summary(records)))] if records else []),
-            Section("How to read this", (Terms(READING),)),
-            *([Section("Every number with its enclosure and cost", measured(records))] if records else []),
-            Section("Warnings", _warnings(results, records)),
-            Section("Provenance", (Terms(_provenance(results, records, command)),)),
+            *parts.closing(
+                READING, measured(records), _warnings(results, records), _provenance(results, records, command)
+            ),
         ),
-        colophon=compare_report.COLOPHON,
+        colophon=parts.COLOPHON,
     )
 
 
@@ -126,10 +122,10 @@ def with_warnings(made: Page, texts: Sequence[str]) -> Page:
         return made
     sections = []
     for section in made.sections:
-        if section.title != "Warnings":
+        if section.title != parts.WARNINGS:
             sections.append(section)
             continue
-        own = [block for block in section.blocks if not (isinstance(block, Prose) and block.text.startswith("None: "))]
+        own = [block for block in section.blocks if not parts.is_none(block)]
         sections.append(Section(section.title, (*map(Prose, texts), *own)))
     return Page(made.title, made.headline, made.lead, made.facts, tuple(sections), made.colophon)
 
@@ -224,7 +220,7 @@ def _figures(records: Sequence[Record]) -> tuple[Plate, ...]:
             strips = tuple((name, tuple(row.estimate for row in own)) for name, own in arms.items())
             panels.append(Panel(_words(key), strips))
     caption = (
-        "Every dot is a number with its enclosure, which is often narrower than the dot; the bar is the geometric mean of the "
+        "Every dot is a number with its interval, which is often narrower than the dot; the bar is the geometric mean of the "
         "strip. Numbers that are not positive have no place on this axis, and are in the tables only."
     )
     return plates(panels, caption, "Every positive number by measure, geometry and network; the tables hold the same.")
@@ -288,9 +284,7 @@ def _warnings(results: Results, records: Sequence[Record]) -> tuple[Prose, ...]:
         # The notes of numbers side by side, in few lines.
         remarks = Comparison(tuple(group), (), group[0].label).remarks
         told += _some([brief(f"{_words(key)}: {remark}", TEXT) for remark in remarks])
-    return tuple(Prose(text) for text in dict.fromkeys(told)) or (
-        Prose("None: every file could be read, every number converged."),
-    )
+    return parts.warnings(told, "every file could be read, every number converged")
 
 
 def _some(texts: Sequence[str]) -> tuple[str, ...]:

@@ -10,19 +10,19 @@ from isoflat.experiments.recipe import Asks
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.report import tables
 from isoflat.report.clouds import Cloud, clouds
-from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
+from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.drawing import markup
 from isoflat.report.figures import Panel, strips
+from isoflat.report.pages import parts
+from isoflat.report.pages.parts import INTERVAL, RANK_TEST
 
 READING = (
     ("Mean ± standard error", "Over the networks of an arm that reached their target loss: how far the mean would move with "
      "other seeds. It knows nothing of other data or architectures."),
-    ("Enclosure", "An interval that contains the exact number for these weights and these data, with the stated confidence "
-     "over the solver’s random start. The digit in brackets is the uncertainty of the last digit shown."),
+    INTERVAL,
     ("Random point of the orbit", "The same function with other weights: a random element of every symmetry that was found "
      "was applied. A number that changes there says something about the weights, not about the function."),
-    ("Rank test", "Two-sided Mann-Whitney test, exact where there are no ties: the permutation test of ranks. Networks, not "
-     "data points, are counted, so that the smallest p is limited by the number of seeds."),
+    RANK_TEST,
 )  # fmt: skip
 
 
@@ -48,12 +48,9 @@ def page(result: Reproduction, command: str) -> Page:
         sections=(
             Section(recipe.question, (*map(Prose, result.sentences), *_figures(result), _summaries(result))),
             Section("Every network", (_networks(result), *_moved(result))),
-            Section("How to read this", (Terms(READING),)),
-            Section("Every number with its enclosure and cost", tuple(_numbers(result))),
-            Section("Warnings", _warnings(result)),
-            Section("Provenance", (Terms(_provenance(result, command)),)),
+            *parts.closing(READING, _numbers(result), _warnings(result), _provenance(result, command)),
         ),
-        colophon="Made by isoflat. This file is complete in itself: it loads nothing and runs nothing.",
+        colophon=parts.COLOPHON,
     )
 
 
@@ -87,7 +84,7 @@ def _figures(result: Reproduction) -> tuple[Plate, ...]:
         return ()
     return (
         Plate(
-            caption="Every dot is a network, with its enclosure (mostly narrower than the dot); the bar is the geometric mean. "
+            caption="Every dot is a network, with its interval (mostly narrower than the dot); the bar is the geometric mean. "
             "Further right is sharper. “Other weights”: the same networks at other points of their orbits, the same functions.",
             alternative=" ".join(result.sentences),
             svg=markup(strips(panels), "strips"),
@@ -128,7 +125,7 @@ def _summaries(result: Reproduction) -> Grid:
         cells = [own[number.name].words if number.name in own else "–" for number in result.numbers]
         rows.append((arm.name, str(len(result.arm(arm))), *cells))
     widest = max((summary.width for summary in result.summaries), default=0.0)
-    note = f"The widest enclosure of a single number is {widest:.1e} of its value."
+    note = f"The widest interval of a single number is {widest:.1e} of its value."
     return Grid("Mean ± standard error over networks.", heads, tuple(rows), note=note)
 
 
@@ -148,7 +145,7 @@ def _networks(result: Reproduction) -> Grid:
                     *("–" if row is None else interval(row.estimate) for row in records),
                 )
             )
-    return Grid("Every network, with the enclosures of its numbers.", heads, tuple(rows))
+    return Grid("Every network, with the confidence intervals of its numbers.", heads, tuple(rows))
 
 
 def _loss(network: Measured) -> str:
@@ -185,36 +182,20 @@ def _warnings(result: Reproduction) -> tuple[Prose, ...]:
     told = [f"{network.label} missed the target loss: {network.training.loss:.4g}." for network in result.missed]
     diverged = [network for network in result.networks if not math.isfinite(network.training.loss)]
     told += [f"{network.label} diverged: {network.diverged}." for network in diverged]
-    told += [
-        f"{row.label}, {row.measure} did not converge: {interval(row.estimate)}."
-        for row in result.records
-        if not row.estimate.converged
-    ]
-    told += [
-        f"{part.label}: {part}"
-        for network in result.networks
-        for table in (network.table, *network.moved)
-        for part in table.omitted
-    ]
+    told += parts.unconverged(result.records)
+    tables_of = (table for network in result.networks for table in (network.table, *network.moved))
+    told += parts.missing(part for table in tables_of for part in table.omitted)
     told += tables.warnings(result.records)
-    return tuple(Prose(text) for text in dict.fromkeys(told)) or (
-        Prose("None: every network reached its target, every number converged."),
-    )
+    return parts.warnings(told, "every network reached its target, every number converged")
 
 
-def _provenance(result: Reproduction, command: str) -> tuple[tuple[str, str], ...]:
+def _provenance(result: Reproduction, command: str) -> parts.Pairs:
     recipe, records = result.recipe, result.records
-    hashes = ", ".join(dict.fromkeys(row.data_hash for row in records))
     return (
         ("Command", command),
         ("Network", ", ".join(f"{key} {value}" for key, value in recipe.network.model_dump().items())),
-        ("Training", "; ".join(f"{arm.name}: {_told(arm.training.model_dump())}" for arm in recipe.arms)),
-        ("Data", f"{result.data}, hash of what was measured on {hashes}"),
-        *(("Settings", ", ".join(f"{key} {value}" for key, value in row.settings.items())) for row in records[:1]),
-        ("Groups", "; ".join(dict.fromkeys(f"{row.geometry}: {row.group_hash}" for row in records))),
-        *tables.versions(records),
+        ("Training", "; ".join(f"{arm.name}: {parts.listed(arm.training.model_dump())}" for arm in recipe.arms)),
+        ("Data", f"{result.data}, hash of what was measured on {parts.hashes(records)}"),
+        *(("Settings", parts.listed(row.settings)) for row in records[:1]),
+        *parts.origins(records),
     )
-
-
-def _told(settings: dict[str, object]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)

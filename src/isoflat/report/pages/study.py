@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from isoflat.cli.terminal import visible
-from isoflat.core.table import interval
+from isoflat.core.render import visible
 from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number
 from isoflat.experiments.prediction import NOTE, Facts, Observed, Prediction, words
@@ -12,8 +11,10 @@ from isoflat.measures.base import Direction
 from isoflat.measures.catalogue import find_measure
 from isoflat.report import tables
 from isoflat.report.clouds import Cloud, clouds
-from isoflat.report.document import Grid, Page, Plate, Prose, Section, Terms
+from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.drawing import markup
+from isoflat.report.pages import parts
+from isoflat.report.pages.parts import INTERVAL
 
 SHADES = 8
 """Levels of a hyper-parameter that can be told apart by shade."""
@@ -41,8 +42,7 @@ READING = (
      "relation may be one of the loss; what is taken away is linear in its rank."),
     ("What this cannot say", "A relation over these networks is no cause, and says nothing of other architectures, data or "
      "ranges of hyper-parameters. Networks are taken to be exchangeable: those of one run at several epochs are not."),
-    ("Enclosure", "An interval that contains the exact number for these weights and these data, with the stated confidence "
-     "over the solver’s random start. The digit in brackets is the uncertainty of the last digit shown."),
+    INTERVAL,
 )  # fmt: skip
 
 
@@ -68,12 +68,14 @@ def page(result: Prediction, command: str, facts: Facts) -> Page:
                 "What to know", tuple(map(Prose, result.notes)) or (Prose("Every number is known of every network."),)
             ),
             Section("Every network", _networks(result)),
-            Section("How to read this", (Terms(READING),)),
-            Section("Every number with its enclosure and cost", tables.measurements(result.records, "Networks")),
-            Section("Warnings", _warnings(result)),
-            Section("Provenance", (Terms(_provenance(result, command, facts)),)),
+            *parts.closing(
+                READING,
+                tables.measurements(result.records, "Networks"),
+                _warnings(result),
+                _provenance(result, command, facts),
+            ),
         ),
-        colophon="Made by isoflat. This file is complete in itself: it loads nothing and runs nothing.",
+        colophon=parts.COLOPHON,
     )
 
 
@@ -208,14 +210,9 @@ def _told(network: Observed, name: str) -> bool:
 
 
 def _warnings(result: Prediction) -> tuple[Prose, ...]:
-    told = [
-        f"{row.label}, {row.measure} ({row.geometry}) did not converge: {interval(row.estimate)}."
-        for row in result.records
-        if not row.estimate.converged
-    ]
-    told += [f"{part.label}: {part}" for network in result.networks for part in network.table.omitted]
-    told += tables.warnings(result.records)
-    return tuple(Prose(text) for text in dict.fromkeys(told)) or (Prose("None: every number converged."),)
+    told = parts.unconverged(result.records)
+    told += parts.missing(part for network in result.networks for part in network.table.omitted)
+    return parts.warnings([*told, *tables.warnings(result.records)])
 
 
 def _provenance(result: Prediction, command: str, facts: Facts) -> tuple[tuple[str, str], ...]:
@@ -225,8 +222,8 @@ def _provenance(result: Prediction, command: str, facts: Facts) -> tuple[tuple[s
     return (
         ("Command", command),
         *(fact for fact in facts if fact[0] == NOTE),
-        ("Data measured on", ", ".join(dict.fromkeys(row.data_hash for row in records))),
+        ("Data measured on", parts.hashes(records)),
         ("Draws", f"{result.draws} resamples and permutations, seed {result.seed}"),
-        ("Settings", ", ".join(f"{key} {value}" for key, value in records[0].settings.items())),
+        ("Settings", parts.listed(records[0].settings)),
         *tables.versions(records),
     )

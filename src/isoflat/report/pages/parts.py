@@ -1,18 +1,122 @@
-"""What comes from files, made fit for a page: visible, of a readable length, and never an instruction to the drawing."""
+"""What pages have in common: paragraphs, warnings, provenance, and texts from files made fit to be shown."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+import warnings as python_warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from isoflat.cli.terminal import visible
 from isoflat.core.estimate import Estimate
 from isoflat.core.record import Record
-from isoflat.report.document import Plate
+from isoflat.core.render import visible
+from isoflat.core.table import Omission, interval
+from isoflat.report import tables
+from isoflat.report.document import Grid, Plate, Prose, Section, Terms
 from isoflat.report.drawing import markup
 from isoflat.report.figures import Panel, strips
+
+COLOPHON = "Made by isoflat. This file is complete in itself: it loads nothing and runs nothing."
+"""Last line of every page."""
+
+Pairs = tuple[tuple[str, str], ...]
+"""Terms with explanations, or names with values."""
+
+INTERVAL = (
+    "Confidence interval",
+    "An interval that contains the exact number for these weights and these data, with the stated confidence over the "
+    "solver’s random start. The digit in brackets is the uncertainty of the last digit shown. It says nothing of other "
+    "seeds, data or architectures.",
+)
+STATIONARITY = (
+    "Stationarity",
+    "A bound b on how far the number is from the exact Riemannian curvature because the gradient has not vanished, "
+    "relative to the number. Small means: close enough to a minimum.",
+)
+COST = (
+    "Hessian-vector products, gradient passes",
+    "The cost: products of the Hessian with a vector over all of the data, and the whole measurement in units of one "
+    "gradient over the same data, timed in the same run.",
+)
+RANK_TEST = (
+    "Rank test",
+    "Two-sided Mann-Whitney test, exact where there are no ties: the permutation test of ranks. Networks, not data "
+    "points, are counted, so that the smallest p is limited by the number of seeds.",
+)
+
+WARNINGS = "Warnings"
+"""Title of the section that says what to know before believing the page."""
+
+
+def closing(reading: Pairs, numbers: Sequence[Grid], told: Sequence[Prose], provenance: Pairs) -> tuple[Section, ...]:
+    """Sections with which every page ends.
+
+    Args:
+        reading: terms and explanations.
+        numbers: every number with its interval and cost.
+        told: warnings.
+        provenance: names and values.
+    """
+    return (
+        Section("How to read this", (Terms(reading),)),
+        *([Section("Every number with its confidence interval and cost", tuple(numbers))] if numbers else []),
+        Section(WARNINGS, tuple(told)),
+        Section("Provenance", (Terms(provenance),)),
+    )
+
+
+def warnings(told: Iterable[str], none: str = "every number converged") -> tuple[Prose, ...]:
+    """Warnings, each once.
+
+    Args:
+        told: their texts.
+        none: what is true where there are none.
+    """
+    return tuple(Prose(text) for text in dict.fromkeys(told)) or (Prose(f"None: {none}."),)
+
+
+def is_none(block: object) -> bool:
+    """True for the paragraph that says that there are no warnings."""
+    return isinstance(block, Prose) and block.text.startswith("None: ")
+
+
+def unconverged(records: Iterable[Record]) -> list[str]:
+    """A sentence for each number that did not converge."""
+    return [
+        f"{row.label}, {row.measure} ({row.geometry}) did not converge: {interval(row.estimate)}."
+        for row in records
+        if not row.estimate.converged
+    ]
+
+
+def missing(omitted: Iterable[Omission]) -> list[str]:
+    """A sentence for each number that is not there."""
+    return [f"{part.label}: {part}" for part in omitted]
+
+
+def listed(values: Mapping[str, object]) -> str:
+    """Names with their values in a line; what is None is left out.
+
+    >>> listed({"seed": 3, "dtype": None, "rtol": 0.01})
+    'seed 3, rtol 0.01'
+    """
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+
+
+def hashes(records: Iterable[Record]) -> str:
+    """Hashes of the data that was measured on, each once."""
+    return ", ".join(dict.fromkeys(row.data_hash for row in records))
+
+
+def groups(records: Iterable[Record]) -> str:
+    """Geometries with the hashes of the symmetries they divide out, each once."""
+    return "; ".join(dict.fromkeys(f"{row.geometry}: {row.group_hash}" for row in records))
+
+
+def origins(records: Sequence[Record]) -> Pairs:
+    """Symmetry groups and versions of what was measured."""
+    return (("Groups", groups(records)), *tables.versions(records))
+
 
 NAME, TEXT = 48, 600
 """Characters of a name and of a text that a page shows."""
@@ -83,16 +187,16 @@ def tame(record: Record, label: str) -> Record:
 
 
 def drawable(estimate: Estimate) -> bool:
-    """Whether a number can stand on a logarithmic axis."""
+    """True where a number can stand on a logarithmic axis."""
     return SMALLEST < estimate.value < LARGEST
 
 
 @contextmanager
 def literally() -> Iterator[None]:
-    """Within it, letters that Matplotlib's own font lacks are no fault: the page's fonts show them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="matplotlib")
-        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+    """Context in which letters that Matplotlib's own font lacks are no fault: the page's fonts show them."""
+    with python_warnings.catch_warnings():
+        python_warnings.filterwarnings("ignore", category=UserWarning, module="matplotlib")
+        python_warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         yield
 
 
@@ -145,5 +249,5 @@ def _short(panel: Panel) -> Panel:
 
 
 def _within(estimate: Estimate, low: float, high: float) -> Estimate:
-    """With ends that an axis can hold: none is infinite, zero or negative."""
+    """Estimate with ends that an axis can hold: none is infinite, zero or negative."""
     return replace(estimate, lower=max(estimate.lower, low), upper=min(estimate.upper, high))

@@ -1,0 +1,104 @@
+"""Tables that fit the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.padding import Padding
+from rich.table import Table as Grid
+from rich.text import Text
+
+from isoflat.cli.terminal import facts, plain
+
+GAPS = (2, 1)
+"""Blanks between columns; the second where the first leave no room."""
+
+FOLDED = 24
+"""Columns of a terminal that a word takes at most; longer ones, such as paths, are folded. Numbers never are."""
+
+
+@final
+@dataclass(frozen=True)
+class Rows:
+    """A table as wide as the terminal: lines break between words, and where even that needs more room, rows become lists.
+
+    Attributes:
+        heads: of the columns.
+        rows: cells, one per column; `Text` keeps its style.
+        title: what stands above.
+        words: how many leading columns hold words; the others hold numbers and are set flush right.
+        sections: rows after which a line is drawn.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str | Text]]
+    title: str = ""
+    words: int = 1
+    sections: frozenset[int] = field(default_factory=frozenset)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """A grid where it fits, lists where it does not."""
+        if self.title:
+            yield plain(self.title, "bold")
+        fitting = ((gap, self.widths(options.max_width, gap)) for gap in GAPS)
+        yield next((self._grid(widths, gap) for gap, widths in fitting if widths is not None), self._lists())
+
+    def widths(self, room: int, gap: int) -> list[int] | None:
+        """Widths of the columns; None where words would have to be cut.
+
+        Args:
+            room: columns of the terminal.
+            gap: blanks between columns.
+        """
+        columns = list(zip(self.heads, *self.rows, strict=True))
+        natural = [max(_longest(cell, "\n") for cell in column) for column in columns]
+        least = [
+            min(max(_longest(cell, None) for cell in column), FOLDED if place < self.words else room)
+            for place, column in enumerate(columns)
+        ]
+        free = room - gap * (len(columns) - 1)
+        if sum(least) > free:
+            return None
+        while sum(natural) > free:
+            widest = max(range(len(columns)), key=lambda place: natural[place] - least[place])
+            natural[widest] -= 1
+        return natural
+
+    def _grid(self, widths: Sequence[int], gap: int) -> Grid:
+        grid = Grid(
+            box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0)
+        )
+        for place, (head, width) in enumerate(zip(self.heads, widths, strict=True)):
+            grid.add_column(
+                plain(head), width=width, justify="left" if place < self.words else "right", overflow="fold"
+            )
+        for place, row in enumerate(self.rows):
+            grid.add_row(*map(_text, row), end_section=place in self.sections)
+        return grid
+
+    def _lists(self) -> Group:
+        """The first cell of each row, and under it the others with their heads."""
+        parts = []
+        for row in self.rows:
+            parts += [_text(row[0]), Padding(facts(zip(self.heads[1:], map(str, row[1:]), strict=True)), (0, 0, 0, 2))]
+        return Group(*parts)
+
+
+def _longest(cell: str | Text, apart: str | None) -> int:
+    """Width of the longest part of a cell."""
+    return max((cell_len(part) for part in str(cell).split(apart)), default=0)
+
+
+def _text(cell: str | Text) -> Text:
+    """A cell as it is printed; line breaks of ours stay."""
+    return cell if isinstance(cell, Text) else Text("\n").join(plain(line) for line in cell.split("\n"))
+
+
+def item(head: str, *lines: str) -> Group:
+    """A name, and what is to be said of it below."""
+    return Group(plain(head, "bold"), *(Padding(plain(line), (0, 0, 0, 2)) for line in lines if line))
