@@ -35,7 +35,7 @@ def test_public_names():
         "BatchLoss", "Budget", "CheckpointError", "Comparison", "Cost", "DataError", "Estimate", "Found", "IsoflatError", "Kind",
         "LayerScale", "Measure", "NoInvariantGeometry", "NonFinite", "NondeterministicRisk", "Point", "Preconditioned", "Quotient",
         "RankLost", "RanksDiffer", "Record", "Spectrum", "SymmetryViolated", "Table", "UnitScale", "UnknownName",
-        "UnsupportedModel", "UsageError", "canonicalize", "compare",
+        "UnsupportedModel", "UsageError", "__version__", "canonicalize", "compare", "io", "linalg",
         "measure", "measure_all", "reparametrize", "spectrum", "symmetries",
     ]  # fmt: skip
     assert sorted(measures()) == [
