@@ -209,6 +209,6 @@ def everything(result: DemoResult) -> RichTable:
 
 def enclosed(estimate: Estimate) -> str:
     """A value, and its enclosure below."""
-    from isoflat.core.table import interval
+    from isoflat.core.estimate import interval
 
     return f"{estimate}\n{interval(estimate)}"

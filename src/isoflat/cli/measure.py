@@ -248,8 +248,7 @@ def show(screen: Console, inputs: Inputs, table: Table, notes: tuple[str, ...], 
 
 def _row(row: Record) -> list[tuple[str, str]]:
     """One measured number in words."""
-    from isoflat.core.estimate import Kind
-    from isoflat.core.table import interval
+    from isoflat.core.estimate import Kind, interval
 
     estimate, cost = row.estimate, row.estimate.cost
     asked = f"asked for {row.settings['rtol']:.2g}"

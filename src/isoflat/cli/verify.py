@@ -348,7 +348,7 @@ def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[Kept 
 
 def _show(screen: Console, part: _Checked) -> None:
     """A file's verdicts, each with what it rests on."""
-    from isoflat.core.table import interval
+    from isoflat.core.estimate import interval
 
     for check in part.checks:
         screen.print(plain(f"{part.path}: {check.measure} ({check.geometry}): {check.verdict}", style="bold"))

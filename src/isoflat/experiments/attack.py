@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isoflat.core.record import Record
+from isoflat.core.render import rounded
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.experiments.numbers import GEOMETRIES, MEASURES, NUMBERS, Number
@@ -23,15 +24,6 @@ from isoflat.symmetry.groups.scaling import LayerScale
 
 STILL = 1e-6
 """Relative change up to which a sentence says that a number stays."""
-
-
-def rounded(value: float) -> str:
-    """Three digits, and powers of ten only where they save space.
-
-    >>> rounded(4017.6), rounded(0.81234), rounded(2.291e15)
-    ('4020', '0.812', '2.29e+15')
-    """
-    return f"{float(f'{value:.3g}'):g}"
 
 
 @final

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
+from isoflat.core.estimate import interval
 from isoflat.core.record import Record
-from isoflat.core.table import interval
-from isoflat.experiments.attack import Ladder, rounded
+from isoflat.core.render import rounded
+from isoflat.experiments.attack import Ladder
 from isoflat.experiments.numbers import CANONICAL, NUMBERS, PAPER
 from isoflat.experiments.outcome import DemoResult, Line
 from isoflat.experiments.study import Arm, Trained

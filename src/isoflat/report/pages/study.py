@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from isoflat.cli.terminal import visible
-from isoflat.core.table import interval
+from isoflat.core.estimate import interval
 from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number
 from isoflat.experiments.prediction import Observed, Prediction, words
