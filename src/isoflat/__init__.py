@@ -1,4 +1,4 @@
-"""How flat is this minimum, when nobody can cheat?
+"""Flatness of minima, measured so that nobody can cheat.
 
 Names are resolved when they are first used (PEP 562), so that `import isoflat` costs little and `isoflat --help` never
 loads torch.

@@ -10,7 +10,7 @@ from typing import Any
 
 @cache
 def entries(package: str, constant: str) -> dict[str, Any]:
-    """What the modules of a package define under one constant, by the entry's `name`.
+    """Collect what the modules of a package define under one constant, by the entry's `name`.
 
     Adding an entry is adding a file; nothing else lists it.
 

@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]\d+)?(?![\w.])")
 
 
 class Basis(StrEnum):
-    """What the interval of a `Difference` rests on."""
+    """Ground on which the interval of a `Difference` rests."""
 
     INTERVALS = "two intervals"
     """The intervals of both numbers, set against each other; their failure probabilities add."""
@@ -41,7 +41,7 @@ class Basis(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What a difference says about its first network."""
+    """Statement of a difference about its first network."""
 
     FLATTER = "flatter"
     SHARPER = "sharper"
@@ -121,7 +121,7 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """What it says about the first network."""
+        """Statement about the first network."""
         if self.basis is Basis.UNCERTIFIED:
             return Verdict.NOT_DECIDED
         if self.basis is Basis.IDENTICAL:
@@ -234,7 +234,7 @@ class Comparison(render.Printed):
 
     @property
     def converged(self) -> bool:
-        """Whether every number of every network did."""
+        """True if every number of every network reached its tolerance."""
         return all(row.estimate.converged for row in self.rows)
 
     def __getitem__(self, label: str) -> Table:
@@ -326,7 +326,7 @@ class Comparison(render.Printed):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What the estimates note, in few lines: notes that differ in numbers only become one, with their ranges.
+        """Notes of the estimates in few lines: those that differ in numbers only become one, with their ranges.
 
         What is not about all networks says whose it is.
         """
@@ -446,7 +446,7 @@ def _cells(gap: Difference) -> tuple[str, str, tuple[str, str]]:
 
 
 def _beaten(against: list[Difference]) -> str:
-    """What a network is flatter than, with the confidence that it is."""
+    """Name the networks that one is flatter than, with the confidence that it is."""
     confidence = f"confidence {max(0.0, 1 - math.fsum(1 - gap.confidence for gap in against)):.7g}"
     if len(against) > 1:
         return f"all others ({confidence})"

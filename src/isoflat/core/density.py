@@ -35,7 +35,7 @@ class Atoms:
 
     @staticmethod
     def of(points: Reals, counts: NDArray[np.int64]) -> Atoms:
-        """In any order, equal points joined, empty ones left out."""
+        """Build it from points in any order: equal ones are joined, empty ones left out."""
         places, which = np.unique(points[counts > 0], return_inverse=True)
         joined = np.zeros(len(places), dtype=np.int64)
         np.add.at(joined, which, counts[counts > 0])
@@ -43,16 +43,16 @@ class Atoms:
 
     @property
     def n(self) -> int:
-        """How many eigenvalues there are."""
+        """Number of eigenvalues."""
         return sum(self.counts)
 
     @cached_property
     def ends(self) -> NDArray[np.int64]:
-        """How many eigenvalues lie at each point or before it."""
+        """Number of eigenvalues at each point or before it."""
         return np.cumsum(self.counts, dtype=np.int64)
 
     def below(self, x: float) -> int:
-        """How many eigenvalues are at most x."""
+        """Number of eigenvalues that are at most x."""
         place = int(np.searchsorted(self.points, x, side="right"))
         return int(self.ends[place - 1]) if place else 0
 
@@ -68,7 +68,7 @@ class Atoms:
 @final
 @dataclass(frozen=True)
 class Quadrature:
-    """What one probe v saw of a spectrum: `Σ_j w_j f(θ_j) = vᵀ f(B) v` for polynomials f up to a degree.
+    """Spectrum as one probe v saw it: `Σ_j w_j f(θ_j) = vᵀ f(B) v` for polynomials f up to a degree.
 
     Attributes:
         nodes: θ, ascending.
@@ -169,7 +169,7 @@ class Density:
         return self._enclosed(seen, self.high.below(x) / self.n, self.low.below(x) / self.n)
 
     def count(self, threshold: float) -> Estimate:
-        """How many eigenvalues are above a threshold."""
+        """Number of eigenvalues above a threshold."""
         points, masses = self.estimate
         seen = self.n * math.fsum(masses[points > threshold])
         return self._enclosed(seen, self.n - self.low.below(threshold), self.n - self.high.below(threshold))

@@ -12,7 +12,7 @@ from isoflat.core.errors import NonFinite, UsageError
 
 
 class Kind(StrEnum):
-    """What the interval `[lower, upper]` of an `Estimate` means."""
+    """Meaning of the interval `[lower, upper]` of an `Estimate`."""
 
     ENCLOSURE = "enclosure"
     """Contains the exact number for the given weights and data, with the stated confidence."""
@@ -27,7 +27,7 @@ class Kind(StrEnum):
 @final
 @dataclass(frozen=True)
 class Cost:
-    """What an estimate cost.
+    """Cost of an estimate.
 
     Attributes:
         products: Hessian-vector products, each over all the data.
@@ -100,7 +100,7 @@ class Estimate:
         return Estimate(value, value, value, 1.0, Kind.EXACT, True, notes=notes)
 
     def allowing(self, rounding: float) -> Estimate:
-        """With an interval that allows for a relative rounding, where there is none yet.
+        """Give the estimate an interval that allows for a relative rounding, where it has none yet.
 
         >>> print(Estimate.exact(0.25).allowing(1e-5))
         0.250000(3)

@@ -167,7 +167,7 @@ def _decimal(value: float) -> Decimal:
 
 
 def _steps(length: Decimal, place: int) -> int:
-    """How many units of a decimal place cover a length."""
+    """Number of units of a decimal place that cover a length."""
     return int(_EXACT.scaleb(_multiple(length, place, ROUND_CEILING), -place))
 
 

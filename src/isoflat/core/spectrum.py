@@ -69,7 +69,7 @@ class Spectrum(render.Printed):
 
     @property
     def threshold(self) -> float:
-        """Up to where eigenvalues are called near zero."""
+        """Largest magnitude that is called near zero."""
         return NEAR * self.density.largest
 
     def __rich__(self) -> Group:
@@ -78,7 +78,7 @@ class Spectrum(render.Printed):
 
     @property
     def title(self) -> str:
-        """What it is a spectrum of."""
+        """Network, geometry and number of eigenvalues."""
         return f"{self.record.label or 'spectrum'} ({self.record.geometry}): {self.density.n} eigenvalues"
 
     def grids(self) -> tuple[Grid, ...]:
@@ -117,7 +117,7 @@ class Spectrum(render.Printed):
 
     @property
     def _certainty(self) -> str:
-        """What the intervals are worth."""
+        """Confidence of the intervals, in words."""
         if not self.record.settings.get("certify", True):
             return "none: products are differences of gradients, and the intervals know nothing of their error"
         if self.density.exact:
