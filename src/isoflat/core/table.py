@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from isoflat.core import render
+from isoflat.core.errors import UsageError
 from isoflat.core.estimate import interval
 from isoflat.core.record import Record
 
 if TYPE_CHECKING:
+    from pandas import DataFrame  # pyrefly: ignore
     from rich.console import Group
 
 
@@ -96,6 +98,25 @@ class Table(render.Printed):
                 f"{estimate.cost.gradient_passes:.1f}",
             )
 
+    def flat(self) -> list[dict[str, Any]]:
+        """One dictionary per row, without any nesting: the same names in every row but for settings and versions.
+
+        Settings and versions are named `settings.seed` and `versions.torch`; numbers are floats, infinite ones too.
+        """
+        return [_flat(row) for row in self.rows]
+
+    def to_pandas(self) -> DataFrame:
+        """A data frame with a line per row and the columns of `flat`.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        try:
+            import pandas  # pyrefly: ignore
+        except ImportError as error:
+            raise UsageError(f"data frames need pandas: pip install 'isoflat[pandas]' ({error})") from error
+        return pandas.DataFrame(self.flat())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {"rows": [row.to_dict() for row in self.rows], "omitted": [dict(vars(part)) for part in self.omitted]}
@@ -112,3 +133,31 @@ class Table(render.Printed):
             Omission(**part) for part in content.get("omitted", ())
         )  # none in tables from before there were any
         return Table(tuple(Record.from_dict(row) for row in content["rows"]), omitted)
+
+
+def _flat(row: Record) -> dict[str, Any]:
+    """Columns of one row of a data frame."""
+    estimate = row.estimate
+    own = ("value", "lower", "upper", "confidence", "converged", "residual", "standard_error")
+    return {
+        "label": row.label,
+        "measure": row.measure,
+        "geometry": row.geometry,
+        **{name: getattr(estimate, name) for name in own},
+        "kind": str(estimate.kind),
+        "notes": "; ".join(estimate.notes),
+        **vars(estimate.cost),
+        **vars(row.point),
+        "stationarity_ratio": row.stationarity_ratio,
+        "group": row.group,
+        "group_hash": row.group_hash,
+        "model_hash": row.model_hash,
+        "data_hash": row.data_hash,
+        **{f"settings.{name}": _cell(value) for name, value in row.settings.items()},
+        **{f"versions.{name}": value for name, value in row.versions.items()},
+    }
+
+
+def _cell(value: Any) -> Any:
+    """A setting as it is where it is a number or a text, and else as JSON."""
+    return value if value is None or isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
