@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from isoflat.core.errors import NonFinite, UsageError
-from isoflat.core.estimate import Cost, Estimate, Kind, concise
-from isoflat.core.table import interval
+from isoflat.core.estimate import Cost, Estimate, Kind, interval
+from isoflat.core.render import concise
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 """Subnormal and huge numbers included."""
@@ -128,7 +128,9 @@ def test_relative_width_of_zero():
 def test_concise_notation_covers_value_and_uncertainty(value, relative):
     """`m(u)e±x`: the bracket is no smaller than asked, and the centre within half a digit of it."""
     uncertainty = abs(value) * relative
-    match = re.fullmatch(r"(-?\d+(?:\.(\d+))?)\((\d+)\)(?:e([+-]\d+))?", concise(value, uncertainty))
+    match = re.fullmatch(
+        r"(-?\d+(?:\.(\d+))?)\((\d+)\)(?:e([+-]\d+))?", concise(value, value - uncertainty, value + uncertainty)
+    )
     assert match
     exponent = int(match[4] or 0)
     unit = 10.0 ** -len(match[2] or "") * 10.0**exponent
@@ -156,7 +158,7 @@ def test_concise_notation_covers_value_and_uncertainty(value, relative):
 def test_concise_notation_by_hand(value, uncertainty, text):
     if text == "9.996(10)":  # a bracket of ten becomes one of the digit before
         text = "10.00(1)"
-    assert concise(value, uncertainty) == text
+    assert concise(value, value - uncertainty, value + uncertainty) == text
 
 
 def test_uncertified_prints_no_uncertainty():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 from hypothesis import given
@@ -82,3 +83,30 @@ def test_table_prints_every_number_with_its_enclosure():
     html = Table((example(),))._repr_html_()
     assert "2.500(2)" in html
     assert "network" not in str(Table((example(),)))
+
+
+def test_data_frames_have_a_line_per_row_and_no_nesting():
+    pandas = pytest.importorskip("pandas")
+    rows = (example(label="a", settings={"seed": 3, "shape": [1, 2]}), example(label="b", versions={"torch": "2"}))
+    frame = Table(rows).to_pandas()
+    assert list(frame["label"]) == ["a", "b"]
+    assert list(frame["value"]) == [float(row.estimate) for row in rows]
+    assert list(frame["upper"]) == [row.estimate.upper for row in rows]
+    assert frame["settings.seed"][0] == 3
+    assert frame["settings.shape"][0] == "[1, 2]"
+    assert pandas.isna(frame["settings.shape"][1])
+    assert frame["versions.torch"][1] == "2"
+
+
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"a": None, "b": {"c": 1}}])
+def test_flat_rows_hold_plain_values_only(settings):
+    (flat,) = Table((example(settings=settings),)).flat()
+    assert all(value is None or isinstance(value, str | int | float) for value in flat.values())
+    assert flat["value"] == example().estimate.value
+    assert {f"settings.{name}" for name in settings} <= set(flat)
+
+
+def test_without_pandas_the_way_out_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UsageError, match=r"pip install 'isoflat\[pandas\]'"):
+        Table((example(),)).to_pandas()

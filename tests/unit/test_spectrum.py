@@ -248,7 +248,7 @@ def test_ends_are_rounded_outwards():
     assert shown(1.0, 1.2345, 1.9999) == "[1, 2]"
     assert shown(-0.12345, 0.0, 0.12345) == "[-0.124, 0.124]"
     assert shown(99.95, 100.0, 100.05) == "[99.95, 100.05]"
-    assert shown(5.0 - 1.5e-8, 5.0, 5.0) == "± 2e-08"
+    assert shown(5.0 - 1.5e-8, 5.0, 5.0) == "[4.99999, 5]"
 
 
 def case(values, outliers=(), width: float = 0.0) -> Spectrum:

@@ -159,6 +159,6 @@ def everything(result: DemoResult) -> Rows:
 
 def enclosed(estimate: Estimate) -> str:
     """A value, and its interval below."""
-    from isoflat.core.table import interval
+    from isoflat.core.estimate import interval
 
     return f"{estimate}\n{interval(estimate)}"

@@ -238,7 +238,7 @@ def show(
 
 def _values(table: Table) -> Rows:
     """One line for each number."""
-    from isoflat.core.table import interval
+    from isoflat.core.estimate import interval
 
     return Rows(
         ("measure", "geometry", "value", "interval", "converged"),
@@ -258,8 +258,7 @@ def _values(table: Table) -> Rows:
 
 def _row(row: Record) -> list[tuple[str, str]]:
     """One measured number in words."""
-    from isoflat.core.estimate import Kind
-    from isoflat.core.table import interval
+    from isoflat.core.estimate import Kind, interval
 
     estimate, cost = row.estimate, row.estimate.cost
     asked = f"asked for {row.settings['rtol']:.2g}"

@@ -110,7 +110,7 @@ def _plain(part: VerifiedFile) -> dict[str, Any]:
 
 def _show(screen: Console, part: VerifiedFile) -> None:
     """A file's verdicts, each with what it rests on."""
-    from isoflat.core.table import interval
+    from isoflat.core.estimate import interval
 
     for check in part.checks:
         screen.print(plain(f"{part.path}: {check.measure} ({check.geometry}): {check.verdict}", style="bold"))

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
-from rich.console import Console, Group
-from rich.table import Table as Grid
-from rich.text import Text
-
+from isoflat.core import render
 from isoflat.core.errors import UsageError
-from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.estimate import interval
 from isoflat.core.record import SCHEMA, Record
-from isoflat.core.table import Table, interval
+from isoflat.core.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table as Grid
 
 LISTED = 6
 """Pairs without a winner that are listed in words, where all have one remedy; the JSON has all of them."""
@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]\d+)?(?![\w.])")
 
 
 class Basis(StrEnum):
-    """What the interval of a `Difference` rests on."""
+    """Ground on which the interval of a `Difference` rests."""
 
     INTERVALS = "two intervals"
     """The intervals of both numbers, set against each other; their failure probabilities add."""
@@ -41,7 +41,7 @@ class Basis(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What a difference says about its first network."""
+    """Statement of a difference about its first network."""
 
     FLATTER = "flatter"
     SHARPER = "sharper"
@@ -72,7 +72,7 @@ class Ratio:
 
     def __str__(self) -> str:
         """The value, with as many digits as its interval deserves."""
-        return _shown(self.value, self.lower, self.upper)
+        return render.estimated(self.value, self.lower, self.upper)
 
 
 @final
@@ -121,7 +121,7 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """What it says about the first network."""
+        """Statement about the first network."""
         if self.basis is Basis.UNCERTIFIED:
             return Verdict.NOT_DECIDED
         if self.basis is Basis.IDENTICAL:
@@ -162,7 +162,7 @@ class Difference:
         """The value with its sign, and as many digits as its interval deserves."""
         if self.basis is Basis.IDENTICAL:
             return "0"
-        return f"{'+' if self.value > 0 else ''}{_shown(self.value, self.lower, self.upper)}"
+        return f"{'+' if self.value > 0 else ''}{render.estimated(self.value, self.lower, self.upper)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, with the verdict."""
@@ -199,7 +199,7 @@ class Difference:
 
 @final
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(render.Printed):
     """Networks measured on the same samples, with the same probes and random starts, against each other.
 
     Prints itself on a terminal and in a notebook: flattest first, each with its difference to the reference.
@@ -234,7 +234,7 @@ class Comparison:
 
     @property
     def converged(self) -> bool:
-        """Whether every number of every network did."""
+        """True if every number of every network reached its tolerance."""
         return all(row.estimate.converged for row in self.rows)
 
     def __getitem__(self, label: str) -> Table:
@@ -326,7 +326,7 @@ class Comparison:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What the estimates note, in few lines: notes that differ in numbers only become one, with their ranges.
+        """Notes of the estimates in few lines: those that differ in numbers only become one, with their ranges.
 
         What is not about all networks says whose it is.
         """
@@ -343,59 +343,49 @@ class Comparison:
         return tuple(lines)
 
     def __rich__(self) -> Group:
-        """For `rich.print`."""
+        """Draw a table and a sentence for each number, and the notes below."""
         parts: list[Any] = []
         for number in self.numbers:
-            parts += [
-                Text(""),
-                Text(self._title(number), style="bold"),
-                self._grid(number),
-                Text(self.sentence(number)),
-            ]
-        parts += [Text(""), *(Text(f"note: {note}", style="yellow") for note in (*self.notes, *self.remarks))]
-        return Group(*parts[1:])
+            parts += [render.line(""), render.line(self._title(number), "bold"), self._grid(number)]
+            parts.append(render.line(self.sentence(number)))
+        notes = (render.line(f"note: {note}", "yellow") for note in (*self.notes, *self.remarks))
+        return render.group([*parts[1:], render.line(""), *notes])
 
     def _title(self, number: tuple[str, str]) -> str:
         return f"{number[0]} ({number[1]}), {'lower' if self._of(number)[0].lower_is_flatter else 'higher'} is flatter"
 
     def _grid(self, number: tuple[str, str]) -> Grid:
         """One line per network, flattest first."""
-        grid = Grid(header_style="bold")
+        other = self.reference
         heads = (
-            *("rank", "network", "loss", "accuracy", "value"),
-            *(f"difference to {self.reference}", f"ratio to {self.reference}", "verdict"),
+            "rank",
+            "network",
+            "loss",
+            "accuracy",
+            "value",
+            f"difference to {other}",
+            f"ratio to {other}",
+            "verdict",
         )
-        for head in heads:
-            grid.add_column(Text(head), justify="left" if head == "network" else "right", overflow="fold")
         places = self.ranks(number)
         sign = 1 if self._of(number)[0].lower_is_flatter else -1
         rows = {row.label: row for row in self.rows if (row.measure, row.geometry) == number}
+        cells = []
         for label in sorted(rows, key=lambda label: (*places[label], sign * rows[label].estimate.value)):
             row, (best, worst) = rows[label], places[label]
-            gap = None if label == self.reference else self.between(label, self.reference, number)
+            gap = None if label == other else self.between(label, other, number)
             accuracy, unreached = row.point.accuracy, "" if row.estimate.converged else "\nnot converged"
-            grid.add_row(
-                str(best) if best == worst else f"{best}–{worst}",
-                Text(label),
-                f"{row.point.loss:.4g}",
-                "–" if accuracy is None else f"{accuracy:.4g}",
-                Text(f"{row.estimate}\n{interval(row.estimate)}{unreached}"),
-                *(("reference", "", "") if gap is None else _cells(gap)),
+            cells.append(
+                (
+                    str(best) if best == worst else f"{best}–{worst}",
+                    label,
+                    f"{row.point.loss:.4g}",
+                    "–" if accuracy is None else f"{accuracy:.4g}",
+                    f"{row.estimate}\n{interval(row.estimate)}{unreached}",
+                    *(("reference", "", "") if gap is None else _cells(gap)),
+                )
             )
-        return grid
-
-    def __str__(self) -> str:
-        """Plain text, as wide as it needs to be."""
-        console = Console(width=160, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
-
-    def _repr_html_(self) -> str:
-        """For notebooks."""
-        console = Console(width=160, record=True, file=io.StringIO())
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.3'>{code}</pre>")
+        return render.grid(heads, cells, ("network",), fold=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, with ranks and sentences."""
@@ -444,19 +434,19 @@ class Comparison:
         return Comparison.from_dict(json.loads(text))
 
 
-def _cells(gap: Difference) -> tuple[Text, Text, Text]:
+def _cells(gap: Difference) -> tuple[str, str, tuple[str, str]]:
     """Difference with its interval below, ratio and verdict in a table."""
     verdict = gap.verdict
     style = {Verdict.FLATTER: "green", Verdict.SHARPER: "red"}.get(verdict, "yellow")
     bounds = ""
     if math.isfinite(gap.upper) and gap.basis is not Basis.IDENTICAL:
-        bounds = interval(Estimate(gap.value, gap.lower, gap.upper, gap.confidence, Kind.ENCLOSURE, True))
+        bounds = render.bounds(gap.lower, gap.upper)
     ratio = "–" if gap.ratio is None else str(gap.ratio)
-    return Text(f"{gap}\n{bounds}".strip()), Text(ratio), Text(str(verdict), style=style)
+    return f"{gap}\n{bounds}".strip(), ratio, (str(verdict), style)
 
 
 def _beaten(against: list[Difference]) -> str:
-    """What a network is flatter than, with the confidence that it is."""
+    """Name the networks that one is flatter than, with the confidence that it is."""
     confidence = f"confidence {max(0.0, 1 - math.fsum(1 - gap.confidence for gap in against)):.7g}"
     if len(against) > 1:
         return f"all others ({confidence})"
@@ -496,19 +486,6 @@ def _either(labels: list[str]) -> str:
     'a, b or c'
     """
     return " or ".join([", ".join(labels[:-1]), labels[-1]]) if len(labels) > 1 else labels[0]
-
-
-def _shown(value: float, lower: float, upper: float) -> str:
-    """A value with a digit more than the width of its interval has; six digits where there is no interval.
-
-    >>> _shown(-229.4, -336.0, -123.0), _shown(83.27402, 83.19, 83.35), _shown(1.2e-5, -0.1, 0.1)
-    ('-229', '83.27', '1e-05')
-    """
-    width = upper - lower
-    if not math.isfinite(width) or width == 0 or not 1e-4 <= max(abs(value), width) < 1e6:
-        return f"{value:.6g}"
-    text = f"{value:.{min(12, max(0, 1 - math.floor(math.log10(width))))}f}"
-    return text if float(text) else f"{value:.1g}"
 
 
 def _range(numbers: Sequence[str]) -> str:

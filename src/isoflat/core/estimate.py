@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, final
 
+from isoflat.core import render
 from isoflat.core.errors import NonFinite, UsageError
 
 
 class Kind(StrEnum):
-    """What the interval `[lower, upper]` of an `Estimate` means."""
+    """Meaning of the interval `[lower, upper]` of an `Estimate`."""
 
     ENCLOSURE = "enclosure"
     """Contains the exact number for the given weights and data, with the stated confidence."""
@@ -26,7 +27,7 @@ class Kind(StrEnum):
 @final
 @dataclass(frozen=True)
 class Cost:
-    """What an estimate cost.
+    """Cost of an estimate.
 
     Attributes:
         products: Hessian-vector products, each over all the data.
@@ -99,7 +100,7 @@ class Estimate:
         return Estimate(value, value, value, 1.0, Kind.EXACT, True, notes=notes)
 
     def allowing(self, rounding: float) -> Estimate:
-        """With an interval that allows for a relative rounding, where there is none yet.
+        """Give the estimate an interval that allows for a relative rounding, where it has none yet.
 
         >>> print(Estimate.exact(0.25).allowing(1e-5))
         0.250000(3)
@@ -134,10 +135,27 @@ class Estimate:
         return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
 
     def __str__(self) -> str:
-        """Concise notation: the digits in brackets are the uncertainty of the last digits shown."""
+        """Concise notation: the digit in brackets is the uncertainty of the last digit shown (`core.render`)."""
         if self.kind is Kind.UNCERTIFIED:
             return f"{self.value:.6g} (uncertified)"
-        return concise(self.value, max(self.upper - self.value, self.value - self.lower))
+        return render.concise(self.value, self.lower, self.upper)
+
+    def __float__(self) -> float:
+        """The value.
+
+        >>> float(Estimate(0.8731, 0.8695, 0.8770, 0.999, Kind.ENCLOSURE, True))
+        0.8731
+        """
+        return self.value
+
+    def __format__(self, spec: str) -> str:
+        """The value in a format of floats; without a format, as `str`.
+
+        >>> est = Estimate(0.8731, 0.8695, 0.8770, 0.999, Kind.ENCLOSURE, True)
+        >>> f"{est} {est:.2f} {est:.1e}"
+        '0.873(4) 0.87 8.7e-01'
+        """
+        return format(self.value, spec) if spec else str(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; infinities become strings."""
@@ -179,26 +197,15 @@ class Estimate:
         )
 
 
-def concise(value: float, uncertainty: float) -> str:
-    """A value with the uncertainty of its last digit in brackets.
+def interval(estimate: Estimate) -> str:
+    """The interval of an estimate in brackets, rounded outwards; its residual where it has no upper end.
 
-    >>> concise(690.1234, 0.0021), concise(690.1234, 17.0), concise(2.5, 0.0), concise(1e-9, 3e-11)
-    ('690.123(3)', '690(20)', '2.5', '1.00(3)e-09')
+    >>> interval(Estimate(2.5, 2.5, 2.5013, 0.999, Kind.ENCLOSURE, True))
+    '[2.50000, 2.50130]'
     """
-    if uncertainty == 0 or not math.isfinite(uncertainty):
-        return f"{value:.12g}" if uncertainty == 0 else f"{value:.6g}(inf)"
-    exponent = math.floor(math.log10(abs(value))) if value else math.floor(math.log10(uncertainty))
-    if exponent < -4 or exponent >= 6:
-        return f"{concise(value / 10.0**exponent, uncertainty / 10.0**exponent)}e{exponent:+03d}"
-    decimals = -math.floor(math.log10(uncertainty))
-    digit = math.ceil(uncertainty * 10.0**decimals)
-    if digit == 10:
-        decimals, digit = decimals - 1, 1
-    if decimals <= 0:
-        return f"{round(value, decimals):.0f}({digit * 10**-decimals})"
-    if decimals > 12:
-        return f"{value:.12g}(1)"
-    return f"{value:.{decimals}f}({digit})"
+    if estimate.kind is Kind.UNCERTIFIED:
+        return f"residual {estimate.residual:.1e}" if estimate.residual is not None else "none"
+    return render.bounds(estimate.lower, estimate.upper)
 
 
 def _number(value: float) -> float | str:

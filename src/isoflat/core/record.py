@@ -16,7 +16,7 @@ SCHEMA = 1
 @final
 @dataclass(frozen=True)
 class Point:
-    """Where on the loss surface the number was measured.
+    """Place on the loss surface where a number was measured.
 
     Attributes:
         loss: empirical risk.

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
-from rich.console import Console, Group
-from rich.table import Table as Grid
-from rich.text import Text
-
+from isoflat.core import render
 from isoflat.core.density import Density
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.record import Record
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table as Grid
 
 SCHEMA = 1
 """Version of the JSON layout; raised whenever a field changes its meaning."""
@@ -32,7 +32,7 @@ LISTED = 12
 
 @final
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(render.Printed):
     """The spectrum of a curvature in a geometry.
 
     Attributes:
@@ -69,52 +69,33 @@ class Spectrum:
 
     @property
     def threshold(self) -> float:
-        """Up to where eigenvalues are called near zero."""
+        """Largest magnitude that is called near zero."""
         return NEAR * self.density.largest
 
     def __rich__(self) -> Group:
-        """For `rich.print`."""
-        grid = Grid.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for name, text in self.facts():
-            grid.add_row(name, Text(text))
-        return Group(Text(self.title, style="bold"), *self.grids(), grid)
+        """Draw the outliers, the quantiles, and the facts below."""
+        return render.group([render.line(self.title, "bold"), *self.grids(), render.facts(self.facts())])
 
     @property
     def title(self) -> str:
-        """What it is a spectrum of."""
+        """Network, geometry and number of eigenvalues."""
         return f"{self.record.label or 'spectrum'} ({self.record.geometry}): {self.density.n} eigenvalues"
 
-    def __str__(self) -> str:
-        """Plain text, as wide as it needs to be."""
-        console = Console(width=160, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
-
-    def _repr_html_(self) -> str:
-        """For notebooks."""
-        console = Console(width=160, record=True, file=io.StringIO())
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.3'>{code}</pre>")
-
     def grids(self) -> tuple[Grid, ...]:
-        """The outliers, if there are any, and the quantiles."""
-        quantiles = _grid("share at or below", "eigenvalue", "between")
+        """Tables of the outliers, if there are any, and of the quantiles."""
+        quantiles = []
         for share in SHARES:
             found = self.density.quantile(share)
             name = {0.0: "smallest", 1.0: "largest"}.get(share, f"{100 * share:g} %")
-            quantiles.add_row(name, f"{found.value:.4g}", ends(found))
+            quantiles.append((name, _value(found), ends(found)))
+        drawn = render.grid(("share at or below", "eigenvalue", "between"), quantiles)
         if not self.density.outliers:
-            return (quantiles,)
-        outliers = _grid("outlier", "residual")
+            return (drawn,)
         ordered = sorted(self.density.outliers, key=lambda outlier: -abs(outlier.value))
-        for outlier in ordered[:LISTED]:
-            outliers.add_row(f"{outlier.value:.6g}", f"{outlier.residual:.1e}")
+        outliers = [(f"{outlier.value:.6g}", f"{outlier.residual:.1e}") for outlier in ordered[:LISTED]]
         if len(ordered) > LISTED:
-            outliers.add_row(f"and {len(ordered) - LISTED} more", "")
-        return outliers, quantiles
+            outliers.append((f"and {len(ordered) - LISTED} more", ""))
+        return render.grid(("outlier", "residual"), outliers), drawn
 
     def facts(self) -> list[tuple[str, str]]:
         """Shares, ranks, errors and cost, in words."""
@@ -136,7 +117,7 @@ class Spectrum:
 
     @property
     def _certainty(self) -> str:
-        """What the intervals are worth."""
+        """Confidence of the intervals, in words."""
         if not self.record.settings.get("certify", True):
             return "none: products are differences of gradients, and the intervals know nothing of their error"
         if self.density.exact:
@@ -168,42 +149,29 @@ class Spectrum:
         return Spectrum.from_dict(json.loads(text))
 
 
-def _grid(*heads: str) -> Grid:
-    grid = Grid(*heads, header_style="bold")
-    for column in grid.columns:
-        column.justify = "right"
-    return grid
-
-
-def ends(found: Estimate, unit: float = 1.0) -> str:
-    """The ends of an enclosure in some unit, rounded outwards; where they hardly differ, how far they are at most.
+def ends(found: Estimate, unit: int = 1) -> str:
+    """The ends of an enclosure in some unit, rounded outwards.
 
     >>> from isoflat.core.estimate import Kind
     >>> ends(Estimate(0.5, 0.12345, 0.98765, 0.95, Kind.ENCLOSURE, True))
     '[0.123, 0.988]'
-    >>> ends(Estimate(0.5, 0.5 - 2e-9, 0.5 + 1e-9, 0.95, Kind.ENCLOSURE, True))
-    '± 2e-09'
     """
     furthest = max(found.upper - found.value, found.value - found.lower)
-    if 0 < furthest <= 1e-6 * abs(found.value):
-        return f"± {_outwards(unit * furthest, 1, 1)}"
     digits = 3 if furthest > 1e-2 * abs(found.value) else 6
-    return f"[{_outwards(unit * found.lower, -1, digits)}, {_outwards(unit * found.upper, 1, digits)}]"
+    low, high = (render.outwards(end, digits, way, unit=unit) for end, way in ((found.lower, -1), (found.upper, 1)))
+    return f"[{low}, {high}]"
 
 
 def number(found: Estimate) -> str:
     """A number with the ends of its enclosure."""
-    return f"{found.value:.4g} {ends(found)}"
+    return f"{_value(found)} {ends(found)}"
 
 
 def percent(found: Estimate) -> str:
     """A share with the ends of its enclosure, in per cent."""
-    return f"{100 * found.value:.4g} % {ends(found, 100.0)}"
+    return f"{_value(found, 100)} % {ends(found, 100)}"
 
 
-def _outwards(value: float, direction: int, digits: int) -> str:
-    text = f"{value:.{digits}g}"
-    if (float(text) - value) * direction < 0:
-        exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
-        text = f"{float(text) + direction * 10.0 ** (exponent - digits + 1):.{digits}g}"
-    return text
+def _value(found: Estimate, unit: int = 1) -> str:
+    """A number with four significant digits, or more where its enclosure is narrower than they tell."""
+    return render.significant(found.value, found.lower, found.upper, 4, unit)

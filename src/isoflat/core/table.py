@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
-from rich.console import Console, Group
-from rich.table import Table as Grid
-from rich.text import Text
-
-from isoflat.core.estimate import Estimate, Kind
+from isoflat.core import render
+from isoflat.core.errors import UsageError
+from isoflat.core.estimate import interval
 from isoflat.core.record import Record
+
+if TYPE_CHECKING:
+    from pandas import DataFrame  # pyrefly: ignore
+    from rich.console import Group
 
 
 @final
@@ -40,7 +41,7 @@ class Omission:
 
 @final
 @dataclass(frozen=True)
-class Table:
+class Table(render.Printed):
     """One row per measured number; prints itself on a terminal and in a notebook.
 
     Attributes:
@@ -68,42 +69,53 @@ class Table:
         return next(row for row in self.rows if row.measure == key)
 
     def __rich__(self) -> Group:
-        """For `rich.print`."""
-        return Group(self._grid(), *(Text(f"not measured: {part}", style="yellow") for part in self.omitted))
+        """Draw the rows, and below them what was not measured."""
+        notes = (render.line(f"not measured: {part}", "yellow") for part in self.omitted)
+        return render.group([render.grid(self._heads, self._cells(), ("network", "measure", "geometry")), *notes])
 
-    def _grid(self) -> Grid:
-        grid = Grid(title=None, header_style="bold")
-        labelled = any(row.label for row in self.rows)
-        columns = ["network"] * labelled + ["measure", "geometry", "value", "enclosure", "converged", "b/value"]
-        for column in [*columns, "products", "gradient passes"]:
-            grid.add_column(column, justify="left" if column in ("network", "measure", "geometry") else "right")
+    @property
+    def _labelled(self) -> bool:
+        return any(row.label for row in self.rows)
+
+    @property
+    def _heads(self) -> tuple[str, ...]:
+        columns = ("measure", "geometry", "value", "enclosure", "converged", "b/value", "products", "gradient passes")
+        return ("network", *columns) if self._labelled else columns
+
+    def _cells(self) -> Iterator[tuple[str, ...]]:
+        """The texts of each row."""
         for row in self.rows:
-            cost = row.estimate.cost
-            grid.add_row(
-                *([row.label] * labelled),
+            estimate, ratio = row.estimate, row.stationarity_ratio
+            yield (
+                *([row.label] * self._labelled),
                 row.measure,
                 row.geometry,
-                str(row.estimate),
-                interval(row.estimate),
-                "yes" if row.estimate.converged else "no",
-                "–" if row.stationarity_ratio is None else f"{row.stationarity_ratio:.2g}",
-                str(cost.products),
-                f"{cost.gradient_passes:.1f}",
+                str(estimate),
+                interval(estimate),
+                "yes" if estimate.converged else "no",
+                "–" if ratio is None else f"{ratio:.2g}",
+                str(estimate.cost.products),
+                f"{estimate.cost.gradient_passes:.1f}",
             )
-        return grid
 
-    def __str__(self) -> str:
-        """Plain text, as wide as it needs to be."""
-        console = Console(width=160, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+    def flat(self) -> list[dict[str, Any]]:
+        """One dictionary per row, without any nesting: the same names in every row but for settings and versions.
 
-    def _repr_html_(self) -> str:
-        """For notebooks."""
-        console = Console(width=160, record=True, file=io.StringIO())
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.3'>{code}</pre>")
+        Settings and versions are named `settings.seed` and `versions.torch`; numbers are floats, infinite ones too.
+        """
+        return [_flat(row) for row in self.rows]
+
+    def to_pandas(self) -> DataFrame:
+        """A data frame with a line per row and the columns of `flat`.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        try:
+            import pandas  # pyrefly: ignore
+        except ImportError as error:
+            raise UsageError(f"data frames need pandas: pip install 'isoflat[pandas]' ({error})") from error
+        return pandas.DataFrame(self.flat())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
@@ -123,28 +135,29 @@ class Table:
         return Table(tuple(Record.from_dict(row) for row in content["rows"]), omitted)
 
 
-def interval(estimate: Estimate) -> str:
-    """An interval in brackets, with the digits that tell its ends apart.
+def _flat(row: Record) -> dict[str, Any]:
+    """Columns of one row of a data frame."""
+    estimate = row.estimate
+    own = ("value", "lower", "upper", "confidence", "converged", "residual", "standard_error")
+    return {
+        "label": row.label,
+        "measure": row.measure,
+        "geometry": row.geometry,
+        **{name: getattr(estimate, name) for name in own},
+        "kind": str(estimate.kind),
+        "notes": "; ".join(estimate.notes),
+        **vars(estimate.cost),
+        **vars(row.point),
+        "stationarity_ratio": row.stationarity_ratio,
+        "group": row.group,
+        "group_hash": row.group_hash,
+        "model_hash": row.model_hash,
+        "data_hash": row.data_hash,
+        **{f"settings.{name}": _cell(value) for name, value in row.settings.items()},
+        **{f"versions.{name}": value for name, value in row.versions.items()},
+    }
 
-    >>> interval(Estimate(2.5, 2.5, 2.5013, 0.999, Kind.ENCLOSURE, True))
-    '[2.50000, 2.50130]'
-    """
-    if estimate.kind is Kind.UNCERTIFIED:
-        return f"residual {estimate.residual:.1e}" if estimate.residual is not None else "none"
-    width = estimate.upper - estimate.lower
-    if width == 0:
-        return f"[{estimate.lower:.6g}, {estimate.upper:.6g}]"
-    digits = 6
-    for digits in range(6, 16):
-        if float(f"{estimate.upper:.{digits}g}") - float(f"{estimate.lower:.{digits}g}") > 0.9 * width:
-            break
-    return f"[{_round_out(estimate.lower, digits, -1)}, {_round_out(estimate.upper, digits, 1)}]"
 
-
-def _round_out(value: float, digits: int, direction: int) -> str:
-    """Rounded outwards, so that what is printed still contains the number."""
-    text = f"{value:#.{digits}g}"
-    if (float(text) - value) * direction < 0:
-        exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
-        text = f"{float(text) + direction * 10.0 ** (exponent - digits + 1):#.{digits}g}"
-    return text
+def _cell(value: Any) -> Any:
+    """A setting as it is where it is a number or a text, and else as JSON."""
+    return value if value is None or isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)

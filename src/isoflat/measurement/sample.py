@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from isoflat.core.rng import stream
@@ -345,6 +344,8 @@ class _Sampler:
 
     def _error(self, sample: Sample, key: Key, one: Tensor, other: Tensor | None = None, share: float = 1.0) -> float:
         """By how much a form in two vectors may differ from that of all data, with a share of one side's probability."""
+        from scipy.stats import t as student
+
         tail = share * (1 - CERTAIN) * (1 - self.confidence) / 2
         scatter, freedom = sample.scatter(self._forms(sample.drawn, key, one, other))
         return float(student.isf(tail, freedom)) * scatter / self._unit

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import UnknownName, UsageError
-from isoflat.core.estimate import Estimate
+from isoflat.core.estimate import Estimate, interval
 from isoflat.core.fingerprint import fingerprint
 from isoflat.core.record import Point, Record
 from isoflat.core.rng import stream
-from isoflat.core.table import interval
 from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Geometry
 from isoflat.geometry.layerwise import stationarity

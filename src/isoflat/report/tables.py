@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from isoflat.core.estimate import interval
 from isoflat.core.record import Record
-from isoflat.core.table import interval
 from isoflat.report.document import Grid
 
 _HEADS = (

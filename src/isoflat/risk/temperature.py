@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from scipy.optimize import brentq, minimize_scalar
 
 from isoflat.core.errors import UsageError
 from isoflat.core.state import State
@@ -30,6 +29,7 @@ def scaled(risk: EmpiricalRisk, state: State, loss: TargetLoss, wanted: float) -
     Raises:
         UsageError: no factor does.
     """
+    from scipy.optimize import brentq
 
     @cache
     def excess(factor: float) -> float:
@@ -55,6 +55,8 @@ def scaled(risk: EmpiricalRisk, state: State, loss: TargetLoss, wanted: float) -
 
 def _below(excess: Callable[[float], float]) -> tuple[float, float]:
     """A factor at which the loss is at most what is wanted, or lowest, and by how much it is above."""
+    from scipy.optimize import minimize_scalar
+
     for k in range(SPAN + 1):
         for factor in (2.0**k, 2.0**-k):
             if excess(factor) <= 0:

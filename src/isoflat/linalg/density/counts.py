@@ -29,7 +29,6 @@ from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betainc, betaincc
 
 Reals = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -96,12 +95,16 @@ class _NearEnds:
 
     def reach(self, j: Whole, mass: Reals) -> Flags:
         """Test of whether j eigenvalues may carry at least this mass."""
+        from scipy.special import betaincc
+
         few, inside = self._law(j)
         much = betaincc(*few, mass) >= self._tolerated(j)
         return np.where(inside, much, (j == self.size) | (mass <= 0))
 
     def fit(self, j: Whole, mass: Reals) -> Flags:
         """Test of whether j eigenvalues may carry at most this mass."""
+        from scipy.special import betainc
+
         few, inside = self._law(j)
         little = betainc(*few, mass) >= self._tolerated(j)
         return np.where(inside, little, (j == 0) | (mass >= 1))

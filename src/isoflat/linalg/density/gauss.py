@@ -7,7 +7,6 @@ from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh_tridiagonal
 
 Reals = NDArray[np.float64]
 
@@ -69,6 +68,8 @@ class JacobiMatrix:
 
 def _quadrature(alphas: Reals, betas: Reals) -> tuple[Reals, Reals]:
     """Eigenvalues of a Jacobi matrix, and squares of the first entries of its eigenvectors, normalised (Golub, Welsch)."""
+    from scipy.linalg import eigh_tridiagonal
+
     if len(alphas) == 1:
         return alphas.copy(), np.ones(1)
     values, vectors = eigh_tridiagonal(alphas, betas)[:2]

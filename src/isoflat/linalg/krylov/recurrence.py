@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from isoflat.core import space
@@ -104,6 +103,8 @@ class Recurrence:
 
     def ritz(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Ritz values, ascending, in units of `scale`, and the eigenvectors of T as columns."""
+        from scipy.linalg import eigh_tridiagonal
+
         if self.k == 1:
             return np.array(self.alphas), np.ones((1, 1))
         values, vectors = eigh_tridiagonal(np.array(self.alphas), np.array(self.betas[:-1]))[:2]

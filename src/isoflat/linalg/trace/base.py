@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import TypeVar, final
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from isoflat.core import space
@@ -300,6 +299,8 @@ def deviation(samples: Sequence[float]) -> float:
 
 def quantile(confidence: float, degrees: int) -> float:
     """Two-sided Student t-quantile."""
+    from scipy.stats import t as student
+
     return float(student.isf((1 - confidence) / 2, degrees))
 
 

@@ -9,7 +9,6 @@ from typing import ClassVar, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import solve_triangular
 from torch import Tensor
 
 from isoflat.core import space
@@ -157,6 +156,8 @@ def leave_one_out(n: int, core: Matrix, images: Matrix, overlaps: Matrix) -> tup
     >>> leave_one_out(3, np.diag([2.0]), np.array([[2.0, 4.0]]), np.array([[1.0, 2.0]]))[0].tolist()
     [2.0, 2.0]
     """
+    from scipy.linalg import solve_triangular
+
     r, k = images.shape
     lost = np.zeros((r, k))
     if r == k:

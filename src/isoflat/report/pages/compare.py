@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from isoflat.core import render
 from isoflat.core.comparison import Basis, Comparison, Difference
-from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.estimate import interval
 from isoflat.core.record import Record
-from isoflat.core.table import interval
 from isoflat.report import tables
 from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.figures import Panel
@@ -189,4 +189,4 @@ def bounds(gap: Difference) -> str:
         return "exactly 0"
     if not math.isfinite(gap.lower) or not math.isfinite(gap.upper):
         return "unknown"
-    return interval(Estimate(gap.value, gap.lower, gap.upper, gap.confidence, Kind.ENCLOSURE, True))
+    return render.bounds(gap.lower, gap.upper)

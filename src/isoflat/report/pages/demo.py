@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from isoflat.core.table import interval
+from isoflat.core.estimate import interval
+from isoflat.core.render import rounded
 from isoflat.experiments.demonstration import DemoArm, DemoLine, DemoResult, Trained
-from isoflat.experiments.ladders import Ladder, rounded
+from isoflat.experiments.ladders import Ladder
 from isoflat.experiments.numbers import CANONICAL, NUMBERS, PAPER
 from isoflat.report import tables
 from isoflat.report.document import Grid, Page, Plate, Prose, Section

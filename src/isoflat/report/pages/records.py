@@ -10,9 +10,9 @@ from statistics import median
 from typing import Any
 
 from isoflat.core.comparison import Comparison
+from isoflat.core.estimate import interval
 from isoflat.core.record import Record
-from isoflat.core.table import interval
-from isoflat.experiments.ladders import rounded
+from isoflat.core.render import rounded
 from isoflat.experiments.results import Contest, Results, StoredNumber
 from isoflat.io.strict import flat
 from isoflat.report import tables

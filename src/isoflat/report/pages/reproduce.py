@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from isoflat.core.table import interval
+from isoflat.core.estimate import interval
 from isoflat.experiments.cells import Measured, found
 from isoflat.experiments.recipe import Asks
 from isoflat.experiments.reproduction import Reproduction

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.sparse.linalg import lsmr
 from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
@@ -217,6 +216,8 @@ class _Orbit:
 
 def _least(found: Found, state: State, exact: tuple[Form, ...]) -> _Orbit:
     """Put constants in their places, fold, close, and balance scales. States on the way are given back as it goes."""
+    from scipy.sparse.linalg import lsmr
+
     ledger = found.ledger
     common = found.common
     moved, shears = settle(found, common.act(state, common.slice(state) * common.mask(found.kept(state))))

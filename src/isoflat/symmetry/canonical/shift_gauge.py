@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import LinearOperator, gmres
 from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
@@ -89,6 +87,8 @@ def _at_rest(levels: Sequence[Level], state: State) -> list[Tensor]:
 
     What a sweep adds is affine in what has been added before: `r(x) = r(0) + R x`. Each coordinate counts in its own unit.
     """
+    from scipy.sparse.linalg import LinearOperator, gmres
+
     units = [group.units(state).numpy() for group, _, _ in levels]
     cuts = np.cumsum([len(unit) for unit in units])[:-1]
 
@@ -249,6 +249,8 @@ def _least(rows: sparse.csr_matrix, values: Vector, weights: Vector) -> Vector:
 
     Units that share no coordinate are solved for apart, each in its own scale: a tiny stream counts like any other.
     """
+    from scipy.sparse.csgraph import connected_components
+
     count, size = rows.shape
     element = np.zeros(size)
     if rows.nnz == 0:

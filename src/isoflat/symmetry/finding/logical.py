@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.fx import Node
 
@@ -140,6 +139,8 @@ def _along(numbers: Tensor, axis: int) -> Tensor | None:
 
 def _classes(count: int, pairs: list[tuple[int, int]]) -> Tensor:
     """Numbers from zero for what is joined, shape `(count,)`."""
+    from scipy.sparse.csgraph import connected_components
+
     edges = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     graph = sparse.coo_matrix((np.ones(len(edges)), edges.T), shape=(count, count))
     return torch.from_numpy(connected_components(graph, directed=False)[1].astype(np.int64))

@@ -10,7 +10,6 @@ from typing import final
 
 import numpy as np
 import torch
-from scipy.linalg import helmert
 from torch import Tensor
 
 from isoflat.core.state import State
@@ -99,6 +98,8 @@ class Family:
 
     def matrices(self, coordinates: Tensor) -> Tensor:
         """Velocities X of the blocks, shape `(n, d, d)`, from coordinates of shape `(n, freedom)`."""
+        from scipy.linalg import helmert
+
         d = self.size - self.centred
         made = torch.zeros(self.count, d, d, dtype=torch.float64)
         if self.orthogonal:

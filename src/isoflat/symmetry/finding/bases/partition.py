@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 FIXED = 0
@@ -112,6 +111,8 @@ class Cells:
 
     def solve(self) -> tuple[Block, ...]:
         """The coarsest cells that every operation allows, with two units or more."""
+        from scipy.sparse.csgraph import connected_components
+
         pairs = np.concatenate([np.zeros((0, 2), dtype=np.int64), *(p for p, _ in self._ties)])
         flips = np.concatenate([np.zeros(0, dtype=bool), *(np.full(len(p), dual) for p, dual in self._ties)])
         graph = sparse.coo_matrix((np.ones(len(pairs)), pairs.T), shape=(self._count, self._count))
@@ -192,6 +193,8 @@ def _parities(
 
     Each unit is doubled, plain and dual; a tie joins plain with plain, or plain with dual.
     """
+    from scipy.sparse.csgraph import connected_components
+
     plain = np.where(flips[:, None], pairs + np.array([0, count]), pairs)
     other = np.where(flips[:, None], pairs + np.array([count, 0]), pairs + count)
     edges = np.concatenate([plain, other])

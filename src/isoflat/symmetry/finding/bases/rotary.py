@@ -10,7 +10,6 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.fx import Node
 
@@ -73,6 +72,8 @@ def commute(cells: Cells, run: Run, ids: Tensor, values: Mapping[Node, Any]) -> 
     Units whose factors are the same everywhere may be mixed among themselves, a pair that is rotated by rotations of
     its own; the others are held.
     """
+    from scipy.sparse.csgraph import connected_components
+
     matrices = _matrices(run, values)
     if matrices is None:
         cells.hold(ids)
