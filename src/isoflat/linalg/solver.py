@@ -194,12 +194,12 @@ def _pulled(waiting: Product, products: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """What a job returned, and its share of the bill.
+    """Result of a solver, and its share of the cost.
 
     Attributes:
-        result: of the solver.
-        products: with all of the operator; those with parts of a sum count by their share of the cost, rounded up.
-        seconds: shared passes divided by the columns.
+        result: result of the solver.
+        products: number of products with the whole operator; those with parts count by their share, rounded up.
+        seconds: time of its passes over the data, shared passes divided by the columns.
     """
 
     result: Any
