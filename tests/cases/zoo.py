@@ -77,6 +77,17 @@ AGAIN: set[str] = set()
 """Entries that differ from another one in spelling only, as far as what is done with their weights goes."""
 
 
+VARIANTS = {
+    "mlp-plain", "lenet-plain", "vgg-free", "homogeneous-leaky", "homogeneous-prelu", "smooth-silu", "smooth-tanh", "pool-mean",
+    "pool-override", "pool-adaptive", "resnet-basic-free", "resnet-bottleneck-batch", "resnet-bottleneck-free", "densenet",
+    "pre-norm-hand", "post-norm-hand", "dead-unit", "multihead-extra", "multihead-zero", "attention-bare",
+    "attention-chunked", "grouped-queries-single", "rotary-partial", "linear-chain-wide", "linear-chain-joined",
+    "torch-encoder-post-gelu", "torch-decoder-post", "decoder-layer", "positioned-tied", "adapters-zero",
+    "adapters-frozen", "recurrent-gru", "hugging-bert", "hugging-vit",
+}  # fmt: skip
+"""Entries whose kind another one stands for, where a test measures each."""
+
+
 def thinned(names: Iterable[str], further: Collection[str] = ()) -> list[Any]:
     """Parameters for a test that costs seconds an entry: those of `AGAIN` and further ones are left to the slow tests."""
     slow = AGAIN | set(further)

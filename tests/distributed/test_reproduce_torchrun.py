@@ -55,6 +55,7 @@ def _agree(one, other):
     assert one["lower"] <= other["upper"] and other["lower"] <= one["upper"]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds_and_write_it_once(tmp_path):
     one = CliRunner().invoke(app, [*REPRODUCE, "--json", "--out", str(tmp_path / "one"), "--jobs", "1"])
     two = _run(tmp_path, *ISOFLAT, *REPRODUCE, "--json", "--out", "two")
@@ -81,6 +82,9 @@ def test_what_trains_has_the_weights_of_one_process_and_what_diverges_does_so_fo
     assert [cell["weights"] for cell in one.values()] == [cell["weights"] for cell in two.values()]
     assert sum("diverged" in cell["result"] for cell in two.values()) == 1
     assert not list((tmp_path / "two" / "store" / "under-way").iterdir())
+    (measured,) = (cell["result"]["points"][0]["rows"] for cell in two.values() if "points" in cell["result"])
+    assert measured[0]["settings"]["processes"] == 2
+    assert not any("no batch" in note for note in measured[0]["estimate"]["notes"])
 
 
 def test_workers_of_workers_are_refused_by_all(tmp_path):

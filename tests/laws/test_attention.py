@@ -539,7 +539,13 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITS)
+EDITS_TOO = {
+    "heads of torch's encoder", "rows of a hidden layer", "positions of GPT-2", "rotary planes of LLaMA"
+}  # fmt: skip
+"""Made to other layers as well, or to another network."""
+
+
+@pytest.mark.parametrize("edit", [pytest.param(e, marks=pytest.mark.slow) if e in EDITS_TOO else e for e in EDITS])
 def test_an_edit_by_hand_does_not_move_the_number(edit):
     name, change = EDITS[edit]
     if name not in ZOO:

@@ -11,7 +11,7 @@ from torch import nn
 import isoflat
 from cases.found import found_of
 from cases.transformers import TRANSFORMERS
-from cases.zoo import ZOO, thinned
+from cases.zoo import VARIANTS, ZOO, thinned
 from isoflat.core.precision import unrounded
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.geometry.canonical import GEOMETRY
@@ -54,7 +54,7 @@ HEAVY = {
 """Attacked like all others; that their representative is one point, and their frame right, is left to the slow tests."""
 
 TRAINED = {
-    "mlp-bias", "lenet-plain", "resnet-basic-batch", "resnet-bottleneck-group", "mobilenet-relu", "pre-norm-layer",
+    "mlp-bias", "lenet-bias", "resnet-basic-batch", "resnet-bottleneck-group", "mobilenet-relu", "pre-norm-layer",
     "post-norm-rms", "embedded", "shared-block", "frozen", "bilinear", "multihead-fused", "torch-encoder-pre-relu",
     "decoder-rms", "hugging-gpt2",
 }  # fmt: skip
@@ -97,7 +97,7 @@ def _distance(a, b):
     return max(float((p - q).norm()) / (float(p.norm()) or size) for p, q in pairs)
 
 
-@pytest.mark.parametrize("name", thinned(name for name in NAMES if name not in WRONG_PRODUCTS))
+@pytest.mark.parametrize("name", thinned((name for name in NAMES if name not in WRONG_PRODUCTS), VARIANTS))
 def test_attack_does_not_move_it(name):
     """At random weights."""
     net, data, found = _setting(name)
@@ -127,7 +127,7 @@ def _attack(name, start, data, found, seed, controls):
             assert max(plain.lower, moved.lower) > factor * min(plain.upper, moved.upper)
 
 
-@pytest.mark.parametrize("name", thinned(NAMES, HEAVY | SECOND))
+@pytest.mark.parametrize("name", thinned(NAMES, HEAVY | SECOND | VARIANTS))
 def test_representative_is_one_point_of_the_orbit(name):
     """The same function; reached from anywhere on the orbit; left alone by a second pass.
 
@@ -181,7 +181,9 @@ class Blocks(Geometry):
         return None
 
 
-@pytest.mark.parametrize("name", thinned((name for name in NAMES if name not in WRONG_PRODUCTS), HEAVY | FIRST))
+@pytest.mark.parametrize(
+    "name", thinned((name for name in NAMES if name not in WRONG_PRODUCTS), HEAVY | FIRST | VARIANTS)
+)
 def test_frame_and_moved_model_agree(name):
     """`S⁻ᵀ H S⁻¹` at the user's weights is H at the representative: D H D there, with another Hessian altogether.
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases.found import found_of
 from cases.transformers import TRANSFORMERS, Scores, llama
-from cases.zoo import TOKENS, ZOO, randomised, thinned
+from cases.zoo import TOKENS, VARIANTS, ZOO, randomised, thinned
 from isoflat.core.state import State
 from isoflat.symmetry.finding.discover import symmetries
 from isoflat.symmetry.found import Found
@@ -93,7 +93,7 @@ HEAVY = {
 """Left to the slow tests."""
 
 
-@pytest.mark.parametrize("name", thinned(sorted(set(LEFT) & set(ZOO)), HEAVY))
+@pytest.mark.parametrize("name", thinned(sorted(set(LEFT) & set(ZOO)), HEAVY | VARIANTS))
 def test_null_space_of_all_parameters_is_what_was_found(name):
     """Every generator at once: scalings, shifts, common vectors, and changes of basis."""
     net, inputs = _whole(name)
@@ -124,7 +124,7 @@ def _whole(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return _lively(name, 0.1)
 
 
-@pytest.mark.parametrize("name", thinned(NAMES, HEAVY))
+@pytest.mark.parametrize("name", thinned(NAMES, HEAVY | VARIANTS))
 def test_null_space_is_what_was_found(name):
     net, inputs = _lively(name)
     found = found_of(name, net, blind=False)

@@ -22,10 +22,10 @@ from isoflat.geometry.euclidean import GEOMETRY as PLAIN
 from isoflat.geometry.traced import Traced
 from isoflat.linalg.trace.base import deviation, mean, quantile
 from isoflat.measurement.groups import symmetries_of
-from isoflat.measurement.run import measure_all
+from isoflat.measurement.run import planned, tabulate
 from isoflat.measurement.subject import Subject, subject
 from isoflat.measures.base import Direction, Measure
-from isoflat.measures.catalogue import find_geometry, find_measure
+from isoflat.measures.catalogue import find_measure
 from isoflat.measures.settings import Keywords, Settings, takes_settings
 from isoflat.risk.batches import as_batches
 from isoflat.risk.network import exactly
@@ -113,19 +113,20 @@ def compare(
             "what isoflat.symmetries found belongs to one network: leave it out, and each network's own are found"
         )
     entries = [find_measure(name) for name in measures]
-    asked = [geometry] if isinstance(geometry, str | Geometry) else list(geometry)
-    places = {find_geometry(entry.geometry or place) for entry in entries for place in asked}
+    plan = planned(entries, [geometry] if isinstance(geometry, str | Geometry) else list(geometry))
+    places = {place for _, place in plan}
     batches, ranks = as_batches(data), Ranks.here()
 
     def prepare(model: torch.nn.Module) -> Subject:
         return subject(model, batches, loss, replace(chosen, initial=None))
 
-    known = ranks.on_all_ranks(lambda: _alike(models, prepare, places, declared or ()))
+    with ranks.agreeing():
+        known = _alike(models, prepare, places, declared or ())
     tables: dict[str, Table] = {}
     for label, model in models.items():
         with _about(label, but=UsageError):
-            own: Keywords = {**settings, "symmetries": known.get(label, declared)}
-            tables[label] = measure_all(model, batches, loss, measures=entries, geometry=asked, label=label, **own)
+            own = replace(chosen, symmetries=known.get(label, declared))
+            tables[label] = tabulate(model, batches, loss, plan, own, label)
             if omitted := tables[label].omitted:
                 raise UsageError(f"{omitted[0]}. Leave the measure out to compare the others")
         agree({name: _seen(table) for name, table in tables.items()})

@@ -73,7 +73,9 @@ def opened(
             bar.update()
 
         started = time.monotonic()
-        bound = ranks.on_all_ranks(lambda: with_groups(plan, target, settings), hashes)
+        with ranks.agreeing() as facts:
+            bound = with_groups(plan, target, settings)
+            facts |= hashes(bound)
         yield Measurement(at_equal_loss(target), settings, tuple(bound), label, report, started)
 
 
@@ -135,11 +137,12 @@ class Measurement:
         """The way products with the Hessian are made, written into points and settings: notes, and what can be certified."""
         risk, state, check = points[0].risk, self.subject.state, self.settings.check
         if Matrix.HESSIAN in matrices_of([key for point in points for key in self.asked(point)]):
-            choice = risk.ranks.on_all_ranks(
-                lambda: choose(risk, state, check), lambda choice: {"route": choice.route.__name__}
-            )
+            with risk.ranks.agreeing() as facts:
+                choice = choose(risk, state, check)
+                facts["route"] = choice.route.__name__
         else:
-            choice = Choice(Recomputed, risk.ranks.on_all_ranks(lambda: check_gradient(risk, state, check)))
+            with risk.ranks.agreeing():
+                choice = Choice(Recomputed, check_gradient(risk, state, check))
         subject = replace(self.subject, notes=(*self.subject.notes, *choice.notes))
         settings = self.settings if choice.exact else replace(self.settings, certify=False, sample=None)
         routed = [replace(point, settings=settings, route=choice.route) for point in points]

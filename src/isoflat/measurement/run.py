@@ -59,7 +59,8 @@ def measure(
     >>> round(measure(net, (x, y), torch.nn.MSELoss(), geometry="layerwise").value, 12)  # ‖w‖² · 2 E x² = 5
     5.0
     """
-    return measure_all(model, data, loss, measures=[measure], geometry=geometry, **settings).rows[0].estimate
+    chosen = Settings(**settings)  # pyrefly: ignore
+    return tabulate(model, data, loss, planned([measure], [geometry]), chosen).rows[0].estimate
 
 
 @takes_settings()
@@ -102,9 +103,35 @@ def measure_all(
     """
     chosen = Settings(**settings)  # pyrefly: ignore
     plan = planned(measures, [geometry] if isinstance(geometry, str | Geometry) else geometry)
-    ranks = Ranks.here(chosen.reproducible_sum)
-    with opened(lambda: subject(model, data, loss, chosen), plan, chosen, ranks, label) as measurement:
-        found = from_sample(measurement) if chosen.sample else measurement.results()
+    return tabulate(model, data, loss, plan, chosen, label, keep)
+
+
+def tabulate(
+    model: torch.nn.Module,
+    data: Any,
+    loss: Any,
+    plan: Plan,
+    settings: Settings,
+    label: str = "",
+    keep: Callable[[Record, torch.Tensor], None] | None = None,
+) -> Table:
+    """Measure a plan: one record for each entry, or the reason why there is none.
+
+    Args:
+        model: as for `isoflat.measure`.
+        data: as for `isoflat.measure`.
+        loss: as for `isoflat.measure`.
+        plan: measures, each with the geometry it is measured in.
+        settings: how the measurement is made.
+        label: what to call this network in tables.
+        keep: as for `measure_all`.
+
+    Raises:
+        IsoflatError: as for `isoflat.measure`, or none of the measures applies.
+    """
+    ranks = Ranks.here(settings.reproducible_sum)
+    with opened(lambda: subject(model, data, loss, settings), plan, settings, ranks, label) as measurement:
+        found = from_sample(measurement) if settings.sample else measurement.results()
         rows = tuple(result.record for result in found if isinstance(result, Result))
         refused = [result for result in found if isinstance(result, Refusal)]
         if not rows:

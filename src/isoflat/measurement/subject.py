@@ -168,10 +168,10 @@ def agreed(ranks: Ranks, prepare: Callable[[], Subject], settings: Settings, pla
     """The subject, prepared on every rank, and found to be the same on all.
 
     Args:
-        ranks: who shares the measurement.
-        prepare: the subject as each process was given it.
-        settings: how hard.
-        plan: what is measured.
+        ranks: processes that share the measurement.
+        prepare: makes the subject as this process was given it.
+        settings: how the measurement is made.
+        plan: measures, each with the geometry it is measured in.
 
     Raises:
         RanksDiffer: network, weights, data or settings differ; raised on all ranks.
@@ -181,30 +181,34 @@ def agreed(ranks: Ranks, prepare: Callable[[], Subject], settings: Settings, pla
     if ranks.world == 1:
         target = prepare()
         return replace(target, risk=replace(target.risk, ranks=ranks))
+    with ranks.agreeing() as facts:
+        target = _among(ranks, prepare, settings)
+        facts |= _facts(target, settings, plan)
+    return target
 
-    def work() -> Subject:
-        if settings.budget.seconds is not None:
-            raise UsageError(
-                "a budget of seconds ends a measurement by the clock, and several processes have several clocks: limit "
-                "the number of products instead"
-            )
-        target = prepare()
-        batches = target.risk.batches if ranks.ordered else target.risk.batches.among(ranks.world)
-        digests = [digest(batch) for batch in batches]
-        if not digests:
-            raise DataError("the data is empty: the loader gave no batch")
-        note = f"{ranks.world - len(digests)} of {ranks.world} processes had no batch: give the data in smaller ones"
-        return replace(
-            target,
-            risk=replace(target.risk, batches=batches.pinned(digests), ranks=ranks),
-            notes=(*target.notes, note) if len(digests) < ranks.world else target.notes,
+
+def _among(ranks: Ranks, prepare: Callable[[], Subject], settings: Settings) -> Subject:
+    """The subject with its batches dealt out to several processes."""
+    if settings.budget.seconds is not None:
+        raise UsageError(
+            "a budget of seconds ends a measurement by the clock, and several processes have several clocks: limit the "
+            "number of products instead"
         )
-
-    return ranks.on_all_ranks(work, lambda target: _facts(target, settings, plan))
+    target = prepare()
+    batches = target.risk.batches if ranks.ordered else target.risk.batches.among(ranks.world)
+    digests = [digest(batch) for batch in batches]
+    if not digests:
+        raise DataError("the data is empty: the loader gave no batch")
+    note = f"{ranks.world - len(digests)} of {ranks.world} processes had no batch: give the data in smaller ones"
+    return replace(
+        target,
+        risk=replace(target.risk, batches=batches.pinned(digests), ranks=ranks),
+        notes=(*target.notes, note) if len(digests) < ranks.world else target.notes,
+    )
 
 
 def _facts(target: Subject, settings: Settings, plan: Plan) -> Mapping[str, str]:
-    """What must be the same, by name; weights and data as hashes."""
+    """Facts that must be the same on all processes, by name; weights and data as hashes."""
     risk, state = target.risk, target.state
     asked = {name: str(getattr(settings, name)) for name in _NUMERIC}
     limits = {f"budget's {field.name}": str(getattr(settings.budget, field.name)) for field in fields(Budget)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import final
 
 from torch import Tensor
@@ -141,15 +141,15 @@ class EvaluationPoint:
         refused: dict[Matrix, IsoflatError] = {}
         for matrix in matrices:
             try:
-                whole, graph = risk.ranks.on_all_ranks(partial(matrix.over, inside, state))
+                with risk.ranks.agreeing():
+                    whole, graph = matrix.over(inside, state)
             except NOT_APPLICABLE as error:
                 refused[matrix] = error
                 continue
             way = self.route if matrix is Matrix.HESSIAN else Recomputed
-            planned = risk.ranks.on_all_ranks(
-                partial(plan, whole, state, way, own, memory // len(matrices), graph),
-                lambda made: {"plan of products": str(made)},
-            )
+            with risk.ranks.agreeing() as facts:
+                planned = plan(whole, state, way, own, memory // len(matrices), graph)
+                facts["plan of products"] = str(planned)
             self.report(str(planned))
             parts = _parts(whole, seen, planned)
             costs = tuple(float(len(part)) for part in by_hardness(seen.hardness))

@@ -21,7 +21,6 @@ from isoflat.core.rng import stream
 from isoflat.core.state import State, everywhere
 from isoflat.symmetry.canonical.gain_folding import kept
 from isoflat.symmetry.finding.constraints import Ledger
-from isoflat.symmetry.finding.graph import skeleton
 from isoflat.symmetry.finding.relations import Form, Solution
 from isoflat.symmetry.finding.solve import effective, scaling
 from isoflat.symmetry.groups.base import Symmetry
@@ -44,6 +43,7 @@ class Found:
 
     Attributes:
         model: the network.
+        skeleton: a copy of its structure, in evaluation mode, on which outputs are computed at other tensors.
         args: positional inputs that it was traced on, two rows.
         kwargs: keyword inputs.
         ledger: unknowns and relations.
@@ -57,6 +57,7 @@ class Found:
     """
 
     model: nn.Module
+    skeleton: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     ledger: Ledger
@@ -148,7 +149,7 @@ class Found:
 
     def kept(self, state: State) -> frozenset[str]:
         """Gains that stay where they are at a state, because they or their readers are held: what is behind is not covered."""
-        return kept(self.ledger, self.solution, state)
+        return kept(self.ledger, self.solution, self.free, state)
 
     def act(self, state: State, element: Iterable[Tensor]) -> State:
         """Apply an element of each exact group."""
@@ -163,16 +164,15 @@ class Found:
 
         If the loss ignores a constant added to all scores of an example, so does this.
         """
-        shadow = self._shadow
         for path, value in state.constants.items():
-            holder, name = _holder(shadow, path)
+            holder, name = _holder(self.skeleton, path)
             setattr(holder, name, value)
         dtype = state.dtype
         inputs = [_cast(value, dtype) for value in (self.args if args is None else args)]
         named = {key: _cast(value, dtype) for key, value in (self.kwargs if kwargs is None else kwargs).items()}
         with torch.no_grad(), unrounded(dtype), sdpa_kernel(SDPBackend.MATH):
-            swapped = everywhere(shadow, state.tensors)
-            result = torch.func.functional_call(shadow, swapped, tuple(inputs), named, tie_weights=False)
+            swapped = everywhere(self.skeleton, state.tensors)
+            result = torch.func.functional_call(self.skeleton, swapped, tuple(inputs), named, tie_weights=False)
         tensors = [t.double() for t in _tensors(result) if t.is_floating_point()]
         if self.blind and len(tensors) == 1 and tensors[0].ndim > 1:
             tensors = [tensors[0] - tensors[0].mean(1, keepdim=True)]
@@ -248,10 +248,6 @@ class Found:
     def report(self) -> tuple[Line, ...]:
         """Groups of one kind with their dimensions and tensors, then what is not claimed and why."""
         return lines(self)
-
-    @cached_property
-    def _shadow(self) -> nn.Module:
-        return skeleton(self.model)
 
     def __str__(self) -> str:
         """The report as text."""

@@ -12,12 +12,13 @@ from torch import Tensor
 from isoflat.core.state import State
 from isoflat.symmetry.finding.constraints import Ledger
 from isoflat.symmetry.finding.relations import ZERO, Solution
-from isoflat.symmetry.finding.solve import scaling
 from isoflat.symmetry.groups.translation import deviation
-from isoflat.symmetry.groups.units import Exponents
+from isoflat.symmetry.groups.units import Exponents, UnitScaling
 
 
-def folds(ledger: Ledger, solution: Solution, state: State) -> tuple[list[int], list[float], dict[str, Tensor]]:
+def folds(
+    ledger: Ledger, solution: Solution, group: UnitScaling, state: State
+) -> tuple[list[int], list[float], dict[str, Tensor]]:
     """Unknowns that are fixed before anything is minimised, and their values; gains' entries that go into readers."""
     fixed: list[int] = []
     targets: list[float] = []
@@ -27,7 +28,7 @@ def folds(ledger: Ledger, solution: Solution, state: State) -> tuple[list[int], 
         fixed += running.deviation[torch.from_numpy(moves)].tolist()
         targets += (-logs[torch.from_numpy(moves)]).tolist()
     folded: dict[str, Tensor] = {}
-    for name, mask in _foldable(ledger, solution, state).items():
+    for name, mask in _foldable(ledger, solution, group, state).items():
         gain = state.tensors[name].cpu().reshape(-1)
         mask = mask & (gain != 0)
         if bool(mask.any()):
@@ -37,34 +38,33 @@ def folds(ledger: Ledger, solution: Solution, state: State) -> tuple[list[int], 
     return fixed, targets, folded
 
 
-def foldable(ledger: Ledger, solution: Solution) -> dict[str, NDArray[np.bool_]]:
+def foldable(ledger: Ledger, solution: Solution, group: UnitScaling) -> dict[str, NDArray[np.bool_]]:
     """Entries of gains whose scale only they, their offset and columns of weights have."""
-    return {name: fine for name, (fine, _) in _columns(ledger, solution, frozenset()).items()}
+    return {name: fine for name, (fine, _) in _columns(ledger, solution, group, frozenset()).items()}
 
 
-def kept(ledger: Ledger, solution: Solution, state: State) -> frozenset[str]:
+def kept(ledger: Ledger, solution: Solution, group: UnitScaling, state: State) -> frozenset[str]:
     """Gains that are not folded at a state, or not wholly: what is mixed behind them is not covered there."""
-    masks = _foldable(ledger, solution, state)
+    masks = _foldable(ledger, solution, group, state)
     whole = {name for name, mask in masks.items() if bool((mask & (state.tensors[name].cpu().reshape(-1) != 0)).all())}
     return frozenset(ledger.gains - whole)
 
 
-def _foldable(ledger: Ledger, solution: Solution, state: State) -> dict[str, Tensor]:
+def _foldable(ledger: Ledger, solution: Solution, group: UnitScaling, state: State) -> dict[str, Tensor]:
     """Entries of gains that are folded at a state.
 
     A gain is kept where it can be trained and some reader cannot: folding would take the freedom away.
     """
     result: dict[str, Tensor] = {}
-    for name, (fine, frozen) in _columns(ledger, solution, state.parameters.keys()).items():
+    for name, (fine, frozen) in _columns(ledger, solution, group, state.parameters.keys()).items():
         result[name] = torch.from_numpy(fine & ~frozen if name in state.parameters else fine)
     return result
 
 
 def _columns(
-    ledger: Ledger, solution: Solution, trainable: Collection[str]
+    ledger: Ledger, solution: Solution, group: UnitScaling, trainable: Collection[str]
 ) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
     """For each gain, entries that may be folded, and those of them that something frozen reads."""
-    group = scaling(ledger, solution)
     d = solution.dimension
     as_row, barred = np.zeros(d, dtype=int), np.zeros(d, dtype=bool)
     frozen_reader = np.zeros(d, dtype=bool)

@@ -222,12 +222,12 @@ def _least(found: Found, state: State, exact: tuple[Form, ...]) -> _Orbit:
     moved, shears = settle(found, common.act(state, common.slice(state) * common.mask(found.kept(state))))
     del state  # of a large network, every state that is no longer needed counts
     before = effective(ledger, ledger.scales.solve(exact)) if exact else found.solution
-    fixed, targets, folded = folds(ledger, before, moved)
+    first = scaling(ledger, before) if exact else found.free
+    fixed, targets, folded = folds(ledger, before, first, moved)
     rows = before.rows(torch.tensor(fixed, dtype=torch.int64))
     particular = (
         lsmr(rows, np.array(targets), atol=1e-16, btol=1e-16, conlim=0)[0] if fixed else np.zeros(before.dimension)
     )
-    first = scaling(ledger, before)
     folded_state = first.act(moved, torch.from_numpy(particular))
     logs = _add({}, first.tensors, particular)
     still = (*exact, *({x: Fraction(1)} for x in fixed))

@@ -17,7 +17,9 @@ SOFTMAX = {
 }  # fmt: skip
 """Operations that forget a constant common to all entries along their axis (their second argument)."""
 
-CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.type_as.default"}
+CASTS = {
+    "aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default",
+}  # fmt: skip
 
 _SAME = {
     *COPIES, *CASTS, "aten.neg.default", "aten.avg_pool1d.default", "aten.avg_pool2d.default", "aten.avg_pool3d.default",

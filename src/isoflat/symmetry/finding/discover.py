@@ -27,7 +27,7 @@ from isoflat.symmetry.finding.means import means
 from isoflat.symmetry.finding.relations import Form, Solution
 from isoflat.symmetry.finding.rules import Rule, rules
 from isoflat.symmetry.finding.rules.elementwise import nonlinear
-from isoflat.symmetry.finding.solve import effective, translation
+from isoflat.symmetry.finding.solve import effective, scaling, translation
 from isoflat.symmetry.finding.values import Activation, Known, Stored, Value
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups.basis import BasisChange, Family, families, scales
@@ -105,7 +105,9 @@ def discover(
     for symmetry in declared:
         symmetry.declare(ledger, State(tensors))
     solution = effective(ledger, ledger.scales.solve())
-    folded = frozenset(name for name, fine in foldable(ledger, solution).items() if fine.all())
+    folded = frozenset(
+        name for name, fine in foldable(ledger, solution, scaling(ledger, solution)).items() if fine.all()
+    )
     constants = {node: value for node, value in values.items() if isinstance(value, Known)}
     legs = follow(graph, constants, folded, frozenset(ledger.normalised))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -117,6 +119,7 @@ def discover(
     )
     found = Found(
         model,
+        graph.module,
         args,
         kwargs,
         ledger,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,12 +114,11 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], k
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad(), _plain_attention():
         warnings.simplefilter("ignore")
         try:
-            program = torch.export.export(traced, args, dict(kwargs), strict=False).run_decompositions({})
-            for _ in range(4):
-                unknown = {node.target for node in program.graph.nodes if _unknown(node, known)}
-                table = {op: rule for op, rule in torch.export.default_decompositions().items() if op in unknown}
-                if not table:
-                    break
+            program = torch.export.export(traced, args, dict(kwargs), strict=False)
+            program.graph.eliminate_dead_code()
+            if not all(_has_rule(node, known) for node in _depending(program)):
+                # One pass takes apart all of them, and what they are made of, and writes side effects as values.
+                table = {op: rule for op, rule in torch.export.default_decompositions().items() if not known(str(op))}
                 program = program.run_decompositions(table)
         except Exception as error:  # whatever the tracer or the user's forward raises
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -163,5 +163,40 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _unknown(node: Node, known: Callable[[str], bool]) -> bool:
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not known(str(node.target))
+def _depending(program: torch.export.ExportedProgram) -> Iterator[Node]:
+    """Operations on the input or a parameter, and those that no table of constants can stand for."""
+    constants = program.graph_signature.inputs_to_lifted_tensor_constants
+    depending: set[Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name not in constants:
+            depending.add(node)
+        elif node.op not in ("placeholder", "output") and (
+            not _is_constant_function(node) or not depending.isdisjoint(node.all_input_nodes)
+        ):
+            depending.add(node)
+            yield node
+
+
+def _has_rule(node: Node, known: Callable[[str], bool]) -> bool:
+    """Whether a rule covers an operation as it is written, with nothing taken apart and no side effect left."""
+    operation = node.target
+    if not isinstance(operation, torch._ops.OpOverload):
+        return operation is operator.getitem
+    draws = _TRAINING.get(str(operation))
+    if draws is not None and (len(node.args) <= draws or node.args[draws] is not False):
+        return False
+    return known(str(operation)) and not operation._schema.is_mutable
+
+
+_TRAINING = {"aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten.alpha_dropout.default": 2}
+"""Operations that draw random numbers in training, with the argument that says so."""
+
+
+def _is_constant_function(node: Node) -> bool:
+    """Whether an operation gives the same result for the same arguments and changes none of them."""
+    operation = node.target
+    return operation is operator.getitem or (
+        isinstance(operation, torch._ops.OpOverload)
+        and not operation._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in operation.tags
+    )

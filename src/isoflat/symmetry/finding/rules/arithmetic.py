@@ -42,6 +42,11 @@ def chosen(ledger: Ledger, node: Node, condition: Value, a: Value, b: Value) -> 
     return Activation(made.scale.expand(shape), made.shift.expand(shape))
 
 
+def filled(ledger: Ledger, node: Node, x: Value, mask: Value, value: Value) -> Activation:
+    """`masked_fill`: the same as `where(mask, value, x)`."""
+    return chosen(ledger, node, mask, value, x)
+
+
 def product(ledger: Ledger, node: Node, a: Value, b: Value) -> Activation:
     """`a · b`."""
     return _product(ledger, node, a, b, 1)
@@ -172,6 +177,7 @@ RULES = {
     "aten.where.self": chosen,
     "aten.where.ScalarOther": chosen,
     "aten.where.ScalarSelf": chosen,
+    "aten.masked_fill.Scalar": filled,
     "aten.mul.Tensor": product,
     "aten.mul.Scalar": product,
     "aten.div.Tensor": quotient,

@@ -115,6 +115,7 @@ RULES = {
     "aten._to_copy.default": cast,
     "aten.to.dtype": cast,
     "aten.to.dtype_layout": cast,
+    "aten.to.device": cast,
     "aten.type_as.default": cast,
     "aten.cat.default": joined,
     "aten.stack.default": joined,
