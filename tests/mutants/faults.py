@@ -63,7 +63,7 @@ CERTIFICATE = (
         ("(1 - self.whole.confidence) / 2", "1 - self.whole.confidence", _PARTS_BUDGET),
         ("confidence=1 - self.failure, max_products", "confidence=self.whole.confidence, max_products", _PARTS_BUDGET),
     ),
-    *_of("certificate", "linalg/eigen/complement.py", ("aim.failure / len(levels)", "aim.failure", _PARTS_BUDGET)),
+    *_of("certificate", "linalg/eigen/complement.py", ("rule.failure / len(levels)", "rule.failure", _PARTS_BUDGET)),
     *_of(
         "certificate", "linalg/eigen/attempt.py",
         ("(1 - self.task.confidence) / (self.attempts * (self.attempts + 1))", "1 - self.task.confidence",
@@ -80,11 +80,11 @@ EIGEN = (
         "eigen", "linalg/eigen/lanczos.py",
         ("recurrence.n, 1 - self.confidence)", "recurrence.n, self.confidence)",
          "unit/test_lanczos.py::test_more_confidence_costs_products"),
-        ("noise = surprise + recurrence.rounding", "noise = recurrence.rounding",
+        ("noise = discrepancy + recurrence.rounding", "noise = recurrence.rounding",
          "unit/test_lanczos.py::test_what_products_are_off_by_is_noise_and_widens_the_interval"),
         ("chosen = -1 if view.wanted is view.top else 0", "chosen = 0 if view.wanted is view.top else -1",
          "unit/test_lanczos.py::test_known_spectra"),
-        ("residual = space.norm(torch.sub(fresh, vector, alpha=value))", "residual = surprise",
+        ("residual = space.norm(torch.sub(fresh, vector, alpha=value))", "residual = discrepancy",
          "unit/test_lanczos.py::test_known_spectra"),
     ),
     *_of(
@@ -112,7 +112,7 @@ EIGEN = (
     ),
     *_of(
         "eigen", "linalg/eigen/attempt.py",
-        ('fresh_stream(draw, "certificate", fingerprint(seen))', 'fresh_stream(draw, "certificate")',
+        ('fresh_stream(draw, "certificate", fingerprint(warm))', 'fresh_stream(draw, "certificate")',
          "unit/test_eigenpairs.py::test_certificate_does_not_know_what_an_earlier_run_drew"),
         ("np.minimum(self.highs, highs)", "np.maximum(self.highs, highs)", _EIGENPAIRS),
     ),
@@ -241,8 +241,8 @@ WEIGHTING = (
         "weighting", "risk/empirical.py",
         ("count = found.count if self.of is None else self.of", "count = found.count", _UNBIASED),
         ("*tally.gradient(index, gradients)]), term.count)", "*tally.gradient(index, gradients)]), term.rows)", _MEANS),
-        ("return Part(term.total.detach().reshape(1).double(), term.count)",
-         "return Part(term.total.detach().reshape(1).double(), 1.0)",
+        ("return BatchSum(term.total.detach().reshape(1).double(), term.count)",
+         "return BatchSum(term.total.detach().reshape(1).double(), 1.0)",
          _MEANS),
         ("self.correct += int(", "self.correct = int(", _IGNORED),
     ),
@@ -437,8 +437,8 @@ PRODUCTS = (
     ),
     *_of(
         "products", "risk/routes/reverse.py",
-        ("Part(graph.products(wide, last=True), graph.count)", "Part(graph.products(wide, last=True), len(wide))", _DENSE),
-        ("Part(graph.products(wide, last=False), graph.count)", "Part(graph.products(wide, last=False), 1.0)", _DENSE),
+        ("BatchSum(graph.products(wide, last=True), graph.count)", "BatchSum(graph.products(wide, last=True), len(wide))", _DENSE),
+        ("BatchSum(graph.products(wide, last=False), graph.count)", "BatchSum(graph.products(wide, last=False), 1.0)", _DENSE),
         ("retain_graph=not last or k + 1 < len(vectors)", "retain_graph=not last and k + 1 < len(vectors)", _DENSE),
     ),
     *_of(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cases.operators import Job, in_lockstep
 from isoflat.core.rng import stream
-from isoflat.linalg.eigen.complement import Aim, RitzBasis, complement_bounds
+from isoflat.linalg.eigen.complement import RitzBasis, StoppingRule, complement_bounds
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
@@ -184,7 +184,7 @@ def test_bounds_on_the_complement_add_up_over_parts():
     operator = Sum((Dense(torch.diag(values)), Dense(torch.diag(2 * values))), (1.0, 1.0))
     known = torch.eye(30, dtype=torch.float64)[0]
     trial = RitzBasis.of([known], [operator.matmat(known[:, None])[:, 0]])
-    aim = Aim(1e-6, lambda left: left.upper <= 3.2, lambda more: more <= 60)
+    aim = StoppingRule(1e-6, lambda left: left.upper <= 3.2, lambda more: more <= 60)
     steps = complement_bounds(trial, Domain.of(operator), stream(0), ((0,), (1,)), aim)
     asked = next(steps)
     try:

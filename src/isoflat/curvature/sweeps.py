@@ -1,4 +1,4 @@
-"""Backward passes of the output along given directions, and what they tell of single rows.
+"""Backward passes of the output along given directions, and the gradients of single rows that follow.
 
 For the Gauss-Newton matrix there is one for each class, the square roots of softmax cross-entropy's Hessian in the output:
 with `diag(p) − p pᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ` the Gauss-Newton matrix is a sum of squares over targets t and classes c,
@@ -32,7 +32,7 @@ from isoflat.risk.routes.output import check_output, output_of
 
 
 def check_softmax(risk: EmpiricalRisk, state: State) -> None:
-    """Whether the loss is softmax cross-entropy of the model's output.
+    """Check that the loss is softmax cross-entropy of the model's output.
 
     Raises:
         UsageError: it is not.
@@ -75,12 +75,12 @@ class Sweeps:
     """One batch's output with its graph, and the layers called on the way.
 
     Attributes:
-        batch: of the data.
-        leaves: the trainable tensors.
-        calls: of linear layers, in turn.
-        z: the output.
-        target: what the loss compares it with.
-        count: counted targets or their weights.
+        batch: batch of the data.
+        leaves: trainable tensors as leaves of the graph.
+        calls: calls of linear layers, in turn.
+        z: output of the model.
+        target: target that the loss compares z with.
+        count: number of counted targets, or sum of their weights.
     """
 
     batch: Any
@@ -152,12 +152,12 @@ class Sweeps:
 @final
 @dataclass(frozen=True)
 class Pass:
-    """A mean over the data of something of each batch's output and what led to it.
+    """Request for a mean over the data of a function of each batch's output and its graph.
 
     Attributes:
-        part: a batch's share of the sum, shape `(entries,)`.
-        entries: how many numbers it is.
-        status: what is under way, for a progress bar.
+        part: function that gives a batch's share of the sum, shape `(entries,)`.
+        entries: length of that share.
+        status: current activity in words, for a progress bar.
     """
 
     part: Callable[[Sweeps], Tensor]
@@ -166,7 +166,7 @@ class Pass:
 
 
 def accumulated(risk: EmpiricalRisk, state: State, passes: Sequence[Pass]) -> list[Tensor]:
-    """Every pass from a single forward pass over the data: each of shape `(entries,)`, float64."""
+    """Means of several passes from a single forward pass over the data: each of shape `(entries,)`, float64."""
 
     def per_batch(index: int, batch: Any) -> BatchSum:
         sweeps = Sweeps.record(risk, state, batch)
@@ -226,10 +226,10 @@ def pulled(
     """`Jᵀ` of a single row on every direction in turn, by tensor.
 
     Args:
-        along: which.
-        output: of the row (`curvature.rows`).
-        tensors: what it is a function of.
-        target: of the row, with a leading dimension.
+        along: directions.
+        output: output of the row (`curvature.rows`).
+        tensors: tensors that it is a function of.
+        target: target of the row, with a leading dimension.
     """
     z, pull = torch.func.vjp(output, tensors)  # pyrefly: ignore
     for cotangent in along(z, target):

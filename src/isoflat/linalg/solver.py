@@ -147,7 +147,7 @@ class SingleProduct(Solver[Tensor]):
 
 @final
 @dataclass(frozen=True, eq=False)
-class Product:
+class PendingProduct:
     """Products that are waited for, and the operator that they are of.
 
     Attributes:
@@ -159,18 +159,18 @@ class Product:
     request: Request
 
 
-def products_of(solver: Solver[R], operator: Pullback, stream: torch.Generator) -> Generator[Product, Tensor, R]:
+def products_of(solver: Solver[R], operator: Pullback, stream: torch.Generator) -> Generator[PendingProduct, Tensor, R]:
     """A solver on an operator as a coroutine: what it yields can be served together with what others wait for."""
     steps = solver.steps(Domain.of(operator), stream)
     try:
         request = next(steps)
         while True:
-            request = steps.send((yield Product(operator, request)))
+            request = steps.send((yield PendingProduct(operator, request)))
     except StopIteration as done:
         return done.value
 
 
-def serve(waiting: Sequence[Product], source: Operator) -> list[Tensor]:
+def serve(waiting: Sequence[PendingProduct], source: Operator) -> list[Tensor]:
     """Products in one pass over the data, in order.
 
     Args:
@@ -183,7 +183,7 @@ def serve(waiting: Sequence[Product], source: Operator) -> list[Tensor]:
     return [_pulled(one, part) for one, part in zip(waiting, products.split(widths, dim=1), strict=True)]
 
 
-def _pulled(waiting: Product, products: Tensor) -> Tensor:
+def _pulled(waiting: PendingProduct, products: Tensor) -> Tensor:
     """The products seen through the frame, in float64 where they were asked for so."""
     operator, request = waiting.operator.some(waiting.request.parts), waiting.request
     if request.double and operator.plus is not None:
@@ -194,12 +194,12 @@ def _pulled(waiting: Product, products: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """What a job returned, and its share of the bill.
+    """Result of a solver, and its share of the cost.
 
     Attributes:
-        result: of the solver.
-        products: with all of the operator; those with parts of a sum count by their share of the cost, rounded up.
-        seconds: shared passes divided by the columns.
+        result: result of the solver.
+        products: number of products with the whole operator; those with parts count by their share, rounded up.
+        seconds: time of its passes over the data, shared passes divided by the columns.
     """
 
     result: Any

@@ -1,8 +1,8 @@
 """The scheduler: coroutines advanced in step, so that one pass over the data serves all that wait for one.
 
-A coroutine yields one of three requests and is sent what it asked for: products with a matrix (`linalg.solver.Product`), a
-sum over the data of something of each batch's output (`curvature.sweeps.Pass`), or the loss at other weights
-(`risk.moved.AtWeights`).
+A coroutine yields one of three requests and is sent what it asked for: products with a matrix
+(`linalg.solver.PendingProduct`), a sum over the data of something of each batch's output (`curvature.sweeps.Pass`), or the
+loss at other weights (`risk.moved.AtWeights`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from isoflat.core.errors import IsoflatError
 from isoflat.curvature.sweeps import Pass, Sweeps, accumulated
 from isoflat.geometry.base import Geometry
 from isoflat.linalg.operator import Operator, Pullback
-from isoflat.linalg.solver import Domain, Outcome, Product, Solver, products_of, serve
+from isoflat.linalg.solver import Domain, Outcome, PendingProduct, Solver, products_of, serve
 from isoflat.measures.base import Question, Steps
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint
 from isoflat.risk.moved import AtWeights, evaluate
@@ -50,7 +50,7 @@ class Task:
     point: EvaluationPoint | None = None
     owner: Task | None = None
     steps: Steps[Any] | None = None
-    request: Product | Pass | AtWeights | None = None
+    request: PendingProduct | Pass | AtWeights | None = None
     value: Any = None
     error: IsoflatError | None = None
     done: bool = False
@@ -90,11 +90,11 @@ class Task:
         # Shares of a sum add up to one but for rounding.
         return Outcome(self.value, math.ceil(round(self.products, 9)), self.seconds + borne)
 
-    def _first(self) -> Product | Pass | AtWeights:
+    def _first(self) -> PendingProduct | Pass | AtWeights:
         self.steps = self.start(*(task.value for task in self.requires))
         return next(self.steps)
 
-    def _run(self, step: Callable[[], Product | Pass | AtWeights]) -> None:
+    def _run(self, step: Callable[[], PendingProduct | Pass | AtWeights]) -> None:
         started = time.monotonic()
         self.request = None
         try:
@@ -249,7 +249,7 @@ def _multiply(waiting: Sequence[Task], doubles: list[tuple[Operator, Operator]],
         doubles: operators with their twins in float64, as far as these were made; more are added.
         report: called with a status line.
     """
-    asked = {task: task.request for task in waiting if isinstance(task.request, Product)}
+    asked = {task: task.request for task in waiting if isinstance(task.request, PendingProduct)}
     base = next(iter(asked.values())).operator.base
     asked = {task: one for task, one in asked.items() if one.operator.base is base}
     precise = next((twin for known, twin in doubles if known is base), None)

@@ -409,7 +409,7 @@ def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Chec
     if not all(map(math.isfinite, (value, near, stored.residual or 0.0))):
         return case.refused("value, residual or the end next to it are not finite: no measurement writes that")
     came = factor * (abs(seen.rayleigh) if which is Which.MAGNITUDE else sign * seen.rayleigh)
-    residual, reach = factor * seen.residual, sign * factor * seen.reach(which)
+    residual, reach = factor * seen.residual, sign * factor * seen.proved(which)
     eps = torch.finfo(getattr(torch, record.settings["dtype"])).eps
     fine = factor * (seen.rounding + loose)
     width = far - near if math.isfinite(far - near) else (stored.residual or 0.0)

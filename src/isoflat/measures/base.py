@@ -18,7 +18,7 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.curvature.sweeps import Pass
 from isoflat.geometry.base import Geometry, Invariance
 from isoflat.linalg.operator import Pullback
-from isoflat.linalg.solver import Outcome, Product, Solver, products_of
+from isoflat.linalg.solver import Outcome, PendingProduct, Solver, products_of
 from isoflat.measures.point import EvaluationPoint
 from isoflat.measures.settings import Settings
 from isoflat.risk.moved import AtWeights
@@ -33,7 +33,7 @@ class Direction(StrEnum):
     HIGHER_IS_FLATTER = "higher is flatter"
 
 
-Steps = Generator[Product | Pass | AtWeights, Any, T]
+Steps = Generator[PendingProduct | Pass | AtWeights, Any, T]
 """An answer under way: a request is yielded, and what it gives is sent."""
 
 

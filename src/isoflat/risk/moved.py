@@ -1,4 +1,4 @@
-"""The loss, and its gradient, at other weights: what searches of finite radius and random walks ask for."""
+"""Losses and gradients at other weights, which searches of finite radius and random walks ask for."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class AtWeights:
     Attributes:
         risk: the empirical risk.
         state: the weights, in the precision in which the loss is computed.
-        gradient: whether the gradient is asked for as well.
+        gradient: flag that the gradient is asked for as well.
         batch: a batch of the data instead of all of it; every process then computes it by itself.
-        status: what is under way, for a progress bar.
+        status: current activity in words, for a progress bar.
     """
 
     risk: EmpiricalRisk
@@ -37,7 +37,7 @@ class AtWeights:
     status: str = ""
 
     def shares_a_pass_with(self, other: AtWeights) -> bool:
-        """Whether one pass over the data serves both."""
+        """Test of whether one pass over the data serves both."""
         return self.batch is None and other.batch is None and self.risk is other.risk
 
 

@@ -76,8 +76,8 @@ def counted(lower: Reals, upper: Reals, size: int, probes: int, failure: float) 
     most = np.floor(size * (upper + error)).clip(0, size).astype(np.int64)
 
     near_ends = _NearEnds(size, probes, failure / 2)
-    fewest = _first(lambda j: near_ends.reach(j, lower), len(lower), size)
-    rest = _first(lambda j: near_ends.fit(size - j, upper), len(upper), size)
+    fewest = _first(lambda j: near_ends.may_carry_at_least(j, lower), len(lower), size)
+    rest = _first(lambda j: near_ends.may_carry_at_most(size - j, upper), len(upper), size)
     return np.maximum(least, fewest), np.minimum(most, size - rest)
 
 
@@ -93,7 +93,7 @@ class _NearEnds:
     probes: int
     failure: float
 
-    def reach(self, j: Whole, mass: Reals) -> Flags:
+    def may_carry_at_least(self, j: Whole, mass: Reals) -> Flags:
         """Test of whether j eigenvalues may carry at least this mass."""
         from scipy.special import betaincc
 
@@ -101,7 +101,7 @@ class _NearEnds:
         much = betaincc(*few, mass) >= self._tolerated(j)
         return np.where(inside, much, (j == self.size) | (mass <= 0))
 
-    def fit(self, j: Whole, mass: Reals) -> Flags:
+    def may_carry_at_most(self, j: Whole, mass: Reals) -> Flags:
         """Test of whether j eigenvalues may carry at most this mass."""
         from scipy.special import betainc
 

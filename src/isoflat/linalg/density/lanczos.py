@@ -289,7 +289,7 @@ def _removed(rows: Sequence[Tensor], block: int) -> Steps[_DeflatedPart]:
         status = f"spectrum: outlier {len(images) + 1} of {len(rows)}"
         images += (yield Request(columns, double=True, status=status)).unbind(1)
     trial = RitzBasis.of(basis.unbind(1), images)
-    outliers = [Outlier(float(value), trial.defect(j)) for j, value in enumerate(trial.values)]
+    outliers = [Outlier(float(value), trial.residual(j)) for j, value in enumerate(trial.values)]
     return _DeflatedPart(trial.vectors, tuple(outliers), float(np.linalg.norm(trial.coupling)))
 
 

@@ -34,12 +34,12 @@ class Attempt:
         attempts: number of attempts at a certificate.
         length: products of the last certificate; 0 where it did not come to its end.
         final: flag that the search has no budget left, so that its present vectors must do.
-        tight: factor on the tolerance that the search aims for, for each pair.
-        poor: mask of pairs that miss the tolerance whatever the bounds on the rest.
-        blamed: mask of pairs whose residuals are the reason.
+        factors: factor on the tolerance that the search aims for, for each pair.
+        insufficient: mask of pairs that miss the tolerance whatever the bounds on the rest.
+        responsible: mask of pairs whose residuals are the reason.
         highs: best bounds from above so far, in the order of `Verified.bounds`.
         lows: best bounds from below so far, in the same order.
-        reach: largest magnitude met on complements.
+        magnitude: largest magnitude met on complements.
     """
 
     def __init__(self, task: EigenpairSolver, domain: Domain, stream: torch.Generator) -> None:
@@ -48,15 +48,15 @@ class Attempt:
         self.top, self.bottom = min(task.largest, domain.n), min(task.smallest, domain.n)
         self.wanted = min(self.top + self.bottom, domain.n)
         self.spent = self.attempts = self.length = 0
-        self.final, self.reach = False, 0.0
-        self.tight = np.full(self.top + self.bottom, 0.25 if task.certify else 1.0)
-        self.poor = self.blamed = np.zeros(self.top + self.bottom, dtype=bool)
+        self.final, self.magnitude = False, 0.0
+        self.factors = np.full(self.top + self.bottom, 0.25 if task.certify else 1.0)
+        self.insufficient = self.responsible = np.zeros(self.top + self.bottom, dtype=bool)
         self.highs, self.lows = np.full(self.top + 1, math.inf), np.full(self.bottom + 1, -math.inf)
         draw = int(torch.randint(2**62, (1,), generator=stream))
         self.search = task.search(domain, stream)
         # A warm start may come from an earlier run with the same stream, and know what is drawn from it.
-        seen = "" if task.start is None else task.start.detach().double().cpu().numpy().tobytes()
-        self.stream = fresh_stream(draw, "certificate", fingerprint(seen))
+        warm = "" if task.start is None else task.start.detach().double().cpu().numpy().tobytes()
+        self.stream = fresh_stream(draw, "certificate", fingerprint(warm))
 
     def steps(self) -> Steps[Pairs]:
         """Search, verify and certify until every pair is good enough or the budget is spent."""
@@ -97,7 +97,7 @@ class Attempt:
 
     def _good(self, verified: Verified) -> bool:
         """Test of whether every pair meets the tolerance."""
-        reached = verified.widths(self.highs, self.lows, self.reach) if self.task.certify else verified.defects
+        reached = verified.widths(self.highs, self.lows, self.magnitude) if self.task.certify else verified.residuals
         return bool((reached <= self._targets(verified)).all())
 
     def _goals(self) -> dict[int, float]:
@@ -110,7 +110,7 @@ class Attempt:
         scale = self.search.scale
         values, residuals = (numbers / scale for numbers in self.search.ritz())
         places = slots(len(values), self.top, self.bottom)
-        excess = self.tight * self.task.rtol * np.abs(values[places])
+        excess = self.factors * self.task.rtol * np.abs(values[places])
         goals = excess.copy()
         if self.task.certify and len(values) > self.wanted:
             gaps = np.zeros(len(places))
@@ -150,10 +150,10 @@ class Attempt:
     def _tighten(self) -> bool:
         """Ask the search for more, of those pairs that need it; False if rounding leaves nothing to ask for."""
         better = ~self._settled()
-        chosen = better & self.blamed if (better & self.blamed).any() else better & self.poor
+        chosen = better & self.responsible if (better & self.responsible).any() else better & self.insufficient
         while chosen.any():
             goals = self._goals()
-            self.tight[chosen] /= 8
+            self.factors[chosen] /= 8
             if goals:
                 return True
         return False
@@ -167,20 +167,20 @@ class Attempt:
         status = f"fresh products of {len(vectors)} vectors"
         fresh = (yield Request(torch.stack(vectors, dim=1), double=double, status=status)).unbind(1)
         self.spent += len(vectors)
-        surprise = max(space.norm(image.sub_(product)) for image, product in zip(images, fresh, strict=True))
+        discrepancy = max(space.norm(image.sub_(product)) for image, product in zip(images, fresh, strict=True))
         trial = RitzBasis.of(vectors, list(fresh))
         working = torch.finfo(self.domain.dtype).eps
         verified = Verified(
             trial=trial,
             top=self.top,
             bottom=self.bottom,
-            surprise=surprise,
+            discrepancy=discrepancy,
             rounding=search.rounding,
             size=max(search.size, float(np.abs(trial.values).max())),
             working=working,
             final=torch.finfo(torch.float64).eps if double else working,
         )
-        self.poor = self.blamed = verified.defects > self._targets(verified)
+        self.insufficient = self.responsible = verified.residuals > self._targets(verified)
         return verified
 
     def _certify(self, verified: Verified) -> Steps[list[Tensor]]:
@@ -193,48 +193,48 @@ class Attempt:
 
         def least(left: ComplementBounds) -> Reals:
             """The widths that are left if the Ritz values on the complement are its ends."""
-            return verified.widths(*verified.bounds(replace(left, lower=left.bottom, upper=left.top)), left.reach)
+            return verified.widths(*verified.bounds(replace(left, lower=left.bottom, upper=left.top)), left.magnitude)
 
         def rounding(left: ComplementBounds) -> float:
             """Widths that products in this precision cannot tell from zero."""
-            return 4 * (verified.noise(left.reach) + verified.slack(left.reach))
+            return 4 * (verified.noise(left.magnitude) + verified.slack(left.magnitude))
 
         def enough(left: ComplementBounds) -> bool:
             """Test of the tolerance; pairs that cannot improve need about their tightest width only."""
             possible = least(left)
             final = settled | (possible <= rounding(left))
             limits = np.where((possible > 0.75 * targets) & final, 2 * possible, targets)
-            return bool((verified.widths(*verified.bounds(left), left.reach) <= limits).all())
+            return bool((verified.widths(*verified.bounds(left), left.magnitude) <= limits).all())
 
-        aim = StoppingRule(
+        rule = StoppingRule(
             failure=(1 - self.task.confidence) / (self.attempts * (self.attempts + 1)),
             enough=enough,
             affordable=lambda more: not self._over(math.ceil(more)),
             status=f"certificate of {self.wanted} pairs",
         )
-        left = yield from complement_bounds(verified.trial, self.domain, self.stream, (None,), aim)
+        left = yield from complement_bounds(verified.trial, self.domain, self.stream, (None,), rule)
         self.spent += left.steps
         self.length = left.steps if left.reached else 0
-        self.poor = least(left) > np.maximum(0.75 * targets, rounding(left))
-        self.blamed = self._blame(verified, left)
+        self.insufficient = least(left) > np.maximum(0.75 * targets, rounding(left))
+        self.responsible = self._responsible(verified, left)
         # All attempts' bounds hold together.
         highs, lows = verified.bounds(left)
-        self.reach = max(self.reach, left.reach)
+        self.magnitude = max(self.magnitude, left.magnitude)
         self.highs, self.lows = np.minimum(self.highs, highs), np.maximum(self.lows, lows)
-        noise = verified.noise(left.reach)
+        noise = verified.noise(left.magnitude)
         above = verified.wanted[self.top - 1] + max(noise, targets[self.top - 1] / 4) if self.top else math.inf
         below = verified.wanted[-1] - max(noise, targets[-1] / 4) if self.bottom else -math.inf
         return left.beyond(below, above)
 
-    def _blame(self, verified: Verified, left: ComplementBounds) -> NDArray[np.bool_]:
+    def _responsible(self, verified: Verified, left: ComplementBounds) -> NDArray[np.bool_]:
         """Whose residuals widen the poor pairs' enclosures: those that move the end of the rest by much."""
-        blamed, targets = np.zeros(len(self.poor), dtype=bool), self._targets(verified)
+        responsible, targets = np.zeros(len(self.insufficient), dtype=bool), self._targets(verified)
         for end, mine in ((left.top, slice(0, self.top)), (left.bottom, slice(self.top, None))):
-            if self.poor[mine].any():
+            if self.insufficient[mine].any():
                 half = np.abs(verified.wanted - end) / 2
-                moved = np.hypot(half, verified.defects) - half
-                blamed |= moved > targets[mine][self.poor[mine]].min() / 8
-        return blamed
+                moved = np.hypot(half, verified.residuals) - half
+                responsible |= moved > targets[mine][self.insufficient[mine]].min() / 8
+        return responsible
 
     def _result(self, verified: Verified, stopped: str) -> Pairs:
         found = [self._pair(verified, j) for j in slots(len(verified.values), self.top, self.bottom)]
@@ -243,14 +243,14 @@ class Attempt:
             smallest=tuple(found[self.top :]),
             reached=stopped == REACHED,
             confidence=self.task.confidence if self.task.certify else 0.0,
-            noise=verified.noise(self.reach),
+            noise=verified.noise(self.magnitude),
             products=self.spent,
             stopped=stopped,
         )
 
     def _enclosure(self, verified: Verified, j: int) -> tuple[float, float]:
         """Enclosure of the j-th of the verified values, ascending."""
-        place, value, slack = len(verified.values) - 1 - j, float(verified.values[j]), verified.slack(self.reach)
+        place, value, slack = len(verified.values) - 1 - j, float(verified.values[j]), verified.slack(self.magnitude)
         lower, upper = -math.inf, math.inf
         if place < self.top:
             lower, upper = value - slack, max(float(self.highs[place]), value)
@@ -265,7 +265,7 @@ class Attempt:
             # All other eigenvalues lie here.
             others.append((float(self.lows[-1]), float(self.highs[-1])))
         distance = min((max(low - value, value - high, 0.0) for low, high in others), default=math.inf)
-        residual = verified.trial.defect(j)
+        residual = verified.trial.residual(j)
         return Eigenpair(
             value=value,
             lower=lower,
@@ -273,5 +273,5 @@ class Attempt:
             residual=residual,
             vector=verified.trial.vectors[j],
             clustered=any(low <= upper and lower <= high for low, high in others),
-            angle=min(1.0, (residual + verified.slack(self.reach)) / distance) if distance else 1.0,
+            angle=min(1.0, (residual + verified.slack(self.magnitude)) / distance) if distance else 1.0,
         )

@@ -64,8 +64,8 @@ class ComplementBounds:
     reached: bool = False
 
     @property
-    def reach(self) -> float:
-        """The larger magnitude of the two Ritz values."""
+    def magnitude(self) -> float:
+        """Largest magnitude of a Ritz value on the complement."""
         return max(-self.bottom, self.top)
 
     @property
@@ -120,7 +120,7 @@ class RitzBasis:
         root = np.sqrt(squares.clip(min=0))[:, None] * axes.T
         return RitzBasis(tuple(turned), tuple(moved), values, root * sizes)
 
-    def defect(self, j: int) -> float:
+    def residual(self, j: int) -> float:
         """`‖A x_j − θ_j x_j‖`."""
         return space.norm(torch.sub(self.images[j], self.vectors[j], alpha=float(self.values[j])))
 
@@ -167,7 +167,7 @@ class StoppingRule:
 
 
 def complement_bounds(
-    trial: RitzBasis, domain: Domain, stream: torch.Generator, groups: Sequence[Parts], aim: StoppingRule
+    trial: RitzBasis, domain: Domain, stream: torch.Generator, groups: Sequence[Parts], rule: StoppingRule
 ) -> Steps[ComplementBounds]:
     """Bound the spectrum on the complement of a Ritz basis, one Lanczos run in each group of parts.
 
@@ -179,23 +179,23 @@ def complement_bounds(
         domain: domain of A.
         stream: random stream of the fresh starts.
         groups: groups of parts that share a run; together they are all of A.
-        aim: stopping rule.
+        rule: stopping rule.
     """
     levels = [_PartRun.fresh(trial, domain, stream, parts) for parts in groups]
     spent = 0.0
     while True:
         known = _combined(levels, spent)
         done = all(level.recurrence.k for level in levels)
-        reached = done and aim.enough(known)
-        hopeless = done and not aim.enough(replace(known, lower=known.bottom, upper=known.top))
+        reached = done and rule.enough(known)
+        hopeless = done and not rule.enough(replace(known, lower=known.bottom, upper=known.top))
         level = max(levels, key=lambda level: level.promise)
-        if reached or hopeless or level.promise <= 0 or (done and not aim.affordable(spent + level.share)):
+        if reached or hopeless or level.promise <= 0 or (done and not rule.affordable(spent + level.share)):
             return replace(known, reached=reached)
         where = f" in part {levels.index(level) + 1} of {len(levels)}" if len(levels) > 1 else ""
-        status = f"{aim.status}{where}: bound {known.upper:.3g}"
+        status = f"{rule.status}{where}: bound {known.upper:.3g}"
         product = (yield Request(level.recurrence.last, status=status, parts=level.parts))[:, 0]
         spent += level.share
-        level.extend(product, aim.failure / len(levels))
+        level.extend(product, rule.failure / len(levels))
 
 
 @dataclass

@@ -86,7 +86,7 @@ class _VerifiedVector:
         chosen: place of the best one among the Ritz values.
         value: Rayleigh quotient of the best vector x.
         residual: `‖A x − value·x‖`.
-        surprise: distance of the precise product with the explored parts from the predicted one.
+        discrepancy: distance of the precise product with the explored parts from the predicted one.
         slack: rounding error of the value.
         rounding: least rounding error of a product.
         size: Rayleigh quotient of x with the explored parts alone.
@@ -97,14 +97,14 @@ class _VerifiedVector:
     chosen: int
     value: float
     residual: float
-    surprise: float
+    discrepancy: float
     slack: float
     rounding: float
     size: float
 
     def noise(self, weight: float) -> float:
         """Rounding error of a product with all parts, if the unexplored ones, of norm `weight`, round alike."""
-        return self.surprise * (1 + weight / abs(self.size) if self.size else 1.0) + self.rounding
+        return self.discrepancy * (1 + weight / abs(self.size) if self.size else 1.0) + self.rounding
 
     def bounds(self, left: ComplementBounds) -> tuple[float, float]:
         """Lower and upper bound on the whole spectrum."""
@@ -129,7 +129,7 @@ class _HardFirstRun:
         images: `A X`.
         near: `A_S X`, products with the explored parts.
         gap: relative gap of the two Ritz values of largest magnitude on the explored parts.
-        defect: relative residual of the best vector so far.
+        relative_residual: relative residual of the best vector so far.
     """
 
     def __init__(self, whole: Lanczos, domain: Domain, stream: torch.Generator) -> None:
@@ -143,7 +143,7 @@ class _HardFirstRun:
         self.images: list[Tensor] = []
         self.near: list[Tensor] = []
         self.gap = 1.0
-        self.defect = 1.0
+        self.relative_residual = 1.0
 
     @property
     def products(self) -> int:
@@ -167,9 +167,9 @@ class _HardFirstRun:
         if not self.whole.certify:
             return self._extremes(verified, None, stopped)
         if self.rest:
-            aim = StoppingRule(self.failure, verified.enough, self._affordable, f"{verified.value:.5g}")
+            rule = StoppingRule(self.failure, verified.enough, self._affordable, f"{verified.value:.5g}")
             groups: list[Parts] = [self.hard, *((p,) for p in self.rest)]
-            left = yield from complement_bounds(verified.trial, self.domain, self.stream, groups, aim)
+            left = yield from complement_bounds(verified.trial, self.domain, self.stream, groups, rule)
             self.spent += left.products
             if left.reached or not self._affordable(FEWEST):
                 return self._extremes(verified, left, REACHED if left.reached else self._exhausted())
@@ -187,16 +187,16 @@ class _HardFirstRun:
             added = yield from self._multiply(vector)
             trial = RitzBasis.of(self.vectors, self.images)
             chosen = self._chosen(trial)
-            defect, size = trial.defect(chosen), abs(float(trial.values[chosen]))
-            if defect <= self._goal() * size:
+            residual, size = trial.residual(chosen), abs(float(trial.values[chosen]))
+            if residual <= self._goal() * size:
                 return trial, REACHED
             if not added:
                 return trial, ROUNDING
             if not self._affordable(1.0 + self.domain.share(self.hard)):
                 return trial, self._exhausted()
-            if defect > USEFUL * before:
+            if residual > USEFUL * before:
                 yield from self._enlarge()
-            before, self.defect = defect, defect / size if size else 0.0
+            before, self.relative_residual = residual, residual / size if size else 0.0
             vector = yield from self._explored(trial)
 
     def _goal(self) -> float:
@@ -210,7 +210,7 @@ class _HardFirstRun:
         start = sphere(domain.n, self.stream).to(domain.device) if trial is None else trial.vectors[self._chosen(trial)]
         run = Recurrence(start, domain.dtype)
         # What the parts that are left out do to the vector need not be undercut by much.
-        blur = BLUR * self.defect
+        blur = BLUR * self.relative_residual
         far = [torch.sub(image, near) for image, near in zip(self.images, self.near, strict=True)]
         while True:
             if trial is not None and not run.k:
@@ -276,21 +276,21 @@ class _HardFirstRun:
         if not (self.whole.certify or self.whole.precise):
             value = float(trial.values[chosen])
             return _VerifiedVector(
-                self.whole, trial, chosen, value, trial.defect(chosen), 0.0, rounding, rounding, value
+                self.whole, trial, chosen, value, trial.residual(chosen), 0.0, rounding, rounding, value
             )
         parts = None if self.whole.precise else self.hard
         turn = space.inner(self.vectors, vector)
         expected = predicted if parts is None else space.combine(turn, self.near)
         fresh = yield from self._ask(vector[:, None], parts, "precise product", double=True)
-        surprise = space.norm(fresh - expected)
+        discrepancy = space.norm(fresh - expected)
         image = predicted + (fresh - expected)
         value = float(space.inner([vector], image)[0])
         size = float(space.inner([vector], fresh)[0])
         beyond = abs(value - size)
         final = torch.finfo(torch.float64).eps
-        slack = surprise * (final / working + (beyond / abs(size) if size else 0.0)) + rounding * final / working
+        slack = discrepancy * (final / working + (beyond / abs(size) if size else 0.0)) + rounding * final / working
         residual = space.norm(torch.sub(image, vector, alpha=value))
-        return _VerifiedVector(self.whole, trial, chosen, value, residual, surprise, slack, rounding, size)
+        return _VerifiedVector(self.whole, trial, chosen, value, residual, discrepancy, slack, rounding, size)
 
     def _extremes(self, verified: _VerifiedVector, left: ComplementBounds | None, stopped: str) -> Extremes:
         """Both ends in the common form. At the other end only the bound is new: any vector's Rayleigh quotient lies there."""

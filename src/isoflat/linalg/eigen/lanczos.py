@@ -147,11 +147,11 @@ class Lanczos(Solver[Extremes]):
         value = float(space.inner([vector], fresh)[0])  # 3
         residual = space.norm(torch.sub(fresh, vector, alpha=value))
         predicted = recurrence.predicted(float(ritz[chosen]), coefficients[:, chosen], vector)
-        surprise = space.norm(predicted.sub_(fresh))  # 4
-        noise = surprise + recurrence.rounding
+        discrepancy = space.norm(predicted.sub_(fresh))  # 4
+        noise = discrepancy + recurrence.rounding
         working = torch.finfo(recurrence.last.dtype).eps
         final = torch.finfo(torch.float64).eps if double else working
-        slack = surprise * final / working + recurrence.rounding_at(final)
+        slack = discrepancy * final / working + recurrence.rounding_at(final)
 
         def end(j: int, bound: float) -> End:
             mine = j == chosen

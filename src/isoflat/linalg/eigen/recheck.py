@@ -40,7 +40,7 @@ class RecheckResult:
     length: float
     rounding: float
 
-    def reach(self, which: Which) -> float:
+    def proved(self, which: Which) -> float:
         """Proved bound on the number, whatever the witness: from below, for a smallest eigenvalue from above."""
         return {Which.MAGNITUDE: self.length, Which.LARGEST: self.high, Which.SMALLEST: self.low}[which]
 

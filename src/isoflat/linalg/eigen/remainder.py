@@ -50,5 +50,5 @@ class Remainder(Solver[ComplementBounds]):
             above = left.upper - left.top <= CLEAR * (size - left.top)
             return above and left.bottom - left.lower <= CLEAR * (size + left.bottom)
 
-        aim = StoppingRule(1 - self.confidence, enough, lambda spent: spent + 1 <= self.max_products, status)
-        return (yield from complement_bounds(trial, domain, stream, (None,), aim))
+        rule = StoppingRule(1 - self.confidence, enough, lambda spent: spent + 1 <= self.max_products, status)
+        return (yield from complement_bounds(trial, domain, stream, (None,), rule))

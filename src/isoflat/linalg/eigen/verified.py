@@ -22,7 +22,7 @@ class Verified:
         trial: wanted vectors with their products.
         top: number of largest eigenvalues wanted.
         bottom: number of smallest eigenvalues wanted.
-        surprise: distance of the products from what the search predicted.
+        discrepancy: distance of the products from what the search predicted.
         rounding: rounding error of the search.
         size: largest magnitude that the search met.
         working: precision of the search's products, and of those of a certificate.
@@ -32,7 +32,7 @@ class Verified:
     trial: RitzBasis
     top: int
     bottom: int
-    surprise: float
+    discrepancy: float
     rounding: float
     size: float
     working: float
@@ -49,19 +49,19 @@ class Verified:
         return self.values[slots(len(self.values), self.top, self.bottom)]
 
     @property
-    def defects(self) -> Reals:
+    def residuals(self) -> Reals:
         """Residuals of the wanted values, in the same order."""
-        found = [self.trial.defect(j) for j in range(len(self.values))]
+        found = [self.trial.residual(j) for j in range(len(self.values))]
         return np.array(found)[slots(len(found), self.top, self.bottom)]
 
-    def noise(self, reach: float, steps: int = 0) -> float:
+    def noise(self, magnitude: float, steps: int = 0) -> float:
         """Rounding error of products, after so many steps on the complement, where magnitudes reach so far."""
-        return self.surprise + self.rounding + (self.working * steps + self._sums) * max(self.size, reach)
+        return self.discrepancy + self.rounding + (self.working * steps + self._sums) * max(self.size, magnitude)
 
-    def slack(self, reach: float) -> float:
+    def slack(self, magnitude: float) -> float:
         """Rounding error of the values."""
         own = 4 * self.final * (len(self.values) + 1)
-        return self.surprise * self.final / self.working + (own + self._sums) * max(self.size, reach)
+        return self.discrepancy * self.final / self.working + (own + self._sums) * max(self.size, magnitude)
 
     @property
     def _sums(self) -> float:
@@ -75,7 +75,7 @@ class Verified:
             Bounds from above on the largest eigenvalues, descending, and on the next one after them; and from below on the
             smallest, ascending, and on the next one.
         """
-        noise, slack = self.noise(left.reach, left.steps), self.slack(left.reach)
+        noise, slack = self.noise(left.magnitude, left.steps), self.slack(left.magnitude)
         lower, upper = left.lower - noise, left.upper + noise
         high, low = self.trial.bounds(lower, upper)
         return np.append(high[::-1] + slack, upper)[: self.top + 1], np.append(low - slack, lower)[: self.bottom + 1]
@@ -85,11 +85,11 @@ class Verified:
         high, low = np.append(self.values[::-1], -math.inf), np.append(self.values, math.inf)
         return high[: self.top + 1] + self.slack(0.0), low[: self.bottom + 1] - self.slack(0.0)
 
-    def widths(self, highs: Reals, lows: Reals, reach: float) -> Reals:
+    def widths(self, highs: Reals, lows: Reals, magnitude: float) -> Reals:
         """Widths of the enclosures that such bounds make, in the order of `slots`."""
         outer, inner = np.concatenate([highs[: self.top], -lows[: self.bottom]]), self.wanted.copy()
         inner[self.top :] *= -1
-        return outer - inner + self.slack(reach)
+        return outer - inner + self.slack(magnitude)
 
 
 def slots(found: int, top: int, bottom: int) -> list[int]:

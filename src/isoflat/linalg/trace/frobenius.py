@@ -135,8 +135,8 @@ class Frobenius(Deflating[FrobeniusEstimate]):
         value = math.hypot(exact, sampled)
         error = share / 2 * sampled * (sampled / value) if value else 0.0
         rounding = eps * value
-        reach = quantile(self.confidence, m - 1)
-        stretch = math.exp(min(reach * share / 2, 300.0))
+        t = quantile(self.confidence, m - 1)
+        stretch = math.exp(min(t * share / 2, 300.0))
         return FrobeniusEstimate(
             value=value,
             lower=max(math.hypot(exact, sampled / stretch) - rounding, 0.0),
@@ -148,5 +148,5 @@ class Frobenius(Deflating[FrobeniusEstimate]):
             lengths=tuple(forms.norms),
             rounding=rounding,
             concentration=forms.concentration,
-            doubt=doubt(m, math.sqrt(forms.concentration), reach * error <= rounding),
+            doubt=doubt(m, math.sqrt(forms.concentration), t * error <= rounding),
         )

@@ -103,7 +103,7 @@ class XTrace(Solver[TraceEstimate]):
             noise.append(space.norm(product))
 
         used += yield from ask(along(rows), take, len(rows), self.block, domain, "trace: basis vector")
-        seen = [
+        drawn = [
             space.inner(
                 rows, Distribution.SPHERE.columns(n, 1, again)[:, 0].to(device=domain.device, dtype=domain.dtype)
             )
@@ -112,7 +112,7 @@ class XTrace(Solver[TraceEstimate]):
         core, images = torch.stack(columns, dim=1), torch.zeros(len(rows), k, dtype=torch.float64)
         for i, image in enumerate(span.images):
             images[: len(image), i] = image
-        overlaps = torch.stack(seen, dim=1).cpu()
+        overlaps = torch.stack(drawn, dim=1).cpu()
         sizes = images.norm(dim=0) * overlaps.norm(dim=0)
         rounding = unit(domain.dtype, n) * (math.fsum(noise) + float(sizes.mean()))
         return self._result(n, core.numpy(), images.numpy(), overlaps.numpy(), rounding, used)
