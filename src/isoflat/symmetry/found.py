@@ -19,14 +19,14 @@ from isoflat.core.fingerprint import fingerprint
 from isoflat.core.precision import unrounded
 from isoflat.core.rng import stream
 from isoflat.core.state import State, everywhere
-from isoflat.symmetry.canonical.gain_folding import kept
 from isoflat.symmetry.finding.constraints import Ledger
-from isoflat.symmetry.finding.relations import Form, Solution
+from isoflat.symmetry.finding.gains import kept
 from isoflat.symmetry.finding.solve import effective, scaling
 from isoflat.symmetry.groups.base import Symmetry
 from isoflat.symmetry.groups.basis import BasisChange
 from isoflat.symmetry.groups.translation import CommonVector, Translation
 from isoflat.symmetry.groups.units import UnitScaling
+from isoflat.symmetry.relations import Form, Solution
 from isoflat.symmetry.report import Line, lines
 
 VERSION = 2
@@ -247,7 +247,7 @@ class Found:
     @cached_property
     def report(self) -> tuple[Line, ...]:
         """Groups of one kind with their dimensions and tensors, then what is not claimed and why."""
-        return lines(self)
+        return lines(self.ledger, self.free, self.solution, (self.translation, self.common, self.basis))
 
     def __str__(self) -> str:
         """The report as text."""

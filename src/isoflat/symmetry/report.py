@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import numpy as np
 import torch
 
+from isoflat.symmetry.finding.constraints import Ledger
 from isoflat.symmetry.groups.basis import BasisChange
 from isoflat.symmetry.groups.translation import CommonVector, Translation
-
-if TYPE_CHECKING:
-    from isoflat.symmetry.found import Found
-
+from isoflat.symmetry.groups.units import UnitScaling
+from isoflat.symmetry.relations import Solution
 
 AVOIDABLE = ("no bias", "zero padding", "ways", "used twice")
 """How reasons end for which a constant is held though no nonlinearity asks for it."""
@@ -40,19 +39,31 @@ class Line:
     reasons: tuple[str, ...] = ()
 
 
-def lines(found: Found) -> tuple[Line, ...]:
-    """Groups of one kind with their dimensions and tensors, then what is not claimed and why."""
+def lines(
+    ledger: Ledger,
+    scaling: UnitScaling,
+    solution: Solution,
+    others: tuple[Translation, CommonVector, BasisChange],
+) -> tuple[Line, ...]:
+    """Groups of one kind with their dimensions and tensors, then what is not claimed and why.
+
+    Args:
+        ledger: unknowns and relations.
+        scaling: the group of scalings where every epsilon is zero.
+        solution: the scales that it was made of.
+        others: shifts, common vectors and changes of basis.
+    """
+    translation, common, basis = others
     return (
-        *_scales(found),
-        *_shifts(found.translation),
-        *_commons(found.common),
-        *_bases(found.basis),
-        *_unclaimed(found),
+        *_scales(scaling),
+        *_shifts(translation),
+        *_commons(common),
+        *_bases(basis),
+        *_unclaimed(ledger, solution, translation),
     )
 
 
-def _scales(found: Found) -> Iterator[Line]:
-    group = found.free
+def _scales(group: UnitScaling) -> Iterator[Line]:
     touched: list[list[str]] = [[] for _ in range(group.size)]
     for entry in group.tensors:
         flat = entry.view[1] == 1 or entry.view[2] == 1
@@ -96,19 +107,18 @@ def _bases(group: BasisChange) -> Iterator[Line]:
         yield Line("rotation" if family.orthogonal else "basis", family.count * family.freedom, family.names)
 
 
-def _unclaimed(found: Found) -> Iterator[Line]:
+def _unclaimed(ledger: Ledger, solution: Solution, translation: Translation) -> Iterator[Line]:
     """Units of stored tensors whose scale is fixed, with what fixes them; outputs and inputs are no reason to list."""
-    ledger = found.ledger
     gathered: dict[tuple[str, ...], list[tuple[str, int]]] = {}
     for entry in ledger.fields.values():
         flat = entry.view[1] == 1 or entry.view[2] == 1
         for ids, word in ((entry.first, "" if flat else " rows"), (entry.second, "" if flat else " columns")):
-            rows = found.solution.rows(ids)
+            rows = solution.rows(ids)
             fixed = ids.reshape(-1)[torch.from_numpy(np.diff(rows.indptr) == 0)]
             reasons = tuple(r for r in ledger.scales.reasons(fixed) if r != "output") if fixed.numel() else ()
             if reasons:
                 gathered.setdefault(reasons, []).append((f"{entry.name}{word}", fixed.numel()))
-    for offset in found.translation.offsets:
+    for offset in translation.offsets:
         fixed = offset.entry.shift[torch.from_numpy(np.diff(offset.own.indptr) == 0)]
         # A kink or an output that holds a constant goes without saying; what could have been otherwise does not.
         reasons = tuple(r for r in ledger.shifts.reasons(fixed) if r.endswith(AVOIDABLE)) if fixed.numel() else ()

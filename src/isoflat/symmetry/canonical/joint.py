@@ -21,11 +21,12 @@ from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.state import State
 from isoflat.symmetry.canonical.balance import Change, balanced, cut
 from isoflat.symmetry.canonical.potential import Vector, close, distinct_factors, masses, minimise
+from isoflat.symmetry.finding.bases.families import scales
 from isoflat.symmetry.finding.constraints import Ledger
-from isoflat.symmetry.finding.relations import Form, some
 from isoflat.symmetry.finding.solve import effective, scaling
-from isoflat.symmetry.groups.basis import Family, mixed, scales, stacked
+from isoflat.symmetry.groups.basis import Family, mixed, stacked
 from isoflat.symmetry.groups.units import Exponents, UnitScaling
+from isoflat.symmetry.relations import Form, some
 
 STEPS = 200
 """Newton steps after which bases and scales count as not coming to rest."""
@@ -246,5 +247,5 @@ def _ties(ledger: Ledger, families: Sequence[Family], state: State) -> Iterator[
     """The scales of all coordinates of a block are one."""
     shapes = {name: tensor.shape for name, tensor in state.tensors.items()}
     for family in families:
-        for ids in scales(ledger, family, shapes):
+        for ids in scales(ledger.fields, family, shapes):
             yield from ({a: Fraction(1), ids[0]: Fraction(-1)} for a in ids[1:] if a != ids[0])

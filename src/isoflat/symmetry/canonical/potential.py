@@ -19,9 +19,9 @@ from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.state import State
-from isoflat.symmetry.finding.constraints import Norm
-from isoflat.symmetry.finding.relations import some
 from isoflat.symmetry.groups.units import UnitScaling
+from isoflat.symmetry.motions import Norm
+from isoflat.symmetry.relations import some
 
 Vector = NDArray[np.float64]
 

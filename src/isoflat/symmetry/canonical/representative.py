@@ -25,15 +25,16 @@ from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.symmetry.canonical.balance import Change, cut, principal
-from isoflat.symmetry.canonical.gain_folding import bent, folds
+from isoflat.symmetry.canonical.gain_folding import folds
 from isoflat.symmetry.canonical.joint import balance
 from isoflat.symmetry.canonical.potential import Mass, Vector, close, dead, distinct_factors, masses, minimise, touched
 from isoflat.symmetry.canonical.shift_gauge import Shear, settle
-from isoflat.symmetry.finding.relations import Form, some
+from isoflat.symmetry.finding.gains import bent
 from isoflat.symmetry.finding.solve import effective, scaling
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups.basis import Family
 from isoflat.symmetry.groups.units import Exponents, UnitScaling
+from isoflat.symmetry.relations import Form, some
 
 Logs = tuple[Tensor, Tensor, tuple[int, ...]]
 """Log-factors of a tensor's two kinds of units, and the view they broadcast to."""

@@ -19,11 +19,11 @@ from torch import Tensor
 from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.state import State
 from isoflat.symmetry.canonical.potential import Vector
-from isoflat.symmetry.finding.constraints import Absorbed, Additive
-from isoflat.symmetry.finding.relations import Form
 from isoflat.symmetry.finding.solve import translation
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups.translation import Translation, deviation, entering, gathered, passed
+from isoflat.symmetry.motions import Absorbed, Additive
+from isoflat.symmetry.relations import Form
 
 Reader = Callable[[State], tuple[Vector, Vector]]
 """Values and weights of the entries whose norm a level makes least."""

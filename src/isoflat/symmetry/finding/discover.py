@@ -16,23 +16,25 @@ from torch.fx import Node
 
 from isoflat.core.errors import UsageError
 from isoflat.core.state import State
-from isoflat.symmetry.canonical.gain_folding import foldable
 from isoflat.symmetry.finding.axes import Readers
 from isoflat.symmetry.finding.bases.accept import accepted
+from isoflat.symmetry.finding.bases.families import families, scales
 from isoflat.symmetry.finding.bases.propagate import follow
 from isoflat.symmetry.finding.constraints import Ledger
+from isoflat.symmetry.finding.declared import declare
+from isoflat.symmetry.finding.gains import foldable
 from isoflat.symmetry.finding.graph import Graph, arguments, trace
 from isoflat.symmetry.finding.logical import blocks
 from isoflat.symmetry.finding.means import means
-from isoflat.symmetry.finding.relations import Form, Solution
 from isoflat.symmetry.finding.rules import Rule, rules
 from isoflat.symmetry.finding.rules.elementwise import nonlinear
 from isoflat.symmetry.finding.solve import effective, scaling, translation
 from isoflat.symmetry.finding.values import Activation, Known, Stored, Value
 from isoflat.symmetry.found import Found
-from isoflat.symmetry.groups.basis import BasisChange, Family, families, scales
+from isoflat.symmetry.groups.basis import BasisChange, Family
 from isoflat.symmetry.groups.declared import UnitScale
 from isoflat.symmetry.groups.translation import common
+from isoflat.symmetry.relations import Form, Solution
 
 
 def symmetries(
@@ -103,7 +105,7 @@ def discover(
     ledger, values = walk(graph, known, readers)
     tensors = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
     for symmetry in declared:
-        symmetry.declare(ledger, State(tensors))
+        declare(symmetry, ledger, State(tensors))
     solution = effective(ledger, ledger.scales.solve())
     folded = frozenset(
         name for name, fine in foldable(ledger, solution, scaling(ledger, solution)).items() if fine.all()
@@ -131,8 +133,8 @@ def discover(
         {},
         blind,
     )
-    proved = accepted(found)
-    return replace(proved, blocks=blocks(graph, proved.basis))
+    basis = accepted(basis, found.state(), found.output)
+    return replace(found, basis=basis, blocks=blocks(graph, basis))
 
 
 def _diagonals_too(
@@ -143,7 +145,7 @@ def _diagonals_too(
     def scaled(family: Family) -> bool:
         if family.orthogonal:
             return True
-        rows = (solution.rows(torch.tensor(ids)) for ids in scales(ledger, family, shapes))
+        rows = (solution.rows(torch.tensor(ids)) for ids in scales(ledger.fields, family, shapes))
         return all(bool((np.diff(matrix.indptr) > 0).all()) for matrix in rows)
 
     return BasisChange(tuple(filter(scaled, found)))

@@ -141,7 +141,7 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], k
             floating = tensor.is_floating_point()
             inputs[node] = Stored(canonical[id(tensor)], tensor.shape) if floating else Known(tensor)
         elif node.name in lifted or node.name in stored:
-            inputs[node] = Known(constants[lifted.get(node.name, stored.get(node.name))])
+            inputs[node] = Known(constants[lifted[node.name] if node.name in lifted else stored[node.name]])
         else:
             example = node.meta.get("val")
             inputs[node] = shifted_only(example.shape) if isinstance(example, Tensor) else Known(example)

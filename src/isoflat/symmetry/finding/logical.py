@@ -14,10 +14,10 @@ from torch.fx import Node
 
 from isoflat.symmetry.finding.axes import CASTS
 from isoflat.symmetry.finding.graph import Graph
-from isoflat.symmetry.finding.relations import distinct
 from isoflat.symmetry.finding.rules.views import COPIES, MOVES, RESHAPES
 from isoflat.symmetry.finding.values import Stored
 from isoflat.symmetry.groups.basis import BasisChange
+from isoflat.symmetry.relations import distinct
 
 _WEIGHTS = {
     # Which arguments are weight and bias, the weight's axis of outputs, and the axis of channels in what comes out.

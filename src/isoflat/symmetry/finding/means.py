@@ -9,10 +9,10 @@ from typing import Any
 from torch.fx import Node
 
 from isoflat.symmetry.finding.axes import CASTS, Readers, axis_after
-from isoflat.symmetry.finding.constraints import Mean
 from isoflat.symmetry.finding.graph import Graph
 from isoflat.symmetry.finding.rules.views import COPIES, MOVES
 from isoflat.symmetry.finding.values import Stored
+from isoflat.symmetry.motions import Mean
 
 
 def means(graph: Graph, readers: Readers) -> tuple[Mean, ...]:

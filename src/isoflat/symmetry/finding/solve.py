@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from isoflat.symmetry.finding.constraints import Ledger
-from isoflat.symmetry.finding.relations import Form, Solution
 from isoflat.symmetry.groups.translation import Centre, Offset, Translation
 from isoflat.symmetry.groups.units import UnitScaling, exponents
+from isoflat.symmetry.relations import Form, Solution
 
 
 def scaling(ledger: Ledger, solution: Solution) -> UnitScaling:

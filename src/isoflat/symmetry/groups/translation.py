@@ -12,8 +12,8 @@ from scipy import sparse
 from torch import Tensor
 
 from isoflat.core.state import State
-from isoflat.symmetry.finding.constraints import Absorbed, Additive, Mean, Running
 from isoflat.symmetry.groups.base import Symmetry
+from isoflat.symmetry.motions import Absorbed, Additive, Mean, Running
 
 
 @final

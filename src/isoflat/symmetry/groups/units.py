@@ -12,9 +12,9 @@ from scipy import sparse
 from torch import Tensor
 
 from isoflat.core.state import State
-from isoflat.symmetry.finding.constraints import Field, Norm, Running
-from isoflat.symmetry.finding.relations import Solution
 from isoflat.symmetry.groups.base import Symmetry
+from isoflat.symmetry.motions import Field, Norm, Running
+from isoflat.symmetry.relations import Solution
 
 
 @final

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from isoflat.symmetry.finding.axes import origin
-from isoflat.symmetry.finding.constraints import Ledger, Norm
-from isoflat.symmetry.finding.relations import ANY, distinct
+from isoflat.symmetry.finding.constraints import Ledger
 from isoflat.symmetry.finding.values import Activation, Known, Stored, Value, shifted_only
+from isoflat.symmetry.motions import Norm
+from isoflat.symmetry.relations import ANY, distinct
 
 
 def total(ledger: Ledger, node: Node, a: Value, b: Value, alpha: Any = 1) -> Activation:

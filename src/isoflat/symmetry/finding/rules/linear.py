@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from isoflat.symmetry.finding.axes import but, sums_to_one
-from isoflat.symmetry.finding.constraints import Absorbed, Additive, Field, Ledger
-from isoflat.symmetry.finding.relations import ANY
+from isoflat.symmetry.finding.constraints import Ledger
 from isoflat.symmetry.finding.values import Activation, Stored, Value, shifted_only
+from isoflat.symmetry.motions import Absorbed, Additive, Field
+from isoflat.symmetry.relations import ANY
 
 TERMS = 1 << 22
 """Terms of a product of two activations up to which they are related one by one."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.finding.constraints import Absorbed, Additive, Field, Ledger, Norm, Running
-from isoflat.symmetry.finding.relations import ANY, ZERO, distinct
+from isoflat.symmetry.finding.constraints import Ledger
 from isoflat.symmetry.finding.values import Activation, Stored, Value, shifted_only
+from isoflat.symmetry.motions import Absorbed, Additive, Field, Norm, Running
+from isoflat.symmetry.relations import ANY, ZERO, distinct
 
 
 def layer(

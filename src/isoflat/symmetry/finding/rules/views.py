@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from isoflat.symmetry.finding.constraints import Ledger
-from isoflat.symmetry.finding.values import Activation, Known, Stored, Value
+from isoflat.symmetry.finding.values import Activation, Known, Stored, Value, shifted_only
 
 
 def _plain(value: Any) -> Any:
@@ -80,8 +80,6 @@ def wrapped(
 
 
 def _forget(ledger: Ledger, node: Node, x: Value) -> Activation:
-    from isoflat.symmetry.finding.values import shifted_only
-
     ledger.pin([x], ledger.where(node))
     return shifted_only(node.meta["val"].shape)
 
