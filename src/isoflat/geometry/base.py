@@ -32,7 +32,7 @@ class Invariance(StrEnum):
 
 @final
 @dataclass(frozen=True)
-class Identity:
+class GeneratorIdentity:
     """A generator X of the group, to check products with: `⟨∇L, Xθ⟩ = 0` and `H Xθ = −Xᵀ∇L` at any point.
 
     Attributes:
@@ -67,7 +67,7 @@ class Chart:
     group: str
     group_hash: str
     notes: tuple[str, ...] = ()
-    identity: Identity | None = None
+    identity: GeneratorIdentity | None = None
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def digest_of(preconditioner: Mapping[str, Tensor]) -> str:
     return fingerprint(*parts)
 
 
-class _Rule(NamedTuple):
+class _OptimizerStep(NamedTuple):
     """How an optimiser steps, as its parameter groups and its state of one tensor tell it."""
 
     diagonal: Callable[[Mapping[str, Any], Mapping[str, Any]], Tensor]
@@ -179,10 +179,10 @@ def _adagrad(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
     return (1 + (float(state["step"]) - 1) * group["lr_decay"]) * (_wide(state, "sum").sqrt() + group["eps"])
 
 
-_RULES: Mapping[type[Optimizer], _Rule] = {
-    Adam: _Rule(_adam, _adam_limit),
-    AdamW: _Rule(_adam, _adam_limit),
-    RMSprop: _Rule(_rmsprop, lambda group: (2 + 2 * float(group["momentum"])) / float(group["lr"])),
-    Adagrad: _Rule(_adagrad, lambda group: 2 / float(group["lr"])),
+_RULES: Mapping[type[Optimizer], _OptimizerStep] = {
+    Adam: _OptimizerStep(_adam, _adam_limit),
+    AdamW: _OptimizerStep(_adam, _adam_limit),
+    RMSprop: _OptimizerStep(_rmsprop, lambda group: (2 + 2 * float(group["momentum"])) / float(group["lr"])),
+    Adagrad: _OptimizerStep(_adagrad, lambda group: 2 / float(group["lr"])),
 }
 """Of exactly these classes: a subclass may step otherwise."""

@@ -15,7 +15,7 @@ from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
-from isoflat.geometry.base import Chart, Geometry, Identity, Invariance
+from isoflat.geometry.base import Chart, GeneratorIdentity, Geometry, Invariance
 from isoflat.linalg.maps import Composition, Diagonal, Embedding, LinearMap, Mixing, Part, Shear, Term, slices
 from isoflat.linalg.operator import Operator
 from isoflat.symmetry.canonical.representative import Epsilon, Gauge, Representative, canonical
@@ -243,7 +243,7 @@ def _mixing(point: Representative, place: State, inverse: bool) -> tuple[tuple[T
     return tuple(terms)
 
 
-def _identity(found: Found, state: State, place: State, length: Callable[[Tensor], float]) -> Identity | None:
+def _identity(found: Found, state: State, place: State, length: Callable[[Tensor], float]) -> GeneratorIdentity | None:
     """A random generator that moves trainable tensors only, as a check of the products."""
     group = found.scaling
     allowed = np.ones(group.size, dtype=bool)
@@ -262,7 +262,7 @@ def _identity(found: Found, state: State, place: State, length: Callable[[Tensor
         if name in moving:
             rates[where] = moving[name].log(z).expand(moving[name].view).reshape(-1).to(place.device)
             velocity[where] = rates[where] * place.parameters[name].detach().reshape(-1)
-    return Identity(velocity.to(place.dtype), length(velocity), rates.to(place.dtype))
+    return GeneratorIdentity(velocity.to(place.dtype), length(velocity), rates.to(place.dtype))
 
 
 def _notes(point: Representative, place: State, state: State) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from isoflat.core.state import State
 from isoflat.symmetry.canonical.balance import Change, balanced, cut
 from isoflat.symmetry.canonical.potential import Vector, close, distinct_factors, masses, minimise
 from isoflat.symmetry.finding.bases.families import scales
-from isoflat.symmetry.finding.constraints import Ledger
+from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.solve import effective, scaling
 from isoflat.symmetry.groups.basis import Family, mixed, stacked
 from isoflat.symmetry.groups.units import Exponents, UnitScaling
@@ -34,7 +34,7 @@ STEPS = 200
 
 @final
 @dataclass(frozen=True)
-class Balanced:
+class BalancedPoint:
     """The point of least norm, and the way there: one change of basis after scalings that commute with it.
 
     Attributes:
@@ -48,14 +48,14 @@ class Balanced:
     changes: tuple[Change, ...]
 
 
-def balance(ledger: Ledger, families: Sequence[Family], state: State, still: Sequence[Form]) -> Balanced:
+def balance(constraints: Constraints, families: Sequence[Family], state: State, still: Sequence[Form]) -> BalancedPoint:
     """Balance bases by their singular values, then scales, then both together until nothing moves any more.
 
     The scales that are balanced again are those that every coordinate of a block shares, so that they commute with its
     changes. In a transformer one round is enough; linear maps in a row take Newton's method.
 
     Args:
-        ledger: relations among scales.
+        constraints: relations among scales.
         families: pairs.
         state: of least norm among all scalings, its orbit closed.
         still: forms in scales that must vanish.
@@ -64,8 +64,10 @@ def balance(ledger: Ledger, families: Sequence[Family], state: State, still: Seq
         NoInvariantGeometry: it does not come to rest.
     """
     if not families:
-        return Balanced(state, (), ())
-    group = scaling(ledger, effective(ledger, ledger.scales.solve((*still, *_ties(ledger, families, state)))))
+        return BalancedPoint(state, (), ())
+    group = scaling(
+        constraints, effective(constraints, constraints.scales.solve((*still, *_ties(constraints, families, state))))
+    )
     factors, _ = distinct_factors(group.norms, group.size)
     _, kept = close(masses(group, state), factors, group.size)
     fed = some(factors, np.flatnonzero(kept))
@@ -79,10 +81,10 @@ def balance(ledger: Ledger, families: Sequence[Family], state: State, still: Seq
     state = group.act(state, torch.from_numpy(z))
     best = math.inf
     for _ in range(STEPS):
-        point = _Point(group, families, linear, state)
+        point = _JointPotential(group, families, linear, state)
         error = point.error()
         if error <= 1e-13 or (error <= 1e-11 and error > 0.5 * best):
-            return Balanced(state, ((z, group.tensors),), tuple(changes))
+            return BalancedPoint(state, ((z, group.tensors),), tuple(changes))
         best = min(best, error)
         # No closer than rounding: beyond it, conjugate gradients would follow directions that nothing feels.
         step = point.step(min(0.1, max(math.sqrt(error), 16 * torch.finfo(torch.float64).eps / error)))
@@ -133,7 +135,7 @@ class _Vector:
 
 
 @final
-class _Point:
+class _JointPotential:
     """The potential's derivatives at a point."""
 
     def __init__(self, group: UnitScaling, families: Sequence[Family], linear: Vector, state: State) -> None:
@@ -243,9 +245,9 @@ def _sums(entry: Exponents, product: Tensor) -> Iterator[tuple[sparse.csr_matrix
         yield matrix, part.numpy()
 
 
-def _ties(ledger: Ledger, families: Sequence[Family], state: State) -> Iterator[Form]:
+def _ties(constraints: Constraints, families: Sequence[Family], state: State) -> Iterator[Form]:
     """The scales of all coordinates of a block are one."""
     shapes = {name: tensor.shape for name, tensor in state.tensors.items()}
     for family in families:
-        for ids in scales(ledger.fields, family, shapes):
+        for ids in scales(constraints.fields, family, shapes):
             yield from ({a: Fraction(1), ids[0]: Fraction(-1)} for a in ids[1:] if a != ids[0])

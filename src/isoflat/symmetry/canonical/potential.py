@@ -118,7 +118,7 @@ class _Potential:
             for s in self.stacks
         ]
 
-    def at(self, z: Vector) -> _Point:
+    def at(self, z: Vector) -> _PotentialPoint:
         """Everything about Φ at a point."""
         weights = [((2 * a).exp(), (2 * b).exp()) for a, b in self.logs(z)]
         sums = [
@@ -128,12 +128,12 @@ class _Potential:
         flat = _flat(sums)
         gradient = self.linear + 2 * (self.turned @ flat)
         size = np.abs(self.linear) + 2 * (self.absolute @ flat)
-        return _Point(self, weights, sums, gradient, size, 4 * (self.squared @ flat))
+        return _PotentialPoint(self, weights, sums, gradient, size, 4 * (self.squared @ flat))
 
 
 @final
 @dataclass(frozen=True)
-class _Point:
+class _PotentialPoint:
     """Φ at a point.
 
     Attributes:
@@ -254,7 +254,7 @@ def _flat(parts: Sequence[tuple[Tensor, Tensor]]) -> Vector:
     return torch.cat(flat).numpy() if flat else np.zeros(0)
 
 
-def _solve(point: _Point, tolerance: float) -> Vector:
+def _solve(point: _PotentialPoint, tolerance: float) -> Vector:
     """Newton's direction by preconditioned conjugate gradients, to a relative residual."""
     scale = np.where(point.curvature > 0, point.curvature, 1.0)
     residual = -point.gradient

@@ -25,10 +25,10 @@ from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.symmetry.canonical.balance import Change, cut, principal
-from isoflat.symmetry.canonical.gain_folding import folds
+from isoflat.symmetry.canonical.gain_folding import fold_gains
 from isoflat.symmetry.canonical.joint import balance
 from isoflat.symmetry.canonical.potential import Mass, Vector, close, dead, distinct_factors, masses, minimise, touched
-from isoflat.symmetry.canonical.shift_gauge import Shear, settle
+from isoflat.symmetry.canonical.shift_gauge import AbsorbedShift, fix_shift_gauge
 from isoflat.symmetry.finding.gains import bent
 from isoflat.symmetry.finding.solve import effective, scaling
 from isoflat.symmetry.found import Found
@@ -62,7 +62,7 @@ class Representative:
     start: State
     state: State
     logs: Mapping[str, Logs]
-    shears: tuple[Shear, ...]
+    shears: tuple[AbsorbedShift, ...]
     changes: tuple[Change, ...]
     folded: Mapping[str, Tensor]
     removed: Mapping[str, Tensor]
@@ -178,7 +178,7 @@ def install(model: nn.Module, state: State) -> nn.Module:
 def _scale(found: Found, given: State, exact: tuple[Form, ...]) -> Representative:
     """Everything but the choice of a gauge."""
     orbit = _least(found, given.to(dtype=torch.float64), exact)
-    least = balance(found.ledger, _pairs(found), orbit.state, orbit.still)
+    least = balance(found.constraints, _pairs(found), orbit.state, orbit.still)
     logs = orbit.logs
     for element, tensors in least.scales:
         logs = _add(logs, tensors, element)
@@ -198,7 +198,7 @@ def _scale(found: Found, given: State, exact: tuple[Form, ...]) -> Representativ
 
 @final
 @dataclass(frozen=True)
-class _Orbit:
+class _ClosedOrbit:
     """A closed orbit, and the point on it that has least norm among all scalings; as in `Representative`.
 
     Attributes:
@@ -208,7 +208,7 @@ class _Orbit:
 
     state: State
     logs: Mapping[str, Logs]
-    shears: tuple[Shear, ...]
+    shears: tuple[AbsorbedShift, ...]
     folded: Mapping[str, Tensor]
     removed: Mapping[str, Tensor]
     starved: tuple[str, ...]
@@ -216,15 +216,15 @@ class _Orbit:
     still: tuple[Form, ...]
 
 
-def _least(found: Found, state: State, exact: tuple[Form, ...]) -> _Orbit:
+def _least(found: Found, state: State, exact: tuple[Form, ...]) -> _ClosedOrbit:
     """Put constants in their places, fold, close, and balance scales. States on the way are given back as it goes."""
-    ledger = found.ledger
+    constraints = found.constraints
     common = found.common
-    moved, shears = settle(found, common.act(state, common.slice(state) * common.mask(found.kept(state))))
+    moved, shears = fix_shift_gauge(found, common.act(state, common.slice(state) * common.mask(found.kept(state))))
     del state  # of a large network, every state that is no longer needed counts
-    before = effective(ledger, ledger.scales.solve(exact)) if exact else found.solution
-    first = scaling(ledger, before) if exact else found.free
-    fixed, targets, folded = folds(ledger, before, first, moved)
+    before = effective(constraints, constraints.scales.solve(exact)) if exact else found.solution
+    first = scaling(constraints, before) if exact else found.free
+    fixed, targets, folded = fold_gains(constraints, before, first, moved)
     rows = before.rows(torch.tensor(fixed, dtype=torch.int64))
     particular = (
         lsmr(rows, np.array(targets), atol=1e-16, btol=1e-16, conlim=0)[0] if fixed else np.zeros(before.dimension)
@@ -232,20 +232,20 @@ def _least(found: Found, state: State, exact: tuple[Form, ...]) -> _Orbit:
     folded_state = first.act(moved, torch.from_numpy(particular))
     logs = _add({}, first.tensors, particular)
     still = (*exact, *({x: Fraction(1)} for x in fixed))
-    left = effective(ledger, ledger.scales.solve(still)) if fixed else before
-    group = scaling(ledger, left)
+    left = effective(constraints, constraints.scales.solve(still)) if fixed else before
+    group = scaling(constraints, left)
     factors, owners = distinct_factors(group.norms, group.size)
     state, closed, kept = _closed(group, factors, _pairs(found), folded_state)
     lost = _difference(folded_state, state, moved, logs)
     del moved, folded_state
     z = minimise([m for m in closed if bool(m.squares.any())], some(factors, np.flatnonzero(kept)), group.size)
-    unfed = dead(closed, group.size) & bent(ledger.bent, left)
+    unfed = dead(closed, group.size) & bent(constraints.bent, left)
     removed = {}
     for entry, mass in zip(group.tensors, closed, strict=True):
         feeding = touched(mass, unfed, growing=True)
         if bool(feeding.any()):
             removed[entry.name] = feeding[..., None].expand(entry.view).reshape(state.tensors[entry.name].shape)
-    return _Orbit(
+    return _ClosedOrbit(
         state=group.act(state, torch.from_numpy(z)),
         logs=_add(logs, group.tensors, z),
         shears=shears,
@@ -320,7 +320,7 @@ def _difference(before: State, after: State, unscaled: State, logs: Mapping[str,
     return changes
 
 
-def _changed(given: State, vanished: Mapping[str, Tensor], shears: Sequence[Shear]) -> State:
+def _changed(given: State, vanished: Mapping[str, Tensor], shears: Sequence[AbsorbedShift]) -> State:
     """The weights as given, less what vanishes; offsets keep what they took up from factors that change."""
     changes = {name: change.double() for name, change in vanished.items()}
     for shear in shears:

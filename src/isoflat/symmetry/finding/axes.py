@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.finding.graph import Graph
+from isoflat.symmetry.finding.graph import TracedGraph
 from isoflat.symmetry.finding.rules.views import COPIES, MOVES, RESHAPES
 
 SOFTMAX = {
@@ -47,7 +47,7 @@ def but(tensor: Tensor, axis: int) -> tuple[int, ...]:
 class Readers:
     """What everything that reads a node does to a constant along one of its axes."""
 
-    def __init__(self, graph: Graph, blind: bool) -> None:
+    def __init__(self, graph: TracedGraph, blind: bool) -> None:
         """Of a graph.
 
         Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.finding.values import Activation, Known, Stored, Value, shifted_only
+from isoflat.symmetry.finding.values import Activation, Known, StoredTensor, Value, shifted_only
 from isoflat.symmetry.motions import Absorbed, Additive, Field, Norm, Running
 from isoflat.symmetry.relations import ANY, ZERO, Relations, distinct, is_all
 
@@ -21,7 +21,7 @@ ENTRYWISE = 1 << 18
 
 @final
 @dataclass
-class Ledger:
+class Constraints:
     """Unknowns, relations and findings while a network is walked through.
 
     Attributes:
@@ -101,7 +101,7 @@ class Ledger:
             if entry.absorbed is not None:
                 self.shifts.pin(entry.absorbed.shift, f"'{name}' is added in two ways")
 
-    def entries(self, stored: Stored) -> Tensor:
+    def entries(self, stored: StoredTensor) -> Tensor:
         """Log-scales of a tensor entry by entry, shape of the tensor; of its last axis only where it has too many."""
         count = math.prod(stored.shape)
         if count > ENTRYWISE and len(stored.shape) > 1 and stored.shape[-1] <= ENTRYWISE:
@@ -128,7 +128,7 @@ class Ledger:
         """Any value as an activation: a stored tensor by its entries, a known one with neither scale nor shift."""
         if isinstance(value, Activation):
             return value
-        if isinstance(value, Stored):
+        if isinstance(value, StoredTensor):
             scale = self.entries(value)
             count = math.prod(value.shape)
             if count > ENTRYWISE and (len(value.shape) < 2 or value.shape[-1] > ENTRYWISE):
@@ -148,7 +148,7 @@ class Ledger:
 
     def multiplies(self, value: Value, where: str) -> None:
         """Nothing may be added to a stored tensor that multiplies."""
-        if isinstance(value, Stored):
+        if isinstance(value, StoredTensor):
             self.rigid.setdefault(value.name, where)
 
     def pin(self, values: Iterable[Value], reason: str) -> None:
@@ -157,7 +157,7 @@ class Ledger:
             if isinstance(value, Activation):
                 self.scales.pin(value.scale, reason)
                 self.shifts.pin(value.shift, reason)
-            elif isinstance(value, Stored):
+            elif isinstance(value, StoredTensor):
                 count = math.prod(value.shape)
                 self.scale_by(value.name, Field(value.name, (1, count, 1, 1), torch.zeros(1, 1, dtype=torch.int64)))
                 self._freeze(self.fields[value.name], reason)

@@ -10,36 +10,36 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isoflat.core.state import State
-from isoflat.symmetry.finding.constraints import Ledger
+from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.groups.units import Exponents, UnitScaling
 from isoflat.symmetry.relations import ZERO, Solution
 
 
-def foldable(ledger: Ledger, solution: Solution, group: UnitScaling) -> dict[str, NDArray[np.bool_]]:
+def foldable(constraints: Constraints, solution: Solution, group: UnitScaling) -> dict[str, NDArray[np.bool_]]:
     """Entries of gains whose scale only they, their offset and columns of weights have."""
-    return {name: fine for name, (fine, _) in _columns(ledger, solution, group, frozenset()).items()}
+    return {name: fine for name, (fine, _) in _columns(constraints, solution, group, frozenset()).items()}
 
 
-def kept(ledger: Ledger, solution: Solution, group: UnitScaling, state: State) -> frozenset[str]:
+def kept(constraints: Constraints, solution: Solution, group: UnitScaling, state: State) -> frozenset[str]:
     """Gains that are not folded at a state, or not wholly: what is mixed behind them is not covered there."""
-    masks = foldable_at(ledger, solution, group, state)
+    masks = foldable_at(constraints, solution, group, state)
     whole = {name for name, mask in masks.items() if bool((mask & (state.tensors[name].cpu().reshape(-1) != 0)).all())}
-    return frozenset(ledger.gains - whole)
+    return frozenset(constraints.gains - whole)
 
 
-def foldable_at(ledger: Ledger, solution: Solution, group: UnitScaling, state: State) -> dict[str, Tensor]:
+def foldable_at(constraints: Constraints, solution: Solution, group: UnitScaling, state: State) -> dict[str, Tensor]:
     """Entries of gains that are folded at a state.
 
     A gain is kept where it can be trained and some reader cannot: folding would take the freedom away.
     """
     result: dict[str, Tensor] = {}
-    for name, (fine, frozen) in _columns(ledger, solution, group, state.parameters.keys()).items():
+    for name, (fine, frozen) in _columns(constraints, solution, group, state.parameters.keys()).items():
         result[name] = torch.from_numpy(fine & ~frozen if name in state.parameters else fine)
     return result
 
 
 def _columns(
-    ledger: Ledger, solution: Solution, group: UnitScaling, trainable: Collection[str]
+    constraints: Constraints, solution: Solution, group: UnitScaling, trainable: Collection[str]
 ) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
     """For each gain, entries that may be folded, and those of them that something frozen reads."""
     d = solution.dimension
@@ -55,10 +55,10 @@ def _columns(
             frozen_reader[read.indices] = True
     for _, rows in (*group.norms, *group.runnings):
         barred[rows.indices] = True
-    barred |= bent(ledger.bent, solution)
+    barred |= bent(constraints.bent, solution)
     by_name = {entry.name: entry for entry in group.tensors}
     result: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
-    for name in sorted(ledger.gains):
+    for name in sorted(constraints.gains):
         entry = by_name.get(name)
         if entry is None or entry.first.shape[0] == 1:
             continue
@@ -67,7 +67,7 @@ def _columns(
         column[single] = entry.first.indices[entry.first.indptr[:-1][single]]
         rate = np.zeros(len(single))
         rate[single] = entry.first.data[entry.first.indptr[:-1][single]]
-        offset = _offset_rows(ledger, entry, column, group.tensors)
+        offset = _offset_rows(constraints, entry, column, group.tensors)
         fine = (rate == 1) & (as_row[column] == 1 + offset) & ~barred[column]
         result[name] = fine, frozen_reader[column]
     return result
@@ -79,10 +79,10 @@ def _inputs_first(entry: Exponents) -> bool:
 
 
 def _offset_rows(
-    ledger: Ledger, gain: Exponents, column: NDArray[np.int64], tensors: Sequence[Exponents]
+    constraints: Constraints, gain: Exponents, column: NDArray[np.int64], tensors: Sequence[Exponents]
 ) -> NDArray[np.int64]:
     """For each entry of a gain, how many offsets of normalisations have exactly its scale."""
-    norms = {name for name, entry in ledger.additives.items() if entry.norm}
+    norms = {name for name, entry in constraints.additives.items() if entry.norm}
     count = np.zeros(len(column), dtype=int)
     for entry in tensors:
         if entry.name in norms and entry.first.shape == gain.first.shape and (entry.first != gain.first).nnz == 0:

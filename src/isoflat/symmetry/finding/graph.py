@@ -17,12 +17,12 @@ from torch.fx.node import map_arg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import UnsupportedModel
-from isoflat.symmetry.finding.values import Known, Stored, Value, shifted_only
+from isoflat.symmetry.finding.values import Known, StoredTensor, Value, shifted_only
 
 
 @final
 @dataclass(frozen=True)
-class Graph:
+class TracedGraph:
     """A network as `torch.export` sees it.
 
     Attributes:
@@ -59,7 +59,9 @@ class Graph:
         module = modules.get(self._place(node)[0])
         mean = self.inputs.get(node.args[3])  # pyrefly: ignore
         path = f"{self._place(node)[0]}.running_mean".lstrip(".")
-        return isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(mean, Stored) and mean.name == path
+        return (
+            isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(mean, StoredTensor) and mean.name == path
+        )
 
     @staticmethod
     def _place(node: Node) -> tuple[str, str]:
@@ -92,7 +94,9 @@ def skeleton(module: nn.Module) -> nn.Module:
     return made
 
 
-def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Callable[[str], bool]) -> Graph:
+def trace(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Callable[[str], bool]
+) -> TracedGraph:
     """Trace a network on an example; operations that are not known are taken apart where torch knows how.
 
     Args:
@@ -139,7 +143,7 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], k
         if node.name in stored and stored[node.name] in tensors:
             tensor = tensors[stored[node.name]]
             floating = tensor.is_floating_point()
-            inputs[node] = Stored(canonical[id(tensor)], tensor.shape) if floating else Known(tensor)
+            inputs[node] = StoredTensor(canonical[id(tensor)], tensor.shape) if floating else Known(tensor)
         elif node.name in lifted or node.name in stored:
             inputs[node] = Known(constants[lifted[node.name] if node.name in lifted else stored[node.name]])
         else:
@@ -148,7 +152,7 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], k
     last = next(node for node in program.graph.nodes if node.op == "output")
     wanted = set(signature.user_outputs)
     outputs = tuple(node for node in last.all_input_nodes if node.name in wanted)
-    return Graph(tuple(program.graph.nodes), inputs, outputs, traced)
+    return TracedGraph(tuple(program.graph.nodes), inputs, outputs, traced)
 
 
 @contextmanager

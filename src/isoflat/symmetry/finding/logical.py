@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from isoflat.symmetry.finding.axes import CASTS
-from isoflat.symmetry.finding.graph import Graph
+from isoflat.symmetry.finding.graph import TracedGraph
 from isoflat.symmetry.finding.rules.views import COPIES, MOVES, RESHAPES
-from isoflat.symmetry.finding.values import Stored
+from isoflat.symmetry.finding.values import StoredTensor
 from isoflat.symmetry.groups.basis import BasisChange
 from isoflat.symmetry.relations import distinct
 
@@ -33,7 +33,7 @@ _WEIGHTS = {
 }
 
 
-def blocks(graph: Graph, basis: BasisChange) -> dict[str, tuple[int, Tensor]]:
+def blocks(graph: TracedGraph, basis: BasisChange) -> dict[str, tuple[int, Tensor]]:
     """For every stored tensor that is not one block by itself: an axis, and the number of the block along it.
 
     Outputs of a weight that no operation ever sees together belong to different blocks: query, key and value, gate and
@@ -63,11 +63,11 @@ def blocks(graph: Graph, basis: BasisChange) -> dict[str, tuple[int, Tensor]]:
     return {n: (axis, part) for n, (axis, part) in made.items() if len(distinct(part)) > 1 or owners[part[0]] > 1}
 
 
-def _stored(graph: Graph) -> dict[str, list[Node]]:
+def _stored(graph: TracedGraph) -> dict[str, list[Node]]:
     """Nodes of each parameter with an axis."""
     nodes: dict[str, list[Node]] = {}
     for node, value in graph.inputs.items():
-        if isinstance(value, Stored) and value.shape:
+        if isinstance(value, StoredTensor) and value.shape:
             nodes.setdefault(value.name, []).append(node)
     return nodes
 

@@ -30,7 +30,7 @@ class Activation:
 
 @final
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A parameter or floating-point buffer, read as it is stored.
 
     Attributes:
@@ -68,7 +68,7 @@ class Known:
     value: Any
 
 
-Value = Activation | Stored | Known | Any
+Value = Activation | StoredTensor | Known | Any
 """Values of a node; tuples of them where an operation returns several."""
 
 

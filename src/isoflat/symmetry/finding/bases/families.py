@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from isoflat.symmetry.finding.bases.partition import Block
-from isoflat.symmetry.finding.bases.tensor_axes import Leg, Region
+from isoflat.symmetry.finding.bases.partition import CellBlock
+from isoflat.symmetry.finding.bases.tensor_axes import Region, TensorAxis
 from isoflat.symmetry.groups.basis import Family, Piece, Side
 from isoflat.symmetry.motions import Field, along
 
@@ -26,13 +26,15 @@ def scales(fields: Mapping[str, Field], family: Family, shapes: Mapping[str, tor
 
 
 def families(
-    blocks: tuple[Block, ...], legs: Mapping[tuple[Region, int], Leg], gains: list[tuple[int, int, str]]
+    blocks: tuple[CellBlock, ...],
+    tensor_axes: Mapping[tuple[Region, int], TensorAxis],
+    gains: list[tuple[int, int, str]],
 ) -> tuple[Family, ...]:
     """Blocks with the slices that they mix, those on the same tensors together."""
-    owners: dict[int, list[tuple[tuple[Region, int], Leg, int]]] = defaultdict(list)
-    for key, leg in legs.items():
-        for place, unit in enumerate(leg.units.tolist()):
-            owners[unit].append((key, leg, place))
+    owners: dict[int, list[tuple[tuple[Region, int], TensorAxis, int]]] = defaultdict(list)
+    for key, tensor_axis in tensor_axes.items():
+        for place, unit in enumerate(tensor_axis.units.tolist()):
+            owners[unit].append((key, tensor_axis, place))
     alike: dict[tuple[object, ...], list[list[Side]]] = defaultdict(list)
     for block in blocks:
         sides = _sides(block, owners, gains)
@@ -49,7 +51,9 @@ def families(
 
 
 def _sides(
-    block: Block, owners: Mapping[int, list[tuple[tuple[Region, int], Leg, int]]], gains: list[tuple[int, int, str]]
+    block: CellBlock,
+    owners: Mapping[int, list[tuple[tuple[Region, int], TensorAxis, int]]],
+    gains: list[tuple[int, int, str]],
 ) -> list[Side]:
     """The sides of one block; none where some coordinate of a side has no slice of its own."""
     sides = []
@@ -60,11 +64,11 @@ def _sides(
         flips: dict[object, bool] = {}
         for slot, unit in enumerate(cell.tolist()):
             seen: dict[object, int] = defaultdict(int)
-            for key, leg, place in owners[unit]:
-                copy = copies.setdefault((leg.role, seen[leg.role]), defaultdict(list))
+            for key, tensor_axis, place in owners[unit]:
+                copy = copies.setdefault((tensor_axis.role, seen[tensor_axis.role]), defaultdict(list))
                 copy[key].append((slot, place))
-                seen[leg.role] += 1
-                flips[leg.role] = leg.dual != dual
+                seen[tensor_axis.role] += 1
+                flips[tensor_axis.role] = tensor_axis.dual != dual
         gain = next(((name, first) for first, last, name in gains if first <= cell[0] <= last), None)
         places = torch.from_numpy(cell - gain[1]) if gain else torch.zeros(len(slots), dtype=torch.int64)
         for (role, _), tensors in copies.items():

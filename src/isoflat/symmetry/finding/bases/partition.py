@@ -24,7 +24,7 @@ FIXED = 0
 
 @final
 @dataclass(frozen=True)
-class Block:
+class CellBlock:
     """Cells that share one matrix.
 
     Attributes:
@@ -40,13 +40,13 @@ class Block:
     centred: bool
 
 
-class Cells:
+class Partition:
     """A growing set of units with ties, and the sets that may be mixed among themselves only.
 
-    >>> cells = Cells()
-    >>> a, b = cells.fresh(4, "a"), cells.fresh(2, "b")
-    >>> cells.tie(a[:2], b, dual=True)
-    >>> [(block.cells.tolist(), block.dual) for block in cells.solve()]
+    >>> partition = Partition()
+    >>> a, b = partition.fresh(4, "a"), partition.fresh(2, "b")
+    >>> partition.tie(a[:2], b, dual=True)
+    >>> [(block.cells.tolist(), block.dual) for block in partition.solve()]
     [([[1, 2], [5, 6]], (False, True)), ([[3, 4]], (False,))]
     """
 
@@ -110,7 +110,7 @@ class Cells:
         """These units are mixed by rotations only; centred: that leave the vector of ones alone."""
         self._orthogonal.append((torch.unique(_lean(ids)).numpy(), centred))
 
-    def solve(self) -> tuple[Block, ...]:
+    def solve(self) -> tuple[CellBlock, ...]:
         """The coarsest cells that every operation allows, with two units or more."""
         pairs = np.concatenate([np.zeros((0, 2), dtype=np.int64), *(p for p, _ in self._ties)])
         flips = np.concatenate([np.zeros(0, dtype=bool), *(np.full(len(p), dual) for p, dual in self._ties)])
@@ -135,7 +135,7 @@ class Cells:
             if not (relative == relative[:, :1]).all():
                 continue  # some units with a sign and some without: no matrix does both
             found.append(
-                Block(
+                CellBlock(
                     stacked,
                     tuple(bool(row[0]) for row in relative),
                     bool(turned[stacked].any()),
