@@ -1,4 +1,4 @@
-"""What tracing has found: groups that can be applied, proved and read."""
+"""Symmetries that tracing has found: groups that can be applied, proved and read."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Found:
         args: positional inputs that it was traced on, two rows.
         kwargs: keyword inputs.
         constraints: unknowns and relations.
-        solution: of the scales, normalisations' epsilons disregarded.
+        solution: solution of the scales, normalisations' epsilons disregarded.
         exact: forms that must vanish where epsilons stay or move with the only module that holds them.
         translation: shifts of constants.
         common: common vectors that every reader subtracts.
         basis: changes of basis between linear maps.
-        blocks: of tensors that pack several: an axis, and the number of the block along it.
+        blocks: blocks of tensors that pack several: an axis, and the number of the block along it.
         blind: whether the loss ignores a constant added to all scores of an example.
     """
 
@@ -93,7 +93,7 @@ class Found:
 
     @property
     def dimension(self) -> int:
-        """Of all exact groups together."""
+        """Dimension of all exact groups together."""
         return sum(symmetry.dimension for symmetry in self.symmetries)
 
     @cached_property
@@ -185,8 +185,8 @@ class Found:
             example: inputs; default those it was traced on.
             spread: standard deviation of the logarithms of the factors. A wrong symmetry shows at any; at a large one
                 rounding does too, where weights lie far out on their orbit already.
-            samples: how many elements to try.
-            seed: of the elements.
+            samples: number of elements to try.
+            seed: seed of the elements.
 
         Returns:
             The largest relative change seen, at rounding level.

@@ -20,11 +20,11 @@ class Field:
     For a weight, `first` are its output units, `second` its input units and `sign` is −1.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         view: shape `(g, i, j, k)` under which it is seen; groups, two axes of units, and the rest.
         first: unknowns, shape `(g, i)` or `(1, 1)`.
         second: unknowns, shape `(g, j)` or `(1, 1)`.
-        sign: of the second term.
+        sign: sign of the second term.
     """
 
     name: str
@@ -47,7 +47,7 @@ def along(found: Field, axis: int, shape: torch.Size) -> Tensor:
 @final
 @dataclass(frozen=True)
 class Absorbed:
-    """What an additive tensor takes up when constants upstream move: `−Σ_j factor[g, i, j, k] · shift[g, j]`.
+    """Constants that an additive tensor takes up when constants upstream move: `−Σ_j factor[g, i, j, k] · shift[g, j]`.
 
     Attributes:
         factor: name of the weight.
@@ -73,11 +73,11 @@ class Additive:
     """A stored tensor that is added: `shift[g, i]` may be added to all its entries `[g, i, …]` of a view.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         view: shape `(i, k)` after `axis` is moved to the front.
         axis: which axis of the stored tensor holds the units; None for all of them flattened.
         shift: unknowns, shape `(i,)`.
-        absorbed: what it takes up besides; None for nothing.
+        absorbed: constants that it takes up besides; None for nothing.
         norm: whether it is the offset of a normalisation, which is emptied first.
     """
 
@@ -102,7 +102,7 @@ class Running:
         deviation: unknown log-scale of √(v + ε), shape `(C,)`.
         entering: unknown shift of x, shape `(C,)`.
         moved: unknown shift of x taken out of μ into β, shape `(C,)`.
-        absorbed: what μ takes up from constants before a contraction without bias: `+Σ factor · shift`; None for none.
+        absorbed: constants that μ takes up from constants before a contraction without bias: `+Σ factor · shift`; None for none.
     """
 
     mean: str
@@ -143,8 +143,8 @@ class Mean:
     output before its gain γ. Then `a ⊗ 1/γ` is added, and the bias takes back what the offset β would make of it.
 
     Attributes:
-        name: of the tensor.
-        axis: of the stored tensor, over which the mean is taken.
+        name: name of the tensor.
+        axis: axis of the stored tensor over which the mean is taken.
         reads: whether it is the weight's inputs that have no mean.
         gain: name of γ; None without.
         offset: name of β; None without.

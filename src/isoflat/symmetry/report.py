@@ -1,4 +1,4 @@
-"""What was found, line by line, and what holds the rest."""
+"""Report on the symmetries found, line by line, and on what holds the rest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from isoflat.symmetry.groups.units import UnitScaling
 from isoflat.symmetry.relations import Solution
 
 AVOIDABLE = ("no bias", "zero padding", "ways", "used twice")
-"""How reasons end for which a constant is held though no nonlinearity asks for it."""
+"""Endings of the reasons for which a constant is held though no nonlinearity asks for it."""
 
 
 @final
@@ -28,7 +28,7 @@ class SymmetryLine:
     Attributes:
         kind: "scale", "scale divided out", "shift", "common vector" ("read": by what reads, not writes), "basis",
             "rotation", or "not claimed".
-        dimension: how many.
+        dimension: number of dimensions.
         tensors: names, each with the axis that is meant.
         reasons: for what is not claimed: operations that fix it.
     """

@@ -1,4 +1,7 @@
-"""What is fixed before anything is balanced: deviations of batch normalisations, and gains that go into their readers."""
+"""Gain folding: deviations of batch normalisations are made one, and gains go into their readers.
+
+It comes before anything is balanced (docs/concepts/canonical.md, "Gain folding").
+"""
 
 from __future__ import annotations
 

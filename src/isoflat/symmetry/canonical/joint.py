@@ -2,6 +2,8 @@
 
 Along `exp(t π)`, π symmetric, the squared norm of a tensor T has the derivatives `2⟨T, πT⟩` and `4‖πT‖²`: gradient and
 Hessian of the potential need nothing but how fast tensors move. Newton's method is started anew at every point.
+
+Derivation: docs/concepts/bases.md, "The point of least norm".
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class BalancedPoint:
     Attributes:
         state: the point.
         scales: elements of the scalings, with the tensors they act on.
-        changes: of basis.
+        changes: changes of basis.
     """
 
     state: State
@@ -57,7 +59,7 @@ def balance(constraints: Constraints, families: Sequence[Family], state: State, 
     Args:
         constraints: relations among scales.
         families: pairs.
-        state: of least norm among all scalings, its orbit closed.
+        state: point of least norm among all scalings, its orbit closed.
         still: forms in scales that must vanish.
 
     Raises:
@@ -185,7 +187,7 @@ class _JointPotential:
         return _Vector(4 * image.scales, tuple(4 * part for part in image.bases)).traceless()
 
     def _moving(self, direction: _Vector) -> dict[str, Tensor]:
-        """How fast the tensors move."""
+        """Velocities of the tensors along a direction."""
         moving = self.group.velocity(self.state, torch.from_numpy(direction.scales))
         for family, velocity in zip(self.families, direction.bases, strict=True):
             for side in family.sides:
@@ -239,7 +241,7 @@ class _JointPotential:
 
 
 def _sums(entry: Exponents, product: Tensor) -> Iterator[tuple[sparse.csr_matrix, Vector]]:
-    """Both kinds of units of a tensor, with the sums over what belongs to each."""
+    """Rows and columns of a tensor, with the sums over what belongs to each."""
     for matrix, axis in ((entry.first, 2), (entry.second * entry.sign, 1)):
         part = product.sum(axis).reshape(-1) if matrix.shape[0] > 1 else product.sum().view(1)
         yield matrix, part.numpy()

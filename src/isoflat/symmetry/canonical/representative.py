@@ -3,6 +3,8 @@
 In this order: common vectors and shifts by least norm; batch normalisations folded; gains read only by linear maps folded
 into them; then the one point of least norm among all scalings (`potential`), after closing orbits that are not closed.
 `docs/concepts/canonical.md` has definition and proofs.
+
+Derivation: docs/concepts/canonical.md, "Definition, in the order of the code".
 """
 
 from __future__ import annotations
@@ -50,10 +52,10 @@ class Representative:
         state: θ*, float64; buffers and the epsilons that modules hold moved along.
         logs: log-factors of each tensor that is scaled, by name: two that add up, and the view they broadcast to.
         shears: constants that biases and offsets took up from weights and gains.
-        changes: of basis, after the scaling.
+        changes: changes of basis, after the scaling.
         folded: entries of gains that went into their readers, by name.
         removed: coordinates that only reach through a kink, by name.
-        zeroed: how many entries of each tensor the closure changed; to zero, but for pairs that are cut to their rank.
+        zeroed: number of entries of each tensor the closure changed; to zero, but for pairs that are cut to their rank.
         starved: normalisations that nothing feeds.
         loose: tensors whose coordinates mean nothing by themselves: rotations of a stream or of rotary pairs mix them,
             or singular values that tie; in the nearest gauge, those of all pairs.
@@ -79,21 +81,21 @@ class Representative:
 
 
 class Epsilon(StrEnum):
-    """What becomes of the epsilons of normalisations whose input is scaled."""
+    """Treatment of the epsilons of normalisations whose input is scaled."""
 
     FREE = "free"
-    """They count as moved with every factor, also where one of them serves several: what the number is invariant to."""
+    """Epsilons count as moved with every factor, also where one of them serves several: what the number is invariant to."""
     MOVED = "moved"
-    """Each moves with the one factor that is its own; where several share one, they move together: exact."""
+    """Epsilons move, each with the one factor that is its own; where several share one, they move together: exact."""
     FIXED = "fixed"
-    """They stay, and so does every factor: exact, and the weights alone tell it."""
+    """Epsilons stay, and so does every factor: exact, and the weights alone tell it."""
 
 
 class Gauge(StrEnum):
-    """Which of the points of least norm: they differ by rotations of each pair of linear maps."""
+    """Choice among the points of least norm: they differ by rotations of each pair of linear maps."""
 
     NEAREST = "nearest"
-    """What is reached by symmetric changes of basis: a balanced network stays as it is."""
+    """Point reached by symmetric changes of basis: a balanced network stays as it is."""
     PRINCIPAL = "principal"
     """Gram matrices diagonal, descending: single entries mean something, unless singular values tie."""
 
@@ -106,7 +108,7 @@ def canonical(
     Args:
         found: the network's symmetries.
         state: the point, with the epsilons that modules hold (`Found.state`).
-        epsilon: what becomes of the epsilons of normalisations.
+        epsilon: treatment of the epsilons of normalisations.
         gauge: which of the points of least norm.
 
     Raises:
@@ -124,7 +126,7 @@ def canonicalize(
 
     Args:
         model: the network that `found` was found on, or one of the same architecture; it is not changed.
-        found: from `isoflat.symmetries`.
+        found: symmetries from `isoflat.symmetries`.
         epsilon: "moved" changes the epsilons that modules hold along with the weights; where one serves several groups
             of channels (GroupNorm), they are scaled together. "fixed" leaves them, so that the weights can be saved
             and loaded into the same network. "free" is the point that is measured, no exact copy of the function
@@ -147,8 +149,8 @@ def reparametrize(model: nn.Module, found: Found, *, seed: int = 0, spread: floa
 
     Args:
         model: the network that `found` was found on, or one of the same architecture; it is not changed.
-        found: from `isoflat.symmetries`.
-        seed: of the element.
+        found: symmetries from `isoflat.symmetries`.
+        seed: seed of the element.
         spread: standard deviation of the logarithms of the factors.
     """
     state = found.state(model).to(dtype=torch.float64)
@@ -176,7 +178,7 @@ def install(model: nn.Module, state: State) -> nn.Module:
 
 
 def _scale(found: Found, given: State, exact: tuple[Form, ...]) -> Representative:
-    """Everything but the choice of a gauge."""
+    """Representative before a gauge is chosen."""
     orbit = _least(found, given.to(dtype=torch.float64), exact)
     least = balance(found.constraints, _pairs(found), orbit.state, orbit.still)
     logs = orbit.logs
@@ -202,7 +204,7 @@ class _ClosedOrbit:
     """A closed orbit, and the point on it that has least norm among all scalings; as in `Representative`.
 
     Attributes:
-        lost: what the closure took from each tensor, in the scale of the weights as given.
+        lost: change that the closure made: what it took from each tensor, in the scale of the weights as given.
         still: forms in scales that vanish from here on.
     """
 
@@ -309,7 +311,7 @@ def _emptied(group: UnitScaling, seen: Sequence[Mass], closed: Sequence[Mass], s
 
 
 def _difference(before: State, after: State, unscaled: State, logs: Mapping[str, Logs]) -> dict[str, Tensor]:
-    """What the closure took from each tensor, in the scale of the weights as given."""
+    """Changes that the closure made: what it took from each tensor, in the scale of the weights as given."""
     changes = {}
     for name, tensor in after.tensors.items():
         old = before.tensors[name]

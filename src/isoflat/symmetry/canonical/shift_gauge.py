@@ -1,4 +1,7 @@
-"""Constants in their places: the shifts of a canonical representative, by least norm and in levels."""
+"""Constants in their places: the shifts of a canonical representative, by least norm and in levels.
+
+Derivation: docs/concepts/canonical.md, "Shifts".
+"""
 
 from __future__ import annotations
 
@@ -35,13 +38,13 @@ SWEEPS = 40
 """Sweeps after which constants are solved for."""
 
 ATTEMPTS = 5
-"""How often."""
+"""Attempts to solve for constants that feed back."""
 
 
 @final
 @dataclass(frozen=True)
 class AbsorbedShift:
-    """What an additive tensor took up from a factor: `Σ_{j,k} factor[g, i, j, k] · shift[g, j]`."""
+    """Constants that an additive tensor took up from a factor: `Σ_{j,k} factor[g, i, j, k] · shift[g, j]`."""
 
     offset: str
     absorbed: Absorbed
@@ -139,7 +142,7 @@ class _Flow:
                 self.entered[centre.running.mean] += passed(centre, element)
 
     def shears(self, state: State) -> tuple[AbsorbedShift, ...]:
-        """What biases, offsets and means have taken up, as linear maps of weights and gains."""
+        """Constants that biases, offsets and means have taken up, as linear maps of weights and gains."""
         shears = [
             AbsorbedShift(offset.entry.name, offset.entry.absorbed, self.entered[offset.entry.name])
             for offset in self.group.offsets
@@ -237,7 +240,7 @@ def _levels(found: Found) -> list[Level]:
 
 
 def _rows(group: Translation, name: str) -> sparse.csr_matrix:
-    """How a tensor's own units move with the element of a group."""
+    """Matrix by which a tensor's own units move with the element of a group."""
     for centre in group.centres:
         if centre.running.mean == name:
             return centre.entering - centre.moved

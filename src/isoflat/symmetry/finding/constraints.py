@@ -1,4 +1,4 @@
-"""What tracing writes down: how each stored tensor scales and shifts, and which normalisations divide a scale out."""
+"""Constraints that tracing writes down: how each stored tensor scales and shifts, and which normalisations divide a scale out."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ ENTRYWISE = 1 << 18
 @final
 @dataclass
 class Constraints:
-    """Unknowns, relations and findings while a network is walked through.
+    """Unknowns, relations and findings while the operations of a network are gone through.
 
     Attributes:
         scales: relations among log-scales.
         shifts: relations among constants.
-        fields: by tensor name.
-        additives: by tensor name.
+        fields: log-scales of stored tensors, by name.
+        additives: shifts of stored tensors, by name.
         runnings: batch normalisations, by the name of their mean.
-        norms: in the order of the graph.
+        norms: normalisations in the order of the graph.
         rigid: tensors that multiply something, so that nothing may be added to them.
         again: tensors that are added more than once.
         bent: log-scales that pass through a kink or a nonlinearity.
@@ -176,7 +176,7 @@ class Constraints:
         self.bent.update(distinct(ids))
 
     def settle(self) -> None:
-        """Once the network is walked through: nothing may be added to what multiplies."""
+        """Close the constraints once the network has been gone through: nothing may be added to what multiplies."""
         for name, reason in self.rigid.items():
             if name in self.additives:
                 entry = self.additives[name]

@@ -32,7 +32,7 @@ def declare(symmetry: UnitScale, constraints: Constraints, state: State) -> None
 
 
 def _seen(constraints: Constraints, name: str, tensor: Tensor) -> Field:
-    """How a tensor scales so far, seen by rows and columns; one that was pinned entry by entry can be seen in any way."""
+    """Field of a tensor so far, seen by rows and columns; one that was pinned entry by entry can be seen in any way."""
     columns = tensor.shape[1] if tensor.ndim > 1 else 1
     view = (1, tensor.shape[0], columns, tensor[0, 0].numel() if tensor.ndim > 2 else 1)
     zero = torch.zeros(1, 1, dtype=torch.int64)

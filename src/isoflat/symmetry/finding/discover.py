@@ -54,7 +54,7 @@ def symmetries(
     Args:
         model: any module that `torch.export` can trace; it is not changed.
         example: an input with two rows or more, a tuple of positional inputs, or a mapping of keyword inputs.
-        loss: of output and class targets; given, and found to ignore a constant added to all scores of an example
+        loss: function of output and class targets; given, and found to ignore a constant added to all scores of an example
             (softmax cross-entropy), that direction of the head is a symmetry too.
         further_rules: rules beside those of the package, by the full overload name of the operation
             (`"mylib.op.default"`); see `symmetry.rules`.
@@ -86,7 +86,7 @@ def discover(
     further: Mapping[str, Rule] | None = None,
     declared: Sequence[UnitScale] = (),
 ) -> Found:
-    """Trace, walk, solve; nothing is proved yet.
+    """Trace, propagate units, solve; nothing is proved yet.
 
     Args:
         model: any module that `torch.export` can trace.
@@ -177,9 +177,9 @@ def propagate(graph: TracedGraph, known: Mapping[str, Rule], readers: Readers) -
     """Go through the operations in order and write down what they relate.
 
     Args:
-        graph: of the network.
+        graph: the traced network.
         known: rules by overload name.
-        readers: what everything that reads a node is blind to.
+        readers: directions to which all readers of a node are blind.
     """
     first = {id(module): path for path, module in graph.module.named_modules()}
 
@@ -213,7 +213,7 @@ def propagate(graph: TracedGraph, known: Mapping[str, Rule], readers: Readers) -
 
 
 def exact_forms(constraints: Constraints) -> tuple[Form, ...]:
-    """What must vanish for a rescaling to be exact though normalisations have an epsilon.
+    """Linear forms that must vanish for a rescaling to be exact though normalisations have an epsilon.
 
     An epsilon that a module holds moves with its factor; several factors behind one epsilon must be equal, and one that
     nothing holds cannot move at all.
@@ -234,7 +234,7 @@ def exact_forms(constraints: Constraints) -> tuple[Form, ...]:
 def ignores_common_score(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> bool:
-    """Whether a loss of scores and classes is the same when a constant is added to all scores of each example."""
+    """Test whether a loss of scores and classes is the same when a constant is added to all scores of each example."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         scores = model(*args, **kwargs)

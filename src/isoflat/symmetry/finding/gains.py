@@ -41,7 +41,7 @@ def foldable_at(constraints: Constraints, solution: Solution, group: UnitScaling
 def _columns(
     constraints: Constraints, solution: Solution, group: UnitScaling, trainable: Collection[str]
 ) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """For each gain, entries that may be folded, and those of them that something frozen reads."""
+    """Masks for each gain: entries that may be folded, and those of them that something frozen reads."""
     d = solution.dimension
     as_row, barred = np.zeros(d, dtype=int), np.zeros(d, dtype=bool)
     frozen_reader = np.zeros(d, dtype=bool)
@@ -74,14 +74,14 @@ def _columns(
 
 
 def _inputs_first(entry: Exponents) -> bool:
-    """Whether a tensor's first units are those that it reads."""
+    """Test whether a tensor's first units are those that it reads."""
     return entry.sign == 1 and entry.first.nnz > 0 and bool((entry.first.data < 0).all())
 
 
 def _offset_rows(
     constraints: Constraints, gain: Exponents, column: NDArray[np.int64], tensors: Sequence[Exponents]
 ) -> NDArray[np.int64]:
-    """For each entry of a gain, how many offsets of normalisations have exactly its scale."""
+    """Counts for each entry of a gain: how many offsets of normalisations have exactly its scale."""
     norms = {name for name, entry in constraints.additives.items() if entry.norm}
     count = np.zeros(len(column), dtype=int)
     for entry in tensors:

@@ -26,7 +26,7 @@ class TracedGraph:
     """A network as `torch.export` sees it.
 
     Attributes:
-        nodes: in the order of execution.
+        nodes: operations in the order of execution.
         inputs: values of the placeholders, by node.
         outputs: nodes that leave the network.
         module: the traced module; its tensors are the user's, its structure is a copy.
@@ -52,7 +52,7 @@ class TracedGraph:
         return ".".join(filter(None, (path, named[0]))) if len(named) == 1 else None
 
     def centred(self, node: Node) -> bool:
-        """Whether a node is a batch normalisation by the running mean that its own module holds."""
+        """Test whether a node is a batch normalisation by the running mean that its own module holds."""
         if str(node.target) != "aten._native_batch_norm_legit_no_training.default":
             return False
         modules = dict(self.module.named_modules(remove_duplicate=False))
@@ -182,7 +182,7 @@ def _depending(program: torch.export.ExportedProgram) -> Iterator[Node]:
 
 
 def _has_rule(node: Node, known: Callable[[str], bool]) -> bool:
-    """Whether a rule covers an operation as it is written, with nothing taken apart and no side effect left."""
+    """Test whether a rule covers an operation as it is written, with nothing taken apart and no side effect left."""
     operation = node.target
     if not isinstance(operation, torch._ops.OpOverload):
         return operation is operator.getitem
@@ -197,7 +197,7 @@ _TRAINING = {"aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten
 
 
 def _is_constant_function(node: Node) -> bool:
-    """Whether an operation gives the same result for the same arguments and changes none of them."""
+    """Test whether an operation gives the same result for the same arguments and changes none of them."""
     operation = node.target
     return operation is operator.getitem or (
         isinstance(operation, torch._ops.OpOverload)

@@ -1,4 +1,7 @@
-"""Logical tensors: a stored tensor that packs several, such as query, key and value, counts as several."""
+"""Logical tensors: a stored tensor that packs several, such as query, key and value, counts as several.
+
+Derivation: docs/concepts/bases.md, "Blocks are logical tensors".
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ _WEIGHTS = {
 
 
 def blocks(graph: TracedGraph, basis: BasisChange) -> dict[str, tuple[int, Tensor]]:
-    """For every stored tensor that is not one block by itself: an axis, and the number of the block along it.
+    """Blocks of every stored tensor that is not one block by itself: an axis, and the number of the block along it.
 
     Outputs of a weight that no operation ever sees together belong to different blocks: query, key and value, gate and
     up. What a change of basis mixes is one block, be it in several tensors.
@@ -87,7 +90,7 @@ def _parts(nodes: list[Node]) -> tuple[int, Tensor]:
 
 
 def _seen(node: Node, numbers: Tensor) -> Iterator[list[int]]:
-    """Which indices every operation sees that does more than move them; −1 stands for none."""
+    """Indices that every operation sees that does more than move them; −1 stands for none."""
     for user in node.users:
         name = str(user.target)
         place = _place(node, user)
@@ -108,7 +111,7 @@ def _seen(node: Node, numbers: Tensor) -> Iterator[list[int]]:
 
 
 def _seen_moved(user: Node, numbers: Tensor) -> Iterator[list[int]]:
-    """After an operation that moves elements; one that gives several parts is followed part by part."""
+    """Indices seen after an operation that moves elements; one that gives several parts is followed part by part."""
     operation: Any = user.target
     value = user.meta["val"]
     if isinstance(value, Tensor):
@@ -125,7 +128,7 @@ def _seen_moved(user: Node, numbers: Tensor) -> Iterator[list[int]]:
 
 
 def _place(node: Node, user: Node) -> str | None:
-    """Whether a node is an operation's weight, or its bias."""
+    """Test whether a node is an operation's weight, or its bias."""
     weight, bias, *_ = _WEIGHTS.get(str(user.target), (None, None))
     if weight is not None and len(user.args) > weight and user.args[weight] is node:
         return "weight"

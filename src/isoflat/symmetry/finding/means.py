@@ -1,4 +1,7 @@
-"""Common vectors: weights and tables to whose output every reader is blind in one direction."""
+"""Common vectors: weights and tables to whose output every reader is blind in one direction.
+
+Derivation: docs/concepts/symmetries.md, "Common vectors".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what tracing wrote down to groups: the relations solved, and what moves no tensor left out."""
+"""Groups from the constraints that tracing wrote down: the relations solved, and what moves no tensor left out."""
 
 from __future__ import annotations
 

@@ -22,10 +22,10 @@ class Piece:
     """Slices of one tensor among those that make up a vector of d of them.
 
     Attributes:
-        name: of the tensor.
-        axis: that holds the slices.
-        places: along it, shape `(n, p)`: for each of n blocks.
-        slots: which coordinates they are, shape `(p,)`.
+        name: name of the tensor.
+        axis: axis that holds the slices.
+        places: indices along the axis, shape `(n, p)`: for each of n blocks.
+        slots: numbers of the coordinates that they are, shape `(p,)`.
         window: part of the tensor that is meant, as axis, start and size; None for all of it.
     """
 
@@ -48,8 +48,8 @@ class Side:
     Attributes:
         dual: whether it is mixed by `g⁻ᵀ`, or by g.
         gain: name of the gain between the basis and this side; None without.
-        places: of the coordinates in the gain, shape `(n, d)`.
-        pieces: that make it up.
+        places: indices of the coordinates in the gain, shape `(n, d)`.
+        pieces: slices of tensors that make it up.
     """
 
     dual: bool
@@ -68,7 +68,7 @@ class Family:
         size: dimension d of each.
         orthogonal: whether only rotations are allowed.
         centred: whether they must leave the vector of ones alone.
-        sides: what is mixed.
+        sides: rows and columns that are mixed.
     """
 
     count: int
@@ -119,7 +119,7 @@ class BasisChange(Symmetry):
     `UnitScaling`. Between basis and side a gain may lie, which is as if folded into the side: `Γ g Γ⁻¹`.
 
     Attributes:
-        families: of blocks.
+        families: blocks of one kind each.
     """
 
     families: tuple[Family, ...]
@@ -178,7 +178,7 @@ class BasisChange(Symmetry):
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Where each family's coordinates begin, and where the last one's end."""
+        """Offsets at which each family's coordinates begin, and where the last one's end."""
         return tuple(np.cumsum([0, *(f.count * f.freedom for f in self.families)]).tolist())
 
     def _parts(self, element: Tensor) -> Iterator[tuple[Family, Tensor]]:
@@ -189,7 +189,7 @@ class BasisChange(Symmetry):
 
 
 def _balance(family: Family, state: State) -> Tensor:
-    """By how much what is written outweighs what reads it, for each coordinate, shape `(n, d)`; 1 where one is zero."""
+    """Square root of what is written over what reads it, in size, for each coordinate, shape `(n, d)`; 1 where one is zero."""
     written, read = (
         sum(stacked(side, state.tensors).cpu().square().sum(2) for side in family.sides if side.dual is dual)
         for dual in (False, True)
@@ -206,7 +206,7 @@ def apply(family: Family, g: Tensor, state: State, inverse: Tensor | None = None
         family: blocks of one kind.
         g: a matrix for each, shape `(n, d, d)`.
         state: whose tensors are mixed.
-        inverse: of g; computed if left out.
+        inverse: inverse of g; computed if left out.
     """
     back = torch.linalg.inv(g) if inverse is None else inverse
     for side in family.sides:

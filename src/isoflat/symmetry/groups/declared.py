@@ -16,14 +16,14 @@ from isoflat.symmetry.groups.base import Symmetry
 @final
 @dataclass(frozen=True)
 class UnitScale(Symmetry):
-    """Each of n units times a factor of its own: rows of some tensors with it, columns of others against it.
+    """Scaling of each of n units by a factor of its own: rows of some tensors with it, columns of others against it.
 
     For units behind an operation that tracing does not know, such as a custom activation that is positively homogeneous.
 
     Attributes:
         rows: tensors whose first axis holds the units, biases included: multiplied by the unit's factor.
         columns: tensors whose second axis holds the units: divided by it.
-        units: how many.
+        units: number of units.
 
     >>> state = State({"a": torch.ones(2, 3), "b": torch.ones(4, 2)})
     >>> moved = UnitScale(("a",), ("b",), 2).act(state, torch.tensor([0.0, 1.0], dtype=torch.float64))
@@ -42,12 +42,12 @@ class UnitScale(Symmetry):
 
     @property
     def touches(self) -> frozenset[str]:
-        """All of them."""
+        """Tensors that hold the units."""
         return frozenset((*self.rows, *self.columns))
 
     @property
     def dimension(self) -> int:
-        """One per unit."""
+        """Number of units."""
         return self.units
 
     def sample(self, stream: torch.Generator, spread: float = 1.0) -> Tensor:

@@ -1,4 +1,7 @@
-"""A change of basis counts only if the network's derivative along it vanishes at random weights."""
+"""A change of basis counts only if the network's derivative along it vanishes at random weights.
+
+Derivation: docs/concepts/bases.md, "Why a derivative at random weights".
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def accepted(basis: BasisChange, given: State, output: Output) -> BasisChange:
     Args:
         basis: candidates.
         given: the network's tensors, whose sizes random weights have.
-        output: of the network.
+        output: the network's output.
     """
     if not basis.families:
         return basis
@@ -47,12 +50,12 @@ def _vanishes(basis: BasisChange, state: State, output: Output) -> bool:
 
 
 def _writing(family: Family) -> Family:
-    """What writes the basis alone, which is no symmetry."""
+    """Family with the sides that write the basis alone, which is no symmetry."""
     return replace(family, sides=tuple(side for side in family.sides if not side.dual))
 
 
 def _derivative(output: Output, state: State, moving: dict[str, Tensor]) -> Tensor:
-    """Of the outputs along a velocity, in float64."""
+    """Derivative of the outputs along a velocity, in float64."""
     names = [name for name, speed in moving.items() if bool(speed.any())]
 
     def moved(*tensors: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from isoflat.symmetry.motions import Field, along
 
 
 def scales(fields: Mapping[str, Field], family: Family, shapes: Mapping[str, torch.Size]) -> Iterator[list[int]]:
-    """For each block, the unknown scales of its coordinates."""
+    """Unknown scales for each block, those of its coordinates."""
     side = next(side for side in family.sides if not side.dual)
     for block in range(family.count):
         yield [

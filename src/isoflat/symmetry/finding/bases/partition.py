@@ -1,4 +1,6 @@
-"""Which units may be mixed with which: cells of units, refined by every operation that treats some apart from others.
+"""Partition of units into cells that may be mixed, refined by every operation that treats some apart from others.
+
+See docs/concepts/bases.md, "Cells".
 
 A unit is one coordinate of a vector that flows through the network. Units of one cell may be mixed by a matrix X,
 `x ↦ X x` as a velocity; tied cells share their matrix, or one has `−Xᵀ`.
@@ -188,7 +190,7 @@ def _groups(labels: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
 def _parities(
     pairs: NDArray[np.int64], flips: NDArray[np.bool_], count: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """For each unit, whether it is dual to the first of its class; and units that would be dual to themselves.
+    """Parity of each unit, whether it is dual to the first of its class; and units that would be dual to themselves.
 
     Each unit is doubled, plain and dual; a tie joins plain with plain, or plain with dual.
     """

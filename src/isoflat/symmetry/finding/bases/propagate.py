@@ -20,10 +20,10 @@ from isoflat.symmetry.finding.values import Activation, Known, StoredTensor
 def propagate_bases(
     graph: TracedGraph, known: Mapping[Node, Known], foldable: frozenset[str], normalised: frozenset[Node]
 ) -> TensorAxes:
-    """What every operation says about the units of what goes in and comes out.
+    """Go through the operations in order and write down which axes of stored tensors carry units that may be mixed.
 
     Args:
-        graph: of the network.
+        graph: the traced network.
         known: values that depend on neither parameters nor input.
         foldable: vectors after normalisations that can be folded into what reads them.
         normalised: nodes that hold what a normalisation written by hand gives.

@@ -1,4 +1,7 @@
-"""Constant linear maps of a vector, such as rotary embeddings: what commutes with all of them may mix its units."""
+"""Constant linear maps of a vector, such as rotary embeddings: what commutes with all of them may mix its units.
+
+Derivation: docs/concepts/bases.md, "Rotary pairs".
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class LinearRun:
 
     Attributes:
         start: where it begins.
-        nodes: in order; the last of them is all that is read afterwards.
+        nodes: operations in order; the last of them is all that is read afterwards.
     """
 
     start: Node
@@ -126,7 +129,7 @@ def _applied(run: LinearRun, start: Tensor, values: Mapping[Node, Any]) -> Tenso
 
 
 def _rotates(pairs: Tensor) -> bool:
-    """Whether every matrix is a multiple of a rotation of the plane, shape `(places, 2, 2)`."""
+    """Test whether every matrix is a multiple of a rotation of the plane, shape `(places, 2, 2)`."""
     size = pairs.abs().amax()
     even = (pairs[:, 0, 0] - pairs[:, 1, 1]).abs().max()
     odd = (pairs[:, 0, 1] + pairs[:, 1, 0]).abs().max()

@@ -1,6 +1,6 @@
 """Rules: how an operation relates the bases of what goes in and what comes out.
 
-A rule is `rule(legs, node, *args) -> units`, with an array of units for every activation. An operation without a rule
+A rule is `rule(tensor_axes, node, *args) -> units`, with an array of units for every activation. An operation without a rule
 holds what it touches, so that a missing rule can only make the group smaller.
 """
 
@@ -322,7 +322,7 @@ def _units(value: Value) -> Tensor:
 
 
 def _uniform(factor: Value, x: Tensor) -> bool:
-    """Whether a factor is the same along every axis along which units differ."""
+    """Test whether a factor is the same along every axis along which units differ."""
     if isinstance(factor, StoredTensor | Slice | Tensor):
         shape: Sequence[int] = factor.shape
     else:
@@ -343,7 +343,7 @@ def _is_zero(value: Value) -> bool:
 
 
 def _only_read_as(node: Node) -> bool:
-    """Whether nothing reads a node but the one after it, nor what it was cast or copied from."""
+    """Test whether nothing reads a node but the one after it, nor what it was cast or copied from."""
     first = origin(node)
     while node is not first:
         if len(node.users) != 1:

@@ -1,4 +1,4 @@
-"""Which axes of stored tensors carry units that may be mixed."""
+"""Axes of stored tensors that carry units that may be mixed."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Region:
     """A stored tensor, or consecutive slices of it.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         axis: along which it is cut; None for the whole of it.
-        start: of the first slice.
+        start: index of the first slice.
         size: number of slices.
     """
 
@@ -47,7 +47,7 @@ class Region:
     size: int = 0
 
     def meets(self, other: Region) -> bool:
-        """Whether two different regions share entries, or may."""
+        """Test whether two different regions share entries, or may."""
         if self.name != other.name or self == other:
             return False
         apart = self.start + self.size <= other.start or other.start + other.size <= self.start
@@ -105,7 +105,7 @@ class TensorAxes:
         return units.expand(tensor.shape)
 
     def settle(self) -> tuple[CellBlock, ...]:
-        """The blocks, once the whole network is walked through: an axis that some use does not mix is held."""
+        """The blocks, once the whole network has been gone through: an axis that some use does not mix is held."""
         for (region, axis), tensor_axis in self.by_region.items():
             if not all(axis in use for use in self._uses[region]) or any(map(region.meets, self._uses)):
                 self.partition.hold(tensor_axis.units)

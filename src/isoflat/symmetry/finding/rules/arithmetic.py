@@ -145,7 +145,7 @@ def _product(constraints: Constraints, node: Node, a: Value, b: Value, power: in
 
 
 def _normalises(node: Node, power: int) -> bool:
-    """Whether something is divided by a root, as a normalisation written by hand does."""
+    """Test whether something is divided by a root, as a normalisation written by hand does."""
     roots = (("aten.rsqrt.default",), -0.5) if power > 0 else (("aten.sqrt.default",), 0.5)
     for part in node.args if power > 0 else node.args[1:]:
         made = origin(part) if isinstance(part, Node) else None

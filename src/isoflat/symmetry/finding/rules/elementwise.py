@@ -29,14 +29,14 @@ def parametric(constraints: Constraints, node: Node, x: Value, slope: Value) -> 
 
 
 def clamped(constraints: Constraints, node: Node, x: Value, low: Any = None, high: Any = None) -> Activation:
-    """Homogeneous if it clamps at zero only."""
+    """Clamp, homogeneous if it clamps at zero only."""
     if all(bound is None or (not isinstance(bound, Activation) and bound == 0) for bound in (low, high)):
         return homogeneous(constraints, node, x)
     return nonlinear(constraints, node, x)
 
 
 def threshold(constraints: Constraints, node: Node, x: Value, at: float, value: float) -> Activation:
-    """Homogeneous if everything below zero becomes zero."""
+    """Threshold, homogeneous if everything below zero becomes zero."""
     return homogeneous(constraints, node, x) if at == 0 and value == 0 else nonlinear(constraints, node, x)
 
 
@@ -53,7 +53,7 @@ def nonlinear(constraints: Constraints, node: Node, *args: Any, **kwargs: Any) -
 
 
 def sign(constraints: Constraints, node: Node, x: Value, *args: Any) -> Activation:
-    """Depends on signs only: a positive scale is neither seen nor passed on."""
+    """Function of signs only: a positive scale is neither seen nor passed on."""
     if args and not _is_zero(args[0]):
         return nonlinear(constraints, node, x, *args)
     x = constraints.activation(x, constraints.where(node))

@@ -238,7 +238,7 @@ def _weigh(
 
 
 def _forgotten(constraints: Constraints, node: Node) -> bool:
-    """Whether a vector added to all rows of a linear map does not matter: a head's, where the loss ignores it."""
+    """Test whether a vector added to all rows of a linear map does not matter: a head's, where the loss ignores it."""
     return "linear" in str(node.target) and constraints.forgets(node, -1)
 
 

@@ -152,7 +152,7 @@ def _out(
     shape: torch.Size,
     view: Sequence[int] | None = None,
 ) -> Activation:
-    """What leaves a normalisation: the gain's scales and the offset's shifts, or none."""
+    """Activation that leaves a normalisation: the gain's scales and the offset's shifts, or none."""
     reason = constraints.where(node)
     constraints.norms.append(
         Norm(

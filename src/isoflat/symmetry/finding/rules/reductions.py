@@ -47,7 +47,7 @@ def pooling(space: int, maximum: bool, padded: bool = True) -> Any:
 
 
 def _plain_mean(args: tuple[Any, ...]) -> bool:
-    """Whether an average counts its entries: kernel, stride, padding, ceil, count padding, divisor."""
+    """Test whether an average counts its entries: kernel, stride, padding, ceil, count padding, divisor."""
     padding, counted, divisor = (args[i] if len(args) > i else default for i, default in ((2, 0), (4, True), (5, None)))
     return divisor is None and not (counted and bool(torch.as_tensor(padding).any()))
 
