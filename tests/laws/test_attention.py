@@ -244,20 +244,20 @@ def test_only_adapters_that_add_nothing_have_no_number():
 # Changes that are none ------------------------------------------------------------------------------------------------
 
 
-def passing(legs, node, x, *args, **kwargs):
+def passing(tensor_axes, node, x, *args, **kwargs):
     """Says that an operation does not touch the basis."""
     return x
 
 
-def uncentred(legs, node, x, shape, gain=None, offset=None, *args):
+def uncentred(tensor_axes, node, x, shape, gain=None, offset=None, *args):
     """Says that every rotation passes a LayerNorm."""
-    legs.cells.turn(legs.cells.line(x, -1))
+    tensor_axes.partition.turn(tensor_axes.partition.line(x, -1))
     return x
 
 
-def scaling(ledger, node, x, *args):
+def scaling(constraints, node, x, *args):
     """Says that an operation scales as its input does."""
-    return homogeneous(ledger, node, x)
+    return homogeneous(constraints, node, x)
 
 
 WRONG = {
@@ -284,7 +284,7 @@ def test_a_wrong_change_of_basis_is_refused(name, monkeypatch):
     assert {*map(repr, refused.basis.families)} <= right
     assert refused.verify(spread=3.0) <= 1e-10
     assert repr(_found(net, data, scales).basis) == repr(refused.basis)
-    monkeypatch.setattr(discover, "accepted", lambda found: found)
+    monkeypatch.setattr(discover, "accepted", lambda basis, *_: basis)
     unasked = _found(net, data, scales)
     assert unasked.basis.dimension > 6
     state = unasked.state()

@@ -590,9 +590,9 @@ def test_a_wrong_rule_is_refuted(name, rule):
 def test_a_right_rule_adds_what_was_missing():
     """`cubed` is homogeneous of degree three: with a rule for it five more units scale."""
 
-    def cube(ledger, node, x):
-        made = homogeneous(ledger, node, x)
-        return replace(made, scale=ledger.scales.combine((3, made.scale)))
+    def cube(constraints, node, x):
+        made = homogeneous(constraints, node, x)
+        return replace(made, scale=constraints.scales.combine((3, made.scale)))
 
     rules = {"isoflat_zoo.cubed.default": cube}
     found = symmetries(ZOO["custom"].build(), ZOO["custom"].inputs(), further_rules=rules)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isoflat.symmetry.finding.relations import ANY, ZERO, Relations
+from isoflat.symmetry.relations import ANY, ZERO, Relations
 
 steps = st.lists(
     st.one_of(

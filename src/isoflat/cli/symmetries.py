@@ -14,7 +14,7 @@ from isoflat.cli.terminal import WIDTH, plain
 
 if TYPE_CHECKING:
     from isoflat.symmetry.found import Found
-    from isoflat.symmetry.report import Line
+    from isoflat.symmetry.report import SymmetryLine
 
 NOT_CLAIMED = "not claimed"
 
@@ -84,7 +84,7 @@ def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> N
         screen.print(plain(f"{head:<10}", style="dim") + plain(text), soft_wrap=screen.width >= WIDTH)
 
 
-def _line(line: Line, width: int) -> Text:
+def _line(line: SymmetryLine, width: int) -> Text:
     """How many, of what, and why not."""
     more = f" and {len(line.tensors) - LISTED} more" if len(line.tensors) > LISTED else ""
     text = plain(f"{line.dimension:>{width}}  {', '.join(line.tensors[:LISTED])}{more}")

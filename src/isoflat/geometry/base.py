@@ -16,7 +16,10 @@ from isoflat.linalg.operator import Operator
 
 
 class Invariance(StrEnum):
-    """What a number may be proof against: each is attacked by the law suite, whether it is claimed or not."""
+    """Reparametrisations that a number may be invariant to.
+
+    Each is attacked by the law suite, whether the invariance is claimed or not.
+    """
 
     LAYERS = "layers"
     """Whole tensors times positive factors, function unchanged."""
@@ -32,12 +35,12 @@ class Invariance(StrEnum):
 
 @final
 @dataclass(frozen=True)
-class Identity:
+class GeneratorIdentity:
     """A generator X of the group, to check products with: `⟨∇L, Xθ⟩ = 0` and `H Xθ = −Xᵀ∇L` at any point.
 
     Attributes:
         velocity: Xθ, shape `(n,)`.
-        length: of u with `E u = Xθ`: its size in the metric.
+        length: length of u with `E u = Xθ`: its size in the metric.
         rates: X as a diagonal, shape `(n,)`: the generator is a scaling.
     """
 
@@ -57,7 +60,7 @@ class Chart:
         unseen: trainable tensors whose curvature does not enter, and why.
         group: reparametrisations the spectrum is invariant to, in words.
         group_hash: hash of that group on these tensors; equal hashes make numbers comparable.
-        notes: what a reader must know.
+        notes: facts that a reader must know.
         identity: a check of the products against the group; None where there is no generator to check with.
     """
 
@@ -67,7 +70,7 @@ class Chart:
     group: str
     group_hash: str
     notes: tuple[str, ...] = ()
-    identity: Identity | None = None
+    identity: GeneratorIdentity | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Geometry(ABC):
 
     Attributes:
         name: catalogue name.
-        title: what it is, in a line.
+        title: the geometry in a line.
         group: reparametrisations its spectra are invariant to, in words.
         version: raised whenever its numbers change.
         claims: the same, for the law suite; none unless it says so.
@@ -99,7 +102,7 @@ class Geometry(ABC):
 
     @abstractmethod
     def connection(self, state: State, gradient: Tensor) -> Operator | None:
-        """What the covariant Hessian adds to `Eᵀ H E`, in the frame's coordinates; None where the metric is flat.
+        """Term that the covariant Hessian adds to `Eᵀ H E`, in the frame's coordinates; None where the metric is flat.
 
         Args:
             state: the point.

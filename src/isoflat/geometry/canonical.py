@@ -47,7 +47,7 @@ class Canonical(Traced):
         return units, unseen(point, state)
 
     def open(self, found: Found, point: Representative, state: State) -> tuple[str, ...]:
-        """What lies behind gains that stay."""
+        """Symmetries that lie behind gains that stay."""
         return behind_gains(found, state)
 
 

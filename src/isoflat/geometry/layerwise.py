@@ -84,7 +84,7 @@ class Connection(Operator):
         return torch.cat([torch.outer(w, g @ v) + torch.outer(g, w @ v) - (w @ g) * v for w, g, v in blocks])
 
     def double(self) -> Connection:
-        """It is in float64 already."""
+        """The operator itself, which is in float64 already."""
         return self
 
 

@@ -35,9 +35,9 @@ class Preconditioned(Geometry):
         optimizer: class of the optimiser.
         rate: η.
         limit: largest eigenvalue of `P⁻¹ H` that a quadratic can have without the steps growing, P held fixed.
-        digest: of the preconditioner; what tells two of these geometries apart, beside η and the limit.
+        digest: hash of the preconditioner; it tells two of these geometries apart, beside η and the limit.
         preconditioner: the diagonal of P by the tensors' names, float64, in their shapes.
-        warnings: what the limit leaves out.
+        warnings: parts that the limit leaves out.
     """
 
     name: str = "preconditioned"
@@ -135,7 +135,7 @@ class Preconditioned(Geometry):
         return Chart(state, Diagonal(scale.rsqrt()), (), self.group, group_hash, self.warnings)
 
     def connection(self, state: State, gradient: Tensor) -> Operator | None:
-        """None: the preconditioner is held fixed, and the metric flat."""
+        """No term: the preconditioner is held fixed, and the metric flat."""
         return None
 
 
@@ -147,8 +147,8 @@ def digest_of(preconditioner: Mapping[str, Tensor]) -> str:
     return fingerprint(*parts)
 
 
-class _Rule(NamedTuple):
-    """How an optimiser steps, as its parameter groups and its state of one tensor tell it."""
+class _OptimizerStep(NamedTuple):
+    """Step rule of an optimiser, as its parameter groups and its state of one tensor tell it."""
 
     diagonal: Callable[[Mapping[str, Any], Mapping[str, Any]], Tensor]
     limit: Callable[[Mapping[str, Any]], float]
@@ -179,10 +179,10 @@ def _adagrad(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
     return (1 + (float(state["step"]) - 1) * group["lr_decay"]) * (_wide(state, "sum").sqrt() + group["eps"])
 
 
-_RULES: Mapping[type[Optimizer], _Rule] = {
-    Adam: _Rule(_adam, _adam_limit),
-    AdamW: _Rule(_adam, _adam_limit),
-    RMSprop: _Rule(_rmsprop, lambda group: (2 + 2 * float(group["momentum"])) / float(group["lr"])),
-    Adagrad: _Rule(_adagrad, lambda group: 2 / float(group["lr"])),
+_RULES: Mapping[type[Optimizer], _OptimizerStep] = {
+    Adam: _OptimizerStep(_adam, _adam_limit),
+    AdamW: _OptimizerStep(_adam, _adam_limit),
+    RMSprop: _OptimizerStep(_rmsprop, lambda group: (2 + 2 * float(group["momentum"])) / float(group["lr"])),
+    Adagrad: _OptimizerStep(_adagrad, lambda group: 2 / float(group["lr"])),
 }
-"""Of exactly these classes: a subclass may step otherwise."""
+"""Step rules of exactly these classes: a subclass may step otherwise."""

@@ -1,4 +1,7 @@
-"""The quotient manifold of the paper: weights modulo layer-wise rescaling."""
+"""The quotient manifold of the paper: weights modulo layer-wise rescaling.
+
+Derivation: docs/concepts/quotient.md, "Vertical, horizontal, gradient, Hessian".
+"""
 
 from __future__ import annotations
 

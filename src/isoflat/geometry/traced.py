@@ -1,4 +1,7 @@
-"""Geometries at the canonical representative of an orbit: what they share is how they get there and back."""
+"""Geometries at the canonical representative of an orbit: what they share is how they get there and back.
+
+Derivation: docs/concepts/bases.md, "The frame".
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
-from isoflat.geometry.base import Chart, Geometry, Identity, Invariance
+from isoflat.geometry.base import Chart, GeneratorIdentity, Geometry, Invariance
 from isoflat.linalg.maps import (
     Composition,
     Contraction,
@@ -42,7 +45,7 @@ class Traced(Geometry):
 
     Attributes:
         found: the network's symmetries; None in the catalogue, before a network is known.
-        epsilon: what becomes of the epsilons of normalisations (`symmetry.canonical.Epsilon`).
+        epsilon: treatment of the epsilons of normalisations (`symmetry.canonical.Epsilon`).
     """
 
     version: int = 2
@@ -53,7 +56,7 @@ class Traced(Geometry):
     @property
     @abstractmethod
     def gauge(self) -> Gauge:
-        """Which of the points of least norm."""
+        """Choice among the points of least norm."""
 
     @abstractmethod
     def units(
@@ -69,7 +72,7 @@ class Traced(Geometry):
 
     @abstractmethod
     def open(self, found: Found, point: Representative, state: State) -> tuple[str, ...]:
-        """What the number is not invariant to though it was found, in words."""
+        """Symmetries that were found and that the number is not invariant to, in words."""
 
     @final
     def on(self, found: Found) -> Self:
@@ -109,12 +112,12 @@ class Traced(Geometry):
 
     @final
     def connection(self, state: State, gradient: Tensor) -> Operator | None:
-        """None: the frame is that of a fixed representative (design: the headline has no connection term)."""
+        """No term: the frame is that of a fixed representative (design: the headline has no connection term)."""
         return None
 
 
 def behind_gains(found: Found, state: State) -> tuple[str, ...]:
-    """What moves the number though it was found, because a gain on the way has a block of its own."""
+    """Symmetries that were found and still move the number, because a gain on the way has a block of its own."""
     stay = found.kept(state)
     turned = sorted({gain for family in found.basis.families for gain in family.gains if stay & set(family.gains)})
     blind = sorted({mean.gain for mean in found.common.means if mean.gain is not None and mean.gain in stay})
@@ -231,7 +234,7 @@ def _frame(
 
 
 def _commute(mixing: Mixing, units: Tensor) -> bool:
-    """Whether what is mixed has one unit, so that the order of mixing and measuring does not matter."""
+    """Test whether what is mixed has one unit, so that the order of mixing and measuring does not matter."""
     return all(
         bool((seen == seen[:, :1]).all()) for _, parts in mixing.terms for seen in (slices(units[:, None], parts),)
     )
@@ -255,7 +258,7 @@ def _mixing(point: Representative, place: State, inverse: bool) -> tuple[tuple[T
     return tuple(terms)
 
 
-def _identity(found: Found, state: State, place: State, length: Callable[[Tensor], float]) -> Identity | None:
+def _identity(found: Found, state: State, place: State, length: Callable[[Tensor], float]) -> GeneratorIdentity | None:
     """A random generator that moves trainable tensors only, as a check of the products."""
     group = found.scaling
     allowed = np.ones(group.size, dtype=bool)
@@ -274,7 +277,7 @@ def _identity(found: Found, state: State, place: State, length: Callable[[Tensor
         if name in moving:
             rates[where] = moving[name].log(z).expand(moving[name].view).reshape(-1).to(place.device)
             velocity[where] = rates[where] * place.parameters[name].detach().reshape(-1)
-    return Identity(velocity.to(place.dtype), length(velocity), rates.to(place.dtype))
+    return GeneratorIdentity(velocity.to(place.dtype), length(velocity), rates.to(place.dtype))
 
 
 def _notes(point: Representative, place: State, state: State) -> tuple[str, ...]:

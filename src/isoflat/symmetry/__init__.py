@@ -1,9 +1,11 @@
-"""Groups that leave the network's function unchanged: found by tracing, proved, and quotiented out.
+"""Groups that leave the network's function unchanged: found by tracing it, proved on it, and divided out.
 
-Finding: `graph` traces, `rules` relate the units of what goes in and comes out of each operation, `ledger` is written to,
-`relations` solves, `means` looks for readers that subtract a mean, `discover` is the way through.
-Groups: `base` says what one is; `units` scales, `translation` shifts, `scaling` is the paper's chain of layers, `declared`
-a user's claim. `found` holds what one network has, applies and proves it; `report` puts it into lines.
-Quotient: `slices` puts constants in their places, `folds` fixes what is fixed, `potential` balances the rest;
-`canonical` is the point they lead to.
+Groups (`groups/`): `base` says what one is; `units` scales units, `translation` shifts constants, `basis` changes bases,
+`scaling` is the paper's chain of layers, `declared` a user's own claim. `motions` says how stored tensors move in terms of
+unknowns, `relations` holds these unknowns and solves for them.
+Finding (`finding/`): `graph` traces, `rules` relate the units of what goes in and comes out of each operation and write
+`constraints`, `solve` makes groups of them, `bases` finds changes of basis, `means` common vectors, `gains` the gains that
+can be folded; `discover` is the way through. `found` holds the groups of one network, applies and proves them.
+Representative (`canonical/`): `shift_gauge` puts constants in their places, `gain_folding` fixes statistics and gains,
+`potential`, `balance` and `joint` balance scales and bases; `representative` is the point they lead to.
 """

@@ -1,4 +1,4 @@
-"""What tracing has found: groups that can be applied, proved and read."""
+"""Symmetries that tracing has found: groups that can be applied, proved and read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from isoflat.core.fingerprint import fingerprint
 from isoflat.core.precision import unrounded
 from isoflat.core.rng import stream
 from isoflat.core.state import State, everywhere
-from isoflat.symmetry.canonical.gain_folding import kept
-from isoflat.symmetry.finding.constraints import Ledger
-from isoflat.symmetry.finding.relations import Form, Solution
+from isoflat.symmetry.finding.constraints import Constraints
+from isoflat.symmetry.finding.gains import kept
 from isoflat.symmetry.finding.solve import effective, scaling
 from isoflat.symmetry.groups.base import Symmetry
 from isoflat.symmetry.groups.basis import BasisChange
 from isoflat.symmetry.groups.translation import CommonVector, Translation
 from isoflat.symmetry.groups.units import UnitScaling
-from isoflat.symmetry.report import Line, lines
+from isoflat.symmetry.relations import Form, Solution
+from isoflat.symmetry.report import SymmetryLine, lines
 
 VERSION = 2
 """Version of the rules; raised whenever another group may be found for some network."""
@@ -46,13 +46,13 @@ class Found:
         skeleton: a copy of its structure, in evaluation mode, on which outputs are computed at other tensors.
         args: positional inputs that it was traced on, two rows.
         kwargs: keyword inputs.
-        ledger: unknowns and relations.
-        solution: of the scales, normalisations' epsilons disregarded.
+        constraints: unknowns and relations.
+        solution: solution of the scales, normalisations' epsilons disregarded.
         exact: forms that must vanish where epsilons stay or move with the only module that holds them.
         translation: shifts of constants.
         common: common vectors that every reader subtracts.
         basis: changes of basis between linear maps.
-        blocks: of tensors that pack several: an axis, and the number of the block along it.
+        blocks: blocks of tensors that pack several: an axis, and the number of the block along it.
         blind: whether the loss ignores a constant added to all scores of an example.
     """
 
@@ -60,7 +60,7 @@ class Found:
     skeleton: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    ledger: Ledger
+    constraints: Constraints
     solution: Solution
     exact: tuple[Form, ...]
     translation: Translation
@@ -72,19 +72,19 @@ class Found:
     @cached_property
     def free(self) -> UnitScaling:
         """Scalings that keep the function where epsilons are zero."""
-        return scaling(self.ledger, self.solution)
+        return scaling(self.constraints, self.solution)
 
     @cached_property
     def scaling(self) -> UnitScaling:
         """Scalings that keep the function exactly, epsilons moved where modules hold them."""
         if not self.exact:
             return self.free
-        return scaling(self.ledger, effective(self.ledger, self.ledger.scales.solve(self.exact)))
+        return scaling(self.constraints, effective(self.constraints, self.constraints.scales.solve(self.exact)))
 
     @property
     def fixed(self) -> tuple[Form, ...]:
         """Forms that must vanish for a rescaling to be exact with every epsilon as it is."""
-        return tuple({u: Fraction(1)} for norm in self.ledger.norms if norm.epsilon for u in norm.factors)
+        return tuple({u: Fraction(1)} for norm in self.constraints.norms if norm.epsilon for u in norm.factors)
 
     @property
     def symmetries(self) -> tuple[Symmetry, ...]:
@@ -93,7 +93,7 @@ class Found:
 
     @property
     def dimension(self) -> int:
-        """Of all exact groups together."""
+        """Dimension of all exact groups together."""
         return sum(symmetry.dimension for symmetry in self.symmetries)
 
     @cached_property
@@ -125,7 +125,7 @@ class Found:
 
     def constants(self, model: nn.Module) -> dict[str, float]:
         """Epsilons that modules hold, by dotted path."""
-        paths = dict.fromkeys(norm.constant for norm in self.ledger.norms if norm.constant is not None)
+        paths = dict.fromkeys(norm.constant for norm in self.constraints.norms if norm.constant is not None)
         return {path: float(getattr(*_holder(model, path))) for path in paths}
 
     def element(self, random: torch.Generator, spread: float, state: State | None = None) -> tuple[Tensor, ...]:
@@ -149,7 +149,7 @@ class Found:
 
     def kept(self, state: State) -> frozenset[str]:
         """Gains that stay where they are at a state, because they or their readers are held: what is behind is not covered."""
-        return kept(self.ledger, self.solution, self.free, state)
+        return kept(self.constraints, self.solution, self.free, state)
 
     def act(self, state: State, element: Iterable[Tensor]) -> State:
         """Apply an element of each exact group."""
@@ -185,8 +185,8 @@ class Found:
             example: inputs; default those it was traced on.
             spread: standard deviation of the logarithms of the factors. A wrong symmetry shows at any; at a large one
                 rounding does too, where weights lie far out on their orbit already.
-            samples: how many elements to try.
-            seed: of the elements.
+            samples: number of elements to try.
+            seed: seed of the elements.
 
         Returns:
             The largest relative change seen, at rounding level.
@@ -201,8 +201,8 @@ class Found:
             return self.act(precise, self.element(random, size))
 
         worst = self._change("exact", precise, exact, inputs, (spread, samples, seed))
-        movable = all(norm.constant is not None or not norm.epsilon for norm in self.ledger.norms)
-        if movable and (self.exact or self.ledger.norms):
+        movable = all(norm.constant is not None or not norm.epsilon for norm in self.constraints.norms)
+        if movable and (self.exact or self.constraints.norms):
             bare = replace(precise, constants=dict.fromkeys(precise.constants, 0.0))
 
             def free(random: torch.Generator, size: float) -> State:
@@ -245,9 +245,9 @@ class Found:
         return worst
 
     @cached_property
-    def report(self) -> tuple[Line, ...]:
+    def report(self) -> tuple[SymmetryLine, ...]:
         """Groups of one kind with their dimensions and tensors, then what is not claimed and why."""
-        return lines(self)
+        return lines(self.constraints, self.free, self.solution, (self.translation, self.common, self.basis))
 
     def __str__(self) -> str:
         """The report as text."""

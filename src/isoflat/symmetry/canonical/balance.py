@@ -3,6 +3,8 @@
 A block of what is written, `A` (d × n), and what reads it, `B` (m × d), matter through `B A` only. Of all `g A`, `B g⁻¹`
 those with least norm have `A Aᵀ = Bᵀ B`; from the singular values of the product, `B A = U S Vᵀ`, one of them is
 `S^½ Vᵀ` and `U S^½`. The orbit is closed if A and B have the rank of the product; else both are cut to it.
+
+Derivation: docs/concepts/bases.md, "The point of least norm".
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class _Product:
         left: U, shape `(n, l, r)`.
         values: S, descending, shape `(n, r)`.
         right: Vᵀ, shape `(n, r, k)`.
-        ranks: how many values are above rounding, for each block.
+        ranks: number of values that are above rounding, for each block.
     """
 
     written: Tensor
@@ -119,7 +121,7 @@ def _product(family: Family, state: State) -> _Product:
 
 
 def _above(family: Family, product: _Product, state: State) -> bool:
-    """Whether a pair has slices beyond the rank of its product."""
+    """Test whether a pair has slices beyond the rank of its product."""
     for block, rank in enumerate(product.ranks):
         for factor in (product.written[block], product.read[block]):
             values = torch.linalg.svdvals(factor)

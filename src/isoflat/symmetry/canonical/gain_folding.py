@@ -1,121 +1,39 @@
-"""What is fixed before anything is balanced: deviations of batch normalisations, and gains that go into their readers."""
+"""Gain folding: deviations of batch normalisations are made one, and gains go into their readers.
+
+It comes before anything is balanced (docs/concepts/canonical.md, "Gain folding").
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from isoflat.core.state import State
-from isoflat.symmetry.finding.constraints import Ledger
-from isoflat.symmetry.finding.relations import ZERO, Solution
+from isoflat.symmetry.finding.constraints import Constraints
+from isoflat.symmetry.finding.gains import foldable_at
 from isoflat.symmetry.groups.translation import deviation
-from isoflat.symmetry.groups.units import Exponents, UnitScaling
+from isoflat.symmetry.groups.units import UnitScaling
+from isoflat.symmetry.relations import Solution
 
 
-def folds(
-    ledger: Ledger, solution: Solution, group: UnitScaling, state: State
+def fold_gains(
+    constraints: Constraints, solution: Solution, group: UnitScaling, state: State
 ) -> tuple[list[int], list[float], dict[str, Tensor]]:
     """Unknowns that are fixed before anything is minimised, and their values; gains' entries that go into readers."""
     fixed: list[int] = []
     targets: list[float] = []
-    for running in ledger.runnings.values():
+    for running in constraints.runnings.values():
         moves = np.diff(solution.rows(running.deviation).indptr) > 0
         logs = deviation(running, state).log().cpu()
         fixed += running.deviation[torch.from_numpy(moves)].tolist()
         targets += (-logs[torch.from_numpy(moves)]).tolist()
     folded: dict[str, Tensor] = {}
-    for name, mask in _foldable(ledger, solution, group, state).items():
+    for name, mask in foldable_at(constraints, solution, group, state).items():
         gain = state.tensors[name].cpu().reshape(-1)
         mask = mask & (gain != 0)
         if bool(mask.any()):
             folded[name] = mask.view(state.tensors[name].shape)
-            fixed += ledger.fields[name].first.reshape(-1)[mask].tolist()
+            fixed += constraints.fields[name].first.reshape(-1)[mask].tolist()
             targets += (-gain[mask].abs().log()).tolist()
     return fixed, targets, folded
-
-
-def foldable(ledger: Ledger, solution: Solution, group: UnitScaling) -> dict[str, NDArray[np.bool_]]:
-    """Entries of gains whose scale only they, their offset and columns of weights have."""
-    return {name: fine for name, (fine, _) in _columns(ledger, solution, group, frozenset()).items()}
-
-
-def kept(ledger: Ledger, solution: Solution, group: UnitScaling, state: State) -> frozenset[str]:
-    """Gains that are not folded at a state, or not wholly: what is mixed behind them is not covered there."""
-    masks = _foldable(ledger, solution, group, state)
-    whole = {name for name, mask in masks.items() if bool((mask & (state.tensors[name].cpu().reshape(-1) != 0)).all())}
-    return frozenset(ledger.gains - whole)
-
-
-def _foldable(ledger: Ledger, solution: Solution, group: UnitScaling, state: State) -> dict[str, Tensor]:
-    """Entries of gains that are folded at a state.
-
-    A gain is kept where it can be trained and some reader cannot: folding would take the freedom away.
-    """
-    result: dict[str, Tensor] = {}
-    for name, (fine, frozen) in _columns(ledger, solution, group, state.parameters.keys()).items():
-        result[name] = torch.from_numpy(fine & ~frozen if name in state.parameters else fine)
-    return result
-
-
-def _columns(
-    ledger: Ledger, solution: Solution, group: UnitScaling, trainable: Collection[str]
-) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """For each gain, entries that may be folded, and those of them that something frozen reads."""
-    d = solution.dimension
-    as_row, barred = np.zeros(d, dtype=int), np.zeros(d, dtype=bool)
-    frozen_reader = np.zeros(d, dtype=bool)
-    for entry in group.tensors:
-        # Against a weight's columns stand the units that it reads; a weight that holds its inputs first has them as rows.
-        own, read = (entry.second, entry.first) if _inputs_first(entry) else (entry.first, entry.second)
-        np.add.at(as_row, own.indices, 1)
-        if entry.sign == 1 and not _inputs_first(entry):
-            barred[read.indices] = True
-        elif entry.name not in trainable:
-            frozen_reader[read.indices] = True
-    for _, rows in (*group.norms, *group.runnings):
-        barred[rows.indices] = True
-    barred |= bent(ledger.bent, solution)
-    by_name = {entry.name: entry for entry in group.tensors}
-    result: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
-    for name in sorted(ledger.gains):
-        entry = by_name.get(name)
-        if entry is None or entry.first.shape[0] == 1:
-            continue
-        single = np.diff(entry.first.indptr) == 1
-        column = np.zeros(len(single), dtype=int)
-        column[single] = entry.first.indices[entry.first.indptr[:-1][single]]
-        rate = np.zeros(len(single))
-        rate[single] = entry.first.data[entry.first.indptr[:-1][single]]
-        offset = _offset_rows(ledger, entry, column, group.tensors)
-        fine = (rate == 1) & (as_row[column] == 1 + offset) & ~barred[column]
-        result[name] = fine, frozen_reader[column]
-    return result
-
-
-def _inputs_first(entry: Exponents) -> bool:
-    """Whether a tensor's first units are those that it reads."""
-    return entry.sign == 1 and entry.first.nnz > 0 and bool((entry.first.data < 0).all())
-
-
-def _offset_rows(
-    ledger: Ledger, gain: Exponents, column: NDArray[np.int64], tensors: Sequence[Exponents]
-) -> NDArray[np.int64]:
-    """For each entry of a gain, how many offsets of normalisations have exactly its scale."""
-    norms = {name for name, entry in ledger.additives.items() if entry.norm}
-    count = np.zeros(len(column), dtype=int)
-    for entry in tensors:
-        if entry.name in norms and entry.first.shape == gain.first.shape and (entry.first != gain.first).nnz == 0:
-            count += 1
-    return count
-
-
-def bent(ids: set[int], solution: Solution) -> NDArray[np.bool_]:
-    """Coordinates of units that pass a kink or a nonlinearity."""
-    mask = np.zeros(solution.dimension, dtype=bool)
-    chosen = torch.tensor(sorted(x for x in ids if x != ZERO), dtype=torch.int64)
-    mask[np.unique(solution.rows(chosen).indices)] = True
-    return mask

@@ -2,6 +2,8 @@
 
 Along `exp(t π)`, π symmetric, the squared norm of a tensor T has the derivatives `2⟨T, πT⟩` and `4‖πT‖²`: gradient and
 Hessian of the potential need nothing but how fast tensors move. Newton's method is started anew at every point.
+
+Derivation: docs/concepts/bases.md, "The point of least norm".
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.state import State
 from isoflat.symmetry.canonical.balance import Change, balanced, cut
 from isoflat.symmetry.canonical.potential import Vector, close, distinct_factors, masses, minimise
-from isoflat.symmetry.finding.constraints import Ledger
-from isoflat.symmetry.finding.relations import Form, some
+from isoflat.symmetry.finding.bases.families import scales
+from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.solve import effective, scaling
-from isoflat.symmetry.groups.basis import Family, mixed, scales, stacked
+from isoflat.symmetry.groups.basis import Family, mixed, stacked
 from isoflat.symmetry.groups.units import Exponents, UnitScaling
+from isoflat.symmetry.relations import Form, some
 
 STEPS = 200
 """Newton steps after which bases and scales count as not coming to rest."""
@@ -33,13 +36,13 @@ STEPS = 200
 
 @final
 @dataclass(frozen=True)
-class Balanced:
+class BalancedPoint:
     """The point of least norm, and the way there: one change of basis after scalings that commute with it.
 
     Attributes:
         state: the point.
         scales: elements of the scalings, with the tensors they act on.
-        changes: of basis.
+        changes: changes of basis.
     """
 
     state: State
@@ -47,24 +50,26 @@ class Balanced:
     changes: tuple[Change, ...]
 
 
-def balance(ledger: Ledger, families: Sequence[Family], state: State, still: Sequence[Form]) -> Balanced:
+def balance(constraints: Constraints, families: Sequence[Family], state: State, still: Sequence[Form]) -> BalancedPoint:
     """Balance bases by their singular values, then scales, then both together until nothing moves any more.
 
     The scales that are balanced again are those that every coordinate of a block shares, so that they commute with its
     changes. In a transformer one round is enough; linear maps in a row take Newton's method.
 
     Args:
-        ledger: relations among scales.
+        constraints: relations among scales.
         families: pairs.
-        state: of least norm among all scalings, its orbit closed.
+        state: point of least norm among all scalings, its orbit closed.
         still: forms in scales that must vanish.
 
     Raises:
         NoInvariantGeometry: it does not come to rest.
     """
     if not families:
-        return Balanced(state, (), ())
-    group = scaling(ledger, effective(ledger, ledger.scales.solve((*still, *_ties(ledger, families, state)))))
+        return BalancedPoint(state, (), ())
+    group = scaling(
+        constraints, effective(constraints, constraints.scales.solve((*still, *_ties(constraints, families, state))))
+    )
     factors, _ = distinct_factors(group.norms, group.size)
     _, kept = close(masses(group, state), factors, group.size)
     fed = some(factors, np.flatnonzero(kept))
@@ -78,10 +83,10 @@ def balance(ledger: Ledger, families: Sequence[Family], state: State, still: Seq
     state = group.act(state, torch.from_numpy(z))
     best = math.inf
     for _ in range(STEPS):
-        point = _Point(group, families, linear, state)
+        point = _JointPotential(group, families, linear, state)
         error = point.error()
         if error <= 1e-13 or (error <= 1e-11 and error > 0.5 * best):
-            return Balanced(state, ((z, group.tensors),), tuple(changes))
+            return BalancedPoint(state, ((z, group.tensors),), tuple(changes))
         best = min(best, error)
         # No closer than rounding: beyond it, conjugate gradients would follow directions that nothing feels.
         step = point.step(min(0.1, max(math.sqrt(error), 16 * torch.finfo(torch.float64).eps / error)))
@@ -132,7 +137,7 @@ class _Vector:
 
 
 @final
-class _Point:
+class _JointPotential:
     """The potential's derivatives at a point."""
 
     def __init__(self, group: UnitScaling, families: Sequence[Family], linear: Vector, state: State) -> None:
@@ -182,7 +187,7 @@ class _Point:
         return _Vector(4 * image.scales, tuple(4 * part for part in image.bases)).traceless()
 
     def _moving(self, direction: _Vector) -> dict[str, Tensor]:
-        """How fast the tensors move."""
+        """Velocities of the tensors along a direction."""
         moving = self.group.velocity(self.state, torch.from_numpy(direction.scales))
         for family, velocity in zip(self.families, direction.bases, strict=True):
             for side in family.sides:
@@ -236,15 +241,15 @@ class _Point:
 
 
 def _sums(entry: Exponents, product: Tensor) -> Iterator[tuple[sparse.csr_matrix, Vector]]:
-    """Both kinds of units of a tensor, with the sums over what belongs to each."""
+    """Rows and columns of a tensor, with the sums over what belongs to each."""
     for matrix, axis in ((entry.first, 2), (entry.second * entry.sign, 1)):
         part = product.sum(axis).reshape(-1) if matrix.shape[0] > 1 else product.sum().view(1)
         yield matrix, part.numpy()
 
 
-def _ties(ledger: Ledger, families: Sequence[Family], state: State) -> Iterator[Form]:
+def _ties(constraints: Constraints, families: Sequence[Family], state: State) -> Iterator[Form]:
     """The scales of all coordinates of a block are one."""
     shapes = {name: tensor.shape for name, tensor in state.tensors.items()}
     for family in families:
-        for ids in scales(ledger, family, shapes):
+        for ids in scales(constraints.fields, family, shapes):
             yield from ({a: Fraction(1), ids[0]: Fraction(-1)} for a in ids[1:] if a != ids[0])

@@ -2,6 +2,8 @@
 
 `Φ(z) = Σ_e N_e exp(2 s_e·z) − 2 Σ_u u·z`: the squared norm of all tensors, as a function of the group's coordinates z,
 less twice the logarithms of the factors that normalisations divide out. No data enters.
+
+Derivation: docs/concepts/canonical.md, "Balance", "Closure" and "Newton's method".
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.state import State
-from isoflat.symmetry.finding.constraints import Norm
-from isoflat.symmetry.finding.relations import some
 from isoflat.symmetry.groups.units import UnitScaling
+from isoflat.symmetry.motions import Norm
+from isoflat.symmetry.relations import some
 
 Vector = NDArray[np.float64]
 
@@ -38,11 +40,11 @@ class Mass:
     """Squared entries of one tensor, summed over what scales alike.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         squares: N, shape `(g, i, j)`, float64.
         first: sparse, shape `(g · i or 1, d)`.
         second: sparse, shape `(g · j or 1, d)`.
-        sign: of the second term of s.
+        sign: sign of the second term of s.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Mass:
 
 
 def masses(group: UnitScaling, state: State) -> list[Mass]:
-    """Of every tensor that a group moves, at a state."""
+    """Squared entries of every tensor that a group moves, at a state."""
     return [
         Mass(e.name, state.tensors[e.name].cpu().reshape(e.view).square().sum(3), e.first, e.second, e.sign)
         for e in group.tensors
@@ -111,14 +113,14 @@ class _Potential:
         self.linear = -2.0 * np.asarray(factors.sum(axis=0)).reshape(-1)
 
     def logs(self, z: Vector) -> list[tuple[Tensor, Tensor]]:
-        """Both terms of `s·z` for each stack, shapes `(n, i)` and `(n, j)`."""
+        """Terms of `s·z` for each stack, shapes `(n, i)` and `(n, j)`."""
         values = torch.from_numpy(self.forms @ z)
         return [
             (values[s.rows].view(*s.squares.shape[:2]), values[s.columns].view(len(s.squares), s.squares.shape[2]))
             for s in self.stacks
         ]
 
-    def at(self, z: Vector) -> _Point:
+    def at(self, z: Vector) -> _PotentialPoint:
         """Everything about Φ at a point."""
         weights = [((2 * a).exp(), (2 * b).exp()) for a, b in self.logs(z)]
         sums = [
@@ -128,19 +130,19 @@ class _Potential:
         flat = _flat(sums)
         gradient = self.linear + 2 * (self.turned @ flat)
         size = np.abs(self.linear) + 2 * (self.absolute @ flat)
-        return _Point(self, weights, sums, gradient, size, 4 * (self.squared @ flat))
+        return _PotentialPoint(self, weights, sums, gradient, size, 4 * (self.squared @ flat))
 
 
 @final
 @dataclass(frozen=True)
-class _Point:
+class _PotentialPoint:
     """Φ at a point.
 
     Attributes:
         potential: Φ.
         weights: `exp(2a)` and `exp(2b)` for each stack.
         sums: weighted sums of squares over rows and columns.
-        gradient: of Φ.
+        gradient: gradient of Φ.
         size: sum of the absolute terms of the gradient, entry by entry.
         curvature: diagonal of the Hessian, terms that mix rows and columns left out.
     """
@@ -254,7 +256,7 @@ def _flat(parts: Sequence[tuple[Tensor, Tensor]]) -> Vector:
     return torch.cat(flat).numpy() if flat else np.zeros(0)
 
 
-def _solve(point: _Point, tolerance: float) -> Vector:
+def _solve(point: _PotentialPoint, tolerance: float) -> Vector:
     """Newton's direction by preconditioned conjugate gradients, to a relative residual."""
     scale = np.where(point.curvature > 0, point.curvature, 1.0)
     residual = -point.gradient
@@ -330,7 +332,7 @@ def touched(mass: Mass, columns: NDArray[np.bool_], growing: bool = False) -> Te
 
 
 def _directions(masses: Sequence[Mass], size: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """For each coordinate, whether some entry that is not zero grows with it, and whether some shrinks."""
+    """Two masks over coordinates: whether some entry that is not zero grows with it, and whether some shrinks."""
     up, down = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
     for mass in masses:
         alive = mass.squares > 0
@@ -348,7 +350,7 @@ def _directions(masses: Sequence[Mass], size: int) -> tuple[NDArray[np.bool_], N
 
 
 def _rates(mass: Mass, columns: NDArray[np.int64]) -> Iterator[tuple[int, Tensor]]:
-    """How fast each entry grows with each of some coordinates, shapes that broadcast to `(g, i, j)`."""
+    """Rates at which each entry grows with each of some coordinates, shapes that broadcast to `(g, i, j)`."""
     g = mass.squares.shape[0]
     for column in columns:
         unit = np.zeros(mass.first.shape[1])

@@ -3,6 +3,8 @@
 In this order: common vectors and shifts by least norm; batch normalisations folded; gains read only by linear maps folded
 into them; then the one point of least norm among all scalings (`potential`), after closing orbits that are not closed.
 `docs/concepts/canonical.md` has definition and proofs.
+
+Derivation: docs/concepts/canonical.md, "Definition, in the order of the code".
 """
 
 from __future__ import annotations
@@ -24,15 +26,16 @@ from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.symmetry.canonical.balance import Change, cut, principal
-from isoflat.symmetry.canonical.gain_folding import bent, folds
+from isoflat.symmetry.canonical.gain_folding import fold_gains
 from isoflat.symmetry.canonical.joint import balance
 from isoflat.symmetry.canonical.potential import Mass, Vector, close, dead, distinct_factors, masses, minimise, touched
-from isoflat.symmetry.canonical.shift_gauge import Shear, settle
-from isoflat.symmetry.finding.relations import Form, some
+from isoflat.symmetry.canonical.shift_gauge import AbsorbedShift, fix_shift_gauge
+from isoflat.symmetry.finding.gains import bent
 from isoflat.symmetry.finding.solve import effective, scaling
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups.basis import Family
 from isoflat.symmetry.groups.units import Exponents, UnitScaling
+from isoflat.symmetry.relations import Form, some
 
 Logs = tuple[Tensor, Tensor, tuple[int, ...]]
 """Log-factors of a tensor's two kinds of units, and the view they broadcast to."""
@@ -48,10 +51,10 @@ class Representative:
         state: θ*, float64; buffers and the epsilons that modules hold moved along.
         logs: log-factors of each tensor that is scaled, by name: two that add up, and the view they broadcast to.
         shears: constants that biases and offsets took up from weights and gains.
-        changes: of basis, after the scaling.
+        changes: changes of basis, after the scaling.
         folded: entries of gains that went into their readers, by name.
         removed: coordinates that only reach through a kink, by name.
-        zeroed: how many entries of each tensor the closure changed; to zero, but for pairs that are cut to their rank.
+        zeroed: number of entries of each tensor the closure changed; to zero, but for pairs that are cut to their rank.
         starved: normalisations that nothing feeds.
         loose: tensors whose coordinates mean nothing by themselves: rotations of a stream or of rotary pairs mix them,
             or singular values that tie; in the nearest gauge, those of all pairs.
@@ -60,7 +63,7 @@ class Representative:
     start: State
     state: State
     logs: Mapping[str, Logs]
-    shears: tuple[Shear, ...]
+    shears: tuple[AbsorbedShift, ...]
     changes: tuple[Change, ...]
     folded: Mapping[str, Tensor]
     removed: Mapping[str, Tensor]
@@ -77,21 +80,21 @@ class Representative:
 
 
 class Epsilon(StrEnum):
-    """What becomes of the epsilons of normalisations whose input is scaled."""
+    """Treatment of the epsilons of normalisations whose input is scaled."""
 
     FREE = "free"
-    """They count as moved with every factor, also where one of them serves several: what the number is invariant to."""
+    """Epsilons count as moved with every factor, also where one of them serves several: what the number is invariant to."""
     MOVED = "moved"
-    """Each moves with the one factor that is its own; where several share one, they move together: exact."""
+    """Epsilons move, each with the one factor that is its own; where several share one, they move together: exact."""
     FIXED = "fixed"
-    """They stay, and so does every factor: exact, and the weights alone tell it."""
+    """Epsilons stay, and so does every factor: exact, and the weights alone tell it."""
 
 
 class Gauge(StrEnum):
-    """Which of the points of least norm: they differ by rotations of each pair of linear maps."""
+    """Choice among the points of least norm: they differ by rotations of each pair of linear maps."""
 
     NEAREST = "nearest"
-    """What is reached by symmetric changes of basis: a balanced network stays as it is."""
+    """Point reached by symmetric changes of basis: a balanced network stays as it is."""
     PRINCIPAL = "principal"
     """Gram matrices diagonal, descending: single entries mean something, unless singular values tie."""
 
@@ -104,7 +107,7 @@ def canonical(
     Args:
         found: the network's symmetries.
         state: the point, with the epsilons that modules hold (`Found.state`).
-        epsilon: what becomes of the epsilons of normalisations.
+        epsilon: treatment of the epsilons of normalisations.
         gauge: which of the points of least norm.
 
     Raises:
@@ -122,7 +125,7 @@ def canonicalize(
 
     Args:
         model: the network that `found` was found on, or one of the same architecture; it is not changed.
-        found: from `isoflat.symmetries`.
+        found: symmetries from `isoflat.symmetries`.
         epsilon: "moved" changes the epsilons that modules hold along with the weights; where one serves several groups
             of channels (GroupNorm), they are scaled together. "fixed" leaves them, so that the weights can be saved
             and loaded into the same network. "free" is the point that is measured, no exact copy of the function
@@ -145,8 +148,8 @@ def reparametrize(model: nn.Module, found: Found, *, seed: int = 0, spread: floa
 
     Args:
         model: the network that `found` was found on, or one of the same architecture; it is not changed.
-        found: from `isoflat.symmetries`.
-        seed: of the element.
+        found: symmetries from `isoflat.symmetries`.
+        seed: seed of the element.
         spread: standard deviation of the logarithms of the factors.
     """
     state = found.state(model).to(dtype=torch.float64)
@@ -174,9 +177,9 @@ def install(model: nn.Module, state: State) -> nn.Module:
 
 
 def _scale(found: Found, given: State, exact: tuple[Form, ...]) -> Representative:
-    """Everything but the choice of a gauge."""
+    """Representative before a gauge is chosen."""
     orbit = _least(found, given.to(dtype=torch.float64), exact)
-    least = balance(found.ledger, _pairs(found), orbit.state, orbit.still)
+    least = balance(found.constraints, _pairs(found), orbit.state, orbit.still)
     logs = orbit.logs
     for element, tensors in least.scales:
         logs = _add(logs, tensors, element)
@@ -196,17 +199,17 @@ def _scale(found: Found, given: State, exact: tuple[Form, ...]) -> Representativ
 
 @final
 @dataclass(frozen=True)
-class _Orbit:
+class _ClosedOrbit:
     """A closed orbit, and the point on it that has least norm among all scalings; as in `Representative`.
 
     Attributes:
-        lost: what the closure took from each tensor, in the scale of the weights as given.
+        lost: change that the closure made: what it took from each tensor, in the scale of the weights as given.
         still: forms in scales that vanish from here on.
     """
 
     state: State
     logs: Mapping[str, Logs]
-    shears: tuple[Shear, ...]
+    shears: tuple[AbsorbedShift, ...]
     folded: Mapping[str, Tensor]
     removed: Mapping[str, Tensor]
     starved: tuple[str, ...]
@@ -214,17 +217,17 @@ class _Orbit:
     still: tuple[Form, ...]
 
 
-def _least(found: Found, state: State, exact: tuple[Form, ...]) -> _Orbit:
+def _least(found: Found, state: State, exact: tuple[Form, ...]) -> _ClosedOrbit:
     """Put constants in their places, fold, close, and balance scales. States on the way are given back as it goes."""
     from scipy.sparse.linalg import lsmr
 
-    ledger = found.ledger
+    constraints = found.constraints
     common = found.common
-    moved, shears = settle(found, common.act(state, common.slice(state) * common.mask(found.kept(state))))
+    moved, shears = fix_shift_gauge(found, common.act(state, common.slice(state) * common.mask(found.kept(state))))
     del state  # of a large network, every state that is no longer needed counts
-    before = effective(ledger, ledger.scales.solve(exact)) if exact else found.solution
-    first = scaling(ledger, before) if exact else found.free
-    fixed, targets, folded = folds(ledger, before, first, moved)
+    before = effective(constraints, constraints.scales.solve(exact)) if exact else found.solution
+    first = scaling(constraints, before) if exact else found.free
+    fixed, targets, folded = fold_gains(constraints, before, first, moved)
     rows = before.rows(torch.tensor(fixed, dtype=torch.int64))
     particular = (
         lsmr(rows, np.array(targets), atol=1e-16, btol=1e-16, conlim=0)[0] if fixed else np.zeros(before.dimension)
@@ -232,20 +235,20 @@ def _least(found: Found, state: State, exact: tuple[Form, ...]) -> _Orbit:
     folded_state = first.act(moved, torch.from_numpy(particular))
     logs = _add({}, first.tensors, particular)
     still = (*exact, *({x: Fraction(1)} for x in fixed))
-    left = effective(ledger, ledger.scales.solve(still)) if fixed else before
-    group = scaling(ledger, left)
+    left = effective(constraints, constraints.scales.solve(still)) if fixed else before
+    group = scaling(constraints, left)
     factors, owners = distinct_factors(group.norms, group.size)
     state, closed, kept = _closed(group, factors, _pairs(found), folded_state)
     lost = _difference(folded_state, state, moved, logs)
     del moved, folded_state
     z = minimise([m for m in closed if bool(m.squares.any())], some(factors, np.flatnonzero(kept)), group.size)
-    unfed = dead(closed, group.size) & bent(ledger.bent, left)
+    unfed = dead(closed, group.size) & bent(constraints.bent, left)
     removed = {}
     for entry, mass in zip(group.tensors, closed, strict=True):
         feeding = touched(mass, unfed, growing=True)
         if bool(feeding.any()):
             removed[entry.name] = feeding[..., None].expand(entry.view).reshape(state.tensors[entry.name].shape)
-    return _Orbit(
+    return _ClosedOrbit(
         state=group.act(state, torch.from_numpy(z)),
         logs=_add(logs, group.tensors, z),
         shears=shears,
@@ -309,7 +312,7 @@ def _emptied(group: UnitScaling, seen: Sequence[Mass], closed: Sequence[Mass], s
 
 
 def _difference(before: State, after: State, unscaled: State, logs: Mapping[str, Logs]) -> dict[str, Tensor]:
-    """What the closure took from each tensor, in the scale of the weights as given."""
+    """Changes that the closure made: what it took from each tensor, in the scale of the weights as given."""
     changes = {}
     for name, tensor in after.tensors.items():
         old = before.tensors[name]
@@ -320,7 +323,7 @@ def _difference(before: State, after: State, unscaled: State, logs: Mapping[str,
     return changes
 
 
-def _changed(given: State, vanished: Mapping[str, Tensor], shears: Sequence[Shear]) -> State:
+def _changed(given: State, vanished: Mapping[str, Tensor], shears: Sequence[AbsorbedShift]) -> State:
     """The weights as given, less what vanishes; offsets keep what they took up from factors that change."""
     changes = {name: change.double() for name, change in vanished.items()}
     for shear in shears:

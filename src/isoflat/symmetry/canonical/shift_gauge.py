@@ -1,4 +1,7 @@
-"""Constants in their places: the shifts of a canonical representative, by least norm and in levels."""
+"""Constants in their places: the shifts of a canonical representative, by least norm and in levels.
+
+Derivation: docs/concepts/canonical.md, "Shifts".
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from torch import Tensor
 from isoflat.core.errors import NoInvariantGeometry
 from isoflat.core.state import State
 from isoflat.symmetry.canonical.potential import Vector
-from isoflat.symmetry.finding.constraints import Absorbed, Additive
-from isoflat.symmetry.finding.relations import Form
 from isoflat.symmetry.finding.solve import translation
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups.translation import Translation, deviation, entering, gathered, passed
+from isoflat.symmetry.motions import Absorbed, Additive
+from isoflat.symmetry.relations import Form
 
 Reader = Callable[[State], tuple[Vector, Vector]]
 """Values and weights of the entries whose norm a level makes least."""
@@ -33,20 +36,20 @@ SWEEPS = 40
 """Sweeps after which constants are solved for."""
 
 ATTEMPTS = 5
-"""How often."""
+"""Attempts to solve for constants that feed back."""
 
 
 @final
 @dataclass(frozen=True)
-class Shear:
-    """What an additive tensor took up from a factor: `Σ_{j,k} factor[g, i, j, k] · shift[g, j]`."""
+class AbsorbedShift:
+    """Constants that an additive tensor took up from a factor: `Σ_{j,k} factor[g, i, j, k] · shift[g, j]`."""
 
     offset: str
     absorbed: Absorbed
     shift: Tensor
 
 
-def settle(found: Found, state: State) -> tuple[State, tuple[Shear, ...]]:
+def fix_shift_gauge(found: Found, state: State) -> tuple[State, tuple[AbsorbedShift, ...]]:
     """Empty running means, then offsets of normalisations, then share out what is left by least norm.
 
     Constants flow downstream through the weights, so that one sweep can fill what it emptied before; on a network
@@ -58,7 +61,7 @@ def settle(found: Found, state: State) -> tuple[State, tuple[Shear, ...]]:
     start, before, moved = state, math.inf, 0.0
     sizes = _Sizes(state, found.translation)
     for attempt in range(ATTEMPTS):
-        for _ in range(min(len(found.ledger.additives) + 2, SWEEPS) if attempt == 0 else 3):
+        for _ in range(min(len(found.constraints.additives) + 2, SWEEPS) if attempt == 0 else 3):
             moved = 0.0
             for group, rows, read in levels:
                 values, weights = read(state)
@@ -138,10 +141,10 @@ class _Flow:
             if centre.absorbed is not None:
                 self.entered[centre.running.mean] += passed(centre, element)
 
-    def shears(self, state: State) -> tuple[Shear, ...]:
-        """What biases, offsets and means have taken up, as linear maps of weights and gains."""
+    def shears(self, state: State) -> tuple[AbsorbedShift, ...]:
+        """Constants that biases, offsets and means have taken up, as linear maps of weights and gains."""
         shears = [
-            Shear(offset.entry.name, offset.entry.absorbed, self.entered[offset.entry.name])
+            AbsorbedShift(offset.entry.name, offset.entry.absorbed, self.entered[offset.entry.name])
             for offset in self.group.offsets
             if offset.entry.absorbed is not None and bool(self.entered[offset.entry.name].any())
         ]
@@ -149,12 +152,12 @@ class _Flow:
             amount = self.taken[running.mean]
             if running.absorbed is not None and bool(self.entered[running.mean].any()):
                 # μ* = μ + W t: a mean takes up with the other sign than a bias.
-                shears.append(Shear(running.mean, running.absorbed, -self.entered[running.mean]))
+                shears.append(AbsorbedShift(running.mean, running.absorbed, -self.entered[running.mean]))
             if running.gain is not None and running.offset is not None and bool(amount.any()):
                 ratio = amount / deviation(running, state).cpu()
                 # β* = β − γ m/σ: a shear of γ into β, one unit at a time.
                 unit = Absorbed(running.gain, (len(ratio), 1, 1, 1), running.moved[:, None])
-                shears.append(Shear(running.offset, unit, ratio[:, None]))
+                shears.append(AbsorbedShift(running.offset, unit, ratio[:, None]))
         return tuple(shears)
 
 
@@ -185,7 +188,7 @@ class _Sizes:
 
 def _levels(found: Found) -> list[Level]:
     """Groups of shifts in their order, each with the tensors whose norm it makes least, as functions of its element."""
-    ledger = found.ledger
+    constraints = found.constraints
     means = [c.running for c in found.translation.centres]
     entries = [o.entry for o in found.translation.offsets]
     norms, others = ([e for e in entries if e.norm is kind] for kind in (True, False))
@@ -195,7 +198,7 @@ def _levels(found: Found) -> list[Level]:
     def level(
         names: Sequence[str], ids: Sequence[Tensor], minus: Sequence[Tensor], read: Reader, still: Sequence[Form] = ()
     ) -> None:
-        group = translation(ledger, (*forms, *still))
+        group = translation(constraints, (*forms, *still))
         rows = [_rows(group, name) for name in names]
         if rows:
             levels.append((group, sparse.csr_matrix(sparse.vstack(rows)), read))
@@ -237,7 +240,7 @@ def _levels(found: Found) -> list[Level]:
 
 
 def _rows(group: Translation, name: str) -> sparse.csr_matrix:
-    """How a tensor's own units move with the element of a group."""
+    """Matrix by which a tensor's own units move with the element of a group."""
     for centre in group.centres:
         if centre.running.mean == name:
             return centre.entering - centre.moved

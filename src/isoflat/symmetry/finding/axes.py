@@ -1,4 +1,4 @@
-"""Where one axis of an activation goes in the traced graph, and what its readers are blind to."""
+"""Axes of activations followed through the traced graph, and directions to which their readers are blind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.finding.graph import Graph
+from isoflat.symmetry.finding.graph import TracedGraph
 from isoflat.symmetry.finding.rules.views import COPIES, MOVES, RESHAPES
 
 SOFTMAX = {
@@ -45,13 +45,13 @@ def but(tensor: Tensor, axis: int) -> tuple[int, ...]:
 
 @final
 class Readers:
-    """What everything that reads a node does to a constant along one of its axes."""
+    """Readers of each node, and the constants along an axis that all of them ignore."""
 
-    def __init__(self, graph: Graph, blind: bool) -> None:
-        """Of a graph.
+    def __init__(self, graph: TracedGraph, blind: bool) -> None:
+        """Start with nothing remembered.
 
         Args:
-            graph: of the network.
+            graph: the traced network.
             blind: whether the loss ignores a constant added to all scores of an example.
         """
         self._graph = graph
@@ -59,7 +59,7 @@ class Readers:
         self._memo: dict[tuple[Node, int], bool] = {}
 
     def subtract(self, node: Node, axis: int) -> bool:
-        """Whether every reader subtracts the mean over an axis, or loses a constant along it in softmax or the loss."""
+        """Test whether every reader subtracts the mean over an axis, or loses a constant along it in softmax or the loss."""
         axis %= node.meta["val"].ndim
         if (node, axis) not in self._memo:
             self._memo[node, axis] = bool(node.users) and all(self._subtracts(user, node, axis) for user in node.users)
@@ -101,7 +101,7 @@ def sums_to_one(node: Node) -> int | None:
 
 
 def axis_after(user: Node, node: Node, axis: int) -> int | None:
-    """Where an axis of channels is after an operation that adds, averages or moves whole channels; None for others."""
+    """Place of an axis of channels after an operation that adds, averages or moves whole channels; None for others."""
     name, before, value = str(user.target), node.meta["val"].shape, user.meta.get("val")
     if not isinstance(value, Tensor):
         return None
@@ -144,7 +144,7 @@ def _scaled(user: Node, node: Node, axis: int) -> int | None:
 
 
 def _is_masked(user: Node, node: Node) -> bool:
-    """Whether a choice leaves a node's entries or sends them to minus infinity, or to the lowest number there is."""
+    """Test whether a choice leaves a node's entries or sends them to minus infinity, or to the lowest number there is."""
     name = str(user.target)
     if name == "aten.masked_fill.Scalar":
         return user.args[0] is node and _lowest(user.args[2], node)
@@ -157,7 +157,7 @@ def _is_masked(user: Node, node: Node) -> bool:
 
 
 def _lowest(value: Any, node: Node) -> bool:
-    """Whether a number is minus infinity, or the type's lowest: softmax makes it zero whatever is added elsewhere."""
+    """Test whether a number is minus infinity, or the type's lowest: softmax makes it zero whatever is added elsewhere."""
     if isinstance(value, Node):  # a constant that is made in the graph
         made = str(value.target) in ("aten.full.default", "aten.scalar_tensor.default")
         value = value.args[-1] if made and value.args else None

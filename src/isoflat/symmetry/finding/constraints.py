@@ -1,4 +1,4 @@
-"""What tracing writes down: how each stored tensor scales and shifts, and which normalisations divide a scale out."""
+"""Constraints that tracing writes down: how each stored tensor scales and shifts, and which normalisations divide a scale out."""
 
 from __future__ import annotations
 
@@ -11,174 +11,26 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.finding.relations import ANY, ZERO, Relations, distinct, is_all
-from isoflat.symmetry.finding.values import Activation, Known, Stored, Value, shifted_only
+from isoflat.symmetry.finding.values import Activation, Known, StoredTensor, Value, shifted_only
+from isoflat.symmetry.motions import Absorbed, Additive, Field, Norm, Running
+from isoflat.symmetry.relations import ANY, ZERO, Relations, distinct, is_all
 
 ENTRYWISE = 1 << 18
 """Entries up to which a tensor may get an unknown for each of them."""
 
-NONE = torch.zeros(1, 1, dtype=torch.int64)
-
-
-@final
-@dataclass(frozen=True)
-class Field:
-    """The log-scale of a stored tensor: `first[g, i] + sign · second[g, j]` at entry `[g, i, j, …]` of a view.
-
-    For a weight, `first` are its output units, `second` its input units and `sign` is −1.
-
-    Attributes:
-        name: of the tensor.
-        view: shape `(g, i, j, k)` under which it is seen; groups, two axes of units, and the rest.
-        first: unknowns, shape `(g, i)` or `(1, 1)`.
-        second: unknowns, shape `(g, j)` or `(1, 1)`.
-        sign: of the second term.
-    """
-
-    name: str
-    view: tuple[int, int, int, int]
-    first: Tensor
-    second: Tensor = NONE
-    sign: int = -1
-
-
-def along(found: Field, axis: int, shape: torch.Size) -> Tensor:
-    """The unknowns that a field has along one axis of its tensor, where all else is the same; shape `(n,)`."""
-    groups, rows, columns, rest = found.view
-    if len(shape) > 1 and groups * rows == math.prod(shape) and columns * rest == 1:  # entry by entry
-        return found.first.expand(groups, rows).reshape(shape).movedim(axis, 0).flatten(1)[:, 0]
-    if axis == 0:
-        return found.first.expand(groups, rows).reshape(-1)
-    return found.second[0].expand(columns)
-
-
-@final
-@dataclass(frozen=True)
-class Absorbed:
-    """What an additive tensor takes up when constants upstream move: `−Σ_j factor[g, i, j, k] · shift[g, j]`.
-
-    Attributes:
-        factor: name of the weight.
-        view: shape `(g, i, j, k)` under which it is seen.
-        shift: unknown constants that enter, shape `(g, j)`.
-        turned: whether the stored tensor holds its inputs first: `(g, j, i, k)`.
-    """
-
-    factor: str
-    view: tuple[int, int, int, int]
-    shift: Tensor
-    turned: bool = False
-
-    def seen(self, factor: Tensor) -> Tensor:
-        """The weight under its view, shape `(g, i, j, k)`."""
-        g, i, j, k = self.view
-        return factor.reshape(g, j, i, k).transpose(1, 2) if self.turned else factor.reshape(self.view)
-
-
-@final
-@dataclass(frozen=True)
-class Additive:
-    """A stored tensor that is added: `shift[g, i]` may be added to all its entries `[g, i, …]` of a view.
-
-    Attributes:
-        name: of the tensor.
-        view: shape `(i, k)` after `axis` is moved to the front.
-        axis: which axis of the stored tensor holds the units; None for all of them flattened.
-        shift: unknowns, shape `(i,)`.
-        absorbed: what it takes up besides; None for nothing.
-        norm: whether it is the offset of a normalisation, which is emptied first.
-    """
-
-    name: str
-    axis: int | None
-    shift: Tensor
-    absorbed: Absorbed | None = None
-    norm: bool = False
-
-
-@final
-@dataclass(frozen=True)
-class Running:
-    """Batch normalisation with fixed statistics: an affine map per channel, `γ (x − μ)/√(v + ε) + β`.
-
-    Attributes:
-        mean: name of μ.
-        variance: name of v.
-        gain: name of γ; None without.
-        offset: name of β; None without.
-        epsilon: ε.
-        deviation: unknown log-scale of √(v + ε), shape `(C,)`.
-        entering: unknown shift of x, shape `(C,)`.
-        moved: unknown shift of x taken out of μ into β, shape `(C,)`.
-        absorbed: what μ takes up from constants before a contraction without bias: `+Σ factor · shift`; None for none.
-    """
-
-    mean: str
-    variance: str
-    gain: str | None
-    offset: str | None
-    epsilon: float
-    deviation: Tensor
-    entering: Tensor
-    moved: Tensor
-    absorbed: Absorbed | None = None
-
-
-@final
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation that divides its input's scale out.
-
-    Attributes:
-        where: module path, for people.
-        constant: path of the module attribute that holds ε; None where there is none, or it is not one module's alone.
-        epsilon: ε.
-        factors: unknown log-scales it divides out, each once.
-    """
-
-    where: str
-    constant: str | None
-    epsilon: float
-    factors: tuple[int, ...]
-
-
-@final
-@dataclass(frozen=True)
-class Mean:
-    """A weight to which a common vector may be added along an axis: what the mean over it makes is lost, or is zero.
-
-    Either every reader of the weight's output subtracts that mean, or the weight reads what has none: a LayerNorm's
-    output before its gain γ. Then `a ⊗ 1/γ` is added, and the bias takes back what the offset β would make of it.
-
-    Attributes:
-        name: of the tensor.
-        axis: of the stored tensor, over which the mean is taken.
-        reads: whether it is the weight's inputs that have no mean.
-        gain: name of γ; None without.
-        offset: name of β; None without.
-        bias: name of the weight's bias; None without.
-    """
-
-    name: str
-    axis: int
-    reads: bool = False
-    gain: str | None = None
-    offset: str | None = None
-    bias: str | None = None
-
 
 @final
 @dataclass
-class Ledger:
-    """Unknowns, relations and findings while a network is walked through.
+class Constraints:
+    """Unknowns, relations and findings while the operations of a network are gone through.
 
     Attributes:
         scales: relations among log-scales.
         shifts: relations among constants.
-        fields: by tensor name.
-        additives: by tensor name.
+        fields: log-scales of stored tensors, by name.
+        additives: shifts of stored tensors, by name.
         runnings: batch normalisations, by the name of their mean.
-        norms: in the order of the graph.
+        norms: normalisations in the order of the graph.
         rigid: tensors that multiply something, so that nothing may be added to them.
         again: tensors that are added more than once.
         bent: log-scales that pass through a kink or a nonlinearity.
@@ -249,7 +101,7 @@ class Ledger:
             if entry.absorbed is not None:
                 self.shifts.pin(entry.absorbed.shift, f"'{name}' is added in two ways")
 
-    def entries(self, stored: Stored) -> Tensor:
+    def entries(self, stored: StoredTensor) -> Tensor:
         """Log-scales of a tensor entry by entry, shape of the tensor; of its last axis only where it has too many."""
         count = math.prod(stored.shape)
         if count > ENTRYWISE and len(stored.shape) > 1 and stored.shape[-1] <= ENTRYWISE:
@@ -276,7 +128,7 @@ class Ledger:
         """Any value as an activation: a stored tensor by its entries, a known one with neither scale nor shift."""
         if isinstance(value, Activation):
             return value
-        if isinstance(value, Stored):
+        if isinstance(value, StoredTensor):
             scale = self.entries(value)
             count = math.prod(value.shape)
             if count > ENTRYWISE and (len(value.shape) < 2 or value.shape[-1] > ENTRYWISE):
@@ -296,7 +148,7 @@ class Ledger:
 
     def multiplies(self, value: Value, where: str) -> None:
         """Nothing may be added to a stored tensor that multiplies."""
-        if isinstance(value, Stored):
+        if isinstance(value, StoredTensor):
             self.rigid.setdefault(value.name, where)
 
     def pin(self, values: Iterable[Value], reason: str) -> None:
@@ -305,7 +157,7 @@ class Ledger:
             if isinstance(value, Activation):
                 self.scales.pin(value.scale, reason)
                 self.shifts.pin(value.shift, reason)
-            elif isinstance(value, Stored):
+            elif isinstance(value, StoredTensor):
                 count = math.prod(value.shape)
                 self.scale_by(value.name, Field(value.name, (1, count, 1, 1), torch.zeros(1, 1, dtype=torch.int64)))
                 self._freeze(self.fields[value.name], reason)
@@ -324,7 +176,7 @@ class Ledger:
         self.bent.update(distinct(ids))
 
     def settle(self) -> None:
-        """Once the network is walked through: nothing may be added to what multiplies."""
+        """Close the constraints once the network has been gone through: nothing may be added to what multiplies."""
         for name, reason in self.rigid.items():
             if name in self.additives:
                 entry = self.additives[name]

@@ -16,23 +16,25 @@ from torch.fx import Node
 
 from isoflat.core.errors import UsageError
 from isoflat.core.state import State
-from isoflat.symmetry.canonical.gain_folding import foldable
 from isoflat.symmetry.finding.axes import Readers
 from isoflat.symmetry.finding.bases.accept import accepted
-from isoflat.symmetry.finding.bases.propagate import follow
-from isoflat.symmetry.finding.constraints import Ledger
-from isoflat.symmetry.finding.graph import Graph, arguments, trace
+from isoflat.symmetry.finding.bases.families import families, scales
+from isoflat.symmetry.finding.bases.propagate import propagate_bases
+from isoflat.symmetry.finding.constraints import Constraints
+from isoflat.symmetry.finding.declared import declare
+from isoflat.symmetry.finding.gains import foldable
+from isoflat.symmetry.finding.graph import TracedGraph, arguments, trace
 from isoflat.symmetry.finding.logical import blocks
 from isoflat.symmetry.finding.means import means
-from isoflat.symmetry.finding.relations import Form, Solution
 from isoflat.symmetry.finding.rules import Rule, rules
 from isoflat.symmetry.finding.rules.elementwise import nonlinear
 from isoflat.symmetry.finding.solve import effective, scaling, translation
-from isoflat.symmetry.finding.values import Activation, Known, Stored, Value
+from isoflat.symmetry.finding.values import Activation, Known, StoredTensor, Value
 from isoflat.symmetry.found import Found
-from isoflat.symmetry.groups.basis import BasisChange, Family, families, scales
+from isoflat.symmetry.groups.basis import BasisChange, Family
 from isoflat.symmetry.groups.declared import UnitScale
 from isoflat.symmetry.groups.translation import common
+from isoflat.symmetry.relations import Form, Solution
 
 
 def symmetries(
@@ -52,7 +54,7 @@ def symmetries(
     Args:
         model: any module that `torch.export` can trace; it is not changed.
         example: an input with two rows or more, a tuple of positional inputs, or a mapping of keyword inputs.
-        loss: of output and class targets; given, and found to ignore a constant added to all scores of an example
+        loss: function of output and class targets; given, and found to ignore a constant added to all scores of an example
             (softmax cross-entropy), that direction of the head is a symmetry too.
         further_rules: rules beside those of the package, by the full overload name of the operation
             (`"mylib.op.default"`); see `symmetry.rules`.
@@ -84,7 +86,7 @@ def discover(
     further: Mapping[str, Rule] | None = None,
     declared: Sequence[UnitScale] = (),
 ) -> Found:
-    """Trace, walk, solve; nothing is proved yet.
+    """Trace, propagate units, solve; nothing is proved yet.
 
     Args:
         model: any module that `torch.export` can trace.
@@ -100,19 +102,21 @@ def discover(
     known = {**rules(), **(further or {})}
     graph = trace(model, args, kwargs, known.__contains__)
     readers = Readers(graph, blind)
-    ledger, values = walk(graph, known, readers)
+    constraints, values = propagate(graph, known, readers)
     tensors = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
     for symmetry in declared:
-        symmetry.declare(ledger, State(tensors))
-    solution = effective(ledger, ledger.scales.solve())
+        declare(symmetry, constraints, State(tensors))
+    solution = effective(constraints, constraints.scales.solve())
     folded = frozenset(
-        name for name, fine in foldable(ledger, solution, scaling(ledger, solution)).items() if fine.all()
+        name for name, fine in foldable(constraints, solution, scaling(constraints, solution)).items() if fine.all()
     )
     constants = {node: value for node, value in values.items() if isinstance(value, Known)}
-    legs = follow(graph, constants, folded, frozenset(ledger.normalised))
+    tensor_axes = propagate_bases(graph, constants, folded, frozenset(constraints.normalised))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    basis = _diagonals_too(ledger, solution, families(legs.settle(), legs.legs, legs.gains), shapes)
-    shifts = translation(ledger)
+    basis = _diagonals_too(
+        constraints, solution, families(tensor_axes.settle(), tensor_axes.by_region, tensor_axes.gains), shapes
+    )
+    shifts = translation(constraints)
     movable = {offset.entry.name for offset in shifts.offsets if bool((np.diff(offset.own.indptr) > 0).all())}
     lost = (
         mean for mean in means(graph, readers) if {mean.gain} <= {None, *folded} and {mean.offset} <= {None, *movable}
@@ -122,28 +126,28 @@ def discover(
         graph.module,
         args,
         kwargs,
-        ledger,
+        constraints,
         solution,
-        exact_forms(ledger),
+        exact_forms(constraints),
         shifts,
         common(tuple(lost), shapes),
         basis,
         {},
         blind,
     )
-    proved = accepted(found)
-    return replace(proved, blocks=blocks(graph, proved.basis))
+    basis = accepted(basis, found.state(), found.output)
+    return replace(found, basis=basis, blocks=blocks(graph, basis))
 
 
 def _diagonals_too(
-    ledger: Ledger, solution: Solution, found: Sequence[Family], shapes: Mapping[str, torch.Size]
+    constraints: Constraints, solution: Solution, found: Sequence[Family], shapes: Mapping[str, torch.Size]
 ) -> BasisChange:
     """Changes of basis whose coordinates can also be scaled: the two walks must agree."""
 
     def scaled(family: Family) -> bool:
         if family.orthogonal:
             return True
-        rows = (solution.rows(torch.tensor(ids)) for ids in scales(ledger, family, shapes))
+        rows = (solution.rows(torch.tensor(ids)) for ids in scales(constraints.fields, family, shapes))
         return all(bool((np.diff(matrix.indptr) > 0).all()) for matrix in rows)
 
     return BasisChange(tuple(filter(scaled, found)))
@@ -169,13 +173,13 @@ def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(map(two, placed)), {key: two(value) for key, value in named.items()}
 
 
-def walk(graph: Graph, known: Mapping[str, Rule], readers: Readers) -> tuple[Ledger, dict[Node, Value]]:
+def propagate(graph: TracedGraph, known: Mapping[str, Rule], readers: Readers) -> tuple[Constraints, dict[Node, Value]]:
     """Go through the operations in order and write down what they relate.
 
     Args:
-        graph: of the network.
+        graph: the traced network.
         known: rules by overload name.
-        readers: what everything that reads a node is blind to.
+        readers: directions to which all readers of a node are blind.
     """
     first = {id(module): path for path, module in graph.module.named_modules()}
 
@@ -187,36 +191,36 @@ def walk(graph: Graph, known: Mapping[str, Rule], readers: Readers) -> tuple[Led
             return None
         return f"{first[id(graph.module.get_submodule(path))]}{dot}{name}" if name else None
 
-    ledger = Ledger(where=graph.where, epsilon_of=epsilon_of, centred=graph.centred, forgets=readers.subtract)
+    constraints = Constraints(where=graph.where, epsilon_of=epsilon_of, centred=graph.centred, forgets=readers.subtract)
     values: dict[Node, Value] = dict(graph.inputs)
     for node in graph.nodes:
         if node.op == "get_attr":  # a branch of a control-flow operation
             values[node] = Known(None)
         elif node.op == "call_function":
-            values[node] = _step(ledger, node, known, values)
+            values[node] = _step(constraints, node, known, values)
     for node in graph.outputs:
         value = values[node]
-        ledger.scales.pin(ledger.activation(value, "output").scale, "output")
-        shift = ledger.activation(value, "output").shift
+        constraints.scales.pin(constraints.activation(value, "output").scale, "output")
+        shift = constraints.activation(value, "output").shift
         if readers.blind and len(graph.outputs) == 1 and shift.ndim > 1:
-            ledger.shifts.along(shift, *(axis for axis in range(shift.ndim) if axis != 1))
+            constraints.shifts.along(shift, *(axis for axis in range(shift.ndim) if axis != 1))
         else:
-            ledger.shifts.pin(shift, "output")
-        if isinstance(value, Stored):
-            ledger.rigid[value.name] = "output"
-    ledger.settle()
-    return ledger, values
+            constraints.shifts.pin(shift, "output")
+        if isinstance(value, StoredTensor):
+            constraints.rigid[value.name] = "output"
+    constraints.settle()
+    return constraints, values
 
 
-def exact_forms(ledger: Ledger) -> tuple[Form, ...]:
-    """What must vanish for a rescaling to be exact though normalisations have an epsilon.
+def exact_forms(constraints: Constraints) -> tuple[Form, ...]:
+    """Linear forms that must vanish for a rescaling to be exact though normalisations have an epsilon.
 
     An epsilon that a module holds moves with its factor; several factors behind one epsilon must be equal, and one that
     nothing holds cannot move at all.
     """
     forms: list[Form] = []
     held: dict[str, int] = {}
-    for norm in ledger.norms:
+    for norm in constraints.norms:
         for factor in norm.factors:
             if norm.epsilon == 0:
                 continue
@@ -230,7 +234,7 @@ def exact_forms(ledger: Ledger) -> tuple[Form, ...]:
 def ignores_common_score(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> bool:
-    """Whether a loss of scores and classes is the same when a constant is added to all scores of each example."""
+    """Test whether a loss of scores and classes is the same when a constant is added to all scores of each example."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         scores = model(*args, **kwargs)
@@ -250,24 +254,24 @@ def ignores_common_score(
     return bool((before - after).abs().max() <= 1e-12 * scale)
 
 
-def _step(ledger: Ledger, node: Node, known: Mapping[str, Rule], values: Mapping[Node, Value]) -> Value:
+def _step(constraints: Constraints, node: Node, known: Mapping[str, Rule], values: Mapping[Node, Value]) -> Value:
     """The value of one operation."""
     args, kwargs = arguments(node, values.__getitem__)
     name = str(node.target)
     if node.target is operator.getitem:  # taking one of several results
         return args[0][args[1]] if not isinstance(args[0], Known) else Known(args[0].value[args[1]])
     if not isinstance(node.target, torch._ops.OpOverload):
-        return nonlinear(ledger, node, *args, **kwargs)  # control flow
+        return nonlinear(constraints, node, *args, **kwargs)  # control flow
     if not _any_unknown((args, list(kwargs.values()))) and torch.Tag.nondeterministic_seeded not in node.target.tags:
         return Known(node.target(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()}))
     rule = known.get(name, nonlinear)
-    return rule(ledger, node, *args, **kwargs)
+    return rule(constraints, node, *args, **kwargs)
 
 
 def _any_unknown(part: Any) -> bool:
     if isinstance(part, list | tuple):
         return any(map(_any_unknown, part))
-    return isinstance(part, Activation | Stored)
+    return isinstance(part, Activation | StoredTensor)
 
 
 def _plain(part: Any) -> Any:

@@ -17,16 +17,16 @@ from torch.fx.node import map_arg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import UnsupportedModel
-from isoflat.symmetry.finding.values import Known, Stored, Value, shifted_only
+from isoflat.symmetry.finding.values import Known, StoredTensor, Value, shifted_only
 
 
 @final
 @dataclass(frozen=True)
-class Graph:
+class TracedGraph:
     """A network as `torch.export` sees it.
 
     Attributes:
-        nodes: in the order of execution.
+        nodes: operations in the order of execution.
         inputs: values of the placeholders, by node.
         outputs: nodes that leave the network.
         module: the traced module; its tensors are the user's, its structure is a copy.
@@ -52,14 +52,16 @@ class Graph:
         return ".".join(filter(None, (path, named[0]))) if len(named) == 1 else None
 
     def centred(self, node: Node) -> bool:
-        """Whether a node is a batch normalisation by the running mean that its own module holds."""
+        """Test whether a node is a batch normalisation by the running mean that its own module holds."""
         if str(node.target) != "aten._native_batch_norm_legit_no_training.default":
             return False
         modules = dict(self.module.named_modules(remove_duplicate=False))
         module = modules.get(self._place(node)[0])
         mean = self.inputs.get(node.args[3])  # pyrefly: ignore
         path = f"{self._place(node)[0]}.running_mean".lstrip(".")
-        return isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(mean, Stored) and mean.name == path
+        return (
+            isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(mean, StoredTensor) and mean.name == path
+        )
 
     @staticmethod
     def _place(node: Node) -> tuple[str, str]:
@@ -92,7 +94,9 @@ def skeleton(module: nn.Module) -> nn.Module:
     return made
 
 
-def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Callable[[str], bool]) -> Graph:
+def trace(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Callable[[str], bool]
+) -> TracedGraph:
     """Trace a network on an example; operations that are not known are taken apart where torch knows how.
 
     Args:
@@ -139,16 +143,16 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], k
         if node.name in stored and stored[node.name] in tensors:
             tensor = tensors[stored[node.name]]
             floating = tensor.is_floating_point()
-            inputs[node] = Stored(canonical[id(tensor)], tensor.shape) if floating else Known(tensor)
+            inputs[node] = StoredTensor(canonical[id(tensor)], tensor.shape) if floating else Known(tensor)
         elif node.name in lifted or node.name in stored:
-            inputs[node] = Known(constants[lifted.get(node.name, stored.get(node.name))])
+            inputs[node] = Known(constants[lifted[node.name] if node.name in lifted else stored[node.name]])
         else:
             example = node.meta.get("val")
             inputs[node] = shifted_only(example.shape) if isinstance(example, Tensor) else Known(example)
     last = next(node for node in program.graph.nodes if node.op == "output")
     wanted = set(signature.user_outputs)
     outputs = tuple(node for node in last.all_input_nodes if node.name in wanted)
-    return Graph(tuple(program.graph.nodes), inputs, outputs, traced)
+    return TracedGraph(tuple(program.graph.nodes), inputs, outputs, traced)
 
 
 @contextmanager
@@ -178,7 +182,7 @@ def _depending(program: torch.export.ExportedProgram) -> Iterator[Node]:
 
 
 def _has_rule(node: Node, known: Callable[[str], bool]) -> bool:
-    """Whether a rule covers an operation as it is written, with nothing taken apart and no side effect left."""
+    """Test whether a rule covers an operation as it is written, with nothing taken apart and no side effect left."""
     operation = node.target
     if not isinstance(operation, torch._ops.OpOverload):
         return operation is operator.getitem
@@ -193,7 +197,7 @@ _TRAINING = {"aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten
 
 
 def _is_constant_function(node: Node) -> bool:
-    """Whether an operation gives the same result for the same arguments and changes none of them."""
+    """Test whether an operation gives the same result for the same arguments and changes none of them."""
     operation = node.target
     return operation is operator.getitem or (
         isinstance(operation, torch._ops.OpOverload)

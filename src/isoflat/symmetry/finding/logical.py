@@ -1,4 +1,7 @@
-"""Logical tensors: a stored tensor that packs several, such as query, key and value, counts as several."""
+"""Logical tensors: a stored tensor that packs several, such as query, key and value, counts as several.
+
+Derivation: docs/concepts/bases.md, "Blocks are logical tensors".
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from isoflat.symmetry.finding.axes import CASTS
-from isoflat.symmetry.finding.graph import Graph
-from isoflat.symmetry.finding.relations import distinct
+from isoflat.symmetry.finding.graph import TracedGraph
 from isoflat.symmetry.finding.rules.views import COPIES, MOVES, RESHAPES
-from isoflat.symmetry.finding.values import Stored
+from isoflat.symmetry.finding.values import StoredTensor
 from isoflat.symmetry.groups.basis import BasisChange
+from isoflat.symmetry.relations import distinct
 
 _WEIGHTS = {
     # Which arguments are weight and bias, the weight's axis of outputs, and the axis of channels in what comes out.
@@ -32,8 +35,8 @@ _WEIGHTS = {
 }
 
 
-def blocks(graph: Graph, basis: BasisChange) -> dict[str, tuple[int, Tensor]]:
-    """For every stored tensor that is not one block by itself: an axis, and the number of the block along it.
+def blocks(graph: TracedGraph, basis: BasisChange) -> dict[str, tuple[int, Tensor]]:
+    """Blocks of every stored tensor that is not one block by itself: an axis, and the number of the block along it.
 
     Outputs of a weight that no operation ever sees together belong to different blocks: query, key and value, gate and
     up. What a change of basis mixes is one block, be it in several tensors.
@@ -62,11 +65,11 @@ def blocks(graph: Graph, basis: BasisChange) -> dict[str, tuple[int, Tensor]]:
     return {n: (axis, part) for n, (axis, part) in made.items() if len(distinct(part)) > 1 or owners[part[0]] > 1}
 
 
-def _stored(graph: Graph) -> dict[str, list[Node]]:
+def _stored(graph: TracedGraph) -> dict[str, list[Node]]:
     """Nodes of each parameter with an axis."""
     nodes: dict[str, list[Node]] = {}
     for node, value in graph.inputs.items():
-        if isinstance(value, Stored) and value.shape:
+        if isinstance(value, StoredTensor) and value.shape:
             nodes.setdefault(value.name, []).append(node)
     return nodes
 
@@ -86,7 +89,7 @@ def _parts(nodes: list[Node]) -> tuple[int, Tensor]:
 
 
 def _seen(node: Node, numbers: Tensor) -> Iterator[list[int]]:
-    """Which indices every operation sees that does more than move them; −1 stands for none."""
+    """Indices that every operation sees that does more than move them; −1 stands for none."""
     for user in node.users:
         name = str(user.target)
         place = _place(node, user)
@@ -107,7 +110,7 @@ def _seen(node: Node, numbers: Tensor) -> Iterator[list[int]]:
 
 
 def _seen_moved(user: Node, numbers: Tensor) -> Iterator[list[int]]:
-    """After an operation that moves elements; one that gives several parts is followed part by part."""
+    """Indices seen after an operation that moves elements; one that gives several parts is followed part by part."""
     operation: Any = user.target
     value = user.meta["val"]
     if isinstance(value, Tensor):
@@ -124,7 +127,7 @@ def _seen_moved(user: Node, numbers: Tensor) -> Iterator[list[int]]:
 
 
 def _place(node: Node, user: Node) -> str | None:
-    """Whether a node is an operation's weight, or its bias."""
+    """Test whether a node is an operation's weight, or its bias."""
     weight, bias, *_ = _WEIGHTS.get(str(user.target), (None, None))
     if weight is not None and len(user.args) > weight and user.args[weight] is node:
         return "weight"

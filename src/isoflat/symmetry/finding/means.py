@@ -1,4 +1,7 @@
-"""Common vectors: weights and tables to whose output every reader is blind in one direction."""
+"""Common vectors: weights and tables to whose output every reader is blind in one direction.
+
+Derivation: docs/concepts/symmetries.md, "Common vectors".
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ from typing import Any
 from torch.fx import Node
 
 from isoflat.symmetry.finding.axes import CASTS, Readers, axis_after
-from isoflat.symmetry.finding.constraints import Mean
-from isoflat.symmetry.finding.graph import Graph
+from isoflat.symmetry.finding.graph import TracedGraph
 from isoflat.symmetry.finding.rules.views import COPIES, MOVES
-from isoflat.symmetry.finding.values import Stored
+from isoflat.symmetry.finding.values import StoredTensor
+from isoflat.symmetry.motions import Mean
 
 
-def means(graph: Graph, readers: Readers) -> tuple[Mean, ...]:
+def means(graph: TracedGraph, readers: Readers) -> tuple[Mean, ...]:
     """Weights and tables to which a common vector may be added: readers subtract its mean, or inputs have none."""
-    stored = {node: value.name for node, value in graph.inputs.items() if isinstance(value, Stored)}
+    stored = {node: value.name for node, value in graph.inputs.items() if isinstance(value, StoredTensor)}
     read: dict[str, list[tuple[Node, Node]]] = {}
     for node, name in stored.items():
         read.setdefault(name, []).extend((node, user) for user in node.users)

@@ -1,4 +1,4 @@
-"""What flows through a traced network while its units are inferred."""
+"""Values that flow through a traced network while its units are inferred."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Activation:
 
 @final
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A parameter or floating-point buffer, read as it is stored.
 
     Attributes:
-        name: its canonical name; tied tensors have one.
+        name: canonical name; tied tensors have one.
         shape: its shape.
     """
 
@@ -48,10 +48,10 @@ class Slice:
     """Consecutive slices of a stored tensor along one axis, such as the query's rows of a packed weight.
 
     Attributes:
-        name: of the tensor.
-        shape: of the part.
+        name: name of the tensor.
+        shape: shape of the part.
         axis: along which it is cut.
-        start: of the first slice.
+        start: index of the first slice.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Known:
     value: Any
 
 
-Value = Activation | Stored | Known | Any
+Value = Activation | StoredTensor | Known | Any
 """Values of a node; tuples of them where an operation returns several."""
 
 

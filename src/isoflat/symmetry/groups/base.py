@@ -80,7 +80,7 @@ def verify(
         state: where to start.
         stream: randomness.
         spread: standard deviation of the logarithms of the group elements.
-        samples: how many elements to try.
+        samples: number of elements to try.
 
     Returns:
         The largest relative change seen, at rounding level for a true symmetry.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
@@ -13,9 +12,6 @@ import torch
 from torch import Tensor
 
 from isoflat.core.state import State
-from isoflat.symmetry.finding.bases.partition import Block
-from isoflat.symmetry.finding.bases.tensor_axes import Leg, Region
-from isoflat.symmetry.finding.constraints import Ledger, along
 from isoflat.symmetry.groups.base import Symmetry
 
 
@@ -25,10 +21,10 @@ class Piece:
     """Slices of one tensor among those that make up a vector of d of them.
 
     Attributes:
-        name: of the tensor.
-        axis: that holds the slices.
-        places: along it, shape `(n, p)`: for each of n blocks.
-        slots: which coordinates they are, shape `(p,)`.
+        name: name of the tensor.
+        axis: axis that holds the slices.
+        places: indices along the axis, shape `(n, p)`: for each of n blocks.
+        slots: numbers of the coordinates that they are, shape `(p,)`.
         window: part of the tensor that is meant, as axis, start and size; None for all of it.
     """
 
@@ -51,8 +47,8 @@ class Side:
     Attributes:
         dual: whether it is mixed by `g⁻ᵀ`, or by g.
         gain: name of the gain between the basis and this side; None without.
-        places: of the coordinates in the gain, shape `(n, d)`.
-        pieces: that make it up.
+        places: indices of the coordinates in the gain, shape `(n, d)`.
+        pieces: slices of tensors that make it up.
     """
 
     dual: bool
@@ -71,7 +67,7 @@ class Family:
         size: dimension d of each.
         orthogonal: whether only rotations are allowed.
         centred: whether they must leave the vector of ones alone.
-        sides: what is mixed.
+        sides: rows and columns that are mixed.
     """
 
     count: int
@@ -124,7 +120,7 @@ class BasisChange(Symmetry):
     `UnitScaling`. Between basis and side a gain may lie, which is as if folded into the side: `Γ g Γ⁻¹`.
 
     Attributes:
-        families: of blocks.
+        families: blocks of one kind each.
     """
 
     families: tuple[Family, ...]
@@ -183,7 +179,7 @@ class BasisChange(Symmetry):
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Where each family's coordinates begin, and where the last one's end."""
+        """Offsets at which each family's coordinates begin, and where the last one's end."""
         return tuple(np.cumsum([0, *(f.count * f.freedom for f in self.families)]).tolist())
 
     def _parts(self, element: Tensor) -> Iterator[tuple[Family, Tensor]]:
@@ -194,7 +190,7 @@ class BasisChange(Symmetry):
 
 
 def _balance(family: Family, state: State) -> Tensor:
-    """By how much what is written outweighs what reads it, for each coordinate, shape `(n, d)`; 1 where one is zero."""
+    """Square root of what is written over what reads it, in size, for each coordinate, shape `(n, d)`; 1 where one is zero."""
     written, read = (
         sum(stacked(side, state.tensors).cpu().square().sum(2) for side in family.sides if side.dual is dual)
         for dual in (False, True)
@@ -211,7 +207,7 @@ def apply(family: Family, g: Tensor, state: State, inverse: Tensor | None = None
         family: blocks of one kind.
         g: a matrix for each, shape `(n, d, d)`.
         state: whose tensors are mixed.
-        inverse: of g; computed if left out.
+        inverse: inverse of g; computed if left out.
     """
     back = torch.linalg.inv(g) if inverse is None else inverse
     for side in family.sides:
@@ -259,86 +255,3 @@ def mixed(side: Side, matrix: Tensor, tensors: Mapping[str, Tensor], keep: bool 
         moved[piece.places.to(tensor.device)] = slices
         made[piece.name] = whole
     return made
-
-
-def scales(ledger: Ledger, family: Family, shapes: Mapping[str, torch.Size]) -> Iterator[list[int]]:
-    """For each block, the unknown scales of its coordinates."""
-    side = next(side for side in family.sides if not side.dual)
-    for block in range(family.count):
-        yield [
-            unit
-            for piece in side.pieces
-            for unit in along(ledger.fields[piece.name], piece.axis, shapes[piece.name])[piece.places[block]].tolist()
-        ]
-
-
-def families(
-    blocks: tuple[Block, ...], legs: Mapping[tuple[Region, int], Leg], gains: list[tuple[int, int, str]]
-) -> tuple[Family, ...]:
-    """Blocks with the slices that they mix, those on the same tensors together."""
-    owners: dict[int, list[tuple[tuple[Region, int], Leg, int]]] = defaultdict(list)
-    for key, leg in legs.items():
-        for place, unit in enumerate(leg.units.tolist()):
-            owners[unit].append((key, leg, place))
-    alike: dict[tuple[object, ...], list[list[Side]]] = defaultdict(list)
-    for block in blocks:
-        sides = _sides(block, owners, gains)
-        if sides:
-            shape = tuple(
-                (s.dual, s.gain, tuple((p.name, p.axis, p.window, tuple(p.slots.tolist())) for p in s.pieces))
-                for s in sides
-            )
-            alike[(block.cells.shape[1], block.orthogonal, block.centred, shape)].append(sides)
-    return tuple(
-        Family(len(members), d, orthogonal, centred, _together(members))  # pyrefly: ignore
-        for (d, orthogonal, centred, _), members in alike.items()
-    )
-
-
-def _sides(
-    block: Block, owners: Mapping[int, list[tuple[tuple[Region, int], Leg, int]]], gains: list[tuple[int, int, str]]
-) -> list[Side]:
-    """The sides of one block; none where some coordinate of a side has no slice of its own."""
-    sides = []
-    slots = list(range(block.cells.shape[1]))
-    for cell, dual in zip(block.cells, block.dual, strict=True):
-        # A unit that is read by several slices (repeated heads) has as many copies, told apart by their order.
-        copies: dict[tuple[object, int], dict[tuple[Region, int], list[tuple[int, int]]]] = {}
-        flips: dict[object, bool] = {}
-        for slot, unit in enumerate(cell.tolist()):
-            seen: dict[object, int] = defaultdict(int)
-            for key, leg, place in owners[unit]:
-                copy = copies.setdefault((leg.role, seen[leg.role]), defaultdict(list))
-                copy[key].append((slot, place))
-                seen[leg.role] += 1
-                flips[leg.role] = leg.dual != dual
-        gain = next(((name, first) for first, last, name in gains if first <= cell[0] <= last), None)
-        places = torch.from_numpy(cell - gain[1]) if gain else torch.zeros(len(slots), dtype=torch.int64)
-        for (role, _), tensors in copies.items():
-            if sorted(slot for entries in tensors.values() for slot, _ in entries) != slots:
-                return []
-            pieces = tuple(_piece(region, axis, entries) for (region, axis), entries in tensors.items())
-            sides.append(Side(flips[role], gain[0] if gain else None, places[None], pieces))
-    return sides
-
-
-def _piece(region: Region, axis: int, entries: list[tuple[int, int]]) -> Piece:
-    """Slices of a region, by their places along the whole tensor's axis."""
-    places = torch.tensor([[place for _, place in entries]])
-    slots = torch.tensor([slot for slot, _ in entries])
-    if region.axis == axis:
-        return Piece(region.name, axis, places + region.start, slots)
-    window = None if region.axis is None else (region.axis, region.start, region.size)
-    return Piece(region.name, axis, places, slots, window)
-
-
-def _together(members: list[list[Side]]) -> tuple[Side, ...]:
-    """The sides of several blocks that have the same shape."""
-    sides = []
-    for alike in zip(*members, strict=True):
-        pieces = tuple(
-            replace(parts[0], places=torch.cat([part.places for part in parts]))
-            for parts in zip(*(side.pieces for side in alike), strict=True)
-        )
-        sides.append(replace(alike[0], places=torch.cat([side.places for side in alike]), pieces=pieces))
-    return tuple(sides)

@@ -12,8 +12,8 @@ from scipy import sparse
 from torch import Tensor
 
 from isoflat.core.state import State
-from isoflat.symmetry.finding.constraints import Absorbed, Additive, Mean, Running
 from isoflat.symmetry.groups.base import Symmetry
+from isoflat.symmetry.motions import Absorbed, Additive, Mean, Running
 
 
 @final
@@ -32,7 +32,7 @@ class Offset:
     entering: sparse.csr_matrix | None
 
     def moves(self) -> bool:
-        """Whether some element moves the tensor."""
+        """Test whether some element moves the tensor."""
         return self.own.nnz > 0 or (self.entering is not None and self.entering.nnz > 0)
 
 
@@ -120,7 +120,7 @@ class Translation(Symmetry):
         )
 
     def velocity(self, state: State, rates: Tensor) -> dict[str, Tensor]:
-        """What is added to each tensor."""
+        """Constants added to each tensor."""
         moving: dict[str, Tensor] = {}
         for offset in filter(Offset.moves, self.offsets):
             tensor = state.tensors[offset.entry.name]
@@ -225,7 +225,7 @@ class CommonVector(Symmetry):
 
 
 def _along(mean: Mean, state: State) -> Tensor:
-    """What a common vector is multiplied by along the axis: ones, or `1/γ`; zeros where some γ is zero."""
+    """Factors by which a common vector is multiplied along the axis: ones, or `1/γ`; zeros where some γ is zero."""
     if mean.gain is None:
         return torch.ones(state.tensors[mean.name].shape[mean.axis], dtype=torch.float64, device=state.device)
     gain = state.tensors[mean.gain].double()
@@ -240,7 +240,7 @@ def _against(mean: Mean, state: State) -> Tensor:
 
 
 def given(offset: Offset, element: Tensor) -> Tensor:
-    """What an element adds to each unit of an additive tensor, shape `(units,)`."""
+    """Constants that an element adds to each unit of an additive tensor, shape `(units,)`."""
     return _values(offset.own, element)
 
 

@@ -12,24 +12,24 @@ from scipy import sparse
 from torch import Tensor
 
 from isoflat.core.state import State
-from isoflat.symmetry.finding.constraints import Field, Norm, Running
-from isoflat.symmetry.finding.relations import Solution
 from isoflat.symmetry.groups.base import Symmetry
+from isoflat.symmetry.motions import Field, Norm, Running
+from isoflat.symmetry.relations import Solution
 
 
 @final
 @dataclass(frozen=True)
 class Exponents:
-    """How the logarithm of a tensor's scale depends on the group's coordinates z.
+    """Logarithm of a tensor's scale as a linear function of the group's coordinates z.
 
     Entry `[g, i, j, …]` of the view is multiplied by `exp(first[g, i] z + sign · second[g, j] z)`.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         view: shape `(g, i, j, k)`.
         first: sparse, shape `(g · i or 1, d)`.
         second: sparse, shape `(g · j or 1, d)`.
-        sign: of the second term.
+        sign: sign of the second term.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Exponents:
         return a + b
 
     def still(self) -> bool:
-        """Whether no element moves the tensor."""
+        """Test whether no element moves the tensor."""
         return self.first.nnz == 0 and self.second.nnz == 0
 
 
@@ -120,7 +120,7 @@ class UnitScaling(Symmetry):
         return replace(state.replace(moved), constants=constants)
 
     def epsilons(self, element: Tensor) -> Mapping[str, float]:
-        """By how much each module's epsilon is multiplied."""
+        """Factors by which each module's epsilon is multiplied."""
         factors: dict[str, float] = {}
         for norm, rows in self.norms:
             if norm.constant is not None and rows.nnz:

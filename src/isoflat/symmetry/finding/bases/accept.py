@@ -1,10 +1,13 @@
-"""A change of basis counts only if the network's derivative along it vanishes at random weights."""
+"""A change of basis counts only if the network's derivative along it vanishes at random weights.
+
+Derivation: docs/concepts/bases.md, "Why a derivative at random weights".
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,55 +16,59 @@ from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.symmetry.groups.basis import BasisChange, Family
 
-if TYPE_CHECKING:
-    from isoflat.symmetry.found import Found
-
 TOLERANCE = 1e-9
 """Derivative along an accepted change, relative to that along what it writes alone."""
 
 
-def accepted(found: Found) -> Found:
-    """The same symmetries less the changes of basis that are none.
+Output = Callable[[State], Tensor]
+"""A network's output, in float64, as a function of its tensors."""
+
+
+def accepted(basis: BasisChange, given: State, output: Output) -> BasisChange:
+    """The changes of basis less those that change the output.
 
     One derivative along a random element proves all of them together; if it does not vanish, each family is asked.
+
+    Args:
+        basis: candidates.
+        given: the network's tensors, whose sizes random weights have.
+        output: the network's output.
     """
-    if not found.basis.families:
-        return found
-    state = _random(found)
-    if _vanishes(found, state, found.basis):
-        return found
-    good = tuple(f for f in found.basis.families if _vanishes(found, state, BasisChange((f,))))
-    return replace(found, basis=BasisChange(good))
+    if not basis.families:
+        return basis
+    state = _random(given.to(dtype=torch.float64))
+    if _vanishes(basis, state, output):
+        return basis
+    return BasisChange(tuple(f for f in basis.families if _vanishes(BasisChange((f,)), state, output)))
 
 
-def _vanishes(found: Found, state: State, basis: BasisChange) -> bool:
+def _vanishes(basis: BasisChange, state: State, output: Output) -> bool:
     rates = basis.sample(stream(0, "accept"), 1.0)
-    along = _derivative(found, state, basis.velocity(state, rates))
-    alone = _derivative(found, state, BasisChange(tuple(map(_writing, basis.families))).velocity(state, rates))
+    along = _derivative(output, state, basis.velocity(state, rates))
+    alone = _derivative(output, state, BasisChange(tuple(map(_writing, basis.families))).velocity(state, rates))
     return float(along.abs().max()) <= TOLERANCE * float(alone.abs().max())
 
 
 def _writing(family: Family) -> Family:
-    """What writes the basis alone, which is no symmetry."""
+    """Family with the sides that write the basis alone, which is no symmetry."""
     return replace(family, sides=tuple(side for side in family.sides if not side.dual))
 
 
-def _derivative(found: Found, state: State, moving: dict[str, Tensor]) -> Tensor:
-    """Of the outputs along a velocity, in float64."""
+def _derivative(output: Output, state: State, moving: dict[str, Tensor]) -> Tensor:
+    """Derivative of the outputs along a velocity, in float64."""
     names = [name for name, speed in moving.items() if bool(speed.any())]
 
-    def output(*tensors: Tensor) -> Tensor:
-        return found.output(state.replace(dict(zip(names, tensors, strict=True))))
+    def moved(*tensors: Tensor) -> Tensor:
+        return output(state.replace(dict(zip(names, tensors, strict=True))))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         point = tuple(state.tensors[name] for name in names)
-        return torch.func.jvp(output, point, tuple(moving[name] for name in names))[1]
+        return torch.func.jvp(moved, point, tuple(moving[name] for name in names))[1]
 
 
-def _random(found: Found) -> State:
+def _random(state: State) -> State:
     """Weights without structure, of the size that they have; a tensor of zeros gets that of its fan."""
-    state = found.state().to(dtype=torch.float64)
     random = stream(0, "accept", "weights")
     made = {}
     for name, tensor in (*state.parameters.items(), *state.frozen.items()):

@@ -1,4 +1,6 @@
-"""Which units may be mixed with which: cells of units, refined by every operation that treats some apart from others.
+"""Partition of units into cells that may be mixed, refined by every operation that treats some apart from others.
+
+See docs/concepts/bases.md, "Cells".
 
 A unit is one coordinate of a vector that flows through the network. Units of one cell may be mixed by a matrix X,
 `x ↦ X x` as a velocity; tied cells share their matrix, or one has `−Xᵀ`.
@@ -23,7 +25,7 @@ FIXED = 0
 
 @final
 @dataclass(frozen=True)
-class Block:
+class CellBlock:
     """Cells that share one matrix.
 
     Attributes:
@@ -39,13 +41,13 @@ class Block:
     centred: bool
 
 
-class Cells:
+class Partition:
     """A growing set of units with ties, and the sets that may be mixed among themselves only.
 
-    >>> cells = Cells()
-    >>> a, b = cells.fresh(4, "a"), cells.fresh(2, "b")
-    >>> cells.tie(a[:2], b, dual=True)
-    >>> [(block.cells.tolist(), block.dual) for block in cells.solve()]
+    >>> partition = Partition()
+    >>> a, b = partition.fresh(4, "a"), partition.fresh(2, "b")
+    >>> partition.tie(a[:2], b, dual=True)
+    >>> [(block.cells.tolist(), block.dual) for block in partition.solve()]
     [([[1, 2], [5, 6]], (False, True)), ([[3, 4]], (False,))]
     """
 
@@ -109,7 +111,7 @@ class Cells:
         """These units are mixed by rotations only; centred: that leave the vector of ones alone."""
         self._orthogonal.append((torch.unique(_lean(ids)).numpy(), centred))
 
-    def solve(self) -> tuple[Block, ...]:
+    def solve(self) -> tuple[CellBlock, ...]:
         """The coarsest cells that every operation allows, with two units or more."""
         from scipy.sparse.csgraph import connected_components
 
@@ -136,7 +138,7 @@ class Cells:
             if not (relative == relative[:, :1]).all():
                 continue  # some units with a sign and some without: no matrix does both
             found.append(
-                Block(
+                CellBlock(
                     stacked,
                     tuple(bool(row[0]) for row in relative),
                     bool(turned[stacked].any()),
@@ -189,7 +191,7 @@ def _groups(labels: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
 def _parities(
     pairs: NDArray[np.int64], flips: NDArray[np.bool_], count: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """For each unit, whether it is dual to the first of its class; and units that would be dual to themselves.
+    """Parity of each unit, whether it is dual to the first of its class; and units that would be dual to themselves.
 
     Each unit is doubled, plain and dual; a tie joins plain with plain, or plain with dual.
     """

@@ -1,4 +1,7 @@
-"""Constant linear maps of a vector, such as rotary embeddings: what commutes with all of them may mix its units."""
+"""Constant linear maps of a vector, such as rotary embeddings: what commutes with all of them may mix its units.
+
+Derivation: docs/concepts/bases.md, "Rotary pairs".
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from isoflat.symmetry.finding.axes import CASTS
-from isoflat.symmetry.finding.bases.partition import Cells
+from isoflat.symmetry.finding.bases.partition import Partition
 from isoflat.symmetry.finding.graph import arguments
 from isoflat.symmetry.finding.rules.views import COPIES, MOVES
 from isoflat.symmetry.finding.values import Known
@@ -30,19 +33,19 @@ _LONGEST = 64
 
 @final
 @dataclass(frozen=True)
-class Run:
+class LinearRun:
     """Operations between one node and another that together are a constant linear map of the last axis at every place.
 
     Attributes:
         start: where it begins.
-        nodes: in order; the last of them is all that is read afterwards.
+        nodes: operations in order; the last of them is all that is read afterwards.
     """
 
     start: Node
     nodes: tuple[Node, ...]
 
 
-def run_from(start: Node, values: Mapping[Node, Any]) -> Run | None:
+def run_from(start: Node, values: Mapping[Node, Any]) -> LinearRun | None:
     """The shortest run from a node that multiplies by a known tensor; None if there is none."""
     if len(start.users) < 2:
         return None
@@ -62,11 +65,11 @@ def run_from(start: Node, values: Mapping[Node, Any]) -> Run | None:
         inside.append(node)
         alive = [part for part in inside if any(user not in inside for user in part.users)]
         if alive == [node] and varied and node.meta["val"].shape == start.meta["val"].shape:
-            return Run(start, tuple(inside[1:]))
+            return LinearRun(start, tuple(inside[1:]))
     return None
 
 
-def commute(cells: Cells, run: Run, ids: Tensor, values: Mapping[Node, Any]) -> None:
+def commute(partition: Partition, run: LinearRun, ids: Tensor, values: Mapping[Node, Any]) -> None:
     """Leave to the units at the start of a run what commutes with it.
 
     Units whose factors are the same everywhere may be mixed among themselves, a pair that is rotated by rotations of
@@ -76,7 +79,7 @@ def commute(cells: Cells, run: Run, ids: Tensor, values: Mapping[Node, Any]) -> 
 
     matrices = _matrices(run, values)
     if matrices is None:
-        cells.hold(ids)
+        partition.hold(ids)
         return
     touching = (matrices != 0).any(0).numpy()
     _, labels = connected_components(touching, directed=False)
@@ -86,15 +89,15 @@ def commute(cells: Cells, run: Run, ids: Tensor, values: Mapping[Node, Any]) -> 
         if len(members) == 1:
             alike[tuple(matrices[:, members[0], members[0]].tolist())].append(members[0])
         elif len(members) == 2 and _rotates(matrices[:, members][:, :, members]):
-            cells.apart(ids[..., members], -1)
-            cells.turn(ids[..., members])
+            partition.apart(ids[..., members], -1)
+            partition.turn(ids[..., members])
         else:
-            cells.hold(ids[..., members])
+            partition.hold(ids[..., members])
     for members in alike.values():
-        cells.apart(ids[..., members], -1)
+        partition.apart(ids[..., members], -1)
 
 
-def _matrices(run: Run, values: Mapping[Node, Any]) -> Tensor | None:
+def _matrices(run: LinearRun, values: Mapping[Node, Any]) -> Tensor | None:
     """The map at every place, shape `(places, d, d)`; None if it is not one that acts at each place by itself."""
     shape = run.start.meta["val"].shape
     columns = []
@@ -110,7 +113,7 @@ def _matrices(run: Run, values: Mapping[Node, Any]) -> Tensor | None:
     return torch.unique(matrices.reshape(-1, shape[-1], shape[-1]), dim=0)
 
 
-def _applied(run: Run, start: Tensor, values: Mapping[Node, Any]) -> Tensor:
+def _applied(run: LinearRun, start: Tensor, values: Mapping[Node, Any]) -> Tensor:
     made: dict[Node, Any] = {run.start: start}
 
     def content(part: Node) -> Any:
@@ -127,7 +130,7 @@ def _applied(run: Run, start: Tensor, values: Mapping[Node, Any]) -> Tensor:
 
 
 def _rotates(pairs: Tensor) -> bool:
-    """Whether every matrix is a multiple of a rotation of the plane, shape `(places, 2, 2)`."""
+    """Test whether every matrix is a multiple of a rotation of the plane, shape `(places, 2, 2)`."""
     size = pairs.abs().amax()
     even = (pairs[:, 0, 0] - pairs[:, 1, 1]).abs().max()
     odd = (pairs[:, 0, 1] + pairs[:, 1, 0]).abs().max()

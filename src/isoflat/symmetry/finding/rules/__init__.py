@@ -1,6 +1,6 @@
 """Rules: how an operation relates the units of what goes in and what comes out. One file per family of operations.
 
-A rule is `rule(ledger, node, *args, **kwargs) -> value`, called with the operation's own arguments, in which tensors are
+A rule is `rule(constraints, node, *args, **kwargs) -> value`, called with the operation's own arguments, in which tensors are
 `Activation`, `Stored` or `Known`. Each file lists its rules in a dictionary `RULES` by the operation's full overload
 name, because overloads of one operation differ in what they do to units. An operation without a rule pins what it
 touches, so that a missing rule can only make the group smaller.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.finding.constraints import Ledger
+from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.values import Activation, Value, shifted_only
 
 
@@ -25,18 +25,20 @@ def pooling(space: int, maximum: bool, padded: bool = True) -> Any:
         padded: whether the operation's fourth argument is its padding.
     """
 
-    def rule(ledger: Ledger, node: Node, x: Value, *args: Any, **kwargs: Any) -> Any:
-        x = ledger.activation(x, ledger.where(node))
+    def rule(constraints: Constraints, node: Node, x: Value, *args: Any, **kwargs: Any) -> Any:
+        x = constraints.activation(x, constraints.where(node))
         made = node.meta["val"]
         shape = made[0].shape if _several(made) else made.shape
         kept = tuple(range(len(shape) - space))
-        scale, shift = ledger.scales.along(x.scale, *kept), ledger.shifts.along(x.shift, *kept)
+        scale, shift = constraints.scales.along(x.scale, *kept), constraints.shifts.along(x.shift, *kept)
         if maximum:
-            ledger.bend(x.scale)
+            constraints.bend(x.scale)
         elif padded and not _plain_mean(args):
-            ledger.shifts.pin(shift, f"{ledger.where(node)}: zero padding")
+            constraints.shifts.pin(shift, f"{constraints.where(node)}: zero padding")
         elif padded and len(args) > 5 and args[5] is not None:
-            ledger.shifts.pin(shift, f"{ledger.where(node)}: divided by another number than that of the terms")
+            constraints.shifts.pin(
+                shift, f"{constraints.where(node)}: divided by another number than that of the terms"
+            )
         wide = (..., *[None] * space)
         result = Activation(scale[wide].expand(shape), shift[wide].expand(shape))
         return (result, shifted_only(shape)) if _several(made) else result
@@ -45,32 +47,36 @@ def pooling(space: int, maximum: bool, padded: bool = True) -> Any:
 
 
 def _plain_mean(args: tuple[Any, ...]) -> bool:
-    """Whether an average counts its entries: kernel, stride, padding, ceil, count padding, divisor."""
+    """Test whether an average counts its entries: kernel, stride, padding, ceil, count padding, divisor."""
     padding, counted, divisor = (args[i] if len(args) > i else default for i, default in ((2, 0), (4, True), (5, None)))
     return divisor is None and not (counted and bool(torch.as_tensor(padding).any()))
 
 
-def summed(ledger: Ledger, node: Node, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Activation:
+def summed(
+    constraints: Constraints, node: Node, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Activation:
     """A sum over axes; a constant would be counted as often as there are terms."""
-    x = ledger.activation(x, ledger.where(node))
-    ledger.no_shift(ledger.where(node), x)
-    return averaged(ledger, node, x, dim, keepdim)
+    x = constraints.activation(x, constraints.where(node))
+    constraints.no_shift(constraints.where(node), x)
+    return averaged(constraints, node, x, dim, keepdim)
 
 
-def averaged(ledger: Ledger, node: Node, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Activation:
+def averaged(
+    constraints: Constraints, node: Node, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Activation:
     """A mean over axes."""
-    x = ledger.activation(x, ledger.where(node))
+    x = constraints.activation(x, constraints.where(node))
     axes = _axes(dim, x.scale.ndim)
     kept = tuple(axis for axis in range(x.scale.ndim) if axis not in axes)
-    scale, shift = ledger.scales.along(x.scale, *kept), ledger.shifts.along(x.shift, *kept)
+    scale, shift = constraints.scales.along(x.scale, *kept), constraints.shifts.along(x.shift, *kept)
     return Activation(*(_kept(ids, axes, keepdim) for ids in (scale, shift)))
 
 
-def largest(ledger: Ledger, node: Node, x: Value, dim: Any = None, keepdim: bool = False) -> Any:
+def largest(constraints: Constraints, node: Node, x: Value, dim: Any = None, keepdim: bool = False) -> Any:
     """A maximum or minimum over axes, with or without the place."""
-    value = ledger.activation(x, ledger.where(node))
-    ledger.bend(value.scale)
-    made = averaged(ledger, node, value, dim, keepdim)
+    value = constraints.activation(x, constraints.where(node))
+    constraints.bend(value.scale)
+    made = averaged(constraints, node, value, dim, keepdim)
     return (made, shifted_only(made.shape)) if _several(node.meta["val"]) else made
 
 
@@ -78,28 +84,40 @@ def spread(power: Fraction) -> Any:
     """The rule for the variance (power 2) or standard deviation (power 1): it forgets a common constant."""
 
     def rule(
-        ledger: Ledger, node: Node, x: Value, dim: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any
+        constraints: Constraints,
+        node: Node,
+        x: Value,
+        dim: Any = None,
+        *args: Any,
+        keepdim: bool = False,
+        **kwargs: Any,
     ) -> Activation:
         keepdim = keepdim or (len(args) > 1 and bool(args[1]))
-        made = averaged(ledger, node, ledger.activation(x, ledger.where(node)), dim, keepdim)
-        return Activation(ledger.scales.combine((power, made.scale)), shifted_only(made.shape).shift)
+        made = averaged(constraints, node, constraints.activation(x, constraints.where(node)), dim, keepdim)
+        return Activation(constraints.scales.combine((power, made.scale)), shifted_only(made.shape).shift)
 
     return rule
 
 
 def normed(
-    ledger: Ledger, node: Node, x: Value, order: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any
+    constraints: Constraints,
+    node: Node,
+    x: Value,
+    order: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    **kwargs: Any,
 ) -> Activation:
     """A vector norm over axes."""
-    x = ledger.activation(x, ledger.where(node))
-    ledger.no_shift(ledger.where(node), x)
-    return averaged(ledger, node, x, dim, keepdim)
+    x = constraints.activation(x, constraints.where(node))
+    constraints.no_shift(constraints.where(node), x)
+    return averaged(constraints, node, x, dim, keepdim)
 
 
-def accumulated(ledger: Ledger, node: Node, x: Value, dim: int, **kwargs: Any) -> Activation:
+def accumulated(constraints: Constraints, node: Node, x: Value, dim: int, **kwargs: Any) -> Activation:
     """Running sums along an axis."""
     shape = node.meta["val"].shape
-    made = summed(ledger, node, x, dim, keepdim=True)
+    made = summed(constraints, node, x, dim, keepdim=True)
     return Activation(made.scale.expand(shape), shifted_only(shape).shift)
 
 

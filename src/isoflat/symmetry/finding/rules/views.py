@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.finding.constraints import Ledger
-from isoflat.symmetry.finding.values import Activation, Known, Stored, Value
+from isoflat.symmetry.finding.constraints import Constraints
+from isoflat.symmetry.finding.values import Activation, Known, StoredTensor, Value, shifted_only
 
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Known) else value
 
 
-def same(ledger: Ledger, node: Node, x: Value, *args: Any, **kwargs: Any) -> Value:
+def same(constraints: Constraints, node: Node, x: Value, *args: Any, **kwargs: Any) -> Value:
     """The operation itself, on the unknowns of an activation; what only copies keeps a stored tensor as it is."""
-    if isinstance(x, Stored) and str(node.target) in COPIES:
+    if isinstance(x, StoredTensor) and str(node.target) in COPIES:
         return x
-    value = ledger.activation(x, ledger.where(node))
+    value = constraints.activation(x, constraints.where(node))
     if str(node.target) in COPIES:
         return value
     if str(node.target) in RESHAPES:  # unknowns are expanded where activations are not: no view of them may exist
         return Activation(*(lean(ids.reshape(node.meta["val"].shape)) for ids in (value.scale, value.shift)))
     operation: Any = node.target
     rest, named = [_plain(a) for a in args], {key: _plain(a) for key, a in kwargs.items()}
-    if any(isinstance(a, Activation | Stored) for a in (*rest, *named.values())):
-        return _forget(ledger, node, value)  # an index that depends on the input
+    if any(isinstance(a, Activation | StoredTensor) for a in (*rest, *named.values())):
+        return _forget(constraints, node, value)  # an index that depends on the input
     scales, shifts = (operation(ids, *rest, **named) for ids in (value.scale, value.shift))
     if isinstance(scales, Tensor):
         return Activation(scales, shifts)
@@ -44,45 +44,43 @@ def lean(ids: Tensor) -> Tensor:
     return ids
 
 
-def cast(ledger: Ledger, node: Node, x: Value, *args: Any, **kwargs: Any) -> Value:
+def cast(constraints: Constraints, node: Node, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Between floating-point types nothing happens; anything else forgets what the elements were."""
     if node.meta["val"].is_floating_point() and node.args[0].meta["val"].is_floating_point():  # pyrefly: ignore
         return x
-    return _forget(ledger, node, x)
+    return _forget(constraints, node, x)
 
 
-def joined(ledger: Ledger, node: Node, parts: list[Value], dim: int = 0) -> Activation:
+def joined(constraints: Constraints, node: Node, parts: list[Value], dim: int = 0) -> Activation:
     """Concatenation, or stacking."""
-    values = [ledger.activation(part, ledger.where(node)) for part in parts]
+    values = [constraints.activation(part, constraints.where(node)) for part in parts]
     operation: Any = node.target
     return Activation(operation([v.scale for v in values], dim), operation([v.shift for v in values], dim))
 
 
-def padded(ledger: Ledger, node: Node, x: Value, amounts: list[int], value: Any = None) -> Value:
+def padded(constraints: Constraints, node: Node, x: Value, amounts: list[int], value: Any = None) -> Value:
     """Zeros around: they have every scale, but no shift."""
     if value not in (None, 0, 0.0):
-        return _forget(ledger, node, x)
-    x = ledger.activation(x, ledger.where(node))
+        return _forget(constraints, node, x)
+    x = constraints.activation(x, constraints.where(node))
     pad = torch.nn.functional.pad
     return Activation(pad(x.scale, amounts, value=1), pad(x.shift, amounts, value=0))
 
 
 def wrapped(
-    ledger: Ledger, node: Node, x: Value, amounts: list[int], mode: str = "constant", value: Any = None
+    constraints: Constraints, node: Node, x: Value, amounts: list[int], mode: str = "constant", value: Any = None
 ) -> Value:
     """Padding by any mode: entries are repeated, or zeros."""
     if mode == "constant":
-        return padded(ledger, node, x, amounts, value)
-    x = ledger.activation(x, ledger.where(node))
+        return padded(constraints, node, x, amounts, value)
+    x = constraints.activation(x, constraints.where(node))
     # Padding by reflection is made for floating-point numbers; ids are far below 2^53.
     pad = torch.nn.functional.pad
     return Activation(*(pad(ids.double(), amounts, mode=mode).long() for ids in (x.scale, x.shift)))
 
 
-def _forget(ledger: Ledger, node: Node, x: Value) -> Activation:
-    from isoflat.symmetry.finding.values import shifted_only
-
-    ledger.pin([x], ledger.where(node))
+def _forget(constraints: Constraints, node: Node, x: Value) -> Activation:
+    constraints.pin([x], constraints.where(node))
     return shifted_only(node.meta["val"].shape)
 
 
@@ -121,7 +119,9 @@ RULES = {
     "aten.stack.default": joined,
     "aten.pad.default": wrapped,
     **{
-        f"aten.{kind}_pad{n}d.default": lambda ledger, node, x, pad, mode=mode: wrapped(ledger, node, x, pad, mode)
+        f"aten.{kind}_pad{n}d.default": lambda constraints, node, x, pad, mode=mode: wrapped(
+            constraints, node, x, pad, mode
+        )
         for kind, mode in (("reflection", "reflect"), ("replication", "replicate"))
         for n in (1, 2, 3)
     },

@@ -205,7 +205,7 @@ def distinct(ids: Tensor) -> list[int]:
 
 
 def is_all(ids: Tensor, value: int) -> bool:
-    """Whether every id in an array is this one."""
+    """Test whether every id in an array is this one."""
     return distinct(ids) == [value]
 
 
