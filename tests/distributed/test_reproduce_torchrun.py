@@ -12,26 +12,11 @@ from cases import recipes
 from cases.group import run
 from isoflat.cli.main import app
 from isoflat.experiments.recipe import parse
-from isoflat.experiments.reproduce import follow as followed
+from isoflat.experiments.reproduce import reproduce
 
 REPRODUCE = ["reproduce", "synthetic-invariance", "--replicates", "1"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ISOFLAT = [*TORCHRUN, "-m", "isoflat"]
-
-WORKER = """
-import sys
-from pathlib import Path
-
-from isoflat.experiments.data import load_split
-from isoflat.experiments.reproduce import follow as followed
-from isoflat.experiments.recipe import parse
-from isoflat.risk.ranks import Ranks, joined
-
-with joined():
-    result = followed(parse(sys.argv[1], "tiny"), None, Path(sys.argv[2]))
-    told = [(n.label, n.diverged, [(r.model_hash, r.estimate.value) for r in n.table]) for n in result.networks]
-    assert Ranks.here().gather(told) == [told] * Ranks.here().world
-"""
 
 RECIPE = """
 title = "t"
@@ -89,7 +74,7 @@ def test_two_processes_find_what_one_finds_and_write_it_once(tmp_path):
 
 
 def test_what_trains_has_the_weights_of_one_process_and_what_diverges_does_so_for_all(tmp_path):
-    followed(parse(RECIPE, "tiny"), None, tmp_path / "one", jobs=1)
+    reproduce(parse(RECIPE, "tiny"), out=tmp_path / "one", jobs=1)
     answers = run(2, recipes.reproduced, RECIPE, str(tmp_path / "two"))
     assert all(answer is not None and not answer.error for answer in answers), answers
     one, two = _cells(tmp_path / "one"), _cells(tmp_path / "two")

@@ -23,7 +23,7 @@ from isoflat.experiments.numbers import Number
 from isoflat.experiments.prediction import NOTE, Observed, Prediction
 from isoflat.experiments.progress import bar
 from isoflat.experiments.recipe import Quantity, Recipe, read_grid
-from isoflat.experiments.reproduce import follow
+from isoflat.experiments.reproduce import reproduce
 from isoflat.experiments.statistics.sample import LEAST
 from isoflat.experiments.store import Store
 from isoflat.io.files import make_folder
@@ -273,7 +273,7 @@ def of_grid(
         raise UsageError(f"--grid: a relation needs at least {LEAST} networks: give more values, or --replicates")
     if data is None and not len(load_split(recipe.data, None).test[1]):
         raise DataError(f"--grid: the data {recipe.data.source} has no held-out rows to generalize to")
-    made = follow(recipe, data, folder, jobs, device, None, progress)
+    made = reproduce(recipe, data, out=folder, jobs=jobs, device=device, progress=progress)
     networks = tuple(
         Observed(
             network.label,

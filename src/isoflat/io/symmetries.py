@@ -23,11 +23,12 @@ from isoflat.core.errors import UsageError
 from isoflat.io import files
 from isoflat.io.archive import check_safetensors
 from isoflat.io.strict import canonical, parse
-from isoflat.symmetry.finding.constraints import Absorbed, Additive, Field, Ledger, Mean, Norm, Running
-from isoflat.symmetry.finding.relations import Relations, Solution
+from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.found import VERSION, Found
 from isoflat.symmetry.groups.basis import BasisChange, Family, Piece, Side
 from isoflat.symmetry.groups.translation import Centre, CommonVector, Offset, Translation
+from isoflat.symmetry.motions import Absorbed, Additive, Field, Mean, Norm, Running
+from isoflat.symmetry.relations import Relations, Solution
 
 FORMAT = 1
 """Version of the layout; raised whenever a field changes its meaning."""
@@ -43,7 +44,7 @@ KINDS: Mapping[str, type] = {
     "common": CommonVector,
     "family": Family,
     "field": Field,
-    "ledger": Ledger,
+    "constraints": Constraints,
     "mean": Mean,
     "norm": Norm,
     "offset": Offset,
@@ -57,7 +58,7 @@ KINDS: Mapping[str, type] = {
 """Everything that a file may hold beside plain values and arrays, by a name that stays when classes are renamed."""
 
 WALKING = ("where", "epsilon_of", "centred", "pending", "forgets", "normalised")
-"""Fields of a ledger that only serve while a network is walked through."""
+"""Fields of constraints that only serve while a network is walked through."""
 
 
 def save_symmetries(found: Found, path: Path | str, *, force: bool = False) -> None:
@@ -256,7 +257,7 @@ def _parts(value: Any) -> dict[str, Any]:
     if not is_dataclass(value):
         return vars(value)
     names = [part.name for part in fields(value)]
-    return {name: getattr(value, name) for name in names if not (isinstance(value, Ledger) and name in WALKING)}
+    return {name: getattr(value, name) for name in names if not (isinstance(value, Constraints) and name in WALKING)}
 
 
 def _built(kind: type, parts: Mapping[str, Any]) -> Any:
