@@ -59,7 +59,7 @@ def takes(
     >>> list(inspect.signature(verb).parameters)
     ['as_json']
     """
-    kinds = get_type_hints(group, include_extras=True)
+    kinds = _kinds(group)
     chosen = [part for part in fields(group) if part.name not in without and (only is None or part.name in only)]
     made = [
         inspect.Parameter(
@@ -86,6 +86,12 @@ def takes(
         return call
 
     return decorate
+
+
+@functools.cache
+def _kinds(group: type) -> dict[str, Any]:
+    """Types of the fields with their options: the same objects in every verb."""
+    return get_type_hints(group, include_extras=True)
 
 
 def _default(part: Any) -> Any:
