@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from isoflat.cli.main import app
 from isoflat.experiments.recipe import parse
-from isoflat.experiments.reproduce import follow as followed
+from isoflat.experiments.reproduce import reproduce
 
 REPRODUCE = ["reproduce", "synthetic-invariance", "--replicates", "1"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -21,12 +21,12 @@ import sys
 from pathlib import Path
 
 from isoflat.experiments.data import load_split
-from isoflat.experiments.reproduce import follow as followed
+from isoflat.experiments.reproduce import reproduce
 from isoflat.experiments.recipe import parse
 from isoflat.risk.ranks import Ranks, joined
 
 with joined():
-    result = followed(parse(sys.argv[1], "tiny"), None, Path(sys.argv[2]))
+    result = reproduce(parse(sys.argv[1], "tiny"), out=Path(sys.argv[2]))
     told = [(n.label, n.diverged, [(r.model_hash, r.estimate.value) for r in n.table]) for n in result.networks]
     assert Ranks.here().gather(told) == [told] * Ranks.here().world
 """
@@ -86,7 +86,7 @@ def test_two_processes_find_what_one_finds_and_write_it_once(tmp_path):
 
 
 def test_what_trains_has_the_weights_of_one_process_and_what_diverges_does_so_for_all(tmp_path):
-    followed(parse(RECIPE, "tiny"), None, tmp_path / "one", jobs=1)
+    reproduce(parse(RECIPE, "tiny"), out=tmp_path / "one", jobs=1)
     (tmp_path / "worker.py").write_text(WORKER)
     run = _run(tmp_path, *TORCHRUN, "worker.py", RECIPE, tmp_path / "two")
     assert run.returncode == 0, run.stderr

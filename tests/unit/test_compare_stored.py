@@ -15,7 +15,7 @@ from isoflat.cli.main import app
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Point, Record
 from isoflat.experiments.recipe import parse
-from isoflat.experiments.reproduce import follow
+from isoflat.experiments.reproduce import reproduce as follow
 
 ASKED = ("--model", "stored_nets:build", "--data", "digits", "--examples", "60", "--rtol", "0.25")
 
@@ -106,7 +106,7 @@ numbers = [{ measure = "quotient_spectral_norm", geometry = "layerwise" }]
         "tiny",
     )
     folder = Path("runs")
-    result = follow(recipe, None, folder, jobs=1)
+    result = follow(recipe, out=folder, jobs=1)
     reproduce.write(result, folder, "isoflat reproduce tiny")
     for place in (folder, folder / "store"):
         told = found(place)

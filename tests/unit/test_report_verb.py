@@ -22,7 +22,7 @@ from isoflat.core.estimate import Cost, Estimate, Kind
 from isoflat.core.record import Point, Record
 from isoflat.core.table import Table
 from isoflat.experiments.recipe import parse
-from isoflat.experiments.reproduce import follow
+from isoflat.experiments.reproduce import reproduce as follow
 from isoflat.experiments.results import read
 from isoflat.experiments.store import Store
 from isoflat.measurement.compare import contrast
@@ -120,7 +120,7 @@ EDITED = f"{TINY}\nedit = {{ weights = [2.0, 0.5], biases = [2.0, 1.0] }}\n".rep
 def reproduce_in(folder, text):
     """A folder of `reproduce` with four networks that take no time."""
     recipe = parse(text, "tiny")
-    result = follow(recipe, None, folder, jobs=1)
+    result = follow(recipe, out=folder, jobs=1)
     reproduce.write(result, folder, f"isoflat reproduce tiny --scale small --replicates 2 --seed {recipe.seed}")
     return folder
 

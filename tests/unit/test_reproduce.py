@@ -28,7 +28,7 @@ from isoflat.experiments.data import Split, digits, gaussian, load_split
 from isoflat.experiments.loop import Training
 from isoflat.experiments.rebuild import rebuild_reproduction
 from isoflat.experiments.recipe import Asks, DataSpec, Quantity, Scale, parse, read, recipes
-from isoflat.experiments.reproduce import follow as followed
+from isoflat.experiments.reproduce import reproduce
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.experiments.store import Store, address
 from isoflat.experiments.sweep import sweep, tasks
@@ -317,7 +317,7 @@ def test_what_holds_for_all_networks_is_refused_before_any_is_trained(old, new, 
     monkeypatch.setattr(cells, "train", lambda *args, **kwargs: pytest.fail("trained"))
     assert old in SMALL
     with pytest.raises(IsoflatError, match=told):
-        followed(parse(SMALL.replace(old, new, 1), "tiny"), None, tmp_path, jobs=1)
+        reproduce(parse(SMALL.replace(old, new, 1), "tiny"), out=tmp_path, jobs=1)
 
 
 @pytest.mark.parametrize("name", recipes())

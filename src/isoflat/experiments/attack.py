@@ -38,7 +38,7 @@ Element = tuple[Tensor, ...]
 @final
 @dataclass(frozen=True)
 class AttackPlan:
-    """What is attacked, and how hard.
+    """Settings of an attack.
 
     Attributes:
         measures: names in the catalogue.
@@ -69,7 +69,7 @@ class AttackPlan:
 
     @property
     def work(self) -> int:
-        """How many networks are measured."""
+        """Number of networks that are measured."""
         single = [find_measure(name).geometry is not None for name in set(self.measures)]
         rows = sum(1 if alone else len(set(self.geometries)) for alone in single)
         return 1 + self.points + rows * self.search
@@ -108,7 +108,7 @@ class Twin:
 @final
 @dataclass(frozen=True)
 class AttackedNumber:
-    """What became of one number.
+    """The outcome of an attack for one number.
 
     Attributes:
         before: at the weights as given, in float64.
@@ -157,7 +157,7 @@ class AttackedNumber:
 @final
 @dataclass(frozen=True)
 class AttackResult:
-    """Numbers over an orbit.
+    """The outcome of an attack for all numbers.
 
     Attributes:
         plan: what was asked.
@@ -364,7 +364,7 @@ def _row(record: Record, row: int, twins: Sequence[Twin]) -> AttackedNumber:
 
 
 def _width(estimate: Estimate) -> float:
-    """How much of its value an estimate leaves open."""
+    """Share of its value that an estimate leaves open."""
     if estimate.kind is Kind.UNCERTIFIED:  # its interval is open above: only the residual tells
         return (estimate.residual or 0.0) / (abs(estimate.value) or 1.0)
     return (estimate.upper - estimate.lower) / (abs(estimate.value) or 1.0)

@@ -26,6 +26,7 @@ from isoflat.experiments.checkpoint import Checkpoint
 from isoflat.experiments.data import Split
 from isoflat.experiments.loop import VERSION, Training, accuracy, full_loss, train
 from isoflat.experiments.numbers import Number
+from isoflat.experiments.plain import kinds, plain
 from isoflat.experiments.progress import Report
 from isoflat.experiments.recipe import Arm, Recipe
 from isoflat.experiments.store import Artifact, Store, address
@@ -155,7 +156,7 @@ def found(table: Table, number: Number) -> Record | None:
 
 
 def decided(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What the first of several processes does alone; all go on with its outcome, or raise its error.
+    """Outcome of what the first of several processes does alone; all go on with its outcome, or raise its error.
 
     >>> decided(Ranks(), lambda: 3)
     3
@@ -198,28 +199,40 @@ def run(task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store,
 
 
 def read(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> Measured:
-    """From what is kept; of a network whose training diverged that is one cell."""
-    result = trained.result
+    """Put a network together from its cells in the store; one that diverged has a training and no measurement."""
     if measured is None:
-        training = Training(math.inf, reached=False, steps=0, epochs=0.0, seconds=result["seconds"])
-        return Measured(task, training, None, None, None, Table(()), (), training.seconds, result["diverged"])
-    told: dict[str, Any] = {**result["training"], "history": tuple(map(tuple, result["training"]["history"]))}
-    training = Training(**told)
-    tables = [_table(rows) for rows in measured.result["points"]]
-    return Measured(
-        task,
-        training,
-        result["train_error"],
-        result["test_error"],
-        result["test_loss"],
-        tables[0],
-        tuple(tables[1:]),
-        training.seconds + measured.result["seconds"],
-    )
+        gone = kinds(_Diverged).validate_python(trained.result)
+        training = Training(math.inf, reached=False, steps=0, epochs=0.0, seconds=gone.seconds)
+        return Measured(task, training, None, None, None, Table(()), (), gone.seconds, gone.diverged)
+    there = kinds(_TrainingResult).validate_python(trained.result)
+    table, *moved = [_table(rows) for rows in measured.result["points"]]
+    seconds = there.training.seconds + kinds(float).validate_python(measured.result["seconds"])
+    errors = (there.train_error, there.test_error, there.test_loss)
+    return Measured(task, there.training, *errors, table, tuple(moved), seconds)
+
+
+@final
+@dataclass(frozen=True)
+class _TrainingResult:
+    """The result of a training cell."""
+
+    training: Training
+    train_error: float
+    test_error: float | None
+    test_loss: float | None
+
+
+@final
+@dataclass(frozen=True)
+class _Diverged:
+    """The result of a training cell whose training diverged."""
+
+    diverged: str
+    seconds: float
 
 
 def network(task: NetworkTask, data: Split) -> nn.Module:
-    """With its initial weights."""
+    """Build the network of a task with its initial weights."""
     recipe = task.recipe
     given: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
@@ -257,7 +270,7 @@ def _trained(task: NetworkTask, data: Split, store: Store, report: Report) -> Ar
             training = Training(full_loss(model, noisy), True, 0, 0.0, 0.0)
         held = len(data.test[1]) > 0
         return {
-            "training": dict(vars(training)),
+            "training": plain(training),
             "train_error": 1 - accuracy(model, noisy),
             "test_error": 1 - accuracy(model, data.test) if held else None,
             "test_loss": full_loss(model, data.test) if held else None,

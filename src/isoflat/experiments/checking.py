@@ -1,4 +1,4 @@
-"""Whether an experiment, run again, finds what a stored result says.
+"""Check of a stored result: does the experiment, run again, find the same?
 
 Weights that are trained on another processor, or by another version, differ from the first rounding on, and rounding grows
 in training. So two things are asked. Networks whose training and data agree bit for bit must have numbers whose enclosures
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 from pydantic import ValidationError
 
 from isoflat.core.errors import DataError, UsageError
+from isoflat.experiments.plain import plain
 
 if TYPE_CHECKING:
     from isoflat.experiments.recipe import Recipe
@@ -49,7 +50,7 @@ class CheckLine:
 @final
 @dataclass(frozen=True)
 class ReproductionCheck:
-    """What a comparison with a stored result found."""
+    """The outcome of a comparison with a stored result."""
 
     lines: tuple[CheckLine, ...]
     same: int
@@ -57,19 +58,19 @@ class ReproductionCheck:
 
     @property
     def holds(self) -> bool:
-        """Whether everything was found again."""
+        """True if everything was found again."""
         return all(line.holds for line in self.lines)
 
     @property
     def sentence(self) -> str:
-        """In words."""
+        """The outcome in a sentence."""
         failed = sum(not line.holds for line in self.lines)
         told = "everything was found again" if not failed else f"{failed} of {len(self.lines)} were not found again"
         return f"Compared with the stored result: {told}; {self.same} of {self.networks} networks have the same weights, bit for bit."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {"holds": self.holds, "sentence": self.sentence, "lines": [dict(vars(line)) for line in self.lines]}
+        return {"holds": self.holds, "sentence": self.sentence, "lines": [plain(line) for line in self.lines]}
 
 
 def read(path: Path) -> dict[str, Any]:

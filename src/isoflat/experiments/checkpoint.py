@@ -20,7 +20,7 @@ from isoflat.io import files
 @final
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a training is saved on its way, so that it survives being killed.
+    """Place where a training is saved on its way, so that it survives being killed.
 
     Attributes:
         path: of the file; its folder must exist. It is left there when the training ends.
@@ -39,7 +39,7 @@ class Checkpoint:
 @final
 @dataclass
 class Way:
-    """How far a training has come: the loss at the start and at the last look, and what has been counted."""
+    """Progress of a training: the loss at the start and at the last look, and what has been counted."""
 
     first: float
     loss: float
@@ -75,7 +75,7 @@ class Keeper:
         return next(self.model.parameters()).device
 
     def save(self, way: Way) -> None:
-        """In one step: whoever is killed meanwhile leaves the checkpoint before."""
+        """Save in one step: whoever is killed meanwhile leaves the checkpoint before."""
         device = self._device
         content = {
             "of": dict(self.identity),

@@ -44,7 +44,7 @@ class Split:
 
     @cached_property
     def hash(self) -> str:
-        """Of everything in it."""
+        """Hash of everything in it."""
         tensors = (*self.train, *self.test)
         return fingerprint(
             self.name, *(part for t in tensors for part in (repr((t.dtype, t.shape)), t.cpu().numpy().tobytes()))
@@ -63,7 +63,7 @@ class Split:
         return replace(self, train=(inputs[:train], targets[:train]), test=(others[:test], rest[:test]))
 
     def to(self, device: torch.device | str) -> Split:
-        """On a device."""
+        """The same rows on a device."""
         (inputs, targets), (others, rest) = self.train, self.test
         return replace(self, train=(inputs.to(device), targets.to(device)), test=(others.to(device), rest.to(device)))
 
@@ -94,7 +94,7 @@ def digits() -> Split:
 
 
 def characters(windows: int = 48, context: int = 32) -> Split:
-    """What Python's own `help()` says about loops, `with` and `try`, cut into windows; the target is the next character.
+    """Python's own `help()` texts about loops, `with` and `try`, cut into windows; the target is the next character.
 
     Small letters, full stops, commas and single spaces are kept. The first windows are trained on, all later ones are
     held out. The text is the same wherever the version of Python is, and changes little between versions.
@@ -152,7 +152,7 @@ FILES = {
 
 
 def load_split(spec: DataSpec, source: str | None) -> Split:
-    """What a recipe is trained and measured on.
+    """Load the rows that a recipe is trained and measured on.
 
     Args:
         spec: the recipe's.

@@ -28,7 +28,7 @@ SMALL, LARGE = DemoArm("small batch", 16), DemoArm("large batch", None)
 @final
 @dataclass(frozen=True)
 class MlpPlan:
-    """What the demonstration does.
+    """Settings of the demonstration on digits.
 
     Attributes:
         seeds: networks per arm.
@@ -64,7 +64,7 @@ class MlpPlan:
 
     @property
     def setting(self) -> Setting:
-        """What is particular to this demonstration."""
+        """Properties of this demonstration: architecture, arms, question and sentences."""
         return Setting(
             network=f"{'–'.join(map(str, self.widths))}, ReLU, no biases",
             arms=(SMALL, LARGE),

@@ -16,13 +16,14 @@ from isoflat.experiments.data import Split
 from isoflat.experiments.ladders import Ladder
 from isoflat.experiments.loop import Regime, Training, accuracy, train
 from isoflat.experiments.numbers import CANONICAL, GEOMETRIES, MEASURES, NUMBERS, Number
+from isoflat.experiments.plain import plain
 from isoflat.experiments.progress import Report
 from isoflat.experiments.verdict import GroupVerdict, compare
 from isoflat.measurement.run import measure_all
 
 
 class DemoPlan(Protocol):
-    """What every demonstration's plan says; each has a frozen dataclass of its own."""
+    """Settings that every demonstration has; each has a frozen dataclass of its own."""
 
     @property
     def seeds(self) -> int:
@@ -77,11 +78,11 @@ class DemoArm:
 
     @property
     def minima(self) -> str:
-        """What its networks are called in a sentence."""
+        """Name of its networks in a sentence, such as "small-batch minima"."""
         return f"{self.adjective} minima"
 
     def how(self, rows: int) -> str:
-        """What sets it apart, in words.
+        """The difference from the other arm, in words.
 
         Args:
             rows: of the training set.
@@ -94,7 +95,7 @@ class DemoArm:
 @final
 @dataclass(frozen=True)
 class Setting:
-    """What is particular to one demonstration, beside its plan.
+    """Properties of one demonstration beside its plan: architecture, arms, question and sentences.
 
     Attributes:
         network: the architecture, in words.
@@ -153,7 +154,7 @@ class Trained:
             "batch": self.arm.batch,
             **({} if self.arm.rate is None else {"rate": self.arm.rate}),
             "seed": self.seed,
-            "training": dict(vars(self.training)),
+            "training": plain(self.training),
             "test_accuracy": self.test_accuracy,
             "records": [record.to_dict() for record in self.table],
         }
@@ -257,7 +258,7 @@ class DemoLine:
 @final
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demonstration found.
+    """The findings of a demonstration: networks, verdicts and edits that keep the function.
 
     Attributes:
         setting: which demonstration.
@@ -321,12 +322,12 @@ class DemoResult:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What came out, in words."""
+        """Sentences that say what was found."""
         return (*self.comparison, *self.manipulation)
 
     @property
     def comparison(self) -> tuple[str, ...]:
-        """Whether the minima of one arm are sharper, in words."""
+        """Sentences that say whether the minima of one arm are sharper."""
         found = [verdict.sentence for verdict in self.verdicts.values()]
         if not found:
             found.append("No comparison: fewer than two networks of an arm reached the target loss.")
@@ -339,12 +340,12 @@ class DemoResult:
 
     @property
     def manipulation(self) -> tuple[str, ...]:
-        """What edits that keep the function do to the numbers, in words."""
+        """Sentences that say what edits that keep the function do to the numbers."""
         first, *others = (ladder.sentence for ladder in self.ladders)
         return (first, *self._overtaking(), *others)
 
     def _overtaking(self) -> list[str]:
-        """What the first ladder does to the comparison itself: its network, edited, against the other arm."""
+        """A sentence on what the first ladder does to the comparison itself: its network, edited, against the other arm."""
         ladder, fooled = self.ladders[0], self.setting.fooled
         own = next(network.arm for network in self.networks if network.label == ladder.label)
         other = next(arm for arm in self.setting.arms if arm != own)
@@ -363,7 +364,7 @@ class DemoResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {
-            "plan": {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self.plan).items()},
+            "plan": plain(self.plan),
             "data": self.data,
             "verdicts": {name: verdict.to_dict() for name, verdict in self.verdicts.items()},
             "networks": [network.to_dict() for network in self.networks],

@@ -91,7 +91,7 @@ class Ladder:
 
     @property
     def sentence(self) -> str:
-        """What the edit did, in words."""
+        """A sentence that says what the edit did."""
         last = self.rungs[-1]
         what = ", ".join(self._fate(number) for number in reversed(NUMBERS))
         edit = self.edit.format(amount=f"{last.amount:g}", label=self.label)

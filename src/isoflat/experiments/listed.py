@@ -91,7 +91,7 @@ class Listing:
 
     @property
     def words(self) -> str:
-        """What the outcome is."""
+        """The outcome in words."""
         return OUTCOMES[self.column]
 
 
@@ -231,7 +231,7 @@ def whole(number: float) -> float:
 @final
 @dataclass(frozen=True)
 class ListedPlan:
-    """How networks of a list are measured.
+    """Settings with which networks of a list are measured.
 
     Attributes:
         inputs: model, data and loss.
@@ -346,7 +346,7 @@ def kept(network: ReadyNetwork, label: str, plan: ListedPlan, batches: Batches, 
 
 
 def _common(plan: ListedPlan, data_hash: str) -> dict[str, Any]:
-    """What the numbers of all networks depend on."""
+    """Everything that the numbers of all networks depend on."""
     entries = {number.measure: str(find_measure(number.measure).version) for number in plan.numbers}
     places = {number.geometry: str(find_geometry(number.geometry).version) for number in plan.numbers}
     return {
@@ -364,7 +364,7 @@ def _common(plan: ListedPlan, data_hash: str) -> dict[str, Any]:
 
 
 def _structure(model: torch.nn.Module) -> str:
-    """What a network computes beside its weights, as far as its modules show it: the code of those that are no torch's."""
+    """Hash of what a network computes beside its weights, as far as its modules show it: the code of those that are no torch's."""
     parts = [f"{name} {type(part).__qualname__}({part.extra_repr()})" for name, part in model.named_modules()]
     kinds = dict.fromkeys(type(part) for part in model.modules())
     return fingerprint(*parts, *(_source(kind) for kind in kinds if not kind.__module__.startswith("torch.")))

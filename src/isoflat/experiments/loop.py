@@ -51,7 +51,7 @@ allocator hands no memory back between steps. A LeNet's step on 5 000 rows takes
 @final
 @dataclass(frozen=True)
 class Regime:
-    """How a network is trained.
+    """Settings of a training.
 
     Attributes:
         batch: rows per step; None for all of them.
@@ -110,7 +110,7 @@ class Regime:
 @final
 @dataclass(frozen=True)
 class Training:
-    """How a training went.
+    """Outcome of a training.
 
     Attributes:
         loss: mean cross-entropy over the whole training set at the end.
@@ -232,7 +232,7 @@ def _step(model: nn.Module, rows: tuple[Tensor, Tensor], optimizer: torch.optim.
 
 
 def _mixes_rows(model: nn.Module) -> bool:
-    """Whether outputs of a row depend on the other rows of its batch, as they do where batches are normalised."""
+    """True if outputs of a row depend on the other rows of its batch, as they do where batches are normalised."""
     return any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in model.modules())
 
 
@@ -280,7 +280,7 @@ def _order(rows: int, batch: int, epochs: int, shuffling: torch.Generator, devic
 
 
 def _share(way: Way, target: float | None, epochs: float) -> float:
-    """Of the way to the target; of the epochs where there is none."""
+    """Share of the way to the target; of the epochs where there is none."""
     if target is None:
         return epochs
     if way.first <= target or way.loss >= way.first:

@@ -1,4 +1,4 @@
-"""Whether flatness predicts generalization: numbers of many trained networks beside what became of these."""
+"""The relation of flatness to generalization: numbers of many trained networks beside what became of these."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from isoflat.core.record import Record
 from isoflat.core.table import Table
 from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number, flat
+from isoflat.experiments.plain import plain
 from isoflat.experiments.statistics.relation import Relation, relations
 from isoflat.experiments.statistics.sample import LEAST, Level, OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
@@ -60,7 +61,7 @@ class Observed:
 @final
 @dataclass(frozen=True)
 class Prediction:
-    """What numbers say about the outcomes of many networks.
+    """The relation of every number to the outcomes of many networks.
 
     Attributes:
         numbers: what was measured.
@@ -98,7 +99,7 @@ class Prediction:
 
     @cached_property
     def samples(self) -> dict[str, OutcomeSample]:
-        """By number in words, so turned that a higher one is sharper; without those known of too few networks."""
+        """Samples by number in words, turned so that a higher one is sharper; without those known of too few networks."""
         made: dict[str, OutcomeSample] = {}
         for number in self.numbers:
             known = self._known(number)
@@ -121,7 +122,7 @@ class Prediction:
 
     @cached_property
     def relations(self) -> tuple[Relation, ...]:
-        """Of each number with the outcome, corrected for all numbers."""
+        """Relation of each number to the outcome, corrected for all numbers."""
         return relations(self.samples, self.seed, self.draws, outcome=self.outcome) if self.samples else ()
 
     @property
@@ -132,7 +133,7 @@ class Prediction:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What came out, in words: the answer first, then every number, then what to know of them."""
+        """Sentences that say what was found: the answer first, then every number, then what to know of them."""
         return (
             self.headline,
             *self.cautions,
@@ -173,7 +174,7 @@ class Prediction:
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """What speaks against what was found: the training loss, and hyper-parameters whose effect is not predicted."""
+        """Sentences that speak against what was found: the training loss, and hyper-parameters whose effect is not predicted."""
         return tuple(self._cautions())
 
     def _cautions(self) -> Iterator[str]:
@@ -191,7 +192,7 @@ class Prediction:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know of the relations."""
+        """Sentences that one must know to read the relations."""
         return tuple(self._notes())
 
     def _notes(self) -> Iterator[str]:
@@ -229,7 +230,7 @@ class Prediction:
 
     @property
     def subject(self) -> dict[str, Any]:
-        """What was studied, for a result.
+        """The facts as plain values, for a result.
 
         >>> Prediction((), (), "gap", facts=(("Training loss", "as measured"), ("Note", "float32"))).subject
         {'training_loss': 'as measured', 'notes': ['float32']}
@@ -248,7 +249,7 @@ class Prediction:
             "sentences": list(self.sentences),
             "relations": [relation.to_dict() for relation in self.relations],
             "networks": self.rows(),
-            "omitted": [dict(vars(part)) for network in self.networks for part in network.table.omitted],
+            "omitted": [plain(part) for network in self.networks for part in network.table.omitted],
             "left_out": [{"label": label, "reason": reason} for label, reason in self.left_out],
         }
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, final
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from isoflat.core.errors import DataError
 from isoflat.core.record import Record
@@ -15,8 +15,8 @@ from isoflat.core.table import Omission, Table
 from isoflat.experiments import cells, checking
 from isoflat.experiments.cells import Measured, NetworkTask
 from isoflat.experiments.data import Split
-from isoflat.experiments.loop import Training
 from isoflat.experiments.numbers import Number
+from isoflat.experiments.plain import kinds
 from isoflat.experiments.prediction import NOTE, Facts, Observed, Prediction, flat
 from isoflat.experiments.recipe import Quantity, Recipe
 from isoflat.experiments.reproduction import Reproduction
@@ -140,7 +140,6 @@ def _sound(network: Measured, numbers: Sequence[Number]) -> Measured:
 
     Raises:
         ValueError: one is not, or neither a number is there nor why there is none.
-        KeyError: a record lacks a setting.
     """
 
     def sound(table: Table) -> Table:
@@ -150,23 +149,8 @@ def _sound(network: Measured, numbers: Sequence[Number]) -> Measured:
         return made
 
     if network.diverged:
-        return replace(
-            network,
-            training=TypeAdapter(Training).validate_python(asdict(network.training)),
-            seconds=TypeAdapter(float).validate_python(network.seconds),
-            diverged=TypeAdapter(str).validate_python(network.diverged),
-        )
-    share = TypeAdapter(float | None)
-    return replace(
-        network,
-        training=TypeAdapter(Training).validate_python(asdict(network.training)),
-        train_error=TypeAdapter(float).validate_python(network.train_error),
-        test_error=share.validate_python(network.test_error),
-        test_loss=share.validate_python(network.test_loss),
-        table=sound(network.table),
-        moved=tuple(map(sound, network.moved)),
-        seconds=TypeAdapter(float).validate_python(network.seconds),
-    )
+        return network
+    return replace(network, table=sound(network.table), moved=tuple(map(sound, network.moved)))
 
 
 def _differences(
@@ -276,4 +260,4 @@ def _of(kind: Any, value: Any) -> Any:
     Raises:
         ValueError: it is not.
     """
-    return TypeAdapter(kind).validate_python(value, strict=True)
+    return kinds(kind).validate_python(value, strict=True)

@@ -23,14 +23,14 @@ FOLDER = files("isoflat.experiments") / "recipes"
 
 
 class Scale(StrEnum):
-    """How big an experiment is."""
+    """Size of an experiment."""
 
     SMALL = "small"
     PAPER = "paper"
 
 
 class Asks(StrEnum):
-    """What is asked of the networks."""
+    """Question that is asked of the networks."""
 
     CONTRAST = "contrast"
     """Whether the second arm's minima are sharper than the first's."""
@@ -57,7 +57,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 @final
 class DataSpec(_Strict):
-    """What is trained and measured on.
+    """Data that networks are trained and measured on.
 
     Attributes:
         source: "digits", "characters" or "gaussian", which come with isoflat; "mnist" or "cifar10", which do not.
@@ -92,13 +92,13 @@ class NetworkSpec(BaseModel):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of `build`, beside the seed."""
+        """Arguments of `build` beside the seed."""
         return dict(self.model_extra or {})
 
 
 @final
 class TrainingSpec(_Strict):
-    """How networks are trained; see `loop.Regime`, whose own values stand where none are given.
+    """Settings of a training; see `loop.Regime`, whose own values stand where none are given.
 
     Attributes:
         epochs: at most so many.
@@ -161,7 +161,7 @@ class Arm(_Strict):
 
     @property
     def minima(self) -> str:
-        """What its networks are called in a sentence."""
+        """Name of its networks in a sentence, such as "small-batch minima"."""
         return f"{self.name.replace(' ', '-')} minima"
 
 
@@ -181,7 +181,7 @@ class Quantity(_Strict):
 
     @property
     def number(self) -> Number:
-        """With its words; a measure that knows one geometry only is measured in that."""
+        """The number to measure, with its words; a measure that knows one geometry only is measured in that."""
         own = find_measure(self.measure)
         place = own.geometry or find_geometry(self.geometry).name
         known = next((n for n in NUMBERS if (n.measure, n.geometry) == (self.measure, place)), None)

@@ -77,18 +77,41 @@ def reproduce(  # noqa: PLR0913
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     found = reproduce(
-    ...         "degenerate-minima", out=folder, replicates=1, measures=["gradient_norm"], orbit=0, jobs=1
+    ...         "synthetic-invariance",
+    ...         out=folder,
+    ...         replicates=1,
+    ...         measures=["gradient_norm"],
+    ...         geometry=["layerwise"],
+    ...         jobs=1,
     ...     )
-    >>> len(found.networks) == len(found.recipe.arms)
-    True
+    >>> [(network.label, len(network.table)) for network in found.networks]
+    [('as initialised 0', 1)]
     """
+    started, ranks = time.monotonic(), Ranks.here()
     if isinstance(recipe, str):
         if scale not in list(Scale):
             raise UnknownName("scale", scale, list(Scale))
         changes = {"replicates": replicates, "orbit": orbit, "seed": seed, "numbers": _numbers(measures, geometry)}
         recipe = read(recipe, Scale(scale), **changes)
     folder = Path(f"isoflat-{recipe.name}" if out is None else out)
-    return follow(recipe, data, folder, jobs, device, submit, progress)
+    if ranks.world > 1 and ((jobs or 1) > 1 or submit is not None):
+        raise UsageError("under torchrun all processes are at the same network: leave out --jobs and --submit")
+    if submit is not None:
+        _check_cluster(submit)
+    place = device_of(device) or torch.device("cpu")
+    split = ranks.on_all_ranks(lambda: load_split(recipe.data, data), lambda split: {"data": split.hash}).to(place)
+    numbers = tuple(quantity.number for quantity in recipe.numbers)
+    ranks.on_all_ranks(lambda: check(recipe, split, numbers))
+    ranks.on_all_ranks(lambda: make_folder(folder) if ranks.first else None)  # what is refused leaves no folder behind
+    store, todo = decided(ranks, lambda: Store.open(folder / "store")), tasks(recipe)
+    alone = place.type == "cpu" and ranks.world == 1
+    workers = jobs or (min(len(todo), os.cpu_count() or 1) if alone else 1)
+    if submit is not None:
+        submitted(submit, recipe, data, folder, workers, device)
+        workers = 1
+    with bar(len(todo), not (progress and ranks.first)) as report:
+        networks = sweep(todo, split, numbers, store, report, workers)
+    return Reproduction(recipe, split.name, numbers, networks, time.monotonic() - started)
 
 
 def _numbers(names: Sequence[str] | None, places: Sequence[str] | None) -> list[dict[str, str]] | None:
@@ -103,52 +126,6 @@ def _numbers(names: Sequence[str] | None, places: Sequence[str] | None) -> list[
         known = [find_geometry(place).name for place in places or ["auto"]]
         made += [{"measure": name, "geometry": place} for place in known[: 1 if single else None]]
     return made
-
-
-def follow(
-    recipe: Recipe,
-    source: str | None,
-    folder: Path,
-    jobs: int | None = None,
-    device: str | None = None,
-    submit: str | None = None,
-    progress: bool = False,
-) -> Reproduction:
-    """Follow a recipe: every network trained and measured, or read from the folder's store.
-
-    In a process group the first process alone writes and shows progress.
-
-    Args:
-        recipe: experiment to follow.
-        source: path of the data, where it does not come with isoflat.
-        folder: folder whose store is used; made if need be.
-        jobs: processes.
-        device: device of the networks.
-        submit: "slurm" or "local", where submitit is to run the workers.
-        progress: show a line on the standard error.
-
-    Raises:
-        IsoflatError: something is refused; what would be refused of all networks alike, before any is trained.
-    """
-    started, ranks = time.monotonic(), Ranks.here()
-    if ranks.world > 1 and ((jobs or 1) > 1 or submit is not None):
-        raise UsageError("under torchrun all processes are at the same network: leave out --jobs and --submit")
-    if submit is not None:
-        _check_cluster(submit)
-    place = device_of(device) or torch.device("cpu")
-    split = ranks.on_all_ranks(lambda: load_split(recipe.data, source), lambda split: {"data": split.hash}).to(place)
-    numbers = tuple(quantity.number for quantity in recipe.numbers)
-    ranks.on_all_ranks(lambda: check(recipe, split, numbers))
-    ranks.on_all_ranks(lambda: make_folder(folder) if ranks.first else None)  # what is refused leaves no folder behind
-    store, todo = decided(ranks, lambda: Store.open(folder / "store")), tasks(recipe)
-    alone = place.type == "cpu" and ranks.world == 1
-    workers = jobs or (min(len(todo), os.cpu_count() or 1) if alone else 1)
-    if submit is not None:
-        submitted(submit, recipe, source, folder, workers, device)
-        workers = 1
-    with bar(len(todo), not (progress and ranks.first)) as report:
-        networks = sweep(todo, split, numbers, store, report, workers)
-    return Reproduction(recipe, split.name, numbers, networks, time.monotonic() - started)
 
 
 def _check_cluster(cluster: str) -> None:
@@ -198,4 +175,4 @@ def submitted(cluster: str, recipe: Recipe, source: str | None, folder: Path, wo
 
 def work(recipe: Recipe, source: str | None, folder: Path, device: str | None) -> int:
     """Make every network that no other worker is at; how many there are at the end."""
-    return len(follow(recipe, source, folder, jobs=1, device=device).networks)
+    return len(reproduce(recipe, source, out=folder, jobs=1, device=device).networks)

@@ -1,4 +1,4 @@
-"""What an experiment found, as numbers and in words."""
+"""The findings of an experiment, as numbers and in words."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.cells import Measured, found
 from isoflat.experiments.numbers import COLUMNS, Number, flat
+from isoflat.experiments.plain import plain
 from isoflat.experiments.recipe import Arm, Asks, Recipe
 from isoflat.experiments.statistics.relation import Relation, relations
 from isoflat.experiments.statistics.sample import OutcomeSample
@@ -57,7 +58,7 @@ class Summary:
 @final
 @dataclass(frozen=True)
 class Reproduction:
-    """What an experiment found.
+    """The findings of an experiment.
 
     Attributes:
         recipe: that was followed.
@@ -141,7 +142,7 @@ class Reproduction:
 
     @property
     def points(self) -> int:
-        """Of each network's orbit."""
+        """Number of points of each network's orbit."""
         return min((len(network.moved) for network in self.networks if not network.diverged), default=0)
 
     def drift(self, number: Number) -> float | None:
@@ -163,7 +164,7 @@ class Reproduction:
 
     @cached_property
     def told(self) -> tuple[Relation, ...]:
-        """What a recipe for a trend asks for: of each number with what rises along the arms, and with the test error."""
+        """Relations that a recipe for a trend asks for: of each number with what rises along the arms, and with the test error."""
         return self._told(None) if self.recipe.asks is Asks.TREND else ()
 
     @cached_property
@@ -216,7 +217,7 @@ class Reproduction:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What came out, in words, the answer first."""
+        """Sentences that say what was found, the answer first."""
         return tuple(self._sentences())
 
     def _sentences(self) -> Iterator[str]:
@@ -255,7 +256,7 @@ class Reproduction:
                     yield f"{how} {verdict.claim}, p = {verdict.p:.2g}."
 
     def _elsewhere(self, point: int, number: str, same: bool) -> str:
-        """How a number judges at other weights of the same networks, as the start of a sentence."""
+        """The start of a sentence on a number at other weights of the same networks."""
         return (
             f"At a random point of every network's orbit ({point} of {self.points}), where the weights are others and the "
             f"functions the same, {number} gives {'the same' if same else 'another'} verdict:"
@@ -275,7 +276,7 @@ class Reproduction:
 
     @cached_property
     def _better(self) -> tuple[int | None, str] | None:
-        """Which arm generalizes better, if there is evidence, and test errors in words; None where these are not known."""
+        """The arm that generalizes better, if there is evidence, and test errors in words; None where these are not known."""
         first, second = ([n.test_error for n in self.arm(arm) if n.test_error is not None] for arm in self.recipe.arms)
         if min(len(first), len(second)) < 2:
             return None
@@ -360,7 +361,7 @@ class Reproduction:
             "recipe": self.recipe.model_dump(mode="json"),
             "data": self.data,
             "sentences": list(self.sentences),
-            "summaries": [dict(vars(summary)) for summary in self.summaries],
+            "summaries": [plain(summary) for summary in self.summaries],
             "verdicts": {name: verdict.to_dict() for name, verdict in self.verdicts().items()},
             "moved": [
                 {name: verdict.to_dict() for name, verdict in self.verdicts(point).items()}
@@ -371,7 +372,7 @@ class Reproduction:
             "relations_elsewhere": [[relation.to_dict() for relation in told] for told in self.told_elsewhere],
             "networks": self.rows(),
             "diverged": [{"label": network.label, "reason": network.diverged} for network in self.diverged],
-            "omitted": [dict(vars(part)) for part in self.omitted],
+            "omitted": [plain(part) for part in self.omitted],
             "cost_seconds": self.cost,
             "seconds": self.seconds,
         }
@@ -402,7 +403,7 @@ def _summary(arm: Arm, number: Number, networks: Sequence[Measured]) -> Summary 
 
 
 def _width(estimate: Estimate) -> float:
-    """Of an enclosure, relative to the value; zero where there is none."""
+    """Width of an enclosure, relative to the value; zero where there is none."""
     width = estimate.upper - estimate.lower
     return width / abs(estimate.value) if estimate.value and math.isfinite(width) else 0.0
 

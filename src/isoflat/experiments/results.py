@@ -1,20 +1,20 @@
-"""What isoflat wrote to a folder, read with suspicion: each file on its own, and what is no result refused by name."""
+"""Results that isoflat wrote to a folder, read with suspicion: each file on its own, anything else refused by name."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, final
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from isoflat.core.comparison import Comparison
 from isoflat.core.errors import DataError, IsoflatError, UsageError
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
+from isoflat.experiments.plain import kinds
 from isoflat.experiments.store import Artifact, Refused, Store
 from isoflat.experiments.store.main import MARKER
 from isoflat.io.strict import parse
@@ -53,7 +53,7 @@ class StoredNumber:
 
     @property
     def label(self) -> str:
-        """What its network is called; if nothing, the name of the file.
+        """Name of its network; if it has none, the name of the file.
 
         A file of cells has a hash for a name, which is as good.
         """
@@ -212,13 +212,13 @@ def checked(record: Record) -> Record:
     Raises:
         ValueError: one is not.
     """
-    sound = _kinds(Record).validate_python(asdict(record))
+    sound = kinds(Record).validate_python(asdict(record))
     json.dumps(sound.to_dict(), allow_nan=False, ensure_ascii=False).encode()
     return sound
 
 
 def why(error: BaseException) -> str:
-    """What is wrong with a result, in a few words."""
+    """Reason for refusing a result, in a few words."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc'])) or 'result'}: {first['msg']}"
@@ -226,11 +226,6 @@ def why(error: BaseException) -> str:
 
 
 _Sentences = tuple[str, ...]
-
-
-@cache
-def _kinds(of: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(of)
 
 
 def _store(place: Path) -> tuple[tuple[Artifact, ...], tuple[Refused, ...]]:
@@ -279,7 +274,7 @@ def _content(path: Path) -> bytes:
 
 
 def _lines(text: bytes, path: Path, folder: Path) -> Iterator[Item]:
-    """Of a file with a record in each line; of its faults, the first is told."""
+    """Read a file with a record in each line; of its faults, the first is told."""
     faults: list[str] = []
     lines = [(place, line) for place, line in enumerate(text.split(b"\n"), 1) if line.strip()]
     for place, line in lines:
@@ -295,7 +290,7 @@ def _lines(text: bytes, path: Path, folder: Path) -> Iterator[Item]:
 
 def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> Contest | Refused:
     try:
-        found = _kinds(Comparison).validate_python(asdict(Comparison.from_dict(content)))
+        found = kinds(Comparison).validate_python(asdict(Comparison.from_dict(content)))
         rows = tuple(checked(row) for row in found.rows)
         json.dumps([found.sentences, content.get("subject")], ensure_ascii=False).encode()  # and every pair is there
         known = {(label, number) for label in found.networks for number in found.numbers}
@@ -309,7 +304,7 @@ def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> Contest | 
 
 def _study(content: Mapping[str, Any], path: Path, folder: Path) -> Studied | Refused:
     try:
-        sentences = _kinds(_Sentences).validate_python(content["sentences"])
+        sentences = kinds(_Sentences).validate_python(content["sentences"])
         gone = [f"{part['label']}: {part['reason']}" for part in content.get("left_out", ())]
         json.dumps([sentences, gone], ensure_ascii=False).encode()
     except MALFORMED as error:

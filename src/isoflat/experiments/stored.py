@@ -25,7 +25,7 @@ SUFFIXES = (".json", ".jsonl")
 @final
 @dataclass(frozen=True)
 class Wanted:
-    """Which of the stored numbers are compared.
+    """Choice of the stored numbers that are compared.
 
     Attributes:
         measures: names as in the catalogue; none for all that every network has.
@@ -38,7 +38,7 @@ class Wanted:
     logits: str = "raw"
 
     def __contains__(self, record: Record) -> bool:
-        """Whether it is one of them."""
+        """Tell whether a record is one of them."""
         return (
             (not self.measures or record.measure in self.measures)
             and (not self.geometries or record.geometry in self.geometries)
@@ -47,7 +47,7 @@ class Wanted:
 
 
 def holds_results(path: Path) -> bool:
-    """Whether a path is of stored numbers, by its kind; weights have other endings.
+    """Tell whether a path is of stored numbers, by its kind; weights have other endings.
 
     >>> holds_results(Path("runs/small.json")), holds_results(Path("small.safetensors.index.json"))
     (True, False)
@@ -119,14 +119,14 @@ def _networks(
 
 
 def _numbers(path: Path, warn: Warn) -> list[StoredNumber]:
-    """Those that are stored by themselves, and those of comparisons."""
+    """Numbers that are stored by themselves, and those of comparisons."""
     results = _read(path, warn)
     others = [StoredNumber(row, contest.source) for contest in results.contests for row in contest.comparison.rows]
     return [*results.found, *others]
 
 
 def _read(path: Path, warn: Warn) -> Results:
-    """What is stored there; in a folder a damaged file is named and left out, a damaged file by itself is refused."""
+    """Read what is stored there; in a folder a damaged file is named and left out, a damaged file by itself is refused."""
     if path.is_dir():
         results = read(path)
         for refused in results.refused:

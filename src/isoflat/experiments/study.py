@@ -23,7 +23,7 @@ from isoflat.experiments.numbers import Number
 from isoflat.experiments.prediction import NOTE, Observed, Prediction
 from isoflat.experiments.progress import bar
 from isoflat.experiments.recipe import Quantity, Recipe, read_grid
-from isoflat.experiments.reproduce import follow
+from isoflat.experiments.reproduce import reproduce
 from isoflat.experiments.statistics.sample import LEAST
 from isoflat.experiments.store import Store
 from isoflat.io.files import make_folder
@@ -104,9 +104,21 @@ def study(  # noqa: PLR0913
         UsageError: neither or both ways in are given, or something is unknown or has no meaning.
         IsoflatError: something else is refused; bad rows are all named, before anything is measured.
 
-    >>> study()
-    Traceback (most recent call last):
-    isoflat.core.errors.UsageError: give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with
+    >>> import tempfile
+    >>> text = '''
+    ... data = { source = "digits", train = 60, test = 60 }
+    ... network = { family = "mlp", widths = [64, 4, 10] }
+    ... training = { epochs = 1 }
+    ... grid = { batch = [10, 20, 30] }
+    ... '''
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     grid = Path(folder) / "grid.toml"
+    ...     _ = grid.write_text(text)
+    ...     found = study(
+    ...         grid=grid, out=folder, measures=["gradient_norm"], geometry=["layerwise"], replicates=1, jobs=1
+    ...     )
+    >>> len(found.networks), found.outcome
+    (3, 'generalisation gap')
     """
     if (networks is None) == (grid is None):
         raise UsageError("give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with")
@@ -155,7 +167,7 @@ def planned(
     products: int,
     device: str | None,
 ) -> ListedPlan:
-    """How networks of a list are measured; names and limits are checked before a file is opened.
+    """Plan of measuring the networks of a list; names and limits are checked before a file is opened.
 
     Args:
         inputs: model, data and loss.
@@ -207,7 +219,7 @@ def of_list(path: Path, outcome: str | None, plan: ListedPlan, folder: Path, pro
 def _observed(
     rows: Sequence[ReadyNetwork], batches: Batches, plan: ListedPlan, store: Store, progress: bool
 ) -> tuple[tuple[Observed, ...], tuple[tuple[str, str], ...]]:
-    """What was measured, and the networks that cannot be, with the reasons."""
+    """Networks that were measured, and those that cannot be, with the reasons."""
     found: list[Observed] = []
     refused: list[tuple[str, IsoflatError]] = []
     with bar(len(rows), not progress) as report:
@@ -262,7 +274,7 @@ def of_grid(
         raise UsageError(f"--grid: a relation needs at least {LEAST} networks: give more values, or --replicates")
     if data is None and not len(load_split(recipe.data, None).test[1]):
         raise DataError(f"--grid: the data {recipe.data.source} has no held-out rows to generalize to")
-    made = follow(recipe, data, folder, jobs, device, None, progress)
+    made = reproduce(recipe, data, out=folder, jobs=jobs, device=device, progress=progress)
     networks = tuple(
         Observed(
             network.label,

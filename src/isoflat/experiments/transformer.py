@@ -23,7 +23,7 @@ from isoflat.experiments.progress import Report, silent
 @final
 @dataclass(frozen=True)
 class TransformerPlan:
-    """What the demonstration does.
+    """Settings of the demonstration on a transformer.
 
     Attributes:
         seeds: networks per arm.
@@ -76,7 +76,7 @@ class TransformerPlan:
 
     @property
     def setting(self) -> Setting:
-        """What is particular to this demonstration."""
+        """Properties of this demonstration: architecture, arms, question and sentences."""
         first, second = self.rates
         return Setting(
             network=f"{self.layers} causal pre-norm blocks of width {self.width} with {self.heads} heads, ReLU, "

@@ -1,4 +1,4 @@
-"""Whether one group of networks is sharper than another, with an effect size and an exact rank test."""
+"""Comparison of two groups of networks: is one sharper? With an effect size and an exact rank test."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from scipy.stats import mannwhitneyu
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
+from isoflat.experiments.plain import plain
 
 SIGNIFICANCE = 0.05
 
 
 class GroupFinding(StrEnum):
-    """What the comparison says about the second group."""
+    """Finding about the second of two groups."""
 
     SHARPER = "sharper"
     FLATTER = "flatter"
@@ -88,13 +89,7 @@ class GroupVerdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {
-            **vars(self),
-            "finding": str(self.finding),
-            "sizes": list(self.sizes),
-            "delta": self.delta,
-            "sentence": self.sentence,
-        }
+        return {**plain(self), "delta": self.delta, "sentence": self.sentence}
 
 
 def compare(

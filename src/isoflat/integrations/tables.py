@@ -91,7 +91,7 @@ def parts(row: Mapping[str, Any]) -> Parts:
 
 
 def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of all columns, in the order in which they first appear."""
+    """Names of all columns, in the order in which they first appear."""
     for row in rows:
         for name, value in row.items():
             if value is not None and _kind(value) is None:

@@ -89,7 +89,7 @@ def read_index(path: Path) -> dict[str, Path]:
 
 
 def is_zip(file: BinaryIO) -> bool:
-    """Whether a file begins as torch's archives do; its position is back at the start."""
+    """Tell whether a file begins as torch's archives do; its position is back at the start."""
     start = file.read(4)
     file.seek(0)
     return start == b"PK\x03\x04"

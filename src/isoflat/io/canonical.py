@@ -78,14 +78,14 @@ def _change(found: Found, model: nn.Module, other: nn.Module) -> float:
 
 
 def _loss(loaded: Loaded, model: nn.Module) -> float:
-    """On all the data, in float64."""
+    """Loss on all the data, in float64."""
     target = subject(model, loaded.batches, loaded.loss)
     with exactly(target.state.device):
         return target.risk.value(target.state)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a weights file holds: each tensor under its first name only."""
+    """Tensors of a weights file: each tensor under its first name only."""
     kept: dict[tuple[Any, ...], str] = {}
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     for name, tensor in state.items():

@@ -1,4 +1,4 @@
-"""Data named on the command line."""
+"""Data from a file, a folder, a name or a factory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from isoflat.core.errors import DataError
 from isoflat.io.arrays import read_npz
-from isoflat.io.digits import digits
 from isoflat.io.images import read_folder, read_parquet
 from isoflat.io.named import function, named, reason
 from isoflat.io.rows import Rows, evenly, rows
@@ -95,12 +94,14 @@ def _found(source: str, split: str | None, examples: int | None) -> Any:
 def _digits(split: str | None, examples: int | None) -> Rows:
     if split not in (None, "train", "test"):
         raise DataError(f"digits has no split {split!r}: choose --split train or test")
+    from isoflat.io.digits import digits  # scikit-learn, which other data does without
+
     inputs, targets = digits()[split == "test"]
     return _part(inputs, targets, "digits", examples, (f"digits, {split or 'train'} split",))
 
 
 def _made(source: str, split: str | None, examples: int | None) -> Any:
-    """What a factory of the user's returns; a pair of tensors is cut like the rows of a file."""
+    """Data that a factory of the user's returns; a pair of tensors is cut like the rows of a file."""
     if split is not None:
         raise DataError(f"--split does not apply to --data {source}: choose the split in the factory")
     made = named(source, "--data")
@@ -162,7 +163,7 @@ def _of_split(files: Sequence[Path], split: str | None, source: str) -> list[Pat
 
 
 def _conversion(found: Rows, transform: str | None) -> tuple[str, ...]:
-    """How rows become the network's inputs, in words."""
+    """A note on how rows become the network's inputs."""
     if transform is not None:
         return (f"inputs prepared by {transform}",)
     if found.inputs.is_floating_point() or (found.inputs.dtype is not torch.uint8 and found.inputs.ndim not in (3, 4)):

@@ -162,7 +162,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _exact(tensor: Tensor, wanted: Tensor) -> bool:
-    """Whether every value of one type is a value of the other."""
+    """True if every value of one type is a value of the other."""
     if not (tensor.is_floating_point() and wanted.is_floating_point()):
         return True
     there, here = torch.finfo(tensor.dtype), torch.finfo(wanted.dtype)

@@ -77,7 +77,7 @@ class Inputs:
         )
 
     def facts(self, point: Point) -> list[tuple[str, str]]:
-        """What was measured, for people.
+        """Names and values that tell people what was measured.
 
         Args:
             point: loss, gradient and size as they were found.

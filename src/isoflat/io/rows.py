@@ -140,7 +140,7 @@ def rows(
 
 
 def evenly(total: int, examples: int | None, source: str) -> tuple[list[int], tuple[str, ...]]:
-    """Which rows to take: all, or some evenly spaced, so that data sorted by class keeps every class.
+    """Places of the rows to take: all, or some evenly spaced, so that data sorted by class keeps every class.
 
     Raises:
         DataError: there are no rows.

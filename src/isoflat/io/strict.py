@@ -18,7 +18,7 @@ _ADDRESS = re.compile(f"[0-9a-f]{{{DIGITS}}}")
 
 
 def address(settings: Mapping[str, Any]) -> str:
-    """Where a cell with these settings lies: the first 24 hex digits of the SHA-256 of their strict JSON.
+    """Address of a cell with these settings: the first 24 hex digits of the SHA-256 of their strict JSON.
 
     Args:
         settings: everything that decides the result, the hash of the data and the versions included.
@@ -35,7 +35,7 @@ def address(settings: Mapping[str, Any]) -> str:
 
 
 def is_address(name: str) -> bool:
-    """Whether a name is an address, and so nothing else: no path, no dot, no slash.
+    """Tell whether a name is an address, and so nothing else: no path, no dot, no slash.
 
     >>> is_address("../../etc/passwd")
     False

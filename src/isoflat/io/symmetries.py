@@ -240,7 +240,7 @@ def _map(rest: list[Any], arrays: Mapping[str, Tensor]) -> dict[Any, Any]:
     return {_restored(key, arrays): _restored(part, arrays) for key, part in rest}
 
 
-_CONTAINERS: Mapping[str, Callable[..., Any]] = {"tuple": tuple, "list": list, "set": set, "frozenset": frozenset}
+_CONTAINERS: Mapping[str, type] = {"tuple": tuple, "list": list, "set": set, "frozenset": frozenset}
 
 _READERS: Mapping[str, Callable[[list[Any], Mapping[str, Tensor]], Any]] = {
     "fraction": lambda rest, arrays: Fraction(*rest),

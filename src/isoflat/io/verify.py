@@ -80,7 +80,7 @@ def verify(
     >>> from isoflat import measure_all
     >>> net, kept = torch.nn.Linear(3, 1), []
     >>> data, loss = (torch.eye(3), torch.ones(3, 1)), torch.nn.MSELoss()
-    >>> _ = measure_all(net, data, loss, keep=lambda *row: kept.append(row))
+    >>> _ = measure_all(net, data, loss, measures=["quotient_spectral_norm"], keep=lambda *row: kept.append(row))
     >>> [str(check.verdict) for check in verify(kept, net, data, loss)]
     ['holds']
     """
@@ -135,7 +135,7 @@ def verify_named(
 
 
 def _told(check: Check, edited: bool, command: Sequence[str] = ()) -> Check:
-    """What two products cannot know: whether the number is the one that was written, and how to measure it again."""
+    """The check with what two products cannot know: is the number the one that was written, and how is it measured again?"""
     if check.verdict is Verdict.UNCHECKED and edited:
         words = "its witness is missing from the file of witnesses, which was edited"
         return replace(check, verdict=Verdict.REFUSED, sentence=words)
@@ -154,7 +154,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "params": (list,),
     "strip_prefix": (list,),
 }
-"""What options are in a result; text, where it is not said."""
+"""Types of options in a result; text, where it is not said."""
 
 
 def agreed(name: str, given: Any, recorded: Any) -> Any:

@@ -130,7 +130,7 @@ def _sharded(path: Path) -> dict[str, Tensor]:
 
 
 def _checkpoint(path: Path) -> Any:
-    """What `torch.save` wrote, through the reader that builds tensors and plain containers and nothing else."""
+    """Content that `torch.save` wrote, through the reader that builds tensors and plain containers and nothing else."""
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < (2, 10):
         raise CheckpointError(
@@ -152,7 +152,7 @@ def _checkpoint(path: Path) -> Any:
 
 
 def _refused(path: Path, error: Exception, archived: bool) -> CheckpointError:
-    """Why torch's restricted reader stopped, without its advice to switch the restriction off."""
+    """Error that says why torch's restricted reader stopped, without its advice to switch the restriction off."""
     text = str(error)
     if named := re.search(r"GLOBAL ([\w.]+)", text):
         return CheckpointError(

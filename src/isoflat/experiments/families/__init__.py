@@ -13,7 +13,7 @@ from isoflat.core.errors import UnknownName, UsageError
 
 
 def names() -> tuple[str, ...]:
-    """Of all families, one for each file here.
+    """Names of all families, one for each file here.
 
     >>> names()
     ('alexnet', 'decoder', 'lenet', 'mlp', 'normed', 'vgg')

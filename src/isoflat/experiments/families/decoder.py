@@ -13,7 +13,7 @@ from isoflat.core.rng import stream
 
 
 @final
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """Attention, then two layers with ReLU; each behind a LayerNorm, and added to what came in.
 
     Args:
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.places = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
 

@@ -94,6 +94,6 @@ def _centred(numbers: tuple[float, ...]) -> np.ndarray:
 
 
 def _residual(ranks: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """What the loss leaves, times a whole number, so that nothing left is exactly zero."""
+    """The remainder after the loss is taken out, times a whole number, so that nothing left is exactly zero."""
     square = int(loss @ loss)
     return ranks * square - loss * int(ranks @ loss) if square else ranks

@@ -17,7 +17,7 @@ from isoflat.experiments.statistics.sample import OutcomeSample, generator_of, s
 @final
 @dataclass(frozen=True)
 class Permutation:
-    """Whether a rank correlation could be chance.
+    """Permutation test of a rank correlation: could it be chance?
 
     Attributes:
         p: two-sided; twice the smaller tail.
@@ -33,7 +33,7 @@ class Permutation:
 
     @property
     def bound_by_draws(self) -> bool:
-        """Whether more draws would make a smaller p possible."""
+        """True if more draws would make a smaller p possible."""
         return not self.exact and math.isclose(self.floor, 2 / (self.draws + 1))
 
 

@@ -1,12 +1,13 @@
-"""Whether a measure predicts generalisation: all statistics of it, corrected for all that were tried, and in words."""
+"""The relation of a measure to generalisation: all statistics of it, corrected for all that were tried, and in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, final
 
 from isoflat.core.errors import UsageError
+from isoflat.experiments.plain import plain
 from isoflat.experiments.statistics.conditional import Conditional, conditional
 from isoflat.experiments.statistics.granulated import Granulated, granulated
 from isoflat.experiments.statistics.kendall import Kendall, kendall
@@ -24,7 +25,7 @@ STRENGTHS = ((0.6, "strong"), (0.3, "moderate"), (0.0, "weak"))
 @final
 @dataclass(frozen=True)
 class Relation:
-    """How one measure and the outcome are related, over all networks.
+    """The relation of one measure to the outcome, over all networks.
 
     Attributes:
         measure: its name.
@@ -62,12 +63,12 @@ class Relation:
 
     @property
     def found(self) -> bool:
-        """Whether there is evidence of a relation, after correction."""
+        """True if there is evidence of a relation, after correction."""
         return self.p_holm < SIGNIFICANCE
 
     @property
     def finding(self) -> str:
-        """In a word: the measure rises or falls with the outcome, or there is no evidence."""
+        """The finding in a word: the measure rises or falls with the outcome, or there is no evidence."""
         tau = self.kendall.tau
         return "no evidence" if not self.found or tau is None else "rises" if tau > 0 else "falls"
 
@@ -151,7 +152,7 @@ class Relation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**asdict(self), "found": self.found, "finding": self.finding, "sentence": self.sentence}
+        return {**plain(self), "found": self.found, "finding": self.finding, "sentence": self.sentence}
 
 
 def relations(

@@ -34,7 +34,7 @@ class Environment:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The environment in words."""
         return f"{self.factor} {self.levels[0]} against {self.levels[1]}"
 
 

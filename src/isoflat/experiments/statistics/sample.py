@@ -1,4 +1,4 @@
-"""What every statistic here looks at: a measure and an outcome of the same networks, and how these were trained."""
+"""The sample that every statistic here looks at: a measure and an outcome of the same networks, and how these were trained."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def _bring_up_to_date(file: Path | str, cells: Path) -> dict[str, dict[str, Any]
 
 
 def _trusted(name: str, row: tuple[Any, ...] | None, there: tuple[int, int]) -> dict[str, Any] | None:
-    """What a row says of the settings, if it can be believed."""
+    """Settings that a row names, if it can be believed."""
     if row is None or row[:2] != there:
         return None
     try:

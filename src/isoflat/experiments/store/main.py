@@ -179,7 +179,7 @@ class Store:
         return tuple(cell for cell in found if cell is not None and _has(cell.settings, wanted))
 
     def _files(self) -> list[Path]:
-        """What lies among the cells, less weights, which belong to a cell or to one that was never finished."""
+        """Files among the cells, less weights, which belong to a cell or to one that was never finished."""
         folder = self.folder / "cells"
         there = sorted(folder.iterdir()) if folder.is_dir() else []
         weights = {path for path in there if path.suffix == ".safetensors" and is_address(path.stem)}
@@ -192,7 +192,7 @@ class Store:
             return None  # `cells` names it
 
     def _whole(self, path: Path) -> bool:
-        """Whether a cell is finished, weights and all."""
+        """True if a cell is finished, weights and all."""
         try:
             cell = read(path)
             if cell is not None:
