@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from isoflat.cli.attack import NUMBERS, PLACES
-from isoflat.cli.grids import Rows
+from isoflat.cli.grids import FittedTable
 from isoflat.cli.main import app
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.experiments.numbers import GEOMETRIES, MEASURES
@@ -95,13 +95,13 @@ def test_rows_never_cut_a_number_and_lose_no_cell():
     for width in range(20, 161, 7):
         screen = Console(width=width, color_system=None)
         with screen.capture() as captured:
-            screen.print(Rows(heads, cells, "Title"))
+            screen.print(FittedTable(heads, cells, "Title"))
         text = captured.get()
         assert too_long(text, width) == []
         for word in {word for row in cells for cell in row[1:] for word in cell.split()}:
             assert word in text or cell_len(word) > width - 30, (width, word)
-    assert Rows(heads, cells).widths(160, 2) is not None
-    assert Rows(heads, cells).widths(40, 1) is None
+    assert FittedTable(heads, cells).widths(160, 2) is not None
+    assert FittedTable(heads, cells).widths(40, 1) is None
 
 
 @pytest.mark.parametrize("verb", GROUPS)

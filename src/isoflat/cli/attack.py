@@ -9,7 +9,7 @@ from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
-from isoflat.cli.grids import Rows
+from isoflat.cli.grids import FittedTable
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.progress import step
 from isoflat.cli.terminal import notes, plain, say
@@ -99,7 +99,7 @@ def show(screen: Console, orbit: AttackResult, loading: tuple[str, ...]) -> None
         for row in orbit.rows
     ]
     heads = ("number", "geometry", "before", "lowest seen", "highest seen", "worst drift", "survives")
-    screen.print(Rows(heads, rows, words=2))
+    screen.print(FittedTable(heads, rows, words=2))
     examples = orbit.rows[0].before.point.examples
     outputs, change = (f"{value:.0e}" if value else "0" for value in (orbit.output_change, orbit.loss_change))
     aside = " (a constant on all scores, which the loss ignores, aside)" if orbit.blind else ""
@@ -116,7 +116,7 @@ def show(screen: Console, orbit: AttackResult, loading: tuple[str, ...]) -> None
 
 
 def verdict_of(orbit: AttackResult) -> str:
-    """Which numbers survive, in words."""
+    """Sentence that names the numbers that survive, and those that moved."""
     alive = [row.name for row in orbit.rows if row.survives]
     moved = [row.name for row in orbit.rows if not row.survives]
     kept = f"Survives: {_listed(alive)}." if alive else "Nothing survives."

@@ -63,7 +63,7 @@ def canonicalize(
 
 
 def show(screen: Console, out: Path, facts: dict[str, Any], loading: tuple[str, ...]) -> None:
-    """What was written, how well it was checked, and what else belongs to it."""
+    """Print the file, how well it was checked, and what else belongs to it."""
     before, after, blind = *facts["loss"].values(), facts["loss_ignores_common_score"]
     lines = [
         ("written", f"{out}: {facts['tensors']} tensors in {', '.join(facts['dtype'])}"),

@@ -13,6 +13,7 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.grids import refitted
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
 from isoflat.cli.progress import interactive, step
@@ -160,14 +161,14 @@ def _stored(
     found, subject = compared(paths, asked, reference, partial(complain, prefix="warning"))
 
     def shown(screen: Console) -> None:
-        screen.print(found)
+        screen.print(refitted(found.__rich__()))
         notes(screen, subject["notes"])
 
     _deliver(found, subject, output, shown)
 
 
 def _idle(context: typer.Context, name: str) -> bool:
-    """Whether it was typed, and has no meaning for stored numbers."""
+    """True for an option that was typed and has no meaning for stored numbers."""
     return name not in STORED and options.typed(context, name)
 
 
@@ -211,5 +212,5 @@ def show(screen: Console, inputs: Inputs, comparison: Comparison, loading: Seque
     screen.print(plain(f"network  {inputs.model}, {point.parameters} trainable entries"))
     screen.print(plain(f"data     {inputs.data}, {point.examples} examples; loss {inputs.loss}"))
     screen.print()
-    screen.print(comparison)
+    screen.print(refitted(comparison.__rich__()))
     notes(screen, loading)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isoflat.cli.grids import Rows
+from isoflat.cli.grids import FittedTable
 from isoflat.cli.terminal import console, plain, say
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from isoflat.experiments.ladders import Ladder
 
 NETWORKS = ("mlp", "transformer")
-"""What --network takes; the first is the default."""
+"""Names that --network takes; the first is the default."""
 
 
 def demo(
@@ -109,7 +109,7 @@ def show(result: DemoResult, report: Path) -> None:
     say(screen, f"{result.seconds:.0f} s. Report: {report}", "bold")
 
 
-def networks(result: DemoResult) -> Rows:
+def networks(result: DemoResult) -> FittedTable:
     """One line per network: every number over its interval."""
     from isoflat.experiments.numbers import NUMBERS
 
@@ -122,10 +122,10 @@ def networks(result: DemoResult) -> Rows:
         cells = [enclosed(network.estimate(number)) for number in NUMBERS]
         rows.append((network.label, loss, slope, f"{network.test_accuracy:.3f}", *cells))
     heads = ("network", "training loss", "|gradient|", "test accuracy", *(number.words for number in NUMBERS))
-    return Rows(heads, rows, "Minima at equal training loss", sections=frozenset(sections))
+    return FittedTable(heads, rows, "Minima at equal training loss", sections=frozenset(sections))
 
 
-def rungs(ladder: Ladder) -> Rows:
+def rungs(ladder: Ladder) -> FittedTable:
     """One line per amount of an edit: every number over its interval."""
     from isoflat.experiments.numbers import NUMBERS
 
@@ -134,10 +134,10 @@ def rungs(ladder: Ladder) -> Rows:
         cells = [enclosed(rung.records[number.name].estimate) for number in NUMBERS]
         rows.append((f"{rung.amount:g}", f"{rung.output_change:.0e}" if rung.output_change else "0", *cells))
     heads = (ladder.name, "outputs change by", *(number.words for number in NUMBERS))
-    return Rows(heads, rows, f"{ladder.title}, the same function ({ladder.label})", words=0)
+    return FittedTable(heads, rows, f"{ladder.title}, the same function ({ladder.label})", words=0)
 
 
-def everything(result: DemoResult) -> Rows:
+def everything(result: DemoResult) -> FittedTable:
     """One line per network, as trained or edited: every number over its interval, and how far the edit moved it."""
     from isoflat.experiments.numbers import NUMBERS
 
@@ -154,7 +154,7 @@ def everything(result: DemoResult) -> Rows:
         sections.append(len(rows) - 1)
     title = "Minima at equal training loss; then two of them edited by random symmetries (changes relative to before)"
     heads = ("network", "training loss", "outputs change by", *(number.words for number in NUMBERS))
-    return Rows(heads, rows, title, sections=frozenset(sections))
+    return FittedTable(heads, rows, title, sections=frozenset(sections))
 
 
 def enclosed(estimate: Estimate) -> str:

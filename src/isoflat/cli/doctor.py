@@ -85,7 +85,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def extra(name: str) -> str:
-    """Whether an optional package works: "works", "found", "missing", or why it is broken.
+    """State of an optional package: "works", "found", "missing", or why it is broken.
 
     Nothing fragile is imported here: a broken installation may take the whole process down.
     """

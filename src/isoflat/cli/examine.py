@@ -96,7 +96,7 @@ class _Exam:
 
 
 def _sure(value: T | None) -> T:
-    """What an earlier check left; later ones do not run without it."""
+    """Product of an earlier check; later ones do not run without it."""
     assert value is not None
     return value
 

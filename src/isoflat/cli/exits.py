@@ -21,7 +21,7 @@ LOST = 4
 """One of the processes that share a measurement ended, or hangs."""
 
 DOES_NOT_HOLD = 5
-"""What was stored is not found again."""
+"""A stored number or result does not hold."""
 
 
 def refusing(verb: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,7 @@ from typing import final
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
@@ -24,7 +24,7 @@ FOLDED = 24
 
 @final
 @dataclass(frozen=True)
-class Rows:
+class FittedTable:
     """A table as wide as the terminal: lines break between words, and where even that needs more room, rows become lists.
 
     Attributes:
@@ -102,3 +102,29 @@ def _text(cell: str | Text) -> Text:
 def item(head: str, *lines: str) -> Group:
     """A name, and what is to be said of it below."""
     return Group(plain(head, "bold"), *(Padding(plain(line), (0, 0, 0, 2)) for line in lines if line))
+
+
+def refitted(shown: Group) -> Group:
+    """A group whose tables of rich fit the terminal.
+
+    Args:
+        shown: what a result prints.
+    """
+    return Group(*(_refitted(part) if isinstance(part, Grid) else part for part in shown.renderables))
+
+
+def _refitted(grid: Grid) -> RenderableType:
+    """The same table, unless it is a plain list of names and values, which folds by itself."""
+    if grid.box is None:
+        return grid
+    flush_left = [place for place, column in enumerate(grid.columns) if column.justify == "left"]
+    return FittedTable(
+        [str(column.header) for column in grid.columns],
+        list(zip(*(map(_cell, column.cells) for column in grid.columns), strict=True)),
+        str(grid.title or ""),
+        words=1 + max(flush_left, default=-1),
+    )
+
+
+def _cell(cell: RenderableType) -> str | Text:
+    return cell if isinstance(cell, Text) else str(cell)

@@ -13,7 +13,7 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
-from isoflat.cli.grids import Rows
+from isoflat.cli.grids import FittedTable
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
 from isoflat.cli.progress import interactive, step
@@ -125,7 +125,7 @@ def measure(
 
 
 def witness_path(out: Path | None, used: Sequence[Path | None]) -> Path:
-    """Where the witnesses of a result go: beside it.
+    """Path of the witnesses of a result: beside it.
 
     Args:
         out: the file of the result.
@@ -236,11 +236,11 @@ def show(
     notes(screen, (*loading, *(note for row in table for note in row.estimate.notes)))
 
 
-def _values(table: Table) -> Rows:
+def _values(table: Table) -> FittedTable:
     """One line for each number."""
     from isoflat.core.estimate import interval
 
-    return Rows(
+    return FittedTable(
         ("measure", "geometry", "value", "interval", "converged"),
         [
             (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from isoflat.cli.grids import Rows, item
+from isoflat.cli.grids import FittedTable, item
 from isoflat.cli.progress import interactive, step
 from isoflat.cli.terminal import console, facts, plain, say
 
@@ -96,7 +96,7 @@ def _show_table(chosen: Mapping[str, Measure], as_json: bool, markdown: bool) ->
         return
     rows = [(name, place, *(cell(row[kind]) for kind in Invariance)) for (name, place), row in found.items()]
     screen = console()
-    screen.print(Rows(("measure", "geometry", *map(str, Invariance)), rows, words=2))
+    screen.print(FittedTable(("measure", "geometry", *map(str, Invariance)), rows, words=2))
     say(screen, "largest change over the smaller value, under edits that keep the function; ✓ claimed", "dim")
 
 

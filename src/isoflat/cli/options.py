@@ -22,10 +22,10 @@ WHAT, HOW, SHARED, OUT = "What is measured", "How hard", "Several processes", "O
 """Panels of the help."""
 
 HEADLINE = "quotient_spectral_norm"
-"""Measured where no --measure is given."""
+"""Measure that is taken where no --measure is given."""
 
 PLACE = "auto"
-"""Where it is measured, if no --geometry is given."""
+"""Geometry that is measured in where no --geometry is given."""
 
 DATA_HELP = (
     "digits (inside scikit-learn), a .npz file (x_train and y_train, or x and y), Parquet files with images and labels "
@@ -59,7 +59,7 @@ def takes(
     >>> list(inspect.signature(verb).parameters)
     ['as_json']
     """
-    kinds = get_type_hints(group, include_extras=True)
+    kinds = _kinds(group)
     chosen = [part for part in fields(group) if part.name not in without and (only is None or part.name in only)]
     made = [
         inspect.Parameter(
@@ -86,6 +86,12 @@ def takes(
         return call
 
     return decorate
+
+
+@functools.cache
+def _kinds(group: type) -> dict[str, Any]:
+    """Types of the fields with their options: the same objects in every verb."""
+    return get_type_hints(group, include_extras=True)
 
 
 def _default(part: Any) -> Any:
@@ -175,12 +181,12 @@ class NetworkOptions:
     batch_size: Annotated[
         int,
         typer.Option(
-            "--batch-size", min=1, help="Rows at a time; changes memory, never the number.", rich_help_panel=WHAT
+            "--batch-size", min=1, help="FittedTable at a time; changes memory, never the number.", rich_help_panel=WHAT
         ),
     ] = 500
 
     def inputs(self, seed: int) -> Inputs:
-        """What loading needs.
+        """The same choices, as loading takes them.
 
         Args:
             seed: for weights that the factory draws.

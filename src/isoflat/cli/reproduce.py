@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, final
 import typer
 
 from isoflat.cli.exits import DOES_NOT_HOLD, NOT_CONVERGED
-from isoflat.cli.grids import Rows, item
+from isoflat.cli.grids import FittedTable, item
 from isoflat.cli.options import ComputeOptions, OutputOptions, takes
 from isoflat.cli.terminal import console, plain, say
 
@@ -196,7 +196,7 @@ def show(result: Reproduction, folder: Path) -> None:
     say(screen, f"{spent}. Report: {folder / 'report.html'}", "bold")
 
 
-def _networks(result: Reproduction) -> Rows:
+def _networks(result: Reproduction) -> FittedTable:
     """One line for each network: every number over its interval."""
     from isoflat.cli.demo import enclosed
 
@@ -214,17 +214,17 @@ def _networks(result: Reproduction) -> Rows:
             table.append((network.label, loss, epochs, error, *cells))
         sections.append(len(table) - 1)
     heads = ("network", "training loss", "epochs", "test error", *(number.words for number in result.numbers))
-    return Rows(heads, table, "Networks", sections=frozenset(sections))
+    return FittedTable(heads, table, "Networks", sections=frozenset(sections))
 
 
-def _summaries(result: Reproduction) -> Rows:
+def _summaries(result: Reproduction) -> FittedTable:
     """Mean and standard error over the networks of each arm."""
     rows = []
     for arm in result.recipe.arms:
         found = {summary.number: summary.words for summary in result.summaries if summary.arm == arm.name}
         rows.append((arm.name, *(found.get(number.name, "–") for number in result.numbers)))
     heads = ("arm", *(number.words for number in result.numbers))
-    return Rows(heads, rows, "Mean ± standard error over networks")
+    return FittedTable(heads, rows, "Mean ± standard error over networks")
 
 
 def show_check(checked: ReproductionCheck) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, final
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.grids import refitted
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
 from isoflat.cli.progress import interactive, step
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class DensityOptions:
-    """Where a spectrum is measured, and how closely."""
+    """The geometry in which a spectrum is measured, and how closely."""
 
     geometry: Annotated[
         str,
@@ -160,6 +161,5 @@ def show(screen: Console, inputs: Inputs, notes: tuple[str, ...], found: Spectru
         *([] if plot is None else [("drawing", str(plot))]),
     ]
     screen.print(plain(found.title, style="bold"))
-    for grid in found.grids():
-        screen.print(grid)
+    screen.print(refitted(Group(*found.grids())))
     screen.print(facts(listed))

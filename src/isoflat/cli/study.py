@@ -13,7 +13,7 @@ import typer
 
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
-from isoflat.cli.grids import Rows
+from isoflat.cli.grids import FittedTable
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import console, plain, say
 from isoflat.cli.terminal import facts as told
@@ -186,7 +186,7 @@ def _check_options(context: typer.Context, other: str) -> None:
 
 
 def _command(context: typer.Context) -> str:
-    """What was typed, as it can be typed again."""
+    """The command line that was typed, as it can be typed again."""
     words = ["isoflat", "study"]
     for option in context.command.params:
         if option.name and options.typed(context, option.name):
@@ -225,7 +225,7 @@ def show(result: Prediction, folder: Path) -> None:
     say(screen, f"Report: {folder / 'report.html'}", "bold")
 
 
-def _networks(result: Prediction) -> Rows:
+def _networks(result: Prediction) -> FittedTable:
     """One line for each network."""
     from isoflat.experiments.cells import found
     from isoflat.experiments.prediction import words
@@ -235,15 +235,15 @@ def _networks(result: Prediction) -> Rows:
         rows = [found(network.table, number) for number in result.numbers]
         cells = ["–" if row is None else str(row.estimate) for row in rows]
         table.append((network.label, f"{network.outcome:.4g}", f"{network.loss:.4g}", *cells))
-    return Rows(("network", result.outcome, "training loss", *map(words, result.numbers)), table, "Networks")
+    return FittedTable(("network", result.outcome, "training loss", *map(words, result.numbers)), table, "Networks")
 
 
-def _relations(result: Prediction) -> Rows:
+def _relations(result: Prediction) -> FittedTable:
     """One line for each number."""
     from isoflat.report.pages.study import line
 
     rows = [tuple(cells[head] for head in NARROW) for cells in map(line, result.relations)]
-    return Rows(NARROW, rows, f"Relation to the {result.outcome}")
+    return FittedTable(NARROW, rows, f"Relation to the {result.outcome}")
 
 
 NARROW = ("number", "τ-b", "interval", "p", "given loss", "Ψ", "sign error", "worst", "where", "K")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NOT_CLAIMED = "not claimed"
 
 KINDS = ("scale", "scale divided out", "basis", "rotation", "shift", "common vector", "common vector read")
-"""In the order in which they are printed; kinds of later rules come after them, and what is not claimed last."""
+"""Kinds of groups in the order in which they are printed; those of later rules come after them, and what is not claimed last."""
 
 LISTED = 8
 """Tensors that one line names."""
@@ -85,7 +85,7 @@ def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> N
 
 
 def _line(line: SymmetryLine, width: int) -> Text:
-    """How many, of what, and why not."""
+    """One group in words: dimensions, tensors, and reasons against those that are fixed."""
     more = f" and {len(line.tensors) - LISTED} more" if len(line.tensors) > LISTED else ""
     text = plain(f"{line.dimension:>{width}}  {', '.join(line.tensors[:LISTED])}{more}")
     return text + plain(f"; fixed by {', '.join(line.reasons)}", style="yellow") if line.reasons else text

@@ -65,7 +65,7 @@ def clouds(panels: Sequence[Cloud]) -> Figure:
 def _cloud(axes: Axes, panel: Cloud) -> None:
     last = max(1, len(panel.groups) - 1)
     for place, (name, xs, ys) in enumerate(panel.groups):
-        shade = 0.25 + 0.75 * place / last
+        shade = 0.4 + 0.6 * place / last
         axes.scatter(xs, ys, s=22, color=drawing.FIRST, alpha=shade, linewidth=0, label=name, zorder=3)
     every = [x for _, xs, _ in panel.groups for x in xs]
     logarithmic(axes, min(every), max(every), LABELS)

@@ -1,4 +1,4 @@
-"""What a report consists of: plain text, grids and drawings, whatever they are about."""
+"""Parts of a report: plain text, grids and drawings, whatever they are about."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Prose:
 
 @final
 @dataclass(frozen=True)
-class Terms:
-    """Terms with their explanations, or names with their values."""
+class Definitions:
+    """Definitions with their explanations, or names with their values."""
 
     items: tuple[tuple[str, str], ...]
 
@@ -71,7 +71,7 @@ class Section:
     """A head and what stands under it."""
 
     title: str
-    blocks: tuple[Prose | Terms | Grid | Plate, ...]
+    blocks: tuple[Prose | Definitions | Grid | Plate, ...]
 
 
 @final

@@ -45,7 +45,7 @@ _STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Within it, figures are made and saved in the report's style; matplotlib's settings come back afterwards."""
+    """Context in which figures are made and saved in the report's style; matplotlib's settings come back afterwards."""
     with matplotlib.rc_context(_STYLE):
         yield
 

@@ -10,7 +10,7 @@ from typing import final
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
@@ -105,6 +105,9 @@ def _strip(axes: Axes, panel: Panel) -> None:
     logarithmic(axes, min(every), max(every))
 
 
+FEWEST = 3
+"""Numbers that an axis needs at least, to be read."""
+
 STEPS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,))
 """Round numbers of a decade, fewer and fewer."""
 
@@ -128,7 +131,10 @@ def logarithmic(axes: Axes, low: float, high: float, room: int = 10) -> None:
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         decade = [[step * 10.0**exponent for exponent in exponents for step in steps] for steps in STEPS]
         ticks = [[tick for tick in ticks if low <= tick <= high] for ticks in decade]
-        axes.xaxis.set_major_locator(FixedLocator(next((few for few in ticks if len(few) <= room), ticks[-1])))
+        chosen = next((few for few in ticks if len(few) <= room), ticks[-1])
+        if len(chosen) < FEWEST:  # a range within one step of a decade
+            chosen = [tick for tick in MaxNLocator(min(room, 5)).tick_values(low, high) if low <= tick <= high]
+        axes.xaxis.set_major_locator(FixedLocator(chosen))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", length=0)

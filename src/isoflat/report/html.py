@@ -5,12 +5,12 @@ from __future__ import annotations
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from isoflat.report.document import Grid, Page, Plate, Prose, Terms
+from isoflat.report.document import Definitions, Grid, Page, Plate, Prose
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-"""What a browser may load for a report: nothing."""
+"""Content security policy of a report: a browser may load nothing."""
 
-_KINDS = {Prose: "prose", Terms: "terms", Grid: "grid", Plate: "plate"}
+_KINDS = {Prose: "prose", Definitions: "terms", Grid: "grid", Plate: "plate"}
 
 
 def render(page: Page) -> str:

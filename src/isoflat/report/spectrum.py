@@ -24,7 +24,7 @@ KERNEL = 0.1
 """Smallest standard deviation of a smoothing kernel, in decades of the axis."""
 
 SPACING = 0.6
-"""The same in units of the distance to the probe's next nodes: finer than these nothing is seen."""
+"""Smallest standard deviation in units of the distance to the probe's next nodes: finer than these nothing is seen."""
 
 FORMATS = (".png", ".svg")
 """Endings of files that a drawing can be written to."""
@@ -38,7 +38,7 @@ class Axis:
     width: float
 
     def decades(self, values: Reals) -> Reals:
-        """Where values lie on the axis.
+        """Places of values on the axis.
 
         >>> Axis(1e-9).decades(np.array([-1.0, 0.0, 1.0, 10.0])).round(6).tolist()
         [-9.30103, 0.0, 9.30103, 10.30103]
@@ -46,7 +46,7 @@ class Axis:
         return np.arcsinh(values / self.width) / math.log(10)
 
     def values(self, decades: Reals) -> Reals:
-        """What lies there."""
+        """Values at places of the axis."""
         return self.width * np.sinh(decades * math.log(10))
 
 

@@ -50,7 +50,7 @@ def _row(record: Record) -> tuple[str, ...]:
 
 
 def warnings(records: Sequence[Record]) -> tuple[str, ...]:
-    """What the records note, each note once, with the networks it is about."""
+    """Notes of the records, each once, with the networks it is about."""
     about: dict[str, list[str]] = {}
     for record in records:
         for note in record.estimate.notes:

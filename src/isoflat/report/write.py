@@ -173,7 +173,7 @@ def _with_others(made: Page, results: Results, own: Sequence[Record]) -> Page:
 
 
 def _typed(content: Mapping[str, Any], recipe: Recipe) -> str:
-    """What was typed to reproduce, or as much of it as the recipe says."""
+    """Command line that reproduces, or as much of it as the recipe says."""
     if isinstance(content.get("command"), str):
         return content["command"]
     how = ["--scale", str(recipe.scale), "--replicates", str(recipe.replicates), "--seed", str(recipe.seed)]
@@ -199,7 +199,7 @@ def _check_apart(files: Mapping[str, Path], results: Results) -> None:
 
 
 def _command(folder: Path | None, files: Mapping[str, Path]) -> str:
-    """What makes the same page again."""
+    """Command or call that makes the same page again."""
     if folder is None:
         return f"isoflat.write_report(results, {str(files['out'])!r})"
     asked = [part for name, path in files.items() for part in (f"--{name}", str(path))]

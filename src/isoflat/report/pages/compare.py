@@ -1,4 +1,4 @@
-"""What a comparison found, as a page."""
+"""The page of `isoflat compare`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ READING = (
 
 
 def page(comparison: Comparison, subject: Mapping[str, Any]) -> Page:
-    """Everything that was found, ready to be rendered.
+    """Page of a comparison, ready to be rendered.
 
     Args:
         comparison: what was found.
@@ -63,7 +63,7 @@ def page(comparison: Comparison, subject: Mapping[str, Any]) -> Page:
 
 
 def tamed(comparison: Comparison) -> Comparison:
-    """The same with texts that a page can show, each network under a name of its own."""
+    """Comparison with texts that a page can show, each network under a name of its own."""
     own = names(comparison.networks)
     return Comparison(
         rows=tuple(tame(row, own[row.label]) for row in comparison.rows),
@@ -96,7 +96,7 @@ def blocks(comparison: Comparison) -> list[Grid | Plate]:
 
 
 def warnings(comparison: Comparison, subject: Mapping[str, Any]) -> tuple[Prose, ...]:
-    """What to know before believing it."""
+    """Paragraphs to read before believing it."""
     loading = subject.get("notes")
     told = [*parts.unconverged(comparison.rows), *comparison.notes, *comparison.remarks]
     told += [brief(note, TEXT) for note in loading] if isinstance(loading, list) else []
@@ -104,7 +104,7 @@ def warnings(comparison: Comparison, subject: Mapping[str, Any]) -> tuple[Prose,
 
 
 def provenance(rows: Sequence[Record], subject: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """What was measured, how, and by which versions."""
+    """Names and values that say what was measured, how, and by which versions."""
     named = (
         (name.replace("_", " ").capitalize(), _told(value))
         for name, value in subject.items()

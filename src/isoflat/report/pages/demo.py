@@ -40,7 +40,7 @@ READING = (
 
 
 def page(result: DemoResult, command: str) -> Page:
-    """Everything the demonstration found, ready to be rendered.
+    """Page of the demonstration, ready to be rendered.
 
     Args:
         result: what was found.

@@ -1,4 +1,4 @@
-"""What pages have in common: paragraphs, warnings, provenance, and texts from files made fit to be shown."""
+"""Parts that pages share: paragraphs, warnings, provenance, and texts from files made fit to be shown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from isoflat.core.record import Record
 from isoflat.core.render import visible
 from isoflat.core.table import Omission, interval
 from isoflat.report import tables
-from isoflat.report.document import Grid, Plate, Prose, Section, Terms
+from isoflat.report.document import Definitions, Grid, Plate, Prose, Section
 from isoflat.report.drawing import markup
 from isoflat.report.figures import Panel, strips
 
@@ -20,7 +20,7 @@ COLOPHON = "Made by isoflat. This file is complete in itself: it loads nothing a
 """Last line of every page."""
 
 Pairs = tuple[tuple[str, str], ...]
-"""Terms with explanations, or names with values."""
+"""Definitions with explanations, or names with values."""
 
 INTERVAL = (
     "Confidence interval",
@@ -58,10 +58,10 @@ def closing(reading: Pairs, numbers: Sequence[Grid], told: Sequence[Prose], prov
         provenance: names and values.
     """
     return (
-        Section("How to read this", (Terms(reading),)),
+        Section("How to read this", (Definitions(reading),)),
         *([Section("Every number with its confidence interval and cost", tuple(numbers))] if numbers else []),
         Section(WARNINGS, tuple(told)),
-        Section("Provenance", (Terms(provenance),)),
+        Section("Provenance", (Definitions(provenance),)),
     )
 
 
@@ -125,13 +125,13 @@ DRAWN, TITLE = 26, 64
 """Characters of a name beside a figure, and of what stands over it."""
 
 STRIPS, PANELS = 40, 6
-"""So many strips fit into a panel, and so many panels into a figure."""
+"""Strips that fit into a panel, and panels that fit into a figure."""
 
 MARGIN, ROOM = 1.05, 3.0
-"""What an axis has beside the ends of intervals, and how far it is stretched for them, as factors."""
+"""Factors by which an axis goes beyond the ends of intervals, and by which it is stretched for them at most."""
 
 SMALLEST, LARGEST = 1e-100, 1e100
-"""What lies between can be drawn on a logarithmic axis."""
+"""Limits between which a value can be drawn on a logarithmic axis."""
 
 
 def brief(text: object, most: int = NAME) -> str:

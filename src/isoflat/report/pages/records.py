@@ -35,7 +35,7 @@ LISTED = 60
 """Lines of a kind that are shown among the warnings; more are counted."""
 
 OTHER = ", weights "
-"""Before the number of other weights of a network."""
+"""Text before the number of other weights of a network."""
 
 SENTENCE = 2000
 """Characters of a sentence that are shown."""
@@ -44,7 +44,7 @@ Key = tuple[str, str, str]
 
 
 def page(results: Results, command: str) -> Page:
-    """Everything that was read, ready to be rendered.
+    """Page of a folder, ready to be rendered.
 
     Args:
         results: what was read.
@@ -89,7 +89,7 @@ def tamed(found: Sequence[StoredNumber]) -> tuple[Record, ...]:
 
 
 def labelled(found: Sequence[StoredNumber]) -> list[str]:
-    """What networks are called; where one has several weights, as at other points of its orbit, each has its number."""
+    """Names of networks; where one has several weights, as at other points of its orbit, each has its number."""
     weights: dict[str, dict[str, int]] = {}
     made = []
     for number in found:
@@ -112,7 +112,7 @@ def measured(records: Sequence[Record]) -> tuple[Grid, ...]:
 
 
 def refusals(results: Results) -> tuple[str, ...]:
-    """What could not be read, in words."""
+    """Sentences about what could not be read."""
     return _some([f"{brief(refused.why, TEXT)}." for refused in results.refused])
 
 
@@ -205,7 +205,7 @@ def _arm(label: str) -> str:
 
 
 def _networks(records: Sequence[Record]) -> int:
-    """How many there are, whatever their weights."""
+    """Number of networks, whatever their weights."""
     return len({record.label.partition(OTHER)[0] for record in records})
 
 
@@ -244,7 +244,7 @@ def _summary(records: Sequence[Record]) -> Grid:
 
 
 def _told(results: Results) -> list[str]:
-    """What studies and comparisons say."""
+    """Sentences of studies and comparisons."""
     studied = [brief(sentence, SENTENCE) for study in results.studied for sentence in study.sentences]
     contests = [compare_report.tamed(contest.comparison) for contest in results.contests]
     return [*studied, *(sentence for contest in contests for sentence in contest.sentences)]

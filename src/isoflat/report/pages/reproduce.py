@@ -1,4 +1,4 @@
-"""What an experiment found, as a page."""
+"""The page of `isoflat reproduce`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ READING = (
 
 
 def page(result: Reproduction, command: str) -> Page:
-    """Everything that was found, ready to be rendered.
+    """Page of an experiment, ready to be rendered.
 
     Args:
         result: what was found.
@@ -159,7 +159,7 @@ def _share(error: float | None) -> str:
 
 
 def _moved(result: Reproduction) -> tuple[Grid, ...]:
-    """The same at other weights."""
+    """Table of the numbers at other weights with the same function, or after the edit."""
     rows = [
         (network.label, str(place + 1), *("–" if row is None else interval(row.estimate) for row in records))
         for network in result.networks

@@ -1,4 +1,4 @@
-"""What a study of many networks found, as a page."""
+"""The page of `isoflat study`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ READING = (
 
 
 def page(result: Prediction, command: str, facts: Facts) -> Page:
-    """Everything that was found, ready to be rendered.
+    """Page of a study, ready to be rendered.
 
     Args:
         result: what was found.
@@ -205,7 +205,7 @@ def _networks(result: Prediction) -> tuple[Grid, ...]:
 
 
 def _told(network: Observed, name: str) -> bool:
-    """Whether the label says the level of a hyper-parameter, as the labels of a grid do."""
+    """True where the label says the level of a hyper-parameter, as the labels of a grid do."""
     return f"{name} {network.factors.get(name, 'none')}" in network.label
 
 
