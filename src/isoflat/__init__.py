@@ -30,13 +30,20 @@ if TYPE_CHECKING:
     from isoflat.core.record import Point, Record
     from isoflat.core.spectrum import Spectrum
     from isoflat.core.table import Table
+    from isoflat.experiments.attack import attack
+    from isoflat.experiments.reproduce import reproduce
+    from isoflat.experiments.study import study
     from isoflat.geometry.preconditioned import Preconditioned
     from isoflat.geometry.quotient import Quotient
+    from isoflat.io.data import load_data
+    from isoflat.io.model import load_model
+    from isoflat.io.verify import verify
     from isoflat.measurement.compare import compare
     from isoflat.measurement.run import measure, measure_all
     from isoflat.measurement.spectrum import spectrum
     from isoflat.measures.base import Measure
-    from isoflat.measures.settings import Budget
+    from isoflat.measures.settings import Budget, Settings
+    from isoflat.report.write import write_report
     from isoflat.risk.losses import BatchLoss
     from isoflat.symmetry.canonical.representative import canonicalize, reparametrize
     from isoflat.symmetry.finding.discover import symmetries
@@ -68,6 +75,7 @@ __all__ = [
     "RankLost",
     "RanksDiffer",
     "Record",
+    "Settings",
     "Spectrum",
     "SymmetryViolated",
     "Table",
@@ -76,15 +84,22 @@ __all__ = [
     "UnsupportedModel",
     "UsageError",
     "__version__",
+    "attack",
     "canonicalize",
     "compare",
     "io",
     "linalg",
+    "load_data",
+    "load_model",
     "measure",
     "measure_all",
     "reparametrize",
+    "reproduce",
     "spectrum",
+    "study",
     "symmetries",
+    "verify",
+    "write_report",
 ]
 
 _NAMES = {
@@ -107,12 +122,20 @@ _NAMES = {
     "core.record": ("Point", "Record"),
     "core.spectrum": ("Spectrum",),
     "core.table": ("Table",),
+    "experiments.attack": ("attack",),
+    "experiments.reproduce": ("reproduce",),
+    "experiments.study": ("study",),
     "geometry.preconditioned": ("Preconditioned",),
     "geometry.quotient": ("Quotient",),
+    "io.data": ("load_data",),
+    "io.model": ("load_model",),
+    "io.verify": ("verify",),
     "measurement.compare": ("compare",),
     "measurement.run": ("measure", "measure_all"),
     "measurement.spectrum": ("spectrum",),
-    "measures.base": ("Budget", "Measure"),
+    "measures.base": ("Measure",),
+    "measures.settings": ("Budget", "Settings"),
+    "report.write": ("write_report",),
     "risk.losses": ("BatchLoss",),
     "symmetry.canonical.representative": ("canonicalize", "reparametrize"),
     "symmetry.finding.discover": ("symmetries",),
