@@ -33,7 +33,14 @@ def _imports(tree):
 
 def test_public_names():
     """A change here is a decision."""
-    assert sorted(isoflat.__all__) == ["BatchLoss", "Budget", "CheckpointError", "Comparison", "Cost", "DataError", "Estimate", "Found", "IsoflatError", "Kind", "LayerScale", "Measure", "NoInvariantGeometry", "NonFinite", "NondeterministicRisk", "Point", "Preconditioned", "Quotient", "RankLost", "RanksDiffer", "Record", "Settings", "Spectrum", "SymmetryViolated", "Table", "UnitScale", "UnknownName", "UnsupportedModel", "UsageError", "__version__", "attack", "canonicalize", "compare", "io", "linalg", "load_data", "load_model", "measure", "measure_all", "reparametrize", "reproduce", "spectrum", "study", "symmetries", "verify", "write_report"]  # fmt: skip
+    assert sorted(isoflat.__all__) == [
+        "BatchLoss", "Budget", "CheckpointError", "Comparison", "Cost", "DataError", "Estimate", "Found",
+        "IsoflatError", "Kind", "LayerScale", "Measure", "NoInvariantGeometry", "NonFinite", "NondeterministicRisk",
+        "Point", "Preconditioned", "Quotient", "RankLost", "RanksDiffer", "Record", "Settings", "Spectrum",
+        "SymmetryViolated", "Table", "UnitScale", "UnknownName", "UnsupportedModel", "UsageError", "__version__",
+        "attack", "canonicalize", "compare", "io", "linalg", "load_data", "load_model", "measure", "measure_all",
+        "reparametrize", "reproduce", "spectrum", "study", "symmetries", "verify", "write_report",
+    ]  # fmt: skip
     assert sorted(measures()) == [
         "critical_sharpness", "edge_of_stability", "feature_robustness", "fisher_rao_norm", "fisher_spectral_norm", "fisher_trace",
         "gauss_newton_spectral_norm", "gauss_newton_trace", "gradient_norm", "hessian_frobenius",
