@@ -118,7 +118,7 @@ class Arena:
 @final
 @dataclass(frozen=True)
 class Drift:
-    """What became of a number under the edits of one kind.
+    """Change of a number under the edits of one kind.
 
     Attributes:
         claimed: whether it was to stay.
@@ -134,7 +134,7 @@ class Drift:
 
     @property
     def true(self) -> bool:
-        """Whether the claim holds, or what is not claimed is seen to fail."""
+        """Test whether the claim holds, or what is not claimed is seen to fail."""
         return self.worst is None or self.claimed == self.inside
 
     def __str__(self) -> str:
@@ -166,7 +166,7 @@ def preconditioned(net: nn.Module) -> Preconditioned:
 
 
 def drifts(entry: str | Measure, geometry: Place = "euclidean", seed: int = 0) -> dict[Invariance, Drift]:
-    """How far each kind of edit moves a measure.
+    """Distances by which each kind of edit moves a measure.
 
     Args:
         entry: the measure, or its name.
@@ -208,7 +208,7 @@ def batches(entries: Iterable[Measure]) -> list[tuple[str, Place, list[Measure]]
 
 
 def check(entry: str | Measure, geometry: Place = "euclidean", seed: int = 0) -> dict[Invariance, Drift]:
-    """That claims hold and are tight.
+    """Check that claims hold and are tight.
 
     Raises:
         AssertionError: one does not, or is not.
@@ -283,7 +283,7 @@ def _change(before: Estimate, after: Estimate, kind: Invariance) -> tuple[float,
 
 
 def _left_open(before: Estimate, after: Estimate) -> float:
-    """By how much random numbers that are dealt out anew may move a number that an edit does not.
+    """Allowance for random numbers dealt out anew, which may move a number that an edit does not.
 
     Both rest on the same draws, so that samples are compared one by one (Student's paired t), where there are any.
     """
@@ -387,7 +387,7 @@ def _units(tensors: Mapping[str, Tensor], first: str, second: str, group: int = 
 
 
 def _channels(tensors: Mapping[str, Tensor]) -> None:
-    """What goes into a batch normalisation, with its statistics; epsilon stays."""
+    """Channels that go into a batch normalisation, rescaled with its statistics; epsilon stays."""
     factors = torch.tensor([0.02, 3.0, 0.05, 20.0, 0.03, 1.0], dtype=torch.float64)
     tensors["0.weight"].mul_(factors[:, None])
     tensors["0.bias"].mul_(factors)

@@ -319,7 +319,7 @@ CANONICAL = (
         ("(-logs[torch.from_numpy(moves)])", "(logs[torch.from_numpy(moves)])", f"{_POINT}[vgg-batch]"),
     ),
     *_of(
-        "canonical", "symmetry/finding/relations.py",
+        "canonical", "symmetry/relations.py",
         ("over = Fraction(-1) / form[pivot]", "over = Fraction(1) / form[pivot]", _NULL_SPACE),
         ("total[root] = total.get(root, 0) + c", "total[root] = c", _NULL_SPACE),
         ("parent[max(a, b)] = min(a, b)", "parent[min(a, b)] = max(a, b)", "unit/test_relations.py"),

@@ -15,7 +15,7 @@ from isoflat.experiments.study import study
 from isoflat.io import load_data, load_model
 from isoflat.io.files import claim, save, write
 from isoflat.io.verify import verify
-from isoflat.measurement.verify import Verdict
+from isoflat.measurement.verify import RecordVerdict
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def test_what_the_command_line_measures_the_library_measures_too_and_checks(here
     est = measure(net, data, nn.CrossEntropyLoss(), geometry="layerwise")
     assert est.value == stored["rows"][0]["estimate"]["value"]
     assert [check.verdict for check in verify(here / "result.json", net, data, nn.CrossEntropyLoss())] == [
-        Verdict.HOLDS
+        RecordVerdict.HOLDS
     ]
     other = load_model("library_nets:build", seed=1)
-    assert verify(here / "result.json", other, data, nn.CrossEntropyLoss())[0].verdict is Verdict.REFUSED
+    assert verify(here / "result.json", other, data, nn.CrossEntropyLoss())[0].verdict is RecordVerdict.REFUSED
     stored["rows"][0]["label"] = "another"
     (here / "result.json").write_text(json.dumps(stored))
     assert "edited" in verify(here / "result.json", net, data, nn.CrossEntropyLoss())[0].sentence

@@ -20,7 +20,7 @@ from isoflat.cli.main import app
 from isoflat.core.rng import stream
 from isoflat.linalg.eigen.recheck import Recheck
 from isoflat.linalg.operator import Dense
-from isoflat.measurement.verify import Verdict, verify, verify_all
+from isoflat.measurement.verify import RecordVerdict, verify, verify_all
 from isoflat.measurement.witnesses import packed, seal, unpacked
 
 EIGENVALUES = (
@@ -66,7 +66,9 @@ def test_true_numbers_hold_and_agree_with_dense_matrices(dtype):
     if dtype == torch.float64:  # the symmetries are searched for in float64 in any case
         rows += _kept(case, measures=["quotient_spectral_norm"])
     checks = verify_all(rows, case.net, case.data, case.criterion, seed=5)
-    assert [check.verdict for check in checks] == [Verdict.HOLDS] * len(rows), [check.sentence for check in checks]
+    assert [check.verdict for check in checks] == [RecordVerdict.HOLDS] * len(rows), [
+        check.sentence for check in checks
+    ]
     exact = replace(case, net=case.net.double(), inputs=case.inputs.double())
     spectrum = torch.linalg.eigvalsh(_dense(exact))
     covariant = torch.linalg.eigvalsh(_dense(exact) + exact.connection())
@@ -115,13 +117,13 @@ def test_edited_values_do_not_hold(name):
         ends = sorted((stored.lower * factor, stored.upper * factor))
         moved = _stored(record, value=stored.value * factor, lower=ends[0], upper=ends[1])
         check = _verify(case, moved, vector)
-        assert check.verdict is Verdict.FALSE, (factor, check.sentence)
+        assert check.verdict is RecordVerdict.FALSE, (factor, check.sentence)
     inside = stored.lower + 0.5 * width
     check = _verify(case, _stored(record, value=inside), vector)
-    assert check.verdict is Verdict.FALSE
+    assert check.verdict is RecordVerdict.FALSE
     assert "edited" in check.sentence
     check = _verify(case, _stored(record, residual=0.0, lower=stored.lower - width, upper=stored.upper + width), vector)
-    assert check.verdict is Verdict.HOLDS  # a wider interval claims less, and this residual lies within it
+    assert check.verdict is RecordVerdict.HOLDS  # a wider interval claims less, and this residual lies within it
 
 
 def test_enclosures_too_narrow_for_the_witness_are_proved_wrong():
@@ -134,12 +136,12 @@ def test_enclosures_too_narrow_for_the_witness_are_proved_wrong():
     value = float(rough @ image)
     residual = float((image - value * rough).norm())
     assert value > 0
-    for upper, verdict in ((value * (1 + 1e-9), Verdict.FALSE), (record.estimate.upper, Verdict.HOLDS)):
+    for upper, verdict in ((value * (1 + 1e-9), RecordVerdict.FALSE), (record.estimate.upper, RecordVerdict.HOLDS)):
         check = _verify(case, _stored(record, value=value, lower=value, upper=upper, residual=residual), rough)
         assert check.verdict is verdict, check.sentence
     signed, _ = _one(case, "quotient_largest_eigenvalue")
     low = _stored(signed, value=value, lower=value, upper=value * (1 + 1e-9), residual=residual)
-    assert _verify(case, low, rough).verdict is Verdict.FALSE
+    assert _verify(case, low, rough).verdict is RecordVerdict.FALSE
     small = _stored(record, value=value, lower=value, upper=value * (1 + 1e-9), residual=residual / 2)
     assert "residual" in _verify(case, small, rough).sentence
 
@@ -155,9 +157,9 @@ def test_other_vectors_do_not_carry_the_number():
         vector.flip(0),
     ):
         check = _verify(case, record, other)
-        assert check.verdict is Verdict.FALSE
+        assert check.verdict is RecordVerdict.FALSE
         assert "another" in check.sentence
-    assert _verify(case, record, -3.0 * vector).verdict is Verdict.HOLDS  # of any length and sign
+    assert _verify(case, record, -3.0 * vector).verdict is RecordVerdict.HOLDS  # of any length and sign
 
 
 def test_a_consistent_lie_is_found_by_the_random_vector_where_it_is_gross_only():
@@ -166,7 +168,10 @@ def test_a_consistent_lie_is_found_by_the_random_vector_where_it_is_gross_only()
     record, _ = _one(case, rtol=0.1)
     values, vectors = torch.linalg.eigh(_dense(case))
     order = values.abs().argsort()
-    for place, verdict, words in ((0, Verdict.FALSE, "two products prove"), (-2, Verdict.HOLDS, "cannot confirm")):
+    for place, verdict, words in (
+        (0, RecordVerdict.FALSE, "two products prove"),
+        (-2, RecordVerdict.HOLDS, "cannot confirm"),
+    ):
         value, vector = abs(float(values[order[place]])), vectors[:, order[place]]
         lie = _stored(record, value=value, lower=value * (1 - 1e-9), upper=value * (1 + 1e-3), residual=1e-9)
         check = _verify(case, lie, vector)
@@ -193,7 +198,7 @@ def test_what_is_not_the_same_is_refused_by_name():
         (_verify(case, record, vector[:, None]), "damaged"),
     ]
     for check, words in refused:
-        assert check.verdict is Verdict.REFUSED, check.sentence
+        assert check.verdict is RecordVerdict.REFUSED, check.sentence
         assert words in check.sentence, check.sentence
     with pytest.raises(UsageError, match="how it was measured"):
         _verify(case, replace(record, settings={}), vector)
@@ -206,7 +211,7 @@ def test_numbers_without_a_witness_can_only_be_measured_again():
     unknown = replace(table[0], geometry="preconditioned")
     rows = [(table[0], None), (table[1], torch.ones(3)), (unknown, torch.ones(3))]
     checks = verify_all(rows, case.net, case.data, case.criterion)
-    assert [check.verdict for check in checks] == [Verdict.UNCHECKED] * 3
+    assert [check.verdict for check in checks] == [RecordVerdict.UNCHECKED] * 3
 
 
 def test_uncertified_numbers_and_changed_scores_hold():
@@ -221,17 +226,17 @@ def test_uncertified_numbers_and_changed_scores_hold():
         record, vector = _one(case, **options)
         held = {"params": options["params"]} if "params" in options else {}
         check = _verify(case, record, vector, **held)
-        assert check.verdict is Verdict.HOLDS, (options, check.sentence)
+        assert check.verdict is RecordVerdict.HOLDS, (options, check.sentence)
         assert ("nothing is claimed" in check.sentence) == ("certify" in options)
         wrong = _stored(record, value=record.estimate.value * 1.001, upper=record.estimate.upper * 1.001)
-        assert _verify(case, wrong, vector, **held).verdict is Verdict.FALSE
+        assert _verify(case, wrong, vector, **held).verdict is RecordVerdict.FALSE
 
 
 def test_records_that_no_measurement_writes_are_refused():
     record, vector = _one(_net())
     for changes in ({"residual": float("inf")}, {"value": float("inf"), "upper": float("inf")}):
         check = _verify(_net(), _stored(record, **changes), vector)
-        assert check.verdict is Verdict.REFUSED
+        assert check.verdict is RecordVerdict.REFUSED
         assert "finite" in check.sentence
 
 

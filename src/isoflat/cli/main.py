@@ -46,7 +46,7 @@ app = typer.Typer(name="isoflat", no_args_is_help=True, add_completion=False, pr
 def isoflat(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
-    """How flat is this minimum, when nobody can cheat? Rescaling-invariant flatness with certified intervals."""
+    """Measure how flat a minimum is, when nobody can cheat: rescaling-invariant flatness with certified intervals."""
     if version:
         from importlib import metadata
 

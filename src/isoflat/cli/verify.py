@@ -94,12 +94,12 @@ def verify(
 
 def _code(part: VerifiedFile) -> int:
     """Exit code of one file."""
-    from isoflat.measurement.verify import Verdict
+    from isoflat.measurement.verify import RecordVerdict
 
     verdicts = {check.verdict for check in part.checks}
-    if Verdict.FALSE in verdicts:
+    if RecordVerdict.FALSE in verdicts:
         return DOES_NOT_HOLD
-    return 0 if Verdict.HOLDS in verdicts and Verdict.REFUSED not in verdicts else REFUSED
+    return 0 if RecordVerdict.HOLDS in verdicts and RecordVerdict.REFUSED not in verdicts else REFUSED
 
 
 def _plain(part: VerifiedFile) -> dict[str, Any]:

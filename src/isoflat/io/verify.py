@@ -17,7 +17,7 @@ from torch import Tensor
 from isoflat.core.errors import IsoflatError, UsageError
 from isoflat.core.record import Record
 from isoflat.io.inputs import Inputs, load, within_memory
-from isoflat.measurement.verify import Check, Verdict, carried, verify_all
+from isoflat.measurement.verify import RecordCheck, RecordVerdict, carried, verify_all
 from isoflat.measurement.witnesses import Kept, seal, unpacked
 
 
@@ -49,7 +49,7 @@ class VerifiedFile:
     """
 
     path: Path
-    checks: tuple[Check, ...]
+    checks: tuple[RecordCheck, ...]
     refused: str | None = None
 
 
@@ -59,7 +59,7 @@ def verify(
     data: Any,
     loss: Any = None,
     **settings: Any,
-) -> tuple[Check, ...]:
+) -> tuple[RecordCheck, ...]:
     """Check stored numbers of a network by their witnesses, with two products each instead of a measurement.
 
     Args:
@@ -134,17 +134,17 @@ def verify_named(
     )
 
 
-def _told(check: Check, edited: bool, command: Sequence[str] = ()) -> Check:
+def _told(check: RecordCheck, edited: bool, command: Sequence[str] = ()) -> RecordCheck:
     """The check with what two products cannot know: is the number the one that was written, and how is it measured again?"""
-    if check.verdict is Verdict.UNCHECKED and edited:
+    if check.verdict is RecordVerdict.UNCHECKED and edited:
         words = "its witness is missing from the file of witnesses, which was edited"
-        return replace(check, verdict=Verdict.REFUSED, sentence=words)
-    if check.verdict is Verdict.UNCHECKED:
+        return replace(check, verdict=RecordVerdict.REFUSED, sentence=words)
+    if check.verdict is RecordVerdict.UNCHECKED:
         again = shlex.join([*command, "--measure", check.measure, "--geometry", check.geometry])
         return replace(check, sentence=f"{check.sentence}. Measure again: {again}") if command else check
-    if check.verdict is Verdict.HOLDS and edited:
+    if check.verdict is RecordVerdict.HOLDS and edited:
         words = f"its record was edited since it was written with its witness; for the rest, {check.sentence}"
-        return replace(check, verdict=Verdict.REFUSED, sentence=words)
+        return replace(check, verdict=RecordVerdict.REFUSED, sentence=words)
     return check
 
 

@@ -207,9 +207,9 @@ def difference(first: Record, second: Record, lower_is_flatter: bool) -> Differe
     a, b = first.estimate, second.estimate
     basis, found = _basis(first, second), _set_against(a, b)
     if basis is Basis.IDENTICAL:
-        found = _Found((0.0, 0.0, 0.0), 1.0, 0.0, (1.0, 1.0))
+        found = _Interval((0.0, 0.0, 0.0), 1.0, 0.0, (1.0, 1.0))
     elif basis is Basis.UNCERTIFIED:
-        found = _Found((a.value - b.value, *_UNBOUNDED), 0.0)
+        found = _Interval((a.value - b.value, *_UNBOUNDED), 0.0)
     elif basis is Basis.PROBES:
         found = _paired(a, b, min(a.confidence, b.confidence))
     value, lower, upper = found.interval
@@ -231,7 +231,7 @@ def difference(first: Record, second: Record, lower_is_flatter: bool) -> Differe
     return replace(gap, remedy=_remedy(gap, first, second))
 
 
-class _Found(NamedTuple):
+class _Interval(NamedTuple):
     """A difference: value, lower and upper end; and the ends of the ratio."""
 
     interval: tuple[float, float, float]
@@ -254,7 +254,7 @@ def _basis(first: Record, second: Record) -> Basis:
 
 
 def identical(first: Record, second: Record) -> bool:
-    """Whether both have the same weights, the same loss and gradient there, and the same number, to the last bit.
+    """Test whether both have the same weights, the same loss and gradient there, and the same number, to the last bit.
 
     Weights alone do not tell: two networks may hold the same tensors and compute different functions.
     """
@@ -266,20 +266,22 @@ def identical(first: Record, second: Record) -> bool:
     )
 
 
-def _set_against(a: Estimate, b: Estimate) -> _Found:
+def _set_against(a: Estimate, b: Estimate) -> _Interval:
     """Two intervals that fail with probabilities that add, whatever they share."""
     ratio = (a.lower / b.upper, a.upper / b.lower) if min(a.lower, b.lower) > 0 else _UNBOUNDED
     confidence = max(0.0, 1 - ((1 - a.confidence) + (1 - b.confidence)))
-    return _Found((a.value - b.value, a.lower - b.upper, a.upper - b.lower), confidence, None, ratio)
+    return _Interval((a.value - b.value, a.lower - b.upper, a.upper - b.lower), confidence, None, ratio)
 
 
-def _paired(a: Estimate, b: Estimate, confidence: float) -> _Found:
+def _paired(a: Estimate, b: Estimate, confidence: float) -> _Interval:
     """Mean difference of paired samples with Student's interval, and their ratio with Fieller's."""
     gaps = [one - other for one, other in zip(a.samples, b.samples, strict=True)]
     value, error, wide = mean(gaps), _error(gaps), quantile(confidence, len(gaps) - 1)
     noise = _rounding(a), _rounding(b)
     half = wide * error + sum(noise)
-    return _Found((value, value - half, value + half), confidence, error, _fieller(a.samples, b.samples, wide, noise))
+    return _Interval(
+        (value, value - half, value + half), confidence, error, _fieller(a.samples, b.samples, wide, noise)
+    )
 
 
 def _fieller(
@@ -313,7 +315,7 @@ def _fieller(
 
 
 def _rounding(estimate: Estimate) -> float:
-    """What the interval of an estimate has beyond Student's, for the rounding of its products."""
+    """Half width that the interval of an estimate has beyond Student's, for the rounding of its products."""
     sampling = quantile(estimate.confidence, len(estimate.samples) - 1) * _error(estimate.samples)
     return max(0.0, estimate.upper - estimate.value - sampling)
 
@@ -324,7 +326,7 @@ def _error(samples: Sequence[float]) -> float:
 
 
 def _covariance(first: Sequence[float], second: Sequence[float]) -> float:
-    """Of samples, over one less than their number."""
+    """Covariance of samples, over one less than their number."""
     one, other = mean(first), mean(second)
     return math.fsum((a - one) * (b - other) for a, b in zip(first, second, strict=True)) / (len(first) - 1)
 
@@ -335,7 +337,7 @@ def _around(value: float, ends: tuple[float, float]) -> tuple[float, float]:
 
 
 def _remedy(gap: Difference, first: Record, second: Record) -> str:
-    """What would decide a pair that is not decided."""
+    """Advice on what would decide a pair that is not decided."""
     if gap.verdict is Verdict.NOT_DECIDED:
         return "an uncertified value decides nothing; measure with a certificate (certify=True)"
     if gap.verdict is not Verdict.TIE:
@@ -425,7 +427,7 @@ def _about(label: str, but: type[Exception] | tuple[type[Exception], ...] = ()) 
 
 
 def _seen(table: Table) -> dict[str, str]:
-    """What measured networks must have in common."""
+    """Facts that measured networks must have in common, by name."""
     row = table[0]
     facts = {
         "data": f"hash {row.data_hash}",
@@ -447,7 +449,7 @@ def _seen(table: Table) -> dict[str, str]:
 
 
 def _notes(rows: Sequence[Record], differences: Sequence[Difference]) -> tuple[str, ...]:
-    """What to know before a comparison is believed."""
+    """Warnings to read before a comparison is believed."""
     notes = []
     losses = {row.label: row.point.loss for row in rows}
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)

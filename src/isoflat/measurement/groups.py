@@ -129,7 +129,7 @@ class _Recorder:
 
 
 def _ignores_common_score(loss: TargetLoss, module: torch.nn.Module, batch: Any) -> bool:
-    """Whether adding a constant to all scores of an example leaves the loss alone, on the real targets."""
+    """Test whether adding a constant to all scores of an example leaves the loss alone, on the real targets."""
     inputs, target = split(batch)
     with torch.no_grad():
         scores = call(module, inputs).double()

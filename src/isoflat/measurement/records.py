@@ -153,12 +153,12 @@ class RecordWriter:
 
     @cached_property
     def _model_hash(self) -> str:
-        """Of all weights and buffers: the same for every number."""
+        """Hash of all weights and buffers, the same for every number."""
         return self.subject.state.fingerprint()
 
     @cached_property
     def _initial_hash(self) -> str | None:
-        """Of the weights before training, made as that of the model."""
+        """Hash of the weights before training, made as that of the model."""
         initial = self.subject.initial
         return None if initial is None else State(self.subject.state.space.unflatten(initial)).fingerprint()
 
@@ -221,7 +221,7 @@ class RecordWriter:
         return notes
 
     def _settings(self, used: MatrixProducts | None) -> dict[str, Any]:
-        """How it was measured; what concerns products only where there are any."""
+        """Settings of the measurement; those of products only where there are any."""
         settings, state = self.settings, self.subject.state
         made = {} if used is None else _ways(used)
         return {
@@ -255,7 +255,7 @@ def _ways(used: MatrixProducts) -> dict[str, Any]:
 
 
 def group_of(measure: Measure, chart: Chart) -> tuple[str, str]:
-    """What a number is invariant to, in words and as a hash: as the geometry is, unless the measure claims its own."""
+    """Group that a number is invariant to, in words and as a hash: the geometry's, unless the measure claims its own."""
     if measure.own is None:
         return chart.group, chart.group_hash
     words = ", ".join(sorted(measure.own)) or "none"
@@ -297,7 +297,7 @@ def surveyed_point(state: State, survey: Survey) -> Point:
 
 
 def warnings(where: Point, survey: Survey) -> tuple[str, ...]:
-    """What the survey found that a reader must know."""
+    """Warnings from the survey that a reader must know."""
     notes = []
     if survey.unused:
         notes.append(f"the loss does not depend on: {some(survey.unused)} (zero curvature)")

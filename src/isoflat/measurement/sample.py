@@ -127,7 +127,7 @@ def _results(measurement: Measurement) -> tuple[Result | Refusal, ...]:
     if chosen.settings.sample is None:
         words = "products are not exact, and give no interval on a sample: all were measured"
         return _on_all(measurement, words).results()
-    found: list[_Found] = []
+    found: list[_Sampled] = []
     for point in points:
         part, size = _Sampler(chosen, point).answered()
         if part is None:
@@ -144,7 +144,7 @@ def _results(measurement: Measurement) -> tuple[Result | Refusal, ...]:
 
 @final
 @dataclass(frozen=True)
-class _Found:
+class _Sampled:
     """Answers from a sample, and the point with the sample's products.
 
     Attributes:
@@ -161,7 +161,7 @@ class _Found:
 
     @property
     def note(self) -> str:
-        """What a reader must know."""
+        """Note that a reader must know."""
         return (
             f"sampled: {self.sample.size} of {self.point.survey.rows} examples ({self.sample.certain} for certain); the "
             "interval says what that leaves open, and the gradient is the sample's"
@@ -171,7 +171,7 @@ class _Found:
 @final
 @dataclass(frozen=True)
 class _Pilot:
-    """What a small sample shows.
+    """First look at a small sample.
 
     Attributes:
         sample: its examples.
@@ -216,7 +216,7 @@ class _Sampler:
         return _Pilot(sample, ends, forms)
 
     def needed(self, pilot: _Pilot, width: float) -> int:
-        """How many examples a relative width needs, as the pilot sees it; more than `MOST` of them where it is too many."""
+        """Number of examples that a relative width needs, as the pilot sees it; more than `MOST` of them where it is too many."""
         size = PILOT // 2
         while size <= MOST * self.seen.rows:
             chances = self._chances(size)
@@ -225,7 +225,7 @@ class _Sampler:
             size = math.ceil(1.1 * size)
         return size
 
-    def answered(self) -> tuple[_Found | None, int]:
+    def answered(self) -> tuple[_Sampled | None, int]:
         """From a sample that is as large as it must be, and how large; None where that is too large."""
         few, width = BOUND, self.settings.rtol
         pilot = self.pilot()
@@ -244,7 +244,7 @@ class _Sampler:
             starts |= {key: torch.stack([vector, starts[key][:, 0]], dim=1) for key, vector in found.better.items()}
         return None, size
 
-    def _measured(self, pilot: _Pilot, starts: Mapping[Key, Tensor], size: int, few: int, number: int) -> _Found:
+    def _measured(self, pilot: _Pilot, starts: Mapping[Key, Tensor], size: int, few: int, number: int) -> _Sampled:
         """Witnesses, then the samples, which are drawn after them."""
         witnesses = self._witnesses(pilot, starts, pilot.sample.beyond(self._chances(size)))
         inside, budget = 1 - CERTAIN * (1 - self.confidence), self.settings.budget.products
@@ -269,7 +269,7 @@ class _Sampler:
             result = self._enclosed(key, sample, witnesses[key], image, self._rest(key, small, rest))
             spent = math.ceil(self.products[key])
             answers[key] = Outcome(replace(result, products=spent), spent, self.seconds[key])
-        return _Found(point, answers, sample, better)
+        return _Sampled(point, answers, sample, better)
 
     def _witnesses(self, pilot: _Pilot, starts: Mapping[Key, Tensor], known: Sample) -> dict[Key, Tensor]:
         """Vectors close to those wanted, by the pilot's examples and those that the sample will have for certain."""
@@ -285,7 +285,7 @@ class _Sampler:
         }
 
     def _solved(self, sample: Sample, solvers: Mapping[Key, Solver[Any]]) -> dict[Key, Any]:
-        """What solvers find on a sample, in step."""
+        """Results of solvers on a sample, run in lockstep."""
         point = self._point(sample)
         tasks = [self._task(key, point, solver) for key, solver in solvers.items()]
         found = dict(zip(solvers, outcomes(tasks, self.measurement.report), strict=True))
@@ -298,7 +298,7 @@ class _Sampler:
         self.seconds[key] += outcome.seconds
 
     def _spent(self) -> bool:
-        """Whether a budget forbids another sample."""
+        """Test whether a budget forbids another sample."""
         budget = self.settings.budget
         late = budget.seconds is not None and time.monotonic() - self.started > budget.seconds
         return late or max(self.products.values()) > budget.products
@@ -322,7 +322,7 @@ class _Sampler:
         top, which = self._at_top(key, theta), _solver(key).which
 
         def outer(sign: float) -> float:
-            """What the spectrum cannot reach beyond on one side."""
+            """Bound that the spectrum does not pass on one side."""
             mine, others = sign * theta + far, max(sign * end for end in rest)
             return sign * ((mine + others) / 2 + math.hypot((mine - others) / 2, coupling))
 
@@ -343,7 +343,7 @@ class _Sampler:
         return replace(found, reached=reached, stopped=REACHED if reached else left)
 
     def _error(self, sample: Sample, key: Key, one: Tensor, other: Tensor | None = None, share: float = 1.0) -> float:
-        """By how much a form in two vectors may differ from that of all data, with a share of one side's probability."""
+        """Bound on how much a form in two vectors may differ from that of all data, with a share of one side's probability."""
         from scipy.stats import t as student
 
         tail = share * (1 - CERTAIN) * (1 - self.confidence) / 2
@@ -358,7 +358,7 @@ class _Sampler:
         return curvatures(self._risk(sample), self.state, first, second)
 
     def _at_top(self, key: Key, value: float) -> bool:
-        """Whether the eigenvalue that is asked for is at the upper end."""
+        """Test whether the eigenvalue that is asked for is at the upper end."""
         which = _solver(key).which
         return which is Which.LARGEST or (which is Which.MAGNITUDE and value >= 0)
 
@@ -382,7 +382,7 @@ class _Sampler:
 
     @property
     def _unit(self) -> float:
-        """What totals over the data are divided by."""
+        """Divisor of totals over the data."""
         return self.seen.count if self.whole.risk.loss.averages else 1.0
 
 
@@ -392,7 +392,7 @@ def _solver(key: Key) -> Lanczos:
 
 
 def _width(found: Extremes) -> float:
-    """Of the interval, relative to the value."""
+    """Width of the interval, relative to the value."""
     low, high = found.interval()
     size = abs(found.wanted.value)
     return (high - low) / size if size else math.inf

@@ -124,7 +124,7 @@ _ENTRY = Measure(
 
 
 def _notes(density: Density, outliers: int) -> tuple[str, ...]:
-    """What a reader must know."""
+    """Notes that a reader must know."""
     notes = [VERTICAL]
     if density.exact:
         notes.append(density.stopped)

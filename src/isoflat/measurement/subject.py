@@ -32,7 +32,7 @@ Plan = Sequence[tuple[Measure, Geometry]]
 @final
 @dataclass(frozen=True)
 class Subject:
-    """What is measured.
+    """Subject of a measurement: a risk at a point.
 
     Attributes:
         risk: the empirical risk.

@@ -61,8 +61,8 @@ Rows = Sequence[tuple[Record, Tensor | None]]
 """Stored numbers, each with its witness, if it has one."""
 
 
-class Verdict(StrEnum):
-    """What became of a stored number."""
+class RecordVerdict(StrEnum):
+    """Outcome of checking a stored number."""
 
     HOLDS = "holds"
     FALSE = "does not hold"
@@ -72,7 +72,7 @@ class Verdict(StrEnum):
 
 @final
 @dataclass(frozen=True)
-class Check:
+class RecordCheck:
     """A stored number, checked.
 
     Attributes:
@@ -89,7 +89,7 @@ class Check:
 
     measure: str
     geometry: str
-    verdict: Verdict
+    verdict: RecordVerdict
     sentence: str
     stored: Estimate
     value: float | None = None
@@ -116,7 +116,7 @@ def checkable(measure: Measure) -> SolverQuery | None:
 
 
 def carried(record: Record) -> bool:
-    """Whether a number of this name comes with a witness, if any does."""
+    """Test whether numbers of this name come with a witness."""
     try:
         return checkable(find_measure(record.measure)) is not None
     except UsageError:
@@ -130,7 +130,7 @@ def verify(
     data: Any,
     loss: Any = None,
     **settings: Any,
-) -> Check:
+) -> RecordCheck:
     """Check a stored number by its witness.
 
     Args:
@@ -157,7 +157,7 @@ def verify(
 @takes_settings(*_FIXED)
 def verify_all(
     rows: Rows, model: torch.nn.Module, data: Any, loss: Any = None, **settings: Unpack[Keywords]
-) -> tuple[Check, ...]:
+) -> tuple[RecordCheck, ...]:
     """Check stored numbers of one network by their witnesses, with shared passes over the data.
 
     Precision and what becomes of scores are taken from the records.
@@ -176,7 +176,7 @@ def verify_all(
         IsoflatError: the network cannot be measured, or a record does not say how it was.
     """
     chosen = Settings(**settings)  # pyrefly: ignore
-    found: dict[int, Check] = {}
+    found: dict[int, RecordCheck] = {}
     for made in dict.fromkeys(_Made.of(record) for record, _ in rows):
         cases: list[_Case] = []
         target: Subject | None = None
@@ -224,19 +224,19 @@ class _Case:
         assert isinstance(solver, HardFirst | Lanczos)
         return solver.whole.which if isinstance(solver, HardFirst) else solver.which
 
-    def refused(self, sentence: str) -> Check:
+    def refused(self, sentence: str) -> RecordCheck:
         """It could be checked, if it were what it says."""
-        return _said(self.record, Verdict.REFUSED, sentence)
+        return _said(self.record, RecordVerdict.REFUSED, sentence)
 
 
-def _said(record: Record, verdict: Verdict, sentence: str) -> Check:
-    return Check(record.measure, record.geometry, verdict, sentence, record.estimate)
+def _said(record: Record, verdict: RecordVerdict, sentence: str) -> RecordCheck:
+    return RecordCheck(record.measure, record.geometry, verdict, sentence, record.estimate)
 
 
 @final
 @dataclass(frozen=True)
 class _Made:
-    """How a number was measured: in which precision, with what done to scores, by how many processes that cut the data."""
+    """Conditions of a measurement: precision, what was done to scores, and number of processes that cut the data."""
 
     dtype: str
     logits: str
@@ -244,7 +244,7 @@ class _Made:
 
     @staticmethod
     def of(record: Record) -> _Made:
-        """As the record says."""
+        """Conditions that a record names."""
         dtype, logits, processes = (record.settings.get(key) for key in ("dtype", "logits", "processes"))
         if dtype in ("float32", "float64") and isinstance(logits, str) and isinstance(processes, int) and processes > 0:
             return _Made(dtype, logits, processes)
@@ -260,24 +260,24 @@ class _Made:
         return replace(target, risk=replace(target.risk, batches=target.risk.batches.among(self.processes)))
 
 
-def _case(number: int, record: Record, vector: Tensor | None) -> _Case | Check:
-    """What can be checked about a row, as far as the row tells."""
+def _case(number: int, record: Record, vector: Tensor | None) -> _Case | RecordCheck:
+    """Case that can be checked, as far as the row tells; else why it cannot."""
     try:
         measure, geometry = find_measure(record.measure), find_geometry(record.geometry)
         question = checkable(measure)
     except UnknownName as error:
-        return _said(record, Verdict.UNCHECKED, f"cannot be checked by name alone: {error}")
+        return _said(record, RecordVerdict.UNCHECKED, f"cannot be checked by name alone: {error}")
     except UsageError as error:
-        return _said(record, Verdict.REFUSED, f"the name of the number makes no sense: {error}")
+        return _said(record, RecordVerdict.REFUSED, f"the name of the number makes no sense: {error}")
     if question is None:
         return _said(
-            record, Verdict.UNCHECKED, "this is no single extreme eigenvalue: there is no vector to check it by"
+            record, RecordVerdict.UNCHECKED, "this is no single extreme eigenvalue: there is no vector to check it by"
         )
     if measure.geometry not in (None, record.geometry):
         words = f"{measure.name} is defined in the {measure.geometry} geometry, not in {record.geometry}"
-        return _said(record, Verdict.REFUSED, words)
+        return _said(record, RecordVerdict.REFUSED, words)
     if vector is None:
-        return _said(record, Verdict.UNCHECKED, "it was stored without a witness")
+        return _said(record, RecordVerdict.UNCHECKED, "it was stored without a witness")
     if (
         vector.ndim != 1
         or not vector.is_floating_point()
@@ -285,11 +285,11 @@ def _case(number: int, record: Record, vector: Tensor | None) -> _Case | Check:
         or not bool(vector.any())
     ):
         words = "the witness is no vector of finite numbers that are not all zero: it was damaged or replaced"
-        return _said(record, Verdict.REFUSED, words)
+        return _said(record, RecordVerdict.REFUSED, words)
     return _Case(number, record, vector, measure, geometry, question)
 
 
-def _same(case: _Case, model_hash: str) -> _Case | Check:
+def _same(case: _Case, model_hash: str) -> _Case | RecordCheck:
     """The case, if the network and the versions of its number are what they were."""
     record = case.record
     if model_hash != record.model_hash:
@@ -307,9 +307,9 @@ def _same(case: _Case, model_hash: str) -> _Case | Check:
     return case
 
 
-def _checked(cases: Sequence[_Case], target: Subject, settings: Settings) -> dict[int, Check]:
+def _checked(cases: Sequence[_Case], target: Subject, settings: Settings) -> dict[int, RecordCheck]:
     """The cases, by products."""
-    found: dict[int, Check] = {}
+    found: dict[int, RecordCheck] = {}
     plan = tuple((case.measure, case.geometry) for case in cases)
     with opened(lambda: target, plan, settings, Ranks.here()) as measurement:
         points = measurement.points()
@@ -317,7 +317,7 @@ def _checked(cases: Sequence[_Case], target: Subject, settings: Settings) -> dic
         left: list[_Case] = []
         for case, (_, geometry) in zip(cases, measurement.plan, strict=True):
             ready = _fitting(replace(case, geometry=geometry), at[geometry].within(geometry))
-            if isinstance(ready, Check):
+            if isinstance(ready, RecordCheck):
                 found[case.number] = ready
             else:
                 left.append(ready)
@@ -328,7 +328,7 @@ def _checked(cases: Sequence[_Case], target: Subject, settings: Settings) -> dic
         if not chosen.settings.certify:  # differences of gradients: their products are not exact
             inexact = [case for case in left if case.question.matrix is Matrix.HESSIAN]
             words = "its products are differences of gradients here, which are not exact: a fresh one proves nothing"
-            found |= {case.number: _said(case.record, Verdict.UNCHECKED, words) for case in inexact}
+            found |= {case.number: _said(case.record, RecordVerdict.UNCHECKED, words) for case in inexact}
             left = [case for case in left if case.number not in found]
         for point in points:
             here = [case for case in left if case.geometry in point.charts]
@@ -338,7 +338,7 @@ def _checked(cases: Sequence[_Case], target: Subject, settings: Settings) -> dic
     return found
 
 
-def _fitting(case: _Case, point: EvaluationPoint) -> _Case | Check:
+def _fitting(case: _Case, point: EvaluationPoint) -> _Case | RecordCheck:
     """The case, if data, group, loss and witness are what they were."""
     record, chart, seen = case.record, point.chart, point.survey
     if (came := fingerprint(*seen.digests)) != record.data_hash:
@@ -366,7 +366,7 @@ def _fitting(case: _Case, point: EvaluationPoint) -> _Case | Check:
 
 def _multiplied(
     group: Sequence[_Case], matrix: Matrix, measurement: Measurement, point: EvaluationPoint
-) -> dict[int, Check]:
+) -> dict[int, RecordCheck]:
     """Cases of one matrix at one point, by two products each in two passes over the data."""
     state, seen = point.state, point.survey
     if matrix in point.refused:
@@ -389,8 +389,8 @@ def _multiplied(
     }
 
 
-def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Check:
-    """What two products say about a stored number.
+def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> RecordCheck:
+    """RecordVerdict of two products on a stored number.
 
     Args:
         case: the number.
@@ -401,7 +401,9 @@ def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Chec
     record, which = case.record, case.which
     factor = _factor(case.measure, where)
     if factor is None:
-        return _said(record, Verdict.UNCHECKED, "it is no multiple of an eigenvalue: there is nothing to check it by")
+        return _said(
+            record, RecordVerdict.UNCHECKED, "it is no multiple of an eigenvalue: there is nothing to check it by"
+        )
     stored = record.estimate
     sign = -1.0 if which is Which.SMALLEST else 1.0
     value = sign * stored.value
@@ -418,7 +420,7 @@ def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Chec
     end = "lower" if sign < 0 else "upper"
     sampled = record.settings.get("sample") == "auto"
     told = f"the witness's Rayleigh quotient is {sign * came:.10g}"
-    verdict = Verdict.FALSE
+    verdict = RecordVerdict.FALSE
     if came > far + fine:
         sentence = f"{told}, beyond the stored {end} end {sign * far:.10g}: the enclosure is proved wrong"
     elif came < near - coarse:
@@ -439,7 +441,7 @@ def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Chec
             f"{sign * far:.10g}: the enclosure is proved wrong"
         )
     else:
-        verdict = Verdict.HOLDS
+        verdict = RecordVerdict.HOLDS
         rests = (
             f"the {end} end rests on the measurement's probability ({stored.confidence:.7g}), which two products cannot "
             "confirm"
@@ -449,7 +451,7 @@ def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Chec
         agrees = "in the interval" if sampled else "as stored"
         sentence = f"{told}, {agrees}, and a random vector contradicts nothing; {rests}"
     spread = factor * (seen.residual + seen.rounding + loose)
-    return Check(
+    return RecordCheck(
         measure=record.measure,
         geometry=record.geometry,
         verdict=verdict,
@@ -463,7 +465,7 @@ def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Chec
 
 
 def _factor(measure: Measure, where: Point) -> float | None:
-    """What a measure multiplies its eigenvalue by; None where it does something else with it."""
+    """Factor by which a measure multiplies its eigenvalue; None where it does something else with it."""
 
     def at(value: float) -> float:
         end = End(value, value, 0.0, 0.0, torch.empty(0))

@@ -42,7 +42,7 @@ def packed(rows: Sequence[tuple[Record, Tensor]]) -> bytes:
 
 
 def unpacked(content: bytes, records: Sequence[Record]) -> tuple[Kept | None, ...]:
-    """Of each record the witness that `packed` wrote for one of its name; None where there is none.
+    """Witness of each record, as `packed` wrote it for one of its name; None where there is none.
 
     Raises:
         UsageError: these are no witnesses, or not all of a file of them.

@@ -1,4 +1,4 @@
-"""What a measure is: a record with a formula, its claims, what it needs, and a pure evaluation."""
+"""Measures as records: each one with a formula, its claims, what it needs, and a pure evaluation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Steps = Generator[PendingProduct | Pass | AtWeights, Any, T]
 
 @dataclass(frozen=True)
 class Question(ABC):
-    """What several measures may share: equal questions in one geometry are answered once.
+    """Question that several measures may share: equal ones in one geometry are answered once.
 
     Attributes:
         framed: whether the answer depends on the geometry; if not, all geometries at a point share it.
@@ -94,10 +94,10 @@ class SolverQuery(Question):
 
 @dataclass(frozen=True)
 class DataStatistic(Question):
-    """What one pass over the data tells, or none where earlier answers are enough."""
+    """Statistic that one pass over the data tells, or none where earlier answers are enough."""
 
     def sweep(self, point: EvaluationPoint, *found: Any) -> Pass | None:
-        """What is summed over the data; None, unless a statistic says otherwise.
+        """Sum over the data that is asked for; None, unless a statistic says otherwise.
 
         Args:
             point: where.
@@ -126,7 +126,7 @@ class DataStatistic(Question):
 @final
 @dataclass(frozen=True)
 class Findings:
-    """What a measure evaluates: the point, and the answers to its questions in order."""
+    """Findings that a measure evaluates: the point, and the answers to its questions in order."""
 
     point: Point
     answers: tuple[Outcome, ...]
@@ -191,7 +191,7 @@ class Measure:
         return replace(self, options={**self.options, **options})
 
     def questions(self, settings: Settings) -> tuple[Question, ...]:
-        """What it asks.
+        """Questions that it asks.
 
         Raises:
             UsageError: one of its parameters must be given.
@@ -200,11 +200,11 @@ class Measure:
 
     @property
     def own(self) -> frozenset[Invariance] | None:
-        """What it is invariant to in any geometry, with these values of its parameters; None where that decides."""
+        """Edits it is invariant to in any geometry, with these values of its parameters; None where the geometry decides."""
         return self.claims(self.options) if callable(self.claims) else self.claims
 
     def claimed(self, geometry: Geometry) -> frozenset[Invariance]:
-        """What it is invariant to, measured in a geometry."""
+        """Edits it is invariant to, measured in a geometry."""
         return geometry.claims if self.own is None else self.own
 
     @property

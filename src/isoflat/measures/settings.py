@@ -250,7 +250,7 @@ def _documented(text: str, names: Sequence[str], notes: Mapping[str, str]) -> st
 
 @functools.cache
 def _meanings() -> dict[str, str]:
-    """What the docstring of `Settings` says of each field, continuation lines indented by four."""
+    """Meaning of each field from the docstring of `Settings`, continuation lines indented by four."""
     listed = inspect.cleandoc(Settings.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
     entries = re.split(r"^ {4}(?=\w+:)", listed, flags=re.MULTILINE)
     return {

@@ -1,4 +1,4 @@
-"""How long a step against the gradient may be before the loss is back where it was."""
+"""Critical sharpness: two over the length of a step against the gradient after which the loss is back where it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a small random change of the last layer's features does to the loss."""
+"""Feature robustness: the rise of the loss under small random changes of the last layer's features."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def _deviations(point: EvaluationPoint, moments: Tensor) -> Tensor:
 
 
 def gain(point: EvaluationPoint) -> float:
-    """What the layer's output is multiplied by before the loss.
+    """Factor by which the layer's output is multiplied before the loss.
 
     Raises:
         UsageError: it is not multiplied by a number.
@@ -243,6 +243,6 @@ def evaluate(findings: Findings) -> Estimate:
 
 
 def claims(options: Mapping[str, float]) -> frozenset[Invariance]:
-    """Of both forms of relative flatness: features of any scale only where they are normalised."""
+    """Claims of both forms of relative flatness: features of any scale only where they are normalised."""
     found = {Invariance.LAYERS, Invariance.NORMS, Invariance.ORDER}
     return frozenset(found | {Invariance.UNITS} if options["normalised"] else found)

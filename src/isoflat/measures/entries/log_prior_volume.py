@@ -33,8 +33,8 @@ GROUPS = 10
 
 @final
 @dataclass(frozen=True)
-class Prior:
-    """What random weights say of the data.
+class PriorKernels:
+    """Kernels that random weights give of the data.
 
     Attributes:
         kernels: `Σ_c f_c(x_i) f_c(x_j)` as a mean over the draws of each group: shape `(groups, N, N)`, float64.
@@ -60,7 +60,7 @@ class _Prior(DataStatistic):
 
     draws: int
 
-    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> Prior:
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> PriorKernels:
         """One forward pass for the network as it is, and one for each draw."""
         if point.survey.accuracy is None:
             raise UsageError(
@@ -84,11 +84,11 @@ class _Prior(DataStatistic):
                 drawn = _drawn(twin, random).to(device=state.device)
                 outputs = _scores(point, replace(point.risk.network, module=twin), drawn)
                 kernels[draw % GROUPS] += outputs @ outputs.T / (self.draws / GROUPS)
-        return Prior(kernels, scores.argmax(1), scores.shape[1])
+        return PriorKernels(kernels, scores.argmax(1), scores.shape[1])
 
 
 def _scores(point: EvaluationPoint, network: Network, state: State) -> Tensor:
-    """Of all examples: shape `(N, classes)`."""
+    """Scores of all examples: shape `(N, classes)`."""
     found = []
     for batch in point.risk.batches:
         inputs: Any = split(move(batch, state.device, state.dtype))[0]
@@ -149,7 +149,7 @@ def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, 
 
 
 def _evaluate(findings: Findings) -> Estimate:
-    prior: Prior = findings.answers[0].result
+    prior: PriorKernels = findings.answers[0].result
     draws, noise = int(findings.options["draws"]), findings.options["noise"]
     total = prior.kernels.sum(0)
 

@@ -20,7 +20,7 @@ from isoflat.symmetry.canonical.potential import Mass, least
 @final
 @dataclass(frozen=True)
 class _BestNoise(DataStatistic):
-    """By weight tensor: `min Σ_ij h_ij r_i c_j + w_ij² / (r_i c_j)` over positive r and c."""
+    """Best noise of each weight tensor: `min Σ_ij h_ij r_i c_j + w_ij² / (r_i c_j)` over positive r and c."""
 
     framed = False
 

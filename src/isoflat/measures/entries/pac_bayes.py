@@ -1,4 +1,4 @@
-"""What PAC-Bayes bounds are made of: distance from the weights before training, curvature, rows, and closed forms.
+"""Parts of PAC-Bayes bounds: distance from the weights before training, curvature, rows, and closed forms.
 
 With probability 1 − δ over N independent examples, for a prior P fixed before they are seen, every posterior Q and a loss in
 [0, 1]: `E_Q L ≤ E_Q L̂ + √((KL(Q‖P) + ln(2√N/δ)) / 2N)` (McAllester; Maurer's constant), and for a β > 0 fixed beforehand
@@ -31,7 +31,7 @@ BOUNDED = (
 @final
 @dataclass(frozen=True)
 class BoundTerms:
-    """What a bound is evaluated from.
+    """Terms that a bound is evaluated from.
 
     Attributes:
         curvature: h, the diagonal of the loss's Gauss-Newton matrix, shape `(n,)`, float64.
@@ -69,7 +69,7 @@ class FromInitial(DataStatistic):
 
 
 def check_mean(point: EvaluationPoint) -> None:
-    """Whether the loss is a mean over examples.
+    """Refuse a loss that is no mean over examples.
 
     Raises:
         UsageError: it is not.

@@ -97,7 +97,7 @@ class _KernelTrace(DataStatistic):
 
 
 def _layers(point: EvaluationPoint, batch: Any) -> _Layers:
-    """What a batch passes on its way to the scores.
+    """Layers that a batch passes on its way to the scores.
 
     Raises:
         UsageError: the scores are not those of convolution, ReLU, mean over all positions and linear layer.

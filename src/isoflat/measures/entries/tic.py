@@ -31,7 +31,7 @@ class _Full(DataStatistic):
     framed = False
 
     def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> tuple[float, int]:
-        """As many products as there are weights, and a gradient of each row; the value, and the rank of G."""
+        """Value and rank of G, from as many products as there are weights and a gradient of each row."""
         risk, state = point.risk, point.state
         n = state.space.size
         if n > MOST:
