@@ -3,13 +3,14 @@
 import re
 
 import torch
+from rich.cells import cell_len
 
-from isoflat.cli.demo import write
+from isoflat.cli.demo import show, write
 from isoflat.experiments.data import digits
 from isoflat.experiments.demo import MlpPlan, demonstrate
 
 
-def test_the_demo_end_to_end(tmp_path):
+def test_the_demo_end_to_end(tmp_path, monkeypatch, capsys):
     before = torch.get_rng_state()
     plan = MlpPlan(seeds=2, seed=0, widths=(64, 16, 16, 10), target=0.5)
     result = demonstrate(plan)
@@ -22,6 +23,12 @@ def test_the_demo_end_to_end(tmp_path):
     assert "<script" not in page
     assert not re.search(r"(src|href)\s*=\s*[\"']?https?:", page)
     assert (tmp_path / "records.jsonl").read_text(encoding="utf-8").count("\n") >= len(result.records)
+    monkeypatch.setenv("COLUMNS", "80")
+    show(result, report)
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if cell_len(line) > 80] == []
+    for record in (network.table[0] for network in result.networks):
+        assert str(record.estimate) in printed
 
 
 def test_digits_are_the_same_split_each_time():

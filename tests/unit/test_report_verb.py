@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from isoflat.cli import reproduce
 from isoflat.cli.main import app
 from isoflat.core.comparison import Comparison
+from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Cost, Estimate, Kind
 from isoflat.core.record import Point, Record
 from isoflat.core.table import Table
@@ -28,6 +29,7 @@ from isoflat.experiments.store import Store
 from isoflat.measurement.compare import contrast
 from isoflat.report.html import POLICY, render
 from isoflat.report.pages.records import page
+from isoflat.report.write import write_report
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -471,3 +473,20 @@ def test_compare_writes_a_page(nets):
     both = CliRunner().invoke(app, [*command[:-1], "same", "--out", "same"])
     assert both.exit_code == 2
     assert "name the same file" in both.stderr
+
+
+def test_numbers_at_hand_have_a_page(tmp_path):
+    """A table, a comparison and records, without a folder of results."""
+    table = Table((record("mine", 2.0),))
+    told = []
+    written = write_report(table, tmp_path / "table.html", csv=tmp_path / "table.csv", warn=told.append)
+    assert (len(written.rows), written.warnings, told) == (1, (), [])
+    assert "mine" in Reader((tmp_path / "table.html").read_text()).text
+    assert "mine" in (tmp_path / "table.csv").read_text()
+    found = compared()
+    assert write_report(found, tmp_path / "compared.html").headline == found.sentences[0]
+    assert write_report([record("", 3.0)], tmp_path / "records.html").headline == "1 number of 1 network."
+    with pytest.raises(UsageError, match="exists already"):
+        write_report(table, tmp_path / "table.html")
+    with pytest.raises(UsageError, match="name the file"):
+        write_report(table)
