@@ -11,7 +11,7 @@ MEASURE = Measure(
         r"C_i = (g_i W_i^\top + W_i g_i^\top - \langle g_i, W_i\rangle I)/\lVert W_i\rVert^2"
     ),
     definition=(
-        "SolverQuery norm of the covariant Hessian of the layer-wise metric: with the connection term, rescaling "
+        "Spectral norm of the covariant Hessian of the layer-wise metric: with the connection term, rescaling "
         "directions lie exactly in its kernel (networks without biases), at a minimum or not."
     ),
     reference="rangamani2019, arXiv:1902.02434; the connection term is ours",
