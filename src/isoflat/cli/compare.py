@@ -84,12 +84,13 @@ def compare(
     files = dict(zip(labels(checkpoints), checkpoints, strict=True))
     base = _chosen(reference, files)
     with sharing(compute.device, compute.timeout) as ranks:
-        ranks.on_all_ranks(lambda: claimed(output.out, output.report, output.force) if ranks.first else None)
+        with ranks.agreeing():
+            if ranks.first:
+                claimed(output.out, output.report, output.force)
         where = device_of(compute.device)
-        loaded = ranks.on_all_ranks(
-            lambda: load_several(inputs, files, {"params": params, "dtype": compute.dtype, "device": where})
-        )
-        start, further = ranks.on_all_ranks(lambda: before(inputs, wanted.initial))
+        with ranks.agreeing():
+            loaded = load_several(inputs, files, {"params": params, "dtype": compute.dtype, "device": where})
+            start, further = before(inputs, wanted.initial)
         loading = (*loaded.notes, *further)
         hidden = output.as_json or not ranks.first
         step(f"loaded {', '.join(files)}, and {inputs.data}", hidden)

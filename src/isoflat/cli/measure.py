@@ -72,12 +72,11 @@ def measure(
     def keep(record: Record, vector: Tensor) -> None:
         kept.append((record, vector))
 
-    def claimed() -> None:
-        claim(out, force)
-        claim(beside, force, "--witness")
-
     with sharing(compute.device, compute.timeout) as ranks:
-        ranks.on_all_ranks(lambda: claimed() if ranks.first else None)
+        with ranks.agreeing():
+            if ranks.first:
+                claim(out, force)
+                claim(beside, force, "--witness")
         table, loading, over = evaluate(
             inputs,
             orbit,
@@ -174,12 +173,12 @@ def evaluate(
     effort = ("rtol", "confidence", "certify", "probes", "sample", "budget", "seed")
     check(settings["measures"], settings["geometry"], **{key: settings[key] for key in effort})
     settings["device"] = device_of(settings["device"])
-    loaded, target = Ranks.here().on_all_ranks(
-        lambda: prepare(inputs, settings["params"], settings["dtype"], settings["device"])
-    )
-    settings["initial"], further = Ranks.here().on_all_ranks(lambda: before(inputs, initial))
+    ranks = Ranks.here()
+    with ranks.agreeing():
+        loaded, target = prepare(inputs, settings["params"], settings["dtype"], settings["device"])
+        settings["initial"], further = before(inputs, initial)
     loading = (*loaded.notes, *further)
-    hidden = hidden or not Ranks.here().first
+    hidden = hidden or not ranks.first
     step(f"loaded {inputs.model} and {inputs.data}", hidden)
     with within_memory():
         # Found first: a network without a traceable orbit is refused before the data is read.

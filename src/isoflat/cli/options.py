@@ -181,7 +181,7 @@ class NetworkOptions:
     batch_size: Annotated[
         int,
         typer.Option(
-            "--batch-size", min=1, help="FittedTable at a time; changes memory, never the number.", rich_help_panel=WHAT
+            "--batch-size", min=1, help="Rows at a time; changes memory, never the number.", rich_help_panel=WHAT
         ),
     ] = 500
 

@@ -114,7 +114,8 @@ def reproduce(
             if ranks.first:
                 listing(output.as_json)
             return
-        stored = None if check is None else ranks.on_all_ranks(lambda: checking.read(check))
+        with ranks.agreeing():
+            stored = None if check is None else checking.read(check)
         result = followed(
             name or "" if stored is None else checking.recipe(stored, name),
             asked.data,

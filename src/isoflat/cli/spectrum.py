@@ -96,9 +96,12 @@ def spectrum(
     price = Deflated.price(wanted.outliers, wanted.probes, wanted.steps, wanted.max_products)
     budget = Budget(price, wanted.seconds, options.bytes_of(further.memory))
     with sharing(compute.device, compute.timeout) as ranks:
-        ranks.on_all_ranks(lambda: _claim(out, plot, force) if ranks.first else None)
+        with ranks.agreeing():
+            if ranks.first:
+                _claim(out, plot, force)
         where, params = device_of(compute.device), further.params or None
-        loaded, _ = ranks.on_all_ranks(lambda: prepare(inputs, params, compute.dtype, where))
+        with ranks.agreeing():
+            loaded, _ = prepare(inputs, params, compute.dtype, where)
         hidden = output.as_json or not ranks.first
         step(f"loaded {inputs.model} and {inputs.data}", hidden)
         step(f"measuring the spectrum ({wanted.geometry})", hidden)

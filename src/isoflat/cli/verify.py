@@ -45,7 +45,7 @@ def verify(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", min=1, help=f"FittedTable at a time. {_RECORDED}", rich_help_panel=options.WHAT),
+        typer.Option("--batch-size", min=1, help=f"Rows at a time. {_RECORDED}", rich_help_panel=options.WHAT),
     ] = None,
     *,
     wanted: MeasureOptions,

@@ -161,8 +161,9 @@ def decided(ranks: Ranks, work: Callable[[], T]) -> T:
     >>> decided(Ranks(), lambda: 3)
     3
     """
-    [outcome] = ranks.from_first(ranks.on_all_ranks(lambda: [work()] if ranks.first else []))
-    return outcome
+    with ranks.agreeing():
+        outcome = [work()] if ranks.first else []
+    return ranks.from_first(outcome)[0]
 
 
 def run(task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store, report: Report) -> Measured | None:
@@ -279,7 +280,8 @@ def _trained(task: NetworkTask, data: Split, store: Store, report: Report) -> Ar
     report(f"training {task.label}", 0.0)
     checkpoint = None if recipe.edit is not None else _checkpoint(task, address(settings), store, ranks)
     try:
-        result = ranks.on_all_ranks(lambda: trained(checkpoint))
+        with ranks.agreeing():
+            result = trained(checkpoint)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     except NonFinite as error:
         result, tensors = {"diverged": str(error), "seconds": time.monotonic() - started}, None

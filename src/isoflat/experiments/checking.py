@@ -114,7 +114,7 @@ def recipe(stored: Mapping[str, Any], name: str | None) -> Recipe:
 
 
 def compared(stored: Mapping[str, Any], result: Reproduction) -> ReproductionCheck:
-    """CheckLine by line."""
+    """Comparison with a stored result, line by line."""
     before = {_key(row): row for row in stored["networks"]}
     after = {_key(row): row for row in result.rows()}
     same = {key for key in before.keys() & after.keys() if _weights(before[key]) == _weights(after[key])}

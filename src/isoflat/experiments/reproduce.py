@@ -99,10 +99,15 @@ def reproduce(  # noqa: PLR0913
     if submit is not None:
         _check_cluster(submit)
     place = device_of(device) or torch.device("cpu")
-    split = ranks.on_all_ranks(lambda: load_split(recipe.data, data), lambda split: {"data": split.hash}).to(place)
+    with ranks.agreeing() as facts:
+        split = load_split(recipe.data, data).to(place)
+        facts["data"] = split.hash
     numbers = tuple(quantity.number for quantity in recipe.numbers)
-    ranks.on_all_ranks(lambda: check(recipe, split, numbers))
-    ranks.on_all_ranks(lambda: make_folder(folder) if ranks.first else None)  # what is refused leaves no folder behind
+    with ranks.agreeing():
+        check(recipe, split, numbers)
+    with ranks.agreeing():
+        if ranks.first:
+            make_folder(folder)  # what is refused leaves no folder behind
     store, todo = decided(ranks, lambda: Store.open(folder / "store")), tasks(recipe)
     alone = place.type == "cpu" and ranks.world == 1
     workers = jobs or (min(len(todo), os.cpu_count() or 1) if alone else 1)

@@ -390,7 +390,7 @@ def _multiplied(
 
 
 def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> RecordCheck:
-    """RecordVerdict of two products on a stored number.
+    """Verdict of two products on a stored number.
 
     Args:
         case: the number.

@@ -173,18 +173,6 @@ class Ranks:
         self._settle([failed for failed, _ in found], failure)
         compare([theirs for _, theirs in found])
 
-    def on_all_ranks(self, work: Callable[[], T], facts: Callable[[T], Mapping[str, str]] = lambda _: {}) -> T:
-        """The result of `work`, done under `agreeing`, with `facts` of it where there are several ranks.
-
-        >>> Ranks().on_all_ranks(lambda: 3)
-        3
-        """
-        with self.agreeing() as agreed:
-            result = work()
-            if self.world > 1:
-                agreed.update(facts(result))
-        return result
-
     def gather(self, value: T) -> list[T]:
         """Values of all ranks, by rank.
 
