@@ -80,9 +80,22 @@ def test_table_prints_every_number_with_its_enclosure():
     text = str(Table((example(), example(label="narrow"))))
     for part in ("quotient_spectral_norm", "2.500(2)", "[2.50000, 2.50130]", "17", "40.2", "narrow", "yes"):
         assert part in text
+    assert "interval" in text
+    assert "stationarity" in text
     html = Table((example(),))._repr_html_()
     assert "2.500(2)" in html
     assert "network" not in str(Table((example(),)))
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("label", ["", "small batch"])
+def test_a_printed_table_fits_the_terminal_and_loses_nothing(monkeypatch, width, label):
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = str(Table((example(label=label, stationarity_ratio=0.25),)))
+    assert max(map(len, text.splitlines())) <= width
+    for part in ("quotient_spectral_norm", "layerwise", "2.500(2)", "[2.50000,", "2.50130]", "yes", "0.25", "17, 40.2"):
+        assert part in " ".join(text.split()), text
+    assert ("──" in text) is (width == 80 and not label)  # a table where there is room, a list where there is none
 
 
 def test_data_frames_have_a_line_per_row_and_no_nesting():

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from isoflat.cli.attack import NUMBERS, PLACES
-from isoflat.cli.grids import FittedTable
 from isoflat.cli.main import app
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
+from isoflat.core.fitted import FittedTable
 from isoflat.experiments.numbers import GEOMETRIES, MEASURES
 from isoflat.measures.catalogue import geometries, measures
 

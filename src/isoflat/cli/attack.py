@@ -9,10 +9,10 @@ from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
-from isoflat.cli.grids import FittedTable
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.progress import step
-from isoflat.cli.terminal import notes, plain, say
+from isoflat.cli.terminal import notes, say
+from isoflat.core.fitted import FittedTable, plain
 
 if TYPE_CHECKING:
     from isoflat.experiments.attack import AttackResult

@@ -12,8 +12,10 @@ from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.terminal import WIDTH, console, notes, plain
+from isoflat.cli.terminal import console, notes
 from isoflat.core.errors import UsageError
+from isoflat.core.fitted import plain
+from isoflat.core.render import WIDTH
 from isoflat.io.files import claim, save
 
 

@@ -13,11 +13,11 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
-from isoflat.cli.grids import refitted
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
 from isoflat.cli.progress import interactive, step
-from isoflat.cli.terminal import complain, notes, plain
+from isoflat.cli.terminal import complain, notes
+from isoflat.core.fitted import plain
 from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _stored(
     found, subject = compared(paths, asked, reference, partial(complain, prefix="warning"))
 
     def shown(screen: Console) -> None:
-        screen.print(refitted(found.__rich__()))
+        screen.print(found)
         notes(screen, subject["notes"])
 
     _deliver(found, subject, output, shown)
@@ -213,5 +213,5 @@ def show(screen: Console, inputs: Inputs, comparison: Comparison, loading: Seque
     screen.print(plain(f"network  {inputs.model}, {point.parameters} trainable entries"))
     screen.print(plain(f"data     {inputs.data}, {point.examples} examples; loss {inputs.loss}"))
     screen.print()
-    screen.print(refitted(comparison.__rich__()))
+    screen.print(comparison)
     notes(screen, loading)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isoflat.cli.grids import FittedTable
-from isoflat.cli.terminal import console, plain, say
+from isoflat.cli.terminal import console, say
+from isoflat.core.fitted import FittedTable, plain
 
 if TYPE_CHECKING:
     from isoflat.core.estimate import Estimate

@@ -16,8 +16,9 @@ from rich.console import Console
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import REFUSED
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.terminal import WIDTH, plain
 from isoflat.core.errors import UsageError
+from isoflat.core.fitted import plain
+from isoflat.core.render import WIDTH
 
 if TYPE_CHECKING:
     from isoflat.cli.examine import Finding

@@ -13,12 +13,12 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
-from isoflat.cli.grids import FittedTable
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
 from isoflat.cli.progress import interactive, step
-from isoflat.cli.terminal import facts, notes, plain
+from isoflat.cli.terminal import notes
 from isoflat.core.errors import UsageError
+from isoflat.core.fitted import FittedTable, facts, plain
 from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from isoflat.cli.grids import FittedTable, item
 from isoflat.cli.progress import interactive, step
-from isoflat.cli.terminal import console, facts, plain, say
+from isoflat.cli.terminal import console, say
+from isoflat.core.fitted import FittedTable, facts, item, plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from isoflat.cli.terminal import complain, console, plain, say
+from isoflat.cli.terminal import complain, console, say
+from isoflat.core.fitted import plain
 
 TOLD = 20
 """Refused files that are named on the standard error; the page names more."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, final
 import typer
 
 from isoflat.cli.exits import DOES_NOT_HOLD, NOT_CONVERGED
-from isoflat.cli.grids import FittedTable, item
 from isoflat.cli.options import ComputeOptions, OutputOptions, takes
-from isoflat.cli.terminal import console, plain, say
+from isoflat.cli.terminal import console, say
+from isoflat.core.fitted import FittedTable, item, plain
 
 if TYPE_CHECKING:
     from isoflat.experiments.checking import ReproductionCheck

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, final
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import NOT_CONVERGED
-from isoflat.cli.grids import refitted
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.processes import sharing
 from isoflat.cli.progress import interactive, step
-from isoflat.cli.terminal import facts, plain
 from isoflat.core.errors import UsageError
+from isoflat.core.fitted import facts, plain
 from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
@@ -164,5 +163,5 @@ def show(screen: Console, inputs: Inputs, notes: tuple[str, ...], found: Spectru
         *([] if plot is None else [("drawing", str(plot))]),
     ]
     screen.print(plain(found.title, style="bold"))
-    screen.print(refitted(Group(*found.grids())))
+    screen.print(*found.grids(), sep="\n")
     screen.print(facts(listed))

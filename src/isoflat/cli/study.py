@@ -13,10 +13,10 @@ import typer
 
 from isoflat.cli import options
 from isoflat.cli.exits import NOT_CONVERGED
-from isoflat.cli.grids import FittedTable
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.terminal import console, plain, say
-from isoflat.cli.terminal import facts as told
+from isoflat.cli.terminal import console, say
+from isoflat.core.fitted import FittedTable, plain
+from isoflat.core.fitted import facts as told
 
 if TYPE_CHECKING:
     from isoflat.experiments.prediction import Prediction

@@ -10,7 +10,8 @@ from rich.tree import Tree
 
 from isoflat.cli.deliver import deliver
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.terminal import WIDTH, plain
+from isoflat.core.fitted import plain
+from isoflat.core.render import WIDTH
 
 if TYPE_CHECKING:
     from isoflat.symmetry.found import Found

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.table import Table as Grid
-from rich.text import Text
 
-from isoflat.core.render import visible
-
-WIDTH = 160
-"""Columns where the output is no terminal and COLUMNS does not say, so that a table in a log keeps its rows."""
-
-
-def plain(text: object, style: str = "") -> Text:
-    """Visible text for a rich console, never read as markup."""
-    return Text(visible(text), style=style)
+from isoflat.core.fitted import plain
+from isoflat.core.render import WIDTH, columns, visible
 
 
 def console() -> Console:
     """A console on standard output, as wide as the terminal or as the variable COLUMNS says."""
-    found = Console(highlight=False)
-    return found if found.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=WIDTH)
+    return Console(highlight=False, width=columns())
 
 
 def say(screen: Console, text: object, style: str = "") -> None:
@@ -36,16 +25,6 @@ def notes(screen: Console, texts: Iterable[str]) -> None:
     """Print what a reader must know, each text once."""
     for text in dict.fromkeys(texts):
         say(screen, f"note: {text}", "yellow")
-
-
-def facts(rows: Iterable[tuple[str, object]]) -> Grid:
-    """Names and values in two columns."""
-    grid = Grid.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in rows:
-        grid.add_row(plain(name), plain(value))
-    return grid
 
 
 def complain(text: str, prefix: str = "error") -> None:

@@ -13,8 +13,9 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.exits import DOES_NOT_HOLD, REFUSED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.terminal import complain, console, facts, plain
+from isoflat.cli.terminal import complain, console
 from isoflat.core.errors import IsoflatError
+from isoflat.core.fitted import facts, plain
 
 if TYPE_CHECKING:
     from isoflat.io.verify import VerifiedFile

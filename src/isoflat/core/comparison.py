@@ -18,7 +18,9 @@ from isoflat.core.table import Table
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table as Grid
+    from rich.text import Text
+
+    from isoflat.core.fitted import FittedTable
 
 LISTED = 6
 """Pairs without a winner that are listed in words, where all have one remedy; the JSON has all of them."""
@@ -344,18 +346,23 @@ class Comparison(render.Printed):
 
     def __rich__(self) -> Group:
         """Draw a table and a sentence for each number, and the notes below."""
+        from rich.console import Group
+
+        from isoflat.core.fitted import plain
+
         parts: list[Any] = []
         for number in self.numbers:
-            parts += [render.line(""), render.line(self._title(number), "bold"), self._grid(number)]
-            parts.append(render.line(self.sentence(number)))
-        notes = (render.line(f"note: {note}", "yellow") for note in (*self.notes, *self.remarks))
-        return render.group([*parts[1:], render.line(""), *notes])
+            parts += [plain(""), self._grid(number), plain(self.sentence(number))]
+        notes = (plain(f"note: {note}", "yellow") for note in (*self.notes, *self.remarks))
+        return Group(*parts[1:], plain(""), *notes)
 
     def _title(self, number: tuple[str, str]) -> str:
         return f"{number[0]} ({number[1]}), {'lower' if self._of(number)[0].lower_is_flatter else 'higher'} is flatter"
 
-    def _grid(self, number: tuple[str, str]) -> Grid:
+    def _grid(self, number: tuple[str, str]) -> FittedTable:
         """One line per network, flattest first."""
+        from isoflat.core.fitted import FittedTable
+
         other = self.reference
         heads = (
             "rank",
@@ -385,7 +392,7 @@ class Comparison(render.Printed):
                     *(("reference", "", "") if gap is None else _cells(gap)),
                 )
             )
-        return render.grid(heads, cells, ("network",), fold=True)
+        return FittedTable(heads, cells, self._title(number), words=2)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, with ranks and sentences."""
@@ -434,15 +441,17 @@ class Comparison(render.Printed):
         return Comparison.from_dict(json.loads(text))
 
 
-def _cells(gap: Difference) -> tuple[str, str, tuple[str, str]]:
+def _cells(gap: Difference) -> tuple[str, str, Text]:
     """Difference with its interval below, ratio and verdict in a table."""
+    from isoflat.core.fitted import plain
+
     verdict = gap.verdict
     style = {Verdict.FLATTER: "green", Verdict.SHARPER: "red"}.get(verdict, "yellow")
     bounds = ""
     if math.isfinite(gap.upper) and gap.basis is not Basis.IDENTICAL:
         bounds = render.bounds(gap.lower, gap.upper)
     ratio = "–" if gap.ratio is None else str(gap.ratio)
-    return f"{gap}\n{bounds}".strip(), ratio, (str(verdict), style)
+    return f"{gap}\n{bounds}".strip(), ratio, plain(verdict, style)
 
 
 def _beaten(against: list[Difference]) -> str:

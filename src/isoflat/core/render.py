@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from typing import TYPE_CHECKING, final
 
 if TYPE_CHECKING:
-    from rich.console import Group, RenderableType
-    from rich.table import Table as Grid
-    from rich.text import Text
+    from rich.console import RenderableType
 
 WIDTH = 160
-"""Columns of a table printed to text, so that its rows are not broken."""
+"""Columns where the output is no terminal and COLUMNS does not say, so that a table in a log keeps its rows."""
 
 _EXACT = Context(prec=1200, Emax=9999, Emin=-9999)
 """Decimal arithmetic in which sums, and multiples of powers of ten, of the decimal numbers that floats print as are exact."""
@@ -182,6 +181,13 @@ def _inside(value: Decimal, lower: Decimal, upper: Decimal, place: int) -> Decim
     return next((found for found in near if lower <= found <= upper), None)
 
 
+def columns() -> int | None:
+    """Columns of what is printed: None for those of the terminal, or those that the variable COLUMNS says."""
+    from rich.console import Console
+
+    return None if Console().is_terminal or "COLUMNS" in os.environ else WIDTH
+
+
 class Printed(ABC):
     """A value that prints itself on a terminal and in a notebook, by one drawing."""
 
@@ -191,10 +197,10 @@ class Printed(ABC):
 
     @final
     def __str__(self) -> str:
-        """Plain text, as wide as it needs to be."""
+        """Plain text that fits the terminal, or `WIDTH` columns where there is none."""
         from rich.console import Console
 
-        console = Console(width=WIDTH, color_system=None)
+        console = Console(width=columns(), color_system=None)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
@@ -207,52 +213,3 @@ class Printed(ABC):
         console = Console(width=WIDTH, record=True, file=io.StringIO())
         console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.3'>{code}</pre>")
-
-
-def group(parts: Iterable[RenderableType]) -> Group:
-    """Parts below each other."""
-    from rich.console import Group
-
-    return Group(*parts)
-
-
-def line(text: object, style: str = "") -> Text:
-    """A line that is never read as markup."""
-    from rich.text import Text
-
-    return Text(str(text), style=style)
-
-
-def grid(
-    heads: Sequence[str], rows: Iterable[Sequence[str | tuple[str, str]]], left: Sequence[str] = (), fold: bool = False
-) -> Grid:
-    """A table with a head.
-
-    Args:
-        heads: name of each column.
-        rows: a text for each column, or a text and its style.
-        left: columns that are aligned to the left; the others are to the right.
-        fold: break long words where there is no room, instead of cutting them.
-    """
-    from rich.table import Table as Grid
-
-    drawn = Grid(header_style="bold")
-    for head in heads:
-        drawn.add_column(
-            line(head), justify="left" if head in left else "right", overflow="fold" if fold else "ellipsis"
-        )
-    for row in rows:
-        drawn.add_row(*(line(*cell) if isinstance(cell, tuple) else line(cell) for cell in row))
-    return drawn
-
-
-def facts(rows: Iterable[tuple[str, str]]) -> Grid:
-    """Names and texts in two columns without a head."""
-    from rich.table import Table as Grid
-
-    drawn = Grid.grid(padding=(0, 2))
-    drawn.add_column(style="dim", no_wrap=True)
-    drawn.add_column(overflow="fold")
-    for name, text in rows:
-        drawn.add_row(name, line(text))
-    return drawn

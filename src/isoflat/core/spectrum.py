@@ -15,7 +15,8 @@ from isoflat.core.record import Record
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table as Grid
+
+    from isoflat.core.fitted import FittedTable
 
 SCHEMA = 1
 """Version of the JSON layout; raised whenever a field changes its meaning."""
@@ -74,28 +75,34 @@ class Spectrum(render.Printed):
 
     def __rich__(self) -> Group:
         """Draw the outliers, the quantiles, and the facts below."""
-        return render.group([render.line(self.title, "bold"), *self.grids(), render.facts(self.facts())])
+        from rich.console import Group
+
+        from isoflat.core.fitted import facts, plain
+
+        return Group(plain(self.title, "bold"), *self.grids(), facts(self.facts()))
 
     @property
     def title(self) -> str:
         """Network, geometry and number of eigenvalues."""
         return f"{self.record.label or 'spectrum'} ({self.record.geometry}): {self.density.n} eigenvalues"
 
-    def grids(self) -> tuple[Grid, ...]:
+    def grids(self) -> tuple[FittedTable, ...]:
         """Tables of the outliers, if there are any, and of the quantiles."""
+        from isoflat.core.fitted import FittedTable
+
         quantiles = []
         for share in SHARES:
             found = self.density.quantile(share)
             name = {0.0: "smallest", 1.0: "largest"}.get(share, f"{100 * share:g} %")
             quantiles.append((name, _value(found), ends(found)))
-        drawn = render.grid(("share at or below", "eigenvalue", "between"), quantiles)
+        drawn = FittedTable(("share at or below", "eigenvalue", "between"), quantiles, words=0)
         if not self.density.outliers:
             return (drawn,)
         ordered = sorted(self.density.outliers, key=lambda outlier: -abs(outlier.value))
         outliers = [(f"{outlier.value:.6g}", f"{outlier.residual:.1e}") for outlier in ordered[:LISTED]]
         if len(ordered) > LISTED:
             outliers.append((f"and {len(ordered) - LISTED} more", ""))
-        return render.grid(("outlier", "residual"), outliers), drawn
+        return FittedTable(("outlier", "residual"), outliers, words=0), drawn
 
     def facts(self) -> list[tuple[str, str]]:
         """Shares, ranks, errors and cost, in words."""

@@ -70,33 +70,23 @@ class Table(render.Printed):
 
     def __rich__(self) -> Group:
         """Draw the rows, and below them what was not measured."""
-        notes = (render.line(f"not measured: {part}", "yellow") for part in self.omitted)
-        return render.group([render.grid(self._heads, self._cells(), ("network", "measure", "geometry")), *notes])
+        from rich.console import Group
 
-    @property
-    def _labelled(self) -> bool:
-        return any(row.label for row in self.rows)
+        from isoflat.core.fitted import FittedTable, plain
 
-    @property
-    def _heads(self) -> tuple[str, ...]:
-        columns = ("measure", "geometry", "value", "enclosure", "converged", "b/value", "products", "gradient passes")
-        return ("network", *columns) if self._labelled else columns
-
-    def _cells(self) -> Iterator[tuple[str, ...]]:
-        """The texts of each row."""
-        for row in self.rows:
-            estimate, ratio = row.estimate, row.stationarity_ratio
-            yield (
-                *([row.label] * self._labelled),
-                row.measure,
-                row.geometry,
-                str(estimate),
-                interval(estimate),
-                "yes" if estimate.converged else "no",
-                "–" if ratio is None else f"{ratio:.2g}",
-                str(estimate.cost.products),
-                f"{estimate.cost.gradient_passes:.1f}",
-            )
+        heads = (
+            "network",
+            "measure",
+            "geometry",
+            "value and interval",
+            "converged",
+            "stationarity",
+            "products, gradient passes",
+        )
+        unnamed = not any(row.label for row in self.rows)
+        rows = [_cells(row)[unnamed:] for row in self.rows]
+        notes = (plain(f"not measured: {part}", "yellow") for part in self.omitted)
+        return Group(FittedTable(heads[unnamed:], rows, words=3 - unnamed), *notes)
 
     def flat(self) -> list[dict[str, Any]]:
         """One dictionary per row, without any nesting: the same names in every row but for settings and versions.
@@ -133,6 +123,20 @@ class Table(render.Printed):
             Omission(**part) for part in content.get("omitted", ())
         )  # none in tables from before there were any
         return Table(tuple(Record.from_dict(row) for row in content["rows"]), omitted)
+
+
+def _cells(row: Record) -> tuple[str, ...]:
+    """The texts of one row."""
+    estimate, ratio = row.estimate, row.stationarity_ratio
+    return (
+        row.label,
+        row.measure,
+        row.geometry,
+        f"{estimate}\n{interval(estimate)}",
+        "yes" if estimate.converged else "no",
+        "–" if ratio is None else f"{ratio:.2g}",
+        f"{estimate.cost.products}, {estimate.cost.gradient_passes:.1f}",
+    )
 
 
 def _flat(row: Record) -> dict[str, Any]:

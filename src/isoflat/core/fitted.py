@@ -1,25 +1,40 @@
-"""Tables that fit the terminal."""
+"""Tables and lists for a terminal: they fit its width, and names from files come out visible, never as markup or commands."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
 
-from isoflat.cli.terminal import facts, plain
+from isoflat.core.render import visible
 
 GAPS = (2, 1)
 """Blanks between columns; the second where the first leave no room."""
 
 FOLDED = 24
 """Columns of a terminal that a word takes at most; longer ones, such as paths, are folded. Numbers never are."""
+
+
+def plain(text: object, style: str = "") -> Text:
+    """Visible text for a rich console, never read as markup."""
+    return Text(visible(text), style=style)
+
+
+def facts(rows: Iterable[tuple[str, object]]) -> Grid:
+    """Names and values in two columns."""
+    grid = Grid.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(plain(name), plain(value))
+    return grid
 
 
 @final
@@ -85,7 +100,8 @@ class FittedTable:
         """The first cell of each row, and under it the others with their heads."""
         parts = []
         for row in self.rows:
-            parts += [_text(row[0]), Padding(facts(zip(self.heads[1:], map(str, row[1:]), strict=True)), (0, 0, 0, 2))]
+            texts = (str(cell).replace("\n", " ") for cell in row[1:])
+            parts += [_text(row[0]), Padding(facts(zip(self.heads[1:], texts, strict=True)), (0, 0, 0, 2))]
         return Group(*parts)
 
 
@@ -102,29 +118,3 @@ def _text(cell: str | Text) -> Text:
 def item(head: str, *lines: str) -> Group:
     """A name, and what is to be said of it below."""
     return Group(plain(head, "bold"), *(Padding(plain(line), (0, 0, 0, 2)) for line in lines if line))
-
-
-def refitted(shown: Group) -> Group:
-    """A group whose tables of rich fit the terminal.
-
-    Args:
-        shown: what a result prints.
-    """
-    return Group(*(_refitted(part) if isinstance(part, Grid) else part for part in shown.renderables))
-
-
-def _refitted(grid: Grid) -> RenderableType:
-    """The same table, unless it is a plain list of names and values, which folds by itself."""
-    if grid.box is None:
-        return grid
-    flush_left = [place for place, column in enumerate(grid.columns) if column.justify == "left"]
-    return FittedTable(
-        [str(column.header) for column in grid.columns],
-        list(zip(*(map(_cell, column.cells) for column in grid.columns), strict=True)),
-        str(grid.title or ""),
-        words=1 + max(flush_left, default=-1),
-    )
-
-
-def _cell(cell: RenderableType) -> str | Text:
-    return cell if isinstance(cell, Text) else str(cell)
