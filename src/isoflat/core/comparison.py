@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, final
 
 from isoflat.core import render
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import interval
+from isoflat.core.plain import numbers, parts
 from isoflat.core.record import SCHEMA, Record
 from isoflat.core.table import Table
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 LISTED = 6
 """Pairs without a winner that are listed in words, where all have one remedy; the JSON has all of them."""
+
+_ENDS = ("value", "lower", "upper")
+"""Fields that may be infinite."""
 
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]\d+)?(?![\w.])")
 """A number in a note that stands by itself, and is no part of a name."""
@@ -75,6 +79,10 @@ class Ratio:
     def __str__(self) -> str:
         """The value, with as many digits as its interval deserves."""
         return render.estimated(self.value, self.lower, self.upper)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; infinities become strings."""
+        return numbers(self, *_ENDS)
 
 
 @final
@@ -144,20 +152,14 @@ class Difference:
             known = math.isfinite(ratio.upper)
             ends = (1 / ratio.upper, 1 / ratio.lower) if known else (ratio.lower, ratio.upper)
             ratio = Ratio(1 / ratio.value, *ends)
-        return Difference(
-            measure=self.measure,
-            geometry=self.geometry,
-            lower_is_flatter=self.lower_is_flatter,
+        return replace(
+            self,
             first=self.second,
             second=self.first,
             value=0.0 - self.value,
             lower=0.0 - self.upper,
             upper=0.0 - self.lower,
-            confidence=self.confidence,
-            basis=self.basis,
-            standard_error=self.standard_error,
             ratio=ratio,
-            remedy=self.remedy,
         )
 
     def __str__(self) -> str:
@@ -168,35 +170,17 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, with the verdict."""
-        ratio = self.ratio
-        return {
-            **vars(self),
-            **{key: _number(getattr(self, key)) for key in ("value", "lower", "upper")},
-            "basis": str(self.basis),
-            "ratio": None if ratio is None else {key: _number(value) for key, value in vars(ratio).items()},
-            "verdict": str(self.verdict),
-            "flatter": self.flatter,
-        }
+        own = {**parts(self), **numbers(self, *_ENDS)}
+        return own | {"verdict": str(self.verdict), "flatter": self.flatter}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Difference:
         """Inverse of `to_dict`; floats return bit for bit."""
         ratio = data["ratio"]
-        return Difference(
-            measure=data["measure"],
-            geometry=data["geometry"],
-            lower_is_flatter=data["lower_is_flatter"],
-            first=data["first"],
-            second=data["second"],
-            value=float(data["value"]),
-            lower=float(data["lower"]),
-            upper=float(data["upper"]),
-            confidence=data["confidence"],
-            basis=Basis(data["basis"]),
-            standard_error=data["standard_error"],
-            ratio=None if ratio is None else Ratio(*(float(ratio[key]) for key in ("value", "lower", "upper"))),
-            remedy=data["remedy"],
-        )
+        read: dict[str, Any] = {part.name: data[part.name] for part in fields(Difference)}
+        read |= {key: float(data[key]) for key in _ENDS} | {"basis": Basis(data["basis"])}
+        read["ratio"] = None if ratio is None else Ratio(*(float(ratio[key]) for key in _ENDS))
+        return Difference(**read)
 
 
 @final
@@ -400,8 +384,7 @@ class Comparison(render.Printed):
             "schema": SCHEMA,
             "networks": list(self.networks),
             "reference": self.reference,
-            "rows": [row.to_dict() for row in self.rows],
-            "differences": [difference.to_dict() for difference in self.differences],
+            **parts(self, "rows", "differences"),
             "ranks": [
                 {
                     "measure": number[0],
@@ -505,7 +488,3 @@ def _range(numbers: Sequence[str]) -> str:
     """
     low, high = min(numbers, key=float), max(numbers, key=float)
     return low if low == high else f"{low} to {high}"
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)

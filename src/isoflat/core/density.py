@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.plain import parts
 
 Reals = NDArray[np.float64]
 
@@ -286,16 +287,7 @@ class Density:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {
-            **{key: getattr(self, key) for key in _PLAIN},
-            "probes": [
-                {"nodes": list(probe.nodes), "weights": list(probe.weights), "square": probe.square}
-                for probe in self.probes
-            ],
-            "outliers": [dict(vars(outlier)) for outlier in self.outliers],
-            "low": {"points": list(self.low.points), "counts": list(self.low.counts)},
-            "high": {"points": list(self.high.points), "counts": list(self.high.counts)},
-        }
+        return parts(self, *_PLAIN, "probes", "outliers", "low", "high")
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Density:

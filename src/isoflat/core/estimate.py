@@ -9,6 +9,7 @@ from typing import Any, final
 
 from isoflat.core import render
 from isoflat.core.errors import NonFinite, UsageError
+from isoflat.core.plain import numbers, parts
 
 
 class Kind(StrEnum):
@@ -159,25 +160,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; infinities become strings."""
-        return {
-            "value": _number(self.value),
-            "lower": _number(self.lower),
-            "upper": _number(self.upper),
-            "confidence": self.confidence,
-            "kind": str(self.kind),
-            "converged": self.converged,
-            "relative_width": _number(self.relative_width),
-            "residual": self.residual,
-            "standard_error": self.standard_error,
-            "cost": {
-                "products": self.cost.products,
-                "gradient_passes": self.cost.gradient_passes,
-                "seconds": self.cost.seconds,
-                "peak_memory": self.cost.peak_memory,
-            },
-            "notes": list(self.notes),
-            "samples": list(self.samples),
-        }
+        return {**parts(self, *_KEYS), **numbers(self, "value", "lower", "upper", "relative_width")}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Estimate:
@@ -208,5 +191,7 @@ def interval(estimate: Estimate) -> str:
     return render.bounds(estimate.lower, estimate.upper)
 
 
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+_KEYS = (
+    "value", "lower", "upper", "confidence", "kind", "converged", "relative_width", "residual", "standard_error", "cost",
+    "notes", "samples",
+)  # fmt: skip

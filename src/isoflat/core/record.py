@@ -8,6 +8,7 @@ from typing import Any, final
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
+from isoflat.core.plain import parts
 
 SCHEMA = 1
 """Version of the JSON layout; raised whenever a field changes its meaning."""
@@ -75,21 +76,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {
-            "schema": SCHEMA,
-            "measure": self.measure,
-            "geometry": self.geometry,
-            "group": self.group,
-            "group_hash": self.group_hash,
-            "label": self.label,
-            "estimate": self.estimate.to_dict(),
-            "point": dict(vars(self.point)),
-            "stationarity_ratio": self.stationarity_ratio,
-            "settings": self.settings,
-            "versions": self.versions,
-            "model_hash": self.model_hash,
-            "data_hash": self.data_hash,
-        }
+        return {"schema": SCHEMA, **parts(self, *_KEYS)}
 
     def to_json(self) -> str:
         """One line of strict JSON; floats return bit for bit."""
@@ -104,11 +91,8 @@ class Record:
         """
         if data.get("schema") != SCHEMA:
             raise UsageError(f"expected a record of schema {SCHEMA}, got {data.get('schema')!r}; measure again")
-        return Record(
-            estimate=Estimate.from_dict(data["estimate"]),
-            point=Point(**data["point"]),
-            **{key: data[key] for key in _PLAIN},
-        )
+        read: dict[str, Any] = {"estimate": Estimate.from_dict(data["estimate"]), "point": Point(**data["point"])}
+        return Record(**{key: data[key] for key in _KEYS} | read)
 
     @staticmethod
     def from_json(line: str) -> Record:
@@ -116,7 +100,7 @@ class Record:
         return Record.from_dict(json.loads(line))
 
 
-_PLAIN = (
-    "measure", "geometry", "group", "group_hash", "stationarity_ratio",
-    "label", "settings", "versions", "model_hash", "data_hash",
+_KEYS = (
+    "measure", "geometry", "group", "group_hash", "label", "estimate", "point", "stationarity_ratio", "settings",
+    "versions", "model_hash", "data_hash",
 )  # fmt: skip

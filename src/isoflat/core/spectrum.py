@@ -11,6 +11,7 @@ from isoflat.core import render
 from isoflat.core.density import Density
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
+from isoflat.core.plain import parts
 from isoflat.core.record import Record
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Spectrum(render.Printed):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {"schema": SCHEMA, "record": self.record.to_dict(), "density": self.density.to_dict()}
+        return {"schema": SCHEMA, **parts(self)}
 
     def to_json(self) -> str:
         """One line of strict JSON; floats return bit for bit."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 from isoflat.core import render
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import interval
+from isoflat.core.plain import parts
 from isoflat.core.record import Record
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Table(render.Printed):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {"rows": [row.to_dict() for row in self.rows], "omitted": [dict(vars(part)) for part in self.omitted]}
+        return parts(self)
 
     def to_json(self) -> str:
         """Strict JSON."""

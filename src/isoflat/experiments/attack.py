@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import IsoflatError, UsageError
 from isoflat.core.estimate import Estimate, Kind
+from isoflat.core.plain import numbers, parts, plain
 from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.state import State
@@ -98,13 +99,7 @@ class Twin:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {
-            "label": self.label,
-            "output_change": _number(self.output_change),
-            "loss_change": None if self.loss_change is None else _number(self.loss_change),
-            "estimates": [estimate.to_dict() for estimate in self.estimates],
-            "refused": self.refused,
-        }
+        return {**parts(self), **numbers(self, "output_change", "loss_change")}
 
 
 @final
@@ -143,17 +138,7 @@ class AttackedNumber:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {
-            "measure": self.before.measure,
-            "geometry": self.before.geometry,
-            "before": self.before.to_dict(),
-            "lowest": self.lowest,
-            "highest": self.highest,
-            "drift": _number(self.drift),
-            "worst": self.worst,
-            "tolerance": _number(self.tolerance),
-            "survives": self.survives,
-        }
+        return {**parts(self.before, "measure", "geometry"), **parts(self), **numbers(self, "drift", "tolerance")}
 
 
 @final
@@ -200,17 +185,11 @@ class AttackResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {
-            "points": self.plan.points,
-            "search": self.plan.search,
-            "spread": self.plan.spread,
-            "seed": self.plan.seed,
-            "dimension": self.dimension,
-            "group_hash": self.group_hash,
+            **parts(self.plan, "points", "search", "spread", "seed"),
+            **parts(self, "dimension", "group_hash"),
             "loss_ignores_common_score": self.blind,
-            "output_change": self.output_change,
-            "loss_change": self.loss_change,
-            "rows": [row.to_dict() for row in self.rows],
-            "copies": [twin.to_dict() for twin in self.twins],
+            **parts(self, "output_change", "loss_change", "rows"),
+            "copies": plain(self.twins),
         }
 
 
@@ -379,7 +358,3 @@ def _distance(before: float, after: float) -> float:
     if before == 0:
         return abs(after)
     return abs(math.log(after / before)) if after / before > 0 else math.inf
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)

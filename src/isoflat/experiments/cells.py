@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from isoflat.core.errors import IsoflatError, NonFinite, RankLost, RanksDiffer, UsageError
+from isoflat.core.plain import kinds, plain
 from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.table import Omission, Table
@@ -26,7 +27,6 @@ from isoflat.experiments.checkpoint import Checkpoint
 from isoflat.experiments.data import Split
 from isoflat.experiments.loop import VERSION, Training, accuracy, full_loss, train
 from isoflat.experiments.numbers import Number
-from isoflat.experiments.plain import kinds, plain
 from isoflat.experiments.progress import Report
 from isoflat.experiments.recipe import Arm, Recipe
 from isoflat.experiments.store import Artifact, Store, address

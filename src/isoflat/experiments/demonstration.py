@@ -9,6 +9,7 @@ from typing import Any, Protocol, final
 from torch import nn
 
 from isoflat.core.estimate import Estimate
+from isoflat.core.plain import parts, plain
 from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.table import Table
@@ -16,7 +17,6 @@ from isoflat.experiments.data import Split
 from isoflat.experiments.ladders import Ladder
 from isoflat.experiments.loop import Regime, Training, accuracy, train
 from isoflat.experiments.numbers import CANONICAL, GEOMETRIES, MEASURES, NUMBERS, Number
-from isoflat.experiments.plain import plain
 from isoflat.experiments.progress import Report
 from isoflat.experiments.verdict import GroupVerdict, compare
 from isoflat.measurement.run import measure_all
@@ -154,9 +154,8 @@ class Trained:
             "batch": self.arm.batch,
             **({} if self.arm.rate is None else {"rate": self.arm.rate}),
             "seed": self.seed,
-            "training": plain(self.training),
-            "test_accuracy": self.test_accuracy,
-            "records": [record.to_dict() for record in self.table],
+            **parts(self, "training", "test_accuracy"),
+            "records": plain(self.table.rows),
         }
 
 
@@ -363,15 +362,7 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {
-            "plan": plain(self.plan),
-            "data": self.data,
-            "verdicts": {name: verdict.to_dict() for name, verdict in self.verdicts.items()},
-            "networks": [network.to_dict() for network in self.networks],
-            "ladders": [ladder.to_dict() for ladder in self.ladders],
-            "sentences": list(self.sentences),
-            "seconds": self.seconds,
-        }
+        return parts(self, "plan", "data", "verdicts", "networks", "ladders", "sentences", "seconds")
 
 
 def _amount(times: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from isoflat.core.plain import parts
 from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.state import State
@@ -50,15 +51,6 @@ class Rung:
     output_change: float
     records: Mapping[str, Record]
     changes: Mapping[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
-        return {
-            "amount": self.amount,
-            "output_change": self.output_change,
-            "records": {name: record.to_dict() for name, record in self.records.items()},
-            "changes": dict(self.changes),
-        }
 
 
 @final
@@ -106,11 +98,7 @@ class Ladder:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {
-            **{key: value for key, value in vars(self).items() if key != "rungs"},
-            "rungs": [rung.to_dict() for rung in self.rungs],
-            "sentence": self.sentence,
-        }
+        return {**parts(self), "sentence": self.sentence}
 
 
 @final

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, final
 
+from isoflat.core.plain import parts, plain
 from isoflat.core.record import Record
 from isoflat.core.table import Table
 from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number, flat
-from isoflat.experiments.plain import plain
 from isoflat.experiments.statistics.relation import Relation, relations
 from isoflat.experiments.statistics.sample import LEAST, Level, OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
@@ -241,15 +241,11 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {
-            "outcome": self.outcome,
-            "seed": self.seed,
-            "draws": self.draws,
+            **parts(self, "outcome", "seed", "draws"),
             "numbers": {number.name: sharpness(number) for number in self.numbers},
-            "factors": {name: list(levels) for name, levels in self.factors.items()},
-            "sentences": list(self.sentences),
-            "relations": [relation.to_dict() for relation in self.relations],
+            **parts(self, "factors", "sentences", "relations"),
             "networks": self.rows(),
-            "omitted": [plain(part) for network in self.networks for part in network.table.omitted],
+            "omitted": plain([part for network in self.networks for part in network.table.omitted]),
             "left_out": [{"label": label, "reason": reason} for label, reason in self.left_out],
         }
 

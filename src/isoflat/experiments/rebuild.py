@@ -10,13 +10,13 @@ import torch
 from pydantic import Field
 
 from isoflat.core.errors import DataError
+from isoflat.core.plain import kinds
 from isoflat.core.record import Record
 from isoflat.core.table import Omission, Table
 from isoflat.experiments import cells, checking
 from isoflat.experiments.cells import Measured, NetworkTask
 from isoflat.experiments.data import Split
 from isoflat.experiments.numbers import Number
-from isoflat.experiments.plain import kinds
 from isoflat.experiments.prediction import NOTE, Facts, Observed, Prediction, flat
 from isoflat.experiments.recipe import Quantity, Recipe
 from isoflat.experiments.reproduction import Reproduction

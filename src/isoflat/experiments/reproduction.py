@@ -12,11 +12,11 @@ from typing import Any, final
 from scipy.stats import mannwhitneyu
 
 from isoflat.core.estimate import Estimate
+from isoflat.core.plain import parts, plain
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.cells import Measured, found
 from isoflat.experiments.numbers import COLUMNS, Number, flat
-from isoflat.experiments.plain import plain
 from isoflat.experiments.recipe import Arm, Asks, Recipe
 from isoflat.experiments.statistics.relation import Relation, relations
 from isoflat.experiments.statistics.sample import OutcomeSample
@@ -359,20 +359,15 @@ class Reproduction:
         """Plain values that JSON can hold."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
-            "data": self.data,
-            "sentences": list(self.sentences),
-            "summaries": [plain(summary) for summary in self.summaries],
-            "verdicts": {name: verdict.to_dict() for name, verdict in self.verdicts().items()},
-            "moved": [
-                {name: verdict.to_dict() for name, verdict in self.verdicts(point).items()}
-                for point in range(self.points)
-            ],
+            **parts(self, "data", "sentences", "summaries"),
+            "verdicts": plain(self.verdicts()),
+            "moved": plain([self.verdicts(point) for point in range(self.points)]),
             "drift": {number.name: self.drift(number) for number in self.numbers},
-            "relations": [relation.to_dict() for relation in self.told],
-            "relations_elsewhere": [[relation.to_dict() for relation in told] for told in self.told_elsewhere],
+            "relations": plain(self.told),
+            "relations_elsewhere": plain(self.told_elsewhere),
             "networks": self.rows(),
             "diverged": [{"label": network.label, "reason": network.diverged} for network in self.diverged],
-            "omitted": [plain(part) for part in self.omitted],
+            "omitted": plain(self.omitted),
             "cost_seconds": self.cost,
             "seconds": self.seconds,
         }

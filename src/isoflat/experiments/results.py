@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from isoflat.core.comparison import Comparison
 from isoflat.core.errors import DataError, IsoflatError, UsageError
+from isoflat.core.plain import kinds
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
-from isoflat.experiments.plain import kinds
 from isoflat.experiments.store import Artifact, Refused, Store
 from isoflat.experiments.store.main import MARKER
 from isoflat.io.strict import parse

@@ -13,7 +13,7 @@ from scipy.stats import mannwhitneyu
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
-from isoflat.experiments.plain import plain
+from isoflat.core.plain import parts
 
 SIGNIFICANCE = 0.05
 
@@ -89,7 +89,7 @@ class GroupVerdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**plain(self), "delta": self.delta, "sentence": self.sentence}
+        return {**parts(self), "delta": self.delta, "sentence": self.sentence}
 
 
 def compare(

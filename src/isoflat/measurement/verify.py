@@ -23,6 +23,7 @@ from torch import Tensor
 from isoflat.core.errors import UnknownName, UsageError
 from isoflat.core.estimate import Estimate, interval
 from isoflat.core.fingerprint import fingerprint
+from isoflat.core.plain import parts
 from isoflat.core.record import Point, Record
 from isoflat.core.rng import stream
 from isoflat.curvature.matrix import Matrix
@@ -99,12 +100,7 @@ class RecordCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {
-            **vars(self),
-            "verdict": str(self.verdict),
-            "stored": self.stored.to_dict(),
-            "contains": None if self.contains is None else list(self.contains),
-        }
+        return parts(self)
 
 
 def checkable(measure: Measure) -> SolverQuery | None:
