@@ -10,9 +10,8 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.progress import step
-from isoflat.cli.terminal import notes, say
-from isoflat.core.fitted import FittedTable, plain
+from isoflat.cli.terminal import notes, say, step
+from isoflat.core.fitted import FittedTable, literal
 
 if TYPE_CHECKING:
     from isoflat.experiments.attack import AttackResult
@@ -94,7 +93,7 @@ def show(screen: Console, orbit: AttackResult, loading: tuple[str, ...]) -> None
             f"{row.lowest:.6g}",
             f"{row.highest:.6g}",
             f"{row.drift:.1e}",
-            plain("yes", style="green") if row.survives else plain("NO", style="bold red"),
+            literal("yes", style="green") if row.survives else literal("NO", style="bold red"),
         )
         for row in orbit.rows
     ]

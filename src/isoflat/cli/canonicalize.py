@@ -14,7 +14,7 @@ from isoflat.cli import options
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import console, notes
 from isoflat.core.errors import UsageError
-from isoflat.core.fitted import plain
+from isoflat.core.fitted import literal
 from isoflat.core.render import WIDTH
 from isoflat.io.files import claim, save
 
@@ -78,10 +78,10 @@ def show(screen: Console, out: Path, facts: dict[str, Any], loading: tuple[str, 
         ("group", f"{facts['group_hash']}, rules {facts['rules']}"),
     ]
     for head, text in lines:
-        screen.print(plain(f"{head:<9}", style="dim") + plain(text), soft_wrap=screen.width >= WIDTH)
+        screen.print(literal(f"{head:<9}", style="dim") + literal(text), soft_wrap=screen.width >= WIDTH)
     if facts["epsilons"]:
         screen.print(
-            plain(
+            literal(
                 "The file is the same function only with these attributes of the network's modules. They are in its "
                 "metadata, and isoflat sets them; elsewhere set them yourself, or write a file with --fixed-epsilon:",
                 style="bold",
@@ -89,6 +89,6 @@ def show(screen: Console, out: Path, facts: dict[str, Any], loading: tuple[str, 
         )
         for path, value in facts["epsilons"].items():
             screen.print(
-                plain(f"  {path} = {value['after']!r}  (was {value['before']!r})"), soft_wrap=screen.width >= WIDTH
+                literal(f"  {path} = {value['after']!r}  (was {value['before']!r})"), soft_wrap=screen.width >= WIDTH
             )
     notes(screen, loading)

@@ -12,12 +12,10 @@ from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
-from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.exits import NOT_CONVERGED, sharing
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.processes import sharing
-from isoflat.cli.progress import interactive, step
-from isoflat.cli.terminal import complain, notes
-from isoflat.core.fitted import plain
+from isoflat.cli.terminal import complain, interactive, notes, step
+from isoflat.core.fitted import literal
 from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
@@ -210,8 +208,8 @@ def written(comparison: Comparison, subject: Mapping[str, Any]) -> str:
 def show(screen: Console, inputs: Inputs, comparison: Comparison, loading: Sequence[str]) -> None:
     """Print what was compared, then who is flatter, then how it was loaded."""
     point = comparison.rows[0].point
-    screen.print(plain(f"network  {inputs.model}, {point.parameters} trainable entries"))
-    screen.print(plain(f"data     {inputs.data}, {point.examples} examples; loss {inputs.loss}"))
+    screen.print(literal(f"network  {inputs.model}, {point.parameters} trainable entries"))
+    screen.print(literal(f"data     {inputs.data}, {point.examples} examples; loss {inputs.loss}"))
     screen.print()
     screen.print(comparison)
     notes(screen, loading)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from isoflat.cli.terminal import console
 from isoflat.io.files import save
+
+if TYPE_CHECKING:
+    from isoflat.core.record import Record
+    from isoflat.report.document import Page
 
 
 def deliver(
@@ -45,3 +49,24 @@ def deliver(
             sys.stdout.write(text)
         else:
             show(console())
+
+
+def fill(
+    folder: Path, content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], records: Iterable[Record], page: Page
+) -> None:
+    """Write the files of an experiment; earlier ones of the same names are replaced, nothing else is touched.
+
+    Args:
+        folder: where; it exists.
+        content: the result, as JSON.
+        rows: a flat row for each network and number.
+        records: every number.
+        page: the report.
+    """
+    from isoflat.integrations.tables import to_csv
+    from isoflat.report.html import render
+
+    save(folder / "result.json", json.dumps(content, allow_nan=False, indent=1) + "\n", force=True)
+    save(folder / "networks.csv", to_csv(rows), force=True)
+    save(folder / "records.jsonl", "".join(f"{record.to_json()}\n" for record in records), force=True)
+    save(folder / "report.html", render(page), force=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from isoflat.cli.terminal import console, say
-from isoflat.core.fitted import FittedTable, plain
+from isoflat.core.fitted import FittedTable, literal
 
 if TYPE_CHECKING:
     from isoflat.core.estimate import Estimate
@@ -101,11 +101,11 @@ def show(result: DemoResult, report: Path) -> None:
     screen = console()
     screen.print(everything(result) if result.setting.together else networks(result))
     for sentence in result.comparison:
-        screen.print(plain(sentence), end="\n\n")
+        screen.print(literal(sentence), end="\n\n")
     for ladder in () if result.setting.together else result.ladders:
         screen.print(rungs(ladder))
     for sentence in result.manipulation:
-        screen.print(plain(sentence), end="\n\n")
+        screen.print(literal(sentence), end="\n\n")
     say(screen, f"{result.seconds:.0f} s. Report: {report}", "bold")
 
 

@@ -17,7 +17,7 @@ from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import REFUSED
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
 from isoflat.core.errors import UsageError
-from isoflat.core.fitted import plain
+from isoflat.core.fitted import literal
 from isoflat.core.render import WIDTH
 
 if TYPE_CHECKING:
@@ -107,16 +107,16 @@ def extra(name: str) -> str:
 
 def _show(screen: Console, found: dict[str, Any], checks: tuple[Finding, ...]) -> None:
     for name, version in found["versions"].items():
-        screen.print(plain(f"{name:<14}{version}"))
-    screen.print(plain(f"{'devices':<14}{', '.join(found['devices'])}; {found['threads']} threads"))
+        screen.print(literal(f"{name:<14}{version}"))
+    screen.print(literal(f"{'devices':<14}{', '.join(found['devices'])}; {found['threads']} threads"))
     free, total = found["memory_available"] / 2**30, found["memory_total"] / 2**30
-    screen.print(plain(f"{'memory':<14}{free:.1f} GiB free of {total:.1f} GiB"))
+    screen.print(literal(f"{'memory':<14}{free:.1f} GiB free of {total:.1f} GiB"))
     for name, state in found["extras"].items():
         hint = f": pip install 'isoflat[{EXTRAS[name]}]'" if state == "missing" and EXTRAS[name] else ""
         screen.print(
-            plain(f"{name:<14}{state}{hint}", style="" if state in ("works", "found") else "dim"),
+            literal(f"{name:<14}{state}{hint}", style="" if state in ("works", "found") else "dim"),
             soft_wrap=screen.width >= WIDTH,
         )
     for check in checks:
-        line = plain(f"{check.outcome:<8}", style=_COLOURS[check.outcome])
-        screen.print(line + plain(f"{check.name}: {check.detail}"), soft_wrap=screen.width >= WIDTH)
+        line = literal(f"{check.outcome:<8}", style=_COLOURS[check.outcome])
+        screen.print(line + literal(f"{check.name}: {check.detail}"), soft_wrap=screen.width >= WIDTH)

@@ -12,13 +12,11 @@ from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
-from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.exits import NOT_CONVERGED, sharing
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.processes import sharing
-from isoflat.cli.progress import interactive, step
-from isoflat.cli.terminal import notes
+from isoflat.cli.terminal import interactive, notes, step
 from isoflat.core.errors import UsageError
-from isoflat.core.fitted import FittedTable, facts, plain
+from isoflat.core.fitted import FittedTable, facts, literal
 from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
@@ -230,7 +228,7 @@ def show(
     screen.print(facts(listed))
     for number, row in enumerate(table):
         further = [] if orbit is None else [("over the orbit", _spread(orbit, number))]
-        screen.print(plain(f"{row.measure} ({row.geometry})", style="bold"))
+        screen.print(literal(f"{row.measure} ({row.geometry})", style="bold"))
         screen.print(facts([*_row(row), *further]))
     notes(screen, (*loading, *(note for row in table for note in row.estimate.notes)))
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from isoflat.cli.progress import interactive, step
-from isoflat.cli.terminal import console, say
-from isoflat.core.fitted import FittedTable, facts, item, plain
+from isoflat.cli.terminal import console, interactive, say, step
+from isoflat.core.fitted import FittedTable, facts, item, literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,7 +56,7 @@ def measures(
         return
     for listed in chosen.values():
         screen.print(item(listed.label, _sentence(listed), _briefly(listed)))
-    screen.print(plain("\nGeometries, in which a measure is taken", "bold"))
+    screen.print(literal("\nGeometries, in which a measure is taken", "bold"))
     for place in catalogue.geometries().values():
         screen.print(item(place.name, f"{place.title}.", f"invariant to: {place.group}"))
     say(screen, "\nisoflat measures NAME tells formula, units, reference and pitfalls of one of them.")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from isoflat.cli.terminal import complain, console, say
-from isoflat.core.fitted import plain
+from isoflat.core.fitted import literal
 
 TOLD = 20
 """Refused files that are named on the standard error; the page names more."""
@@ -70,7 +70,7 @@ def report(  # noqa: PLR0913
         sys.stdout.write(f"{json.dumps(content, allow_nan=False)}\n")
     else:
         screen = console()
-        screen.print(plain(written.headline))
+        screen.print(literal(written.headline))
         say(screen, f"Report: {written.files['out']}", "bold")
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
-from isoflat.cli.exits import DOES_NOT_HOLD, NOT_CONVERGED
+from isoflat.cli.deliver import fill
+from isoflat.cli.exits import DOES_NOT_HOLD, NOT_CONVERGED, sharing
 from isoflat.cli.options import ComputeOptions, OutputOptions, takes
 from isoflat.cli.terminal import console, say
-from isoflat.core.fitted import FittedTable, item, plain
+from isoflat.core.fitted import FittedTable, item, literal
 
 if TYPE_CHECKING:
     from isoflat.experiments.checking import ReproductionCheck
@@ -105,7 +106,6 @@ def reproduce(
 
     Exit code 0: done. 3: a number did not converge. 5: --check found a difference. 4: a process is lost.
     """
-    from isoflat.cli.processes import sharing
     from isoflat.experiments import checking
     from isoflat.experiments.reproduce import reproduce as followed
 
@@ -157,16 +157,10 @@ def _command(recipe: Recipe, data: str | None) -> str:
 
 def write(result: Reproduction, folder: Path, command: str) -> None:
     """The report, the result and the tables; earlier ones of the same names are replaced, nothing else is touched."""
-    from isoflat.integrations.tables import to_csv
-    from isoflat.io.files import save
-    from isoflat.report.html import render
     from isoflat.report.pages.reproduce import page
 
     content = {**result.to_dict(), "command": command}
-    save(folder / "result.json", json.dumps(content, allow_nan=False, indent=1) + "\n", force=True)
-    save(folder / "networks.csv", to_csv(result.rows()), force=True)
-    save(folder / "records.jsonl", "".join(f"{record.to_json()}\n" for record in result.records), force=True)
-    save(folder / "report.html", render(page(result, command)), force=True)
+    fill(folder, content, result.rows(), result.records, page(result, command))
 
 
 def listing(as_json: bool) -> None:
@@ -186,13 +180,13 @@ def show(result: Reproduction, folder: Path) -> None:
     """Tables and sentences on the terminal."""
     screen = console()
     recipe = result.recipe
-    screen.print(plain(f"{recipe.title}, scale {recipe.scale}. {recipe.question}", style="bold"))
+    screen.print(literal(f"{recipe.title}, scale {recipe.scale}. {recipe.question}", style="bold"))
     if recipe.differs:
-        screen.print(plain(f"Not as in {recipe.reference}: {recipe.differs}"))
+        screen.print(literal(f"Not as in {recipe.reference}: {recipe.differs}"))
     screen.print(_networks(result))
     screen.print(_summaries(result))
     for sentence in result.sentences:
-        screen.print(plain(sentence), end="\n\n")
+        screen.print(literal(sentence), end="\n\n")
     spent = f"{result.seconds:.0f} s; training and measuring these networks took {result.cost:.0f} s in all"
     say(screen, f"{spent}. Report: {folder / 'report.html'}", "bold")
 

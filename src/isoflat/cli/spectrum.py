@@ -11,12 +11,11 @@ from rich.console import Console
 
 from isoflat.cli import options
 from isoflat.cli.deliver import deliver
-from isoflat.cli.exits import NOT_CONVERGED
+from isoflat.cli.exits import NOT_CONVERGED, sharing
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.processes import sharing
-from isoflat.cli.progress import interactive, step
+from isoflat.cli.terminal import interactive, step
 from isoflat.core.errors import UsageError
-from isoflat.core.fitted import facts, plain
+from isoflat.core.fitted import facts, literal
 from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
@@ -162,6 +161,6 @@ def show(screen: Console, inputs: Inputs, notes: tuple[str, ...], found: Spectru
         *(("note", note) for note in notes),
         *([] if plot is None else [("drawing", str(plot))]),
     ]
-    screen.print(plain(found.title, style="bold"))
+    screen.print(literal(found.title, style="bold"))
     screen.print(*found.grids(), sep="\n")
     screen.print(facts(listed))

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, final
 import typer
 
 from isoflat.cli import options
+from isoflat.cli.deliver import fill
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import console, say
-from isoflat.core.fitted import FittedTable, plain
+from isoflat.core.fitted import FittedTable, literal
 from isoflat.core.fitted import facts as told
 
 if TYPE_CHECKING:
@@ -200,16 +201,10 @@ def _command(context: typer.Context) -> str:
 
 def write(result: Prediction, folder: Path, command: str) -> None:
     """The report, the result and the tables; earlier ones of the same names are replaced, nothing else is touched."""
-    from isoflat.integrations.tables import to_csv
-    from isoflat.io.files import save
-    from isoflat.report.html import render
     from isoflat.report.pages.study import page
 
     content = {"command": command, "subject": result.subject, **result.to_dict()}
-    save(folder / "result.json", json.dumps(content, allow_nan=False, indent=1) + "\n", force=True)
-    save(folder / "networks.csv", to_csv(result.rows()), force=True)
-    save(folder / "records.jsonl", "".join(f"{record.to_json()}\n" for record in result.records), force=True)
-    save(folder / "report.html", render(page(result, command, result.facts)), force=True)
+    fill(folder, content, result.rows(), result.records, page(result, command, result.facts))
 
 
 def show(result: Prediction, folder: Path) -> None:
@@ -219,9 +214,9 @@ def show(result: Prediction, folder: Path) -> None:
     screen.print(_networks(result))
     screen.print(_relations(result))
     first, *others = result.sentences
-    screen.print(plain(first, style="bold"), end="\n\n")
+    screen.print(literal(first, style="bold"), end="\n\n")
     for sentence in others:
-        screen.print(plain(sentence), end="\n\n")
+        screen.print(literal(sentence), end="\n\n")
     say(screen, f"Report: {folder / 'report.html'}", "bold")
 
 

@@ -10,7 +10,7 @@ from rich.tree import Tree
 
 from isoflat.cli.deliver import deliver
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
-from isoflat.core.fitted import plain
+from isoflat.core.fitted import literal
 from isoflat.core.render import WIDTH
 
 if TYPE_CHECKING:
@@ -57,14 +57,14 @@ def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> N
     """The groups as a tree, then what is known about them all."""
     exact, free = content["dimension"]["exact"], content["dimension"]["without_epsilon"]
     verb = "dimension keeps" if exact == 1 else "dimensions keep"
-    tree = Tree(plain(f"{name}: {exact} {verb} the function", style="bold"), guide_style="dim")
+    tree = Tree(literal(f"{name}: {exact} {verb} the function", style="bold"), guide_style="dim")
     width = max((len(str(line.dimension)) for line in found.report), default=0)
     kinds = dict.fromkeys((*KINDS, *(line.kind for line in found.report if line.kind != NOT_CLAIMED), NOT_CLAIMED))
     for kind in kinds:
         lines = [line for line in found.report if line.kind == kind]
         if lines:
             total = sum(line.dimension for line in lines)
-            branch = tree.add(plain(f"{kind}: {total}{' units' if kind == NOT_CLAIMED else ''}"))
+            branch = tree.add(literal(f"{kind}: {total}{' units' if kind == NOT_CLAIMED else ''}"))
             for line in lines:
                 branch.add(_line(line, width))
     screen.print(tree)
@@ -82,11 +82,11 @@ def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> N
         facts.append(("loss", "ignores a constant added to all scores of an example"))
     facts.append(("group", f"{content['group_hash']}, rules {content['rules']}"))
     for head, text in facts:
-        screen.print(plain(f"{head:<10}", style="dim") + plain(text), soft_wrap=screen.width >= WIDTH)
+        screen.print(literal(f"{head:<10}", style="dim") + literal(text), soft_wrap=screen.width >= WIDTH)
 
 
 def _line(line: SymmetryLine, width: int) -> Text:
     """One group in words: dimensions, tensors, and reasons against those that are fixed."""
     more = f" and {len(line.tensors) - LISTED} more" if len(line.tensors) > LISTED else ""
-    text = plain(f"{line.dimension:>{width}}  {', '.join(line.tensors[:LISTED])}{more}")
-    return text + plain(f"; fixed by {', '.join(line.reasons)}", style="yellow") if line.reasons else text
+    text = literal(f"{line.dimension:>{width}}  {', '.join(line.tensors[:LISTED])}{more}")
+    return text + literal(f"; fixed by {', '.join(line.reasons)}", style="yellow") if line.reasons else text

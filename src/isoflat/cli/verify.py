@@ -15,7 +15,7 @@ from isoflat.cli.exits import DOES_NOT_HOLD, REFUSED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import complain, console
 from isoflat.core.errors import IsoflatError
-from isoflat.core.fitted import facts, plain
+from isoflat.core.fitted import facts, literal
 
 if TYPE_CHECKING:
     from isoflat.io.verify import VerifiedFile
@@ -114,7 +114,7 @@ def _show(screen: Console, part: VerifiedFile) -> None:
     from isoflat.core.estimate import interval
 
     for check in part.checks:
-        screen.print(plain(f"{part.path}: {check.measure} ({check.geometry}): {check.verdict}", style="bold"))
+        screen.print(literal(f"{part.path}: {check.measure} ({check.geometry}): {check.verdict}", style="bold"))
         listed = [("stored", f"{check.stored} in {interval(check.stored)}"), ("finding", check.sentence)]
         if check.contains is not None and check.residual is not None:
             low, high = check.contains

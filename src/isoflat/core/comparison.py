@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 from isoflat.core import render
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import interval
-from isoflat.core.plain import numbers, parts
+from isoflat.core.plain import attributes, numbers
 from isoflat.core.record import SCHEMA, Record
 from isoflat.core.table import Table
 
@@ -170,7 +170,7 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, with the verdict."""
-        own = {**parts(self), **numbers(self, *_ENDS)}
+        own = {**attributes(self), **numbers(self, *_ENDS)}
         return own | {"verdict": str(self.verdict), "flatter": self.flatter}
 
     @staticmethod
@@ -332,13 +332,13 @@ class Comparison(render.Printed):
         """Draw a table and a sentence for each number, and the notes below."""
         from rich.console import Group
 
-        from isoflat.core.fitted import plain
+        from isoflat.core.fitted import literal
 
         parts: list[Any] = []
         for number in self.numbers:
-            parts += [plain(""), self._grid(number), plain(self.sentence(number))]
-        notes = (plain(f"note: {note}", "yellow") for note in (*self.notes, *self.remarks))
-        return Group(*parts[1:], plain(""), *notes)
+            parts += [literal(""), self._grid(number), literal(self.sentence(number))]
+        notes = (literal(f"note: {note}", "yellow") for note in (*self.notes, *self.remarks))
+        return Group(*parts[1:], literal(""), *notes)
 
     def _title(self, number: tuple[str, str]) -> str:
         return f"{number[0]} ({number[1]}), {'lower' if self._of(number)[0].lower_is_flatter else 'higher'} is flatter"
@@ -384,7 +384,7 @@ class Comparison(render.Printed):
             "schema": SCHEMA,
             "networks": list(self.networks),
             "reference": self.reference,
-            **parts(self, "rows", "differences"),
+            **attributes(self, "rows", "differences"),
             "ranks": [
                 {
                     "measure": number[0],
@@ -426,7 +426,7 @@ class Comparison(render.Printed):
 
 def _cells(gap: Difference) -> tuple[str, str, Text]:
     """Difference with its interval below, ratio and verdict in a table."""
-    from isoflat.core.fitted import plain
+    from isoflat.core.fitted import literal
 
     verdict = gap.verdict
     style = {Verdict.FLATTER: "green", Verdict.SHARPER: "red"}.get(verdict, "yellow")
@@ -434,7 +434,7 @@ def _cells(gap: Difference) -> tuple[str, str, Text]:
     if math.isfinite(gap.upper) and gap.basis is not Basis.IDENTICAL:
         bounds = render.bounds(gap.lower, gap.upper)
     ratio = "–" if gap.ratio is None else str(gap.ratio)
-    return f"{gap}\n{bounds}".strip(), ratio, plain(verdict, style)
+    return f"{gap}\n{bounds}".strip(), ratio, literal(verdict, style)
 
 
 def _beaten(against: list[Difference]) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.estimate import Estimate, Kind
-from isoflat.core.plain import parts
+from isoflat.core.plain import attributes
 
 Reals = NDArray[np.float64]
 
@@ -287,7 +287,7 @@ class Density:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return parts(self, *_PLAIN, "probes", "outliers", "low", "high")
+        return attributes(self, *_PLAIN, "probes", "outliers", "low", "high")
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Density:

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from isoflat.core import render
 from isoflat.core.errors import NonFinite, UsageError
-from isoflat.core.plain import numbers, parts
+from isoflat.core.plain import attributes, numbers
 
 
 class Kind(StrEnum):
@@ -160,7 +160,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; infinities become strings."""
-        return {**parts(self, *_KEYS), **numbers(self, "value", "lower", "upper", "relative_width")}
+        return {**attributes(self, *_KEYS), **numbers(self, "value", "lower", "upper", "relative_width")}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Estimate:

@@ -22,7 +22,7 @@ FOLDED = 24
 """Columns of a terminal that a word takes at most; longer ones, such as paths, are folded. Numbers never are."""
 
 
-def plain(text: object, style: str = "") -> Text:
+def literal(text: object, style: str = "") -> Text:
     """Visible text for a rich console, never read as markup."""
     return Text(visible(text), style=style)
 
@@ -33,7 +33,7 @@ def facts(rows: Iterable[tuple[str, object]]) -> Grid:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
-        grid.add_row(plain(name), plain(value))
+        grid.add_row(literal(name), literal(value))
     return grid
 
 
@@ -59,7 +59,7 @@ class FittedTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A grid where it fits, lists where it does not."""
         if self.title:
-            yield plain(self.title, "bold")
+            yield literal(self.title, "bold")
         fitting = ((gap, self.widths(options.max_width, gap)) for gap in GAPS)
         yield next((self._grid(widths, gap) for gap, widths in fitting if widths is not None), self._lists())
 
@@ -90,7 +90,7 @@ class FittedTable:
         )
         for place, (head, width) in enumerate(zip(self.heads, widths, strict=True)):
             grid.add_column(
-                plain(head), width=width, justify="left" if place < self.words else "right", overflow="fold"
+                literal(head), width=width, justify="left" if place < self.words else "right", overflow="fold"
             )
         for place, row in enumerate(self.rows):
             grid.add_row(*map(_text, row), end_section=place in self.sections)
@@ -112,9 +112,9 @@ def _longest(cell: str | Text, apart: str | None) -> int:
 
 def _text(cell: str | Text) -> Text:
     """A cell as it is printed; line breaks of ours stay."""
-    return cell if isinstance(cell, Text) else Text("\n").join(plain(line) for line in cell.split("\n"))
+    return cell if isinstance(cell, Text) else Text("\n").join(literal(line) for line in cell.split("\n"))
 
 
 def item(head: str, *lines: str) -> Group:
     """A name, and what is to be said of it below."""
-    return Group(plain(head, "bold"), *(Padding(plain(line), (0, 0, 0, 2)) for line in lines if line))
+    return Group(literal(head, "bold"), *(Padding(literal(line), (0, 0, 0, 2)) for line in lines if line))

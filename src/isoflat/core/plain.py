@@ -31,7 +31,7 @@ def plain(value: Any) -> Any:
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if is_dataclass(value):
-        return parts(value)
+        return attributes(value)
     if isinstance(value, StrEnum):
         return str(value)
     if isinstance(value, Mapping):
@@ -39,7 +39,7 @@ def plain(value: Any) -> Any:
     return [plain(part) for part in value] if isinstance(value, (tuple, list)) else value
 
 
-def parts(value: Any, *names: str) -> dict[str, Any]:
+def attributes(value: Any, *names: str) -> dict[str, Any]:
     """Attributes of these names, in this order, as `plain` values; all fields of a dataclass where none is named."""
     return {name: plain(getattr(value, name)) for name in names or (part.name for part in fields(value))}
 

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
-from isoflat.core.plain import parts
+from isoflat.core.plain import attributes
 
 SCHEMA = 1
 """Version of the JSON layout; raised whenever a field changes its meaning."""
@@ -76,7 +76,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {"schema": SCHEMA, **parts(self, *_KEYS)}
+        return {"schema": SCHEMA, **attributes(self, *_KEYS)}
 
     def to_json(self) -> str:
         """One line of strict JSON; floats return bit for bit."""

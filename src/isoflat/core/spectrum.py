@@ -11,7 +11,7 @@ from isoflat.core import render
 from isoflat.core.density import Density
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
-from isoflat.core.plain import parts
+from isoflat.core.plain import attributes
 from isoflat.core.record import Record
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ class Spectrum(render.Printed):
         """Draw the outliers, the quantiles, and the facts below."""
         from rich.console import Group
 
-        from isoflat.core.fitted import facts, plain
+        from isoflat.core.fitted import facts, literal
 
-        return Group(plain(self.title, "bold"), *self.grids(), facts(self.facts()))
+        return Group(literal(self.title, "bold"), *self.grids(), facts(self.facts()))
 
     @property
     def title(self) -> str:
@@ -134,7 +134,7 @@ class Spectrum(render.Printed):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {"schema": SCHEMA, **parts(self)}
+        return {"schema": SCHEMA, **attributes(self)}
 
     def to_json(self) -> str:
         """One line of strict JSON; floats return bit for bit."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from isoflat.core import render
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import interval
-from isoflat.core.plain import parts
+from isoflat.core.plain import attributes
 from isoflat.core.record import Record
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Table(render.Printed):
         """Draw the rows, and below them what was not measured."""
         from rich.console import Group
 
-        from isoflat.core.fitted import FittedTable, plain
+        from isoflat.core.fitted import FittedTable, literal
 
         heads = (
             "network",
@@ -86,8 +86,15 @@ class Table(render.Printed):
         )
         unnamed = not any(row.label for row in self.rows)
         rows = [_cells(row)[unnamed:] for row in self.rows]
-        notes = (plain(f"not measured: {part}", "yellow") for part in self.omitted)
+        notes = (literal(f"not measured: {part}", "yellow") for part in self.omitted)
         return Group(FittedTable(heads[unnamed:], rows, words=3 - unnamed), *notes)
+
+    def only(self, asked: Collection[tuple[str, str]]) -> Table:
+        """What is told of these measures in these geometries."""
+        return Table(
+            tuple(row for row in self.rows if (row.measure, row.geometry) in asked),
+            tuple(part for part in self.omitted if (part.measure, part.geometry) in asked),
+        )
 
     def flat(self) -> list[dict[str, Any]]:
         """One dictionary per row, without any nesting: the same names in every row but for settings and versions.
@@ -110,7 +117,7 @@ class Table(render.Printed):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return parts(self)
+        return attributes(self)
 
     def to_json(self) -> str:
         """Strict JSON."""
@@ -119,11 +126,13 @@ class Table(render.Printed):
     @staticmethod
     def from_json(text: str) -> Table:
         """Inverse of `to_json`."""
-        content = json.loads(text)
-        omitted = tuple(
-            Omission(**part) for part in content.get("omitted", ())
-        )  # none in tables from before there were any
-        return Table(tuple(Record.from_dict(row) for row in content["rows"]), omitted)
+        return Table.from_dict(json.loads(text))
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Table:
+        """Inverse of `to_dict`."""
+        omitted = data.get("omitted", ())  # none in tables from before there were any
+        return Table(tuple(map(Record.from_dict, data["rows"])), tuple(Omission(**part) for part in omitted))
 
 
 def _cells(row: Record) -> tuple[str, ...]:
@@ -143,21 +152,14 @@ def _cells(row: Record) -> tuple[str, ...]:
 def _flat(row: Record) -> dict[str, Any]:
     """Columns of one row of a data frame."""
     estimate = row.estimate
-    own = ("value", "lower", "upper", "confidence", "converged", "residual", "standard_error")
     return {
-        "label": row.label,
-        "measure": row.measure,
-        "geometry": row.geometry,
-        **{name: getattr(estimate, name) for name in own},
+        **attributes(row, "label", "measure", "geometry"),
+        **attributes(estimate, "value", "lower", "upper", "confidence", "converged", "residual", "standard_error"),
         "kind": str(estimate.kind),
         "notes": "; ".join(estimate.notes),
         **vars(estimate.cost),
         **vars(row.point),
-        "stationarity_ratio": row.stationarity_ratio,
-        "group": row.group,
-        "group_hash": row.group_hash,
-        "model_hash": row.model_hash,
-        "data_hash": row.data_hash,
+        **attributes(row, "stationarity_ratio", "group", "group_hash", "model_hash", "data_hash"),
         **{f"settings.{name}": _cell(value) for name, value in row.settings.items()},
         **{f"versions.{name}": value for name, value in row.versions.items()},
     }

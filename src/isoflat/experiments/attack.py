@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import IsoflatError, UsageError
 from isoflat.core.estimate import Estimate, Kind
-from isoflat.core.plain import numbers, parts, plain
+from isoflat.core.plain import attributes, numbers, plain
 from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.state import State
@@ -99,7 +99,7 @@ class Twin:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**parts(self), **numbers(self, "output_change", "loss_change")}
+        return {**attributes(self), **numbers(self, "output_change", "loss_change")}
 
 
 @final
@@ -138,7 +138,11 @@ class AttackedNumber:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**parts(self.before, "measure", "geometry"), **parts(self), **numbers(self, "drift", "tolerance")}
+        return {
+            **attributes(self.before, "measure", "geometry"),
+            **attributes(self),
+            **numbers(self, "drift", "tolerance"),
+        }
 
 
 @final
@@ -185,10 +189,10 @@ class AttackResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {
-            **parts(self.plan, "points", "search", "spread", "seed"),
-            **parts(self, "dimension", "group_hash"),
+            **attributes(self.plan, "points", "search", "spread", "seed"),
+            **attributes(self, "dimension", "group_hash"),
             "loss_ignores_common_score": self.blind,
-            **parts(self, "output_change", "loss_change", "rows"),
+            **attributes(self, "output_change", "loss_change", "rows"),
             "copies": plain(self.twins),
         }
 

@@ -413,13 +413,7 @@ def _numbers(
     tables = []
     for logits in dict.fromkeys(number.logits for number in numbers):
         chosen = [number for number in numbers if number.logits == logits]
-        table, asked = measured(chosen), {(number.measure, number.geometry) for number in chosen}
-        tables.append(
-            Table(
-                tuple(row for row in table if (row.measure, row.geometry) in asked),
-                tuple(part for part in table.omitted if (part.measure, part.geometry) in asked),
-            )
-        )
+        tables.append(measured(chosen).only({(number.measure, number.geometry) for number in chosen}))
     return _joined(tables)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 from pydantic import ValidationError
 
 from isoflat.core.errors import DataError, UsageError
-from isoflat.core.plain import parts
+from isoflat.core.plain import attributes
 
 if TYPE_CHECKING:
     from isoflat.experiments.recipe import Recipe
@@ -70,7 +70,7 @@ class ReproductionCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return parts(self, "holds", "sentence", "lines")
+        return attributes(self, "holds", "sentence", "lines")
 
 
 def read(path: Path) -> dict[str, Any]:

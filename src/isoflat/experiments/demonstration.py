@@ -9,7 +9,7 @@ from typing import Any, Protocol, final
 from torch import nn
 
 from isoflat.core.estimate import Estimate
-from isoflat.core.plain import parts, plain
+from isoflat.core.plain import attributes, plain
 from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.table import Table
@@ -154,7 +154,7 @@ class Trained:
             "batch": self.arm.batch,
             **({} if self.arm.rate is None else {"rate": self.arm.rate}),
             "seed": self.seed,
-            **parts(self, "training", "test_accuracy"),
+            **attributes(self, "training", "test_accuracy"),
             "records": plain(self.table.rows),
         }
 
@@ -362,7 +362,7 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return parts(self, "plan", "data", "verdicts", "networks", "ladders", "sentences", "seconds")
+        return attributes(self, "plan", "data", "verdicts", "networks", "ladders", "sentences", "seconds")
 
 
 def _amount(times: float) -> str:

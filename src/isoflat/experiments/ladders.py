@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from isoflat.core.plain import parts
+from isoflat.core.plain import attributes
 from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.state import State
@@ -98,7 +98,7 @@ class Ladder:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**parts(self), "sentence": self.sentence}
+        return {**attributes(self), "sentence": self.sentence}
 
 
 @final

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import inspect
 import io
-import json
 import math
 import time
 import tomllib
@@ -270,11 +269,7 @@ class ListedPlan:
                 label=label,
                 **self.settings,
             )
-        asked = {(number.measure, number.geometry) for number in self.numbers}
-        return Table(
-            tuple(row for row in table if (row.measure, row.geometry) in asked),
-            tuple(part for part in table.omitted if (part.measure, part.geometry) in asked),
-        )
+        return table.only({(number.measure, number.geometry) for number in self.numbers})
 
 
 @final
@@ -342,7 +337,7 @@ def kept(network: ReadyNetwork, label: str, plan: ListedPlan, batches: Batches, 
                 table = plan.table(network.row.network(plan.inputs), batches, label)
                 cell = store.put(network.cell, {"table": table.to_dict()}, None)
         if cell is not None:
-            table = Table.from_json(json.dumps(cell.result["table"]))
+            table = Table.from_dict(cell.result["table"])
             return Table(
                 tuple(replace(row, label=label) for row in table),
                 tuple(replace(part, label=label) for part in table.omitted),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, final
 
-from isoflat.core.plain import parts, plain
+from isoflat.core.plain import attributes, plain
 from isoflat.core.record import Record
 from isoflat.core.table import Table
 from isoflat.experiments.cells import found
@@ -241,9 +241,9 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {
-            **parts(self, "outcome", "seed", "draws"),
+            **attributes(self, "outcome", "seed", "draws"),
             "numbers": {number.name: sharpness(number) for number in self.numbers},
-            **parts(self, "factors", "sentences", "relations"),
+            **attributes(self, "factors", "sentences", "relations"),
             "networks": self.rows(),
             "omitted": plain([part for network in self.networks for part in network.table.omitted]),
             "left_out": [{"label": label, "reason": reason} for label, reason in self.left_out],

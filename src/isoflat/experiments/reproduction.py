@@ -12,7 +12,7 @@ from typing import Any, final
 from scipy.stats import mannwhitneyu
 
 from isoflat.core.estimate import Estimate
-from isoflat.core.plain import parts, plain
+from isoflat.core.plain import attributes, plain
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.cells import Measured, found
@@ -359,7 +359,7 @@ class Reproduction:
         """Plain values that JSON can hold."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
-            **parts(self, "data", "sentences", "summaries"),
+            **attributes(self, "data", "sentences", "summaries"),
             "verdicts": plain(self.verdicts()),
             "moved": plain([self.verdicts(point) for point in range(self.points)]),
             "drift": {number.name: self.drift(number) for number in self.numbers},

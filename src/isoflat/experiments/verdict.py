@@ -13,7 +13,7 @@ from scipy.stats import mannwhitneyu
 
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
-from isoflat.core.plain import parts
+from isoflat.core.plain import attributes
 
 SIGNIFICANCE = 0.05
 
@@ -89,7 +89,7 @@ class GroupVerdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**parts(self), "delta": self.delta, "sentence": self.sentence}
+        return {**attributes(self), "delta": self.delta, "sentence": self.sentence}
 
 
 def compare(

@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 
 from isoflat.core.errors import DataError, IsoflatError, UsageError
+from isoflat.core.plain import attributes
 from isoflat.core.record import Point
 from isoflat.io.data import load_data
 from isoflat.io.model import find_loss, load_model
@@ -96,14 +97,9 @@ class Inputs:
         return {
             "model": self.model,
             "weights": None if self.weights is None else str(self.weights),
-            "weights_key": self.weights_key,
-            "strip_prefix": list(self.strip_prefix),
-            "data": self.data,
-            "split": self.split,
-            "transform": self.transform,
-            "examples": self.examples,
-            "batch_size": self.batch_size,
-            "loss": self.loss,
+            **attributes(
+                self, "weights_key", "strip_prefix", "data", "split", "transform", "examples", "batch_size", "loss"
+            ),
         }
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from isoflat.core.errors import UnknownName, UsageError
 from isoflat.core.estimate import Estimate, interval
 from isoflat.core.fingerprint import fingerprint
-from isoflat.core.plain import parts
+from isoflat.core.plain import attributes
 from isoflat.core.record import Point, Record
 from isoflat.core.rng import stream
 from isoflat.curvature.matrix import Matrix
@@ -100,7 +100,7 @@ class RecordCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return parts(self)
+        return attributes(self)
 
 
 def checkable(measure: Measure) -> SolverQuery | None:

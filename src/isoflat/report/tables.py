@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from isoflat.core.estimate import interval
+from isoflat.core.plain import attributes
 from isoflat.core.record import Record
 from isoflat.report.document import Grid
 
@@ -72,26 +73,14 @@ def flat(record: Record) -> dict[str, object]:
     """A record as one row for spreadsheets; numbers in full."""
     estimate = record.estimate
     return {
-        "label": record.label,
-        "measure": record.measure,
-        "geometry": record.geometry,
-        "group": record.group,
-        "value": estimate.value,
-        "lower": estimate.lower,
-        "upper": estimate.upper,
-        "confidence": estimate.confidence,
-        "kind": str(estimate.kind),
-        "converged": estimate.converged,
+        **attributes(record, "label", "measure", "geometry", "group"),
+        **attributes(estimate, "value", "lower", "upper", "confidence", "kind", "converged"),
         "stationarity_ratio": "" if record.stationarity_ratio is None else record.stationarity_ratio,
-        "products": estimate.cost.products,
-        "gradient_passes": estimate.cost.gradient_passes,
-        "seconds": estimate.cost.seconds,
+        **attributes(estimate.cost, "products", "gradient_passes", "seconds"),
         "loss": record.point.loss,
         "accuracy": "" if record.point.accuracy is None else record.point.accuracy,
         "gradient_norm": record.point.gradient_norm,
-        "seed": record.settings.get("seed", ""),
-        "dtype": record.settings.get("dtype", ""),
-        "model_hash": record.model_hash,
-        "data_hash": record.data_hash,
+        **{name: record.settings.get(name, "") for name in ("seed", "dtype")},
+        **attributes(record, "model_hash", "data_hash"),
         "notes": "; ".join(estimate.notes),
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from isoflat.core.errors import UsageError
-from isoflat.core.plain import parts
+from isoflat.core.plain import attributes
 from isoflat.experiments.statistics.conditional import Conditional, conditional
 from isoflat.experiments.statistics.granulated import Granulated, granulated
 from isoflat.experiments.statistics.kendall import Kendall, kendall
@@ -152,7 +152,7 @@ class Relation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**parts(self), "found": self.found, "finding": self.finding, "sentence": self.sentence}
+        return {**attributes(self), "found": self.found, "finding": self.finding, "sentence": self.sentence}
 
 
 def relations(

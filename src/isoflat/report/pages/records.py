@@ -11,6 +11,7 @@ from typing import Any
 
 from isoflat.core.comparison import Comparison
 from isoflat.core.estimate import interval
+from isoflat.core.plain import attributes
 from isoflat.core.record import Record
 from isoflat.core.render import rounded
 from isoflat.experiments.results import Contest, Results, StoredNumber
@@ -141,6 +142,9 @@ def numbers_of(results: Results) -> tuple[StoredNumber, ...]:
     return (*results.found, *compared)
 
 
+_RESULT = ("value", "lower", "upper", "confidence", "converged", "residual", "standard_error")
+
+
 def _row(number: StoredNumber) -> dict[str, Any]:
     record, estimate = number.record, number.record.estimate
     return {
@@ -148,25 +152,15 @@ def _row(number: StoredNumber) -> dict[str, Any]:
         "settings.label": number.label,
         "settings.measure": record.measure,
         "settings.geometry": record.geometry,
-        "result.value": estimate.value,
-        "result.lower": estimate.lower,
-        "result.upper": estimate.upper,
-        "result.confidence": estimate.confidence,
-        "result.converged": estimate.converged,
-        "result.residual": estimate.residual,
-        "result.standard_error": estimate.standard_error,
+        **{f"result.{name}": getattr(estimate, name) for name in _RESULT},
         "result.stationarity_ratio": record.stationarity_ratio,
         **_plain(vars(record.point), "result.point"),
         **_plain(vars(estimate.cost), "result.cost"),
         "kind": str(estimate.kind),
-        "group": record.group,
-        "group_hash": record.group_hash,
-        "model_hash": record.model_hash,
-        "data_hash": record.data_hash,
+        **attributes(record, "group", "group_hash", "model_hash", "data_hash"),
         **_plain(record.versions, "versions"),
         "notes": "; ".join(estimate.notes),
-        "source": number.source,
-        "place": number.place,
+        **attributes(number, "source", "place"),
     }
 
 
