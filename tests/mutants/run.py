@@ -27,7 +27,7 @@ from typing import TypeVar, final
 
 import pytest
 
-from faults import FAULTS, Fault
+from listed import FAULTS, Fault
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "tests" / "mutants"))
 try:
     from run import mutated
 
-    from faults import FAULTS
+    from listed import FAULTS
 finally:
     sys.path.pop(0)
 
