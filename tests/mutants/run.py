@@ -26,7 +26,6 @@ from queue import SimpleQueue
 from typing import TypeVar, final
 
 import pytest
-
 from listed import FAULTS, Fault
 
 T = TypeVar("T")

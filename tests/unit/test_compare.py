@@ -687,8 +687,11 @@ def test_labels_tell_files_apart(tmp_path):
 @pytest.mark.slow
 def test_the_commands_of_the_guide_run(tmp_path, monkeypatch):
     guide = (Path(__file__).parents[2] / "docs/howto/compare-checkpoints.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
-    (_, module_), (_, shell), (_, usage) = blocks
+    blocks = [code for _, code in re.findall(r"^```(\w*)\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)]
+    (module_,) = (code for code in blocks if "def build" in code)
+    (usage,) = (code for code in blocks if "isoflat.compare(" in code)
+    (shell,) = (code for code in blocks if code.startswith("python nets.py"))
+    (later,) = (code for code in blocks if code.startswith("mkdir runs"))
     (tmp_path / "nets.py").write_text(module_, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -697,6 +700,11 @@ def test_the_commands_of_the_guide_run(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "nets.py"], check=True)
     result = CliRunner().invoke(app, shlex.split(command)[1:])
     assert result.exit_code == 0, result.output
+    assert "small is flatter than large" in result.stdout
+    (tmp_path / "runs").mkdir()
+    for line in later.splitlines()[1:4]:  # the last line needs an experiment of minutes
+        result = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert result.exit_code == 0, (line, result.output)
     assert "small is flatter than large" in result.stdout
     names = {"small": net(), "large": net(1), "data": DATA, "loss": nn.CrossEntropyLoss(), "isoflat": isoflat}
     exec(usage, names)

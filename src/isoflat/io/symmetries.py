@@ -58,12 +58,11 @@ KINDS: Mapping[str, type] = {
 }
 """Everything that a file may hold beside plain values and arrays, by a name that stays when classes are renamed."""
 
+MODULES = ("model", "skeleton")
+"""Parts of symmetries that are the network itself, which no file holds."""
+
 WALKING = ("where", "epsilon_of", "centred", "pending", "forgets", "normalised")
 """Fields of constraints that only serve while a network is walked through."""
-
-
-_OF_THE_NETWORK = ("model", "skeleton")
-"""Fields that come from the network when a file is read."""
 
 
 def save_symmetries(found: Found, path: Path | str, *, force: bool = False) -> None:
@@ -91,7 +90,7 @@ def save_symmetries(found: Found, path: Path | str, *, force: bool = False) -> N
     if target.suffix != ".safetensors":
         raise UsageError(f"{target}: expected a name that ends in .safetensors")
     arrays: dict[str, Tensor] = {}
-    parts = {part.name: _plain(getattr(found, part.name), arrays) for part in fields(found) if part.name not in _OF_THE_NETWORK}
+    parts = {part.name: _plain(getattr(found, part.name), arrays) for part in fields(found) if part.name not in MODULES}
     content = {
         "format": FORMAT,
         "rules": VERSION,
