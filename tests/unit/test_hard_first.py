@@ -173,9 +173,12 @@ def test_comparison_matrix_is_that_of_all_dimensions(bound: float):
     basis = torch.linalg.qr(torch.randn(n, d, generator=stream(0, "trial"), dtype=torch.float64))[0]
     away = torch.eye(n, dtype=torch.float64) - basis @ basis.T
     values = torch.linalg.eigvalsh(matrix - away @ matrix @ away + bound * away).numpy()
-    upper, lower = RitzBasis.of(list(basis.T), list((matrix @ basis).T)).bounds(bound, bound)
+    trial = RitzBasis.of(list(basis.T), list((matrix @ basis).T))
+    upper, lower = trial.bounds(bound, bound)
     assert upper == pytest.approx(values[-d:], abs=1e-12)
     assert lower == pytest.approx(values[:d], abs=1e-12)
+    # Each end depends on its own bound alone.
+    assert (trial.bounds(bound, bound + 1)[1] == lower).all() and (trial.bounds(bound - 1, bound)[0] == upper).all()
 
 
 def test_bounds_on_the_complement_add_up_over_parts():

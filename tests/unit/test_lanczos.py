@@ -461,3 +461,14 @@ def test_start_is_uniform_on_the_sphere():
     below = int((abs(first) <= level * math.sqrt(math.pi / (2 * n))).sum())
     assert binom.ppf(0.001, draws, 0.97 * level) <= below <= binom.ppf(0.999, draws, level)
     assert abs(first.mean()) < 4 / math.sqrt(n * draws)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_coupling_counts_as_no_smaller_than_rounding(dtype):
+    """A start that is an eigenvector has a coupling of zero, and what the certificate takes it for is still known rounding."""
+    values = torch.linspace(1, 2, 20, dtype=torch.float64)
+    run = Recurrence(torch.eye(20, dtype=torch.float64)[3], dtype)
+    run.extend(values * run.last[:, 0].double())
+    assert run.betas == [0.0] and not run.exhausted
+    assert run.log_couplings == math.log(run.rounding)
+    assert run.rounding >= torch.finfo(dtype).eps * abs(run.alphas[0])
