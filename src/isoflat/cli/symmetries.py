@@ -11,7 +11,7 @@ from rich.tree import Tree
 from isoflat.cli.deliver import deliver
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
 from isoflat.core.fitted import literal
-from isoflat.core.render import WIDTH
+from isoflat.core.render import WIDTH, leading
 
 if TYPE_CHECKING:
     from isoflat.symmetry.found import Found
@@ -87,6 +87,5 @@ def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> N
 
 def _line(line: SymmetryLine, width: int) -> Text:
     """One group in words: dimensions, tensors, and reasons against those that are fixed."""
-    more = f" and {len(line.tensors) - LISTED} more" if len(line.tensors) > LISTED else ""
-    text = literal(f"{line.dimension:>{width}}  {', '.join(line.tensors[:LISTED])}{more}")
+    text = literal(f"{line.dimension:>{width}}  {leading(line.tensors, LISTED)}")
     return text + literal(f"; fixed by {', '.join(line.reasons)}", style="yellow") if line.reasons else text

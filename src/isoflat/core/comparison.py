@@ -459,16 +459,13 @@ def _doubts(gaps: Sequence[Difference]) -> list[str]:
         for gap in gaps:
             if gap.verdict is verdict:
                 groups.setdefault(gap.remedy, []).append(f"{gap.first} and {gap.second}")
-        listed = [f"{_few(pairs)}{f' ({remedy})' if remedy else ''}" for remedy, pairs in groups.items()]
+        listed = [
+            f"{render.leading(pairs, LISTED, 'more pairs')}{f' ({remedy})' if remedy else ''}"
+            for remedy, pairs in groups.items()
+        ]
         if listed:
             sentences.append(f"{reason}: {'; '.join(listed)}.")
     return sentences
-
-
-def _few(pairs: Sequence[str]) -> str:
-    """The first of them, and how many more."""
-    more = f" and {len(pairs) - LISTED} more pairs" if len(pairs) > LISTED else ""
-    return f"{', '.join(pairs[:LISTED])}{more}"
 
 
 def _either(labels: list[str]) -> str:

@@ -14,7 +14,7 @@ import math
 import os
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from typing import TYPE_CHECKING, final
 
@@ -49,8 +49,16 @@ def some(names: Iterable[object], most: int = 6) -> str:
     'a, b and 1 more'
     """
     listed = sorted(map(str, names))
-    short = [name if len(name) <= 80 else f"{name[:77]}..." for name in listed[:most]]
-    return ", ".join(short) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+    return leading([name if len(name) <= 80 else f"{name[:77]}..." for name in listed], most)
+
+
+def leading(texts: Sequence[str], most: int = 6, more: str = "more") -> str:
+    """The first few texts, in their order, and how many more.
+
+    >>> leading(["b", "a", "c"], most=2)
+    'b, a and 1 more'
+    """
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} {more}" if len(texts) > most else "")
 
 
 def concise(value: float, lower: float, upper: float) -> str:

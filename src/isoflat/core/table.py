@@ -90,7 +90,7 @@ class Table(render.Printed):
         return Group(FittedTable(heads[unnamed:], rows, words=3 - unnamed), *notes)
 
     def only(self, asked: Collection[tuple[str, str]]) -> Table:
-        """What is told of these measures in these geometries."""
+        """Rows and omissions of these measures in these geometries."""
         return Table(
             tuple(row for row in self.rows if (row.measure, row.geometry) in asked),
             tuple(part for part in self.omitted if (part.measure, part.geometry) in asked),

@@ -10,6 +10,7 @@ from typing import Any, final
 
 from isoflat.core.plain import attributes, plain
 from isoflat.core.record import Record
+from isoflat.core.render import leading
 from isoflat.core.table import Table
 from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number, flat
@@ -181,7 +182,7 @@ class Prediction:
         shown, best = [relation for relation in self.relations if relation.found], self.strongest
         left = [r.measure for r in shown if r.partial_holm is not None and r.partial_holm < SIGNIFICANCE]
         if left:
-            yield f"Given the training loss there is still evidence of {_listed(left)}."
+            yield f"Given the training loss there is still evidence of {leading(left)}."
         elif shown:
             yield "Given the training loss there is no evidence left after correction: it may explain what was found."
         if best is not None and (worst := best.robust.worst) is not None and worst.error > _GUESSING:
@@ -201,7 +202,7 @@ class Prediction:
             if len(known) < LEAST:
                 yield f"The {words} is known of {len(known)} networks: too few for a relation."
             elif len(known) < len(self.networks):
-                missing = _listed([network.label for network in self.networks if network.value(number) is None])
+                missing = leading([network.label for network in self.networks if network.value(number) is None])
                 yield f"The {words} is known of {len(known)} of {len(self.networks)} networks, not of {missing}."
             groups = {row.group_hash for network in self.networks if (row := found(network.table, number)) is not None}
             if len(groups) > 1:
@@ -276,8 +277,3 @@ def sharpness(number: Number) -> str:
     'negated quotient effective rank (auto)'
     """
     return words(number) if number.sign > 0 else f"negated {words(number)}"
-
-
-def _listed(names: list[str]) -> str:
-    """The first few, and how many more."""
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -13,7 +13,7 @@ from isoflat.core.comparison import Comparison
 from isoflat.core.estimate import interval
 from isoflat.core.plain import attributes
 from isoflat.core.record import Record
-from isoflat.core.render import rounded
+from isoflat.core.render import leading, rounded
 from isoflat.experiments.results import Contest, Results, StoredNumber
 from isoflat.io.strict import flat
 from isoflat.report import tables
@@ -302,8 +302,7 @@ def _provenance(results: Results, records: Sequence[Record], command: str) -> tu
 
 
 def _listed(values: Sequence[str], most: int = 8) -> str:
-    once = list(dict.fromkeys(values))
-    return ", ".join(once[:most]) + (f" and {len(once) - most} more" if len(once) > most else "")
+    return leading(list(dict.fromkeys(values)), most)
 
 
 def _sources(results: Results) -> str:
