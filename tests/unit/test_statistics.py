@@ -70,6 +70,8 @@ def test_resamples_of_ties_widen_the_interval_and_are_counted():
     found = kendall(made([0, 0, 0, 1], [1, 2, 3, 4]), draws=999)
     assert 250 < found.degenerate < 400  # (3/4)^4 = 0.32, and all of one network
     assert (found.lower, found.upper) == (-1, 1)
+    mirrored = kendall(made([0, 0, 0, 1], [4, 3, 2, 1]), draws=999)
+    assert (mirrored.lower, mirrored.upper) == (-1, 1)
 
 
 def test_agreement_of_all_pairs_is_no_certainty():
