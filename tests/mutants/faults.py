@@ -467,7 +467,7 @@ PRODUCTS = (
          "window.transpose(places, outputs, old_inputs, old_weight, [False, True, False])[1]", _CONVOLUTION),
     ),
     *_of(
-        "products", "risk/second_order/places.py",
+        "products", "risk/second_order/pooling.py",
         ("(planes.scatter_ if disjoint else planes.scatter_add_)", "planes.scatter_",
          "unit/test_second_order.py::test_pooling"),
     ),

@@ -22,7 +22,7 @@ from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Pullback, Sum
 from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain
-from isoflat.risk.parts import FEWEST, MINORITY, WORTHWHILE, by_hardness
+from isoflat.risk.plan import FEWEST, MINORITY, WORTHWHILE, by_hardness
 
 
 def part(n: int, rank: int, size: float, seed: int, sign: float = 1.0) -> Tensor:

@@ -24,8 +24,8 @@ from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.curvature.rows import Output
 from isoflat.risk.empirical import EmpiricalRisk, leaf_state
-from isoflat.risk.likelihood import class_axis, likelihood
-from isoflat.risk.losses import Loss, TargetLoss
+from isoflat.risk.likelihood import likelihood
+from isoflat.risk.losses import Loss, TargetLoss, class_axis
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.output import check_output, output_of

@@ -16,8 +16,7 @@ from isoflat.core.space import inner, largest, norm
 from isoflat.core.state import State
 from isoflat.risk.batches import Batches, pieces
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.likelihood import class_axis
-from isoflat.risk.losses import TargetLoss
+from isoflat.risk.losses import TargetLoss, class_axis
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.base import Linearisation, gradient

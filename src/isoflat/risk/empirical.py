@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar, final
 
 import torch
@@ -82,7 +83,7 @@ class EmpiricalRisk:
             if not isinstance(loss, TargetLoss):
                 raise UsageError("rows have weights in losses of output and target only")
             loss = loss.weighted(batch.weights)
-        return self.network(state, lambda model: loss(model, moved))
+        return self.network(state, partial(loss, batch=moved))
 
     def target(self, state: State, batch: Any) -> Any:
         """Target that the loss compares the output of a batch with; None where the model computes its own loss."""
@@ -107,9 +108,7 @@ class EmpiricalRisk:
             RanksDiffer: the processes do not compute the same.
             RankLost: a process is gone.
         """
-        items = enumerate(self.batches if over is None else over)
-        parts = (per_batch(index, item) if self.ranks.owns(index) else None for index, item in items)
-        found = self.ranks.add(parts, like)
+        found = self.ranks.add(self.batches if over is None else over, per_batch, like)
         if found.total is None:
             raise DataError("the data is empty: the loader gave no batch")
         count = found.count if self.of is None else self.of
@@ -139,7 +138,7 @@ class EmpiricalRisk:
         def output(state: State) -> Tensor:
             moved = move(inputs, state.device, state.dtype)
             with torch.no_grad():
-                return self.network(state, lambda model: call(model, moved))
+                return self.network(state, partial(call, inputs=moved))
 
         return output
 
@@ -196,7 +195,7 @@ class EmpiricalRisk:
         def per_batch(index: int, batch: Any) -> BatchSum:
             inputs, target = split(move(alone(batch), state.device, state.dtype))
             with torch.no_grad():
-                output = self.network(state, lambda model: loss.output(model, inputs))
+                output = self.network(state, partial(loss.output, inputs=inputs))
             z = output.detach().requires_grad_(True)
             if z.ndim == 0 or len(z) != rows_of(batch):
                 raise UsageError(
@@ -239,7 +238,7 @@ class EmpiricalRisk:
             moved = move(batch, state.device, state.dtype)
             inputs, target = split(moved)
             with torch.no_grad():
-                check_mean(self.loss.claimed_mean, self.network(state, lambda model: call(model, inputs)), target)
+                check_mean(self.loss.claimed_mean, self.network(state, partial(call, inputs=inputs)), target)
         return losses[0]
 
 

@@ -225,7 +225,7 @@ class TargetLoss(Loss):
         """A change of scores, which for a loss of log-probabilities are brought to such again."""
         if not isinstance(self.criterion, nn.NLLLoss):
             return change
-        return lambda scores: change(scores).log_softmax(1 if scores.ndim > 1 else 0)
+        return lambda scores: change(scores).log_softmax(class_axis(scores))
 
     def _of_scores(self, logits: str) -> None:
         if self.classes is None:
@@ -239,7 +239,7 @@ def _directions_of(scores: Tensor) -> Tensor:
 
     Scores that are all equal have no direction: they become zeros, as if they were constants.
     """
-    axis = 1 if scores.ndim > 1 else 0
+    axis = class_axis(scores)
     centred = scores - scores.mean(axis, keepdim=True)
     square = centred.square().sum(axis, keepdim=True)
     some = square > 0
@@ -408,6 +408,11 @@ def _like(criterion: Any, output: Tensor) -> Any:
 
 def _has_rows(target: Any) -> bool:
     return isinstance(target, Tensor) and target.ndim > 0
+
+
+def class_axis(z: Tensor) -> int:
+    """Dimension of the classes, by the convention of torch.nn.CrossEntropyLoss."""
+    return 1 if z.ndim > 1 else 0
 
 
 def _are_classes(output: Tensor, target: Tensor) -> bool:

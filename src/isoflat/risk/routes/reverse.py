@@ -19,7 +19,7 @@ from isoflat.risk.empirical import EmpiricalRisk, differentiate, leaf_state
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.base import Graph, Linearisation, columns, joined
-from isoflat.risk.second_order import second_order
+from isoflat.risk.second_order import Trace
 
 
 @final
@@ -39,7 +39,7 @@ class GradientGraph(Graph):
     def build(cls, risk: EmpiricalRisk, state: State, batch: Any) -> GradientGraph:
         """Forward and backward with the graph kept; of the gradients themselves only where they hang on the graph."""
         leaves = leaf_state(state)
-        with second_order() as trace:
+        with Trace() as trace:
             term = risk.term(leaves, batch)
         parameters = list(leaves.parameters.values())
         edges = tuple(
