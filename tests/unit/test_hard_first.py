@@ -20,8 +20,8 @@ from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Pullback, Sum
-from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain
+from isoflat.linalg.vectors import sphere
 from isoflat.risk.plan import FEWEST, MINORITY, WORTHWHILE, by_hardness
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import DataError, NonFinite, UsageError
-from isoflat.core.fingerprint import fingerprint
 from isoflat.core.render import some
-from isoflat.core.state import State
+from isoflat.core.state import State, fingerprint
 from isoflat.geometry.base import Geometry
 from isoflat.measures.base import Measure
 from isoflat.measures.settings import Budget, Settings

@@ -18,7 +18,7 @@ from isoflat.risk.plan import ProductPlan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.differences import STEP, Differences
 from isoflat.risk.routes.forward import Forward
-from isoflat.risk.routes.guarded import Grain, Guarded, is_out_of_memory
+from isoflat.risk.routes.guarded import Grain, Guarded, first_line, is_out_of_memory
 from isoflat.risk.routes.reverse import Recomputed
 
 _REMEDY = "Make it differentiable; check='warn' measures nevertheless"
@@ -84,7 +84,7 @@ def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
         except (RuntimeError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise
-            failures.append(f"{name}: {_first_line(error)}")
+            failures.append(f"{name}: {first_line(error)}")
             continue
         cut = (
             f"Hessian products differ by {worst:.1e} from central differences of gradients: part of the network is cut out "
@@ -176,7 +176,3 @@ def _unsettled(sample: CheckedRows) -> float:
     direction = sample.direction(0)[:, None]
     near, far = (Differences(sample.risk, sample.state, step).products(direction) for step in (STEP, 4 * STEP))
     return norm(near - far) / (norm(near) or 1.0)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
