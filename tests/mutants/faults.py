@@ -478,7 +478,7 @@ PRODUCTS = (
     ),
     *_of(
         "products", "risk/check.py",
-        ("worst = max(worst, sample.difference", "worst = min(worst, sample.difference", _REFUSED),
+        ("worst = max(worst, sample.distance", "worst = min(worst, sample.distance", _REFUSED),
         (".div_(2 * reach)", ".div_(reach)", "laws/test_models.py::test_forward_over_reverse_where_the_backward_has_no_backward"),
         ("float(inner([u], hv)[0]) - float(inner([v], hu)[0])", "float(inner([u], hv)[0]) + float(inner([v], hu)[0])",
          "laws/test_models.py::test_forward_over_reverse_where_the_backward_has_no_backward"),

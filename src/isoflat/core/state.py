@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -32,7 +33,7 @@ class State:
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     constants: Mapping[str, float] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def space(self) -> ParameterSpace:
         """The flat space of the trainable tensors."""
         return ParameterSpace(tuple(self.parameters), tuple(tuple(tensor.shape) for tensor in self.parameters.values()))

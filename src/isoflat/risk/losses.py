@@ -10,6 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, final
 
 import torch
@@ -372,7 +373,7 @@ def _from_criterion(criterion: Any) -> TargetLoss:
     def total(output: Tensor, target: Tensor) -> Tensor:
         return _like(summed, output)(output, target)
 
-    return TargetLoss(total, lambda output, target: count(criterion, output, target), classes, criterion=criterion)
+    return TargetLoss(total, partial(count, criterion), classes, criterion=criterion)
 
 
 def _from_function(function: Callable[[Tensor, Tensor], Tensor]) -> TargetLoss:

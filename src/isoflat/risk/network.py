@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import pairwise
 from typing import Any, final
 
@@ -267,7 +268,7 @@ def full_precision() -> Iterator[None]:
     """
     cudnn = torch.backends.cudnn
     product = _readable(torch.get_float32_matmul_precision)
-    convolution = _readable(lambda: cudnn.allow_tf32)
+    convolution = _readable(partial(getattr, cudnn, "allow_tf32"))
     before = [torch._C._get_fp32_precision_getter(*kernel) for kernel in KERNELS]
 
     def allow(product: str | None, convolution: bool | None, single: list[str]) -> None:

@@ -197,16 +197,15 @@ def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
     try:
         with torch.no_grad():
             whole = risk.term(state, few)
-            halves = [risk.term(state, part) for part in pieces(few, (rows + 1) // 2)]
+            one, other = (risk.term(state, part) for part in pieces(few, (rows + 1) // 2))
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
         if isinstance(risk.loss, TargetLoss):  # inputs and targets have rows, so this is no question of cutting
             raise
         return False
-    size = sum(abs(float(part.total)) for part in halves)
+    total, first, second = map(float, (whole.total, one.total, other.total))
     tolerance = 100 * torch.finfo(state.dtype).eps
-    return abs(float(whole.total) - sum(float(part.total) for part in halves)) <= tolerance * size and abs(
-        whole.count - sum(part.count for part in halves)
-    ) <= tolerance * abs(whole.count)
+    counts = abs(whole.count - (one.count + other.count)) <= tolerance * abs(whole.count)
+    return counts and abs(total - (first + second)) <= tolerance * (abs(first) + abs(second))
 
 
 def weigh(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph] = GradientGraph) -> Weighed:
@@ -229,11 +228,11 @@ def weigh(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph] = Gra
 
 
 @final
+@dataclass(eq=False)
 class _Saved:
     """Placeholder of a tensor in a graph, alive as long as the graph needs it."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    tensor: Tensor
 
 
 def _weights(

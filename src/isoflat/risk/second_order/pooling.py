@@ -73,7 +73,7 @@ def _apply(  # noqa: PLR0913
         if convolved is None
         else convolved.pooled(planes.detach(), places, disjoint)
     )
-    return picked if source is None else rectified(picked)
+    return picked if source is None else rectified(picked, False)
 
 
 def _places(planes: Tensor, *window: Any) -> Tensor:
