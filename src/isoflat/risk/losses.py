@@ -142,12 +142,8 @@ class TargetLoss(Loss):
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
         """Apply the model to the inputs and the loss to its output."""
         inputs, target = split(batch)
-        return self.of(self.output(model, inputs), target, rows_of(target if _has_rows(target) else inputs))
-
-    def output(self, model: Callable[..., Any], inputs: Any) -> Tensor:
-        """Output that the loss is a function of: the model's, after `scores`."""
-        output = call(model, inputs)
-        return output if self.scores is None else self.scores(output)
+        rowed = target if isinstance(target, Tensor) and target.ndim else inputs
+        return self.of(call(model, inputs, self.scores), target, rows_of(rowed))
 
     def of(self, output: Tensor, target: Tensor, rows: int) -> Term:
         """The contribution of so many rows, from `output`."""
@@ -340,8 +336,13 @@ def split(batch: Any) -> tuple[Any, Any]:
     )
 
 
-def call(model: Callable[..., Any], inputs: Any) -> Tensor:
-    """The model on its inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+def call(model: Callable[..., Any], inputs: Any, scores: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The model's output on its inputs, after a map of it.
+
+    Args:
+        model: the model.
+        inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        scores: the map (`TargetLoss.scores`); None for the identity.
 
     Raises:
         UsageError: the output is not a tensor.
@@ -355,7 +356,7 @@ def call(model: Callable[..., Any], inputs: Any) -> Tensor:
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
         raise UsageError(f"the model returned {type(output).__name__}, not a tensor: pass an isoflat.BatchLoss instead")
-    return output
+    return output if scores is None else scores(output)
 
 
 def _from_criterion(criterion: Any) -> TargetLoss:
@@ -405,10 +406,6 @@ def check_mean(loss: Any, output: Tensor, target: Tensor) -> None:
 def _like(criterion: Any, output: Tensor) -> Any:
     """A copy of a criterion whose weights have the output's precision and place; the user's own is left alone."""
     return copy.deepcopy(criterion).to(output.device, output.dtype if output.is_floating_point() else None)
-
-
-def _has_rows(target: Any) -> bool:
-    return isinstance(target, Tensor) and target.ndim > 0
 
 
 def class_axis(z: Tensor) -> int:

@@ -107,7 +107,7 @@ class Network:
 
     def tied(self) -> tuple[str, ...]:
         """Further names of parameters that appear under more than one."""
-        once = {name for name, _ in self.module.named_parameters()}
+        once = dict(self.module.named_parameters())
         return tuple(name for name, _ in self.module.named_parameters(remove_duplicate=False) if name not in once)
 
     def check_mode(self) -> None:

@@ -141,7 +141,8 @@ def plan(
         whole = not separable(risk, state, batch)
         held, saved, rules = _weights(risk, state, batch, graph, whole)
     rules = tuple(sorted(rules)) if route is Recomputed else ()
-    vectors = _vectors(state)
+    # One column under way: going in, coming out by tensor and as one, and summed twice in float64.
+    vectors = state.space.size * (3 * state.dtype.itemsize + 2 * 8)
     kept = held.of(rows, -(-rows // count)) + saved.of(count) + vectors
     if route is Recomputed and kept <= memory:
         return ProductPlan(route, graph, rules, True, count, True, not whole, int(kept))
@@ -251,11 +252,6 @@ def _weights(
 def _passing(saved: _Growth, rows: int) -> float:
     """Peak memory of a product through a graph that is let go after it."""
     return (1 + IN_FLIGHT) * saved.of(rows)
-
-
-def _vectors(state: State) -> int:
-    """Bytes of one column under way: going in, coming out by tensor and as one, and summed twice in float64."""
-    return state.space.size * (3 * state.dtype.itemsize + 2 * 8)
 
 
 def available_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from isoflat.core.errors import UnsupportedModel, UsageError
 from isoflat.core.state import State
 from isoflat.risk.batches import alone, move, pieces
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.losses import TargetLoss, split
+from isoflat.risk.losses import TargetLoss, call, split
 from isoflat.risk.routes.guarded import first_line, is_out_of_memory
 
 Tensors = dict[str, Tensor]
@@ -50,7 +51,7 @@ def derivative(risk: EmpiricalRisk, state: State, batch: Any, *directions: Tenso
 
     def losses(parameters: Tensors) -> Tensor:
         moved = State(parameters, state.frozen, state.buffers, state.constants)
-        return loss.by_row(risk.network(moved, lambda model: loss.output(model, inputs)), target)
+        return loss.by_row(risk.network(moved, partial(call, inputs=inputs, scores=loss.scores)), target)
 
     made: Callable[[Tensors], Tensor] = losses
     for direction in directions:
@@ -105,7 +106,7 @@ def per_row(
 
     def row(inputs: Any, target: Tensor) -> Any:
         def output(tensors: Mapping[str, Tensor]) -> Tensor:
-            return risk.network(state.replace(tensors), lambda model: loss.output(model, _lifted(inputs)))
+            return risk.network(state.replace(tensors), partial(call, inputs=_lifted(inputs), scores=loss.scores))
 
         return work(output, chosen, target[None])
 
