@@ -178,7 +178,7 @@ FRAMES = (
     ),
     *_of(
         "frames", "linalg/operator.py",
-        ("self.plus if parts is None or 0 in parts else None", "self.plus",
+        ("self.plus if 0 in parts else None", "self.plus",
          "unit/test_hard_first.py::test_parts_of_a_pullback_add_up_to_it"),
         ("else result + self.plus.matmat(vectors)", "else result - self.plus.matmat(vectors)",
          "laws/test_quotient.py::test_gauge_directions_lie_in_the_kernel_of_the_covariant_hessian"),
