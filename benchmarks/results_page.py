@@ -34,7 +34,7 @@ INTRODUCTION = """# Results
 
 Made by `isoflat reproduce NAME --scale small`, seed 0, on two cores of a shared machine without a GPU; this page by
 `make results-page` from the files beside it. Each `NAME.json` is the whole result, `NAME.csv` has a row for each network, point
-of its orbit and number, each with its enclosure. `isoflat reproduce --check docs/results/NAME.json` runs it again and compares.
+of its orbit and number, each with its interval. `isoflat reproduce --check docs/results/NAME.json` runs it again and compares.
 Values in tables are means ± standard errors over networks.
 """
 

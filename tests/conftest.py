@@ -6,7 +6,7 @@ from hypothesis import settings
 settings.register_profile("busy", deadline=None)  # a machine with other work is no failure
 settings.load_profile("busy")
 
-collect_ignore = ["cases"]
+collect_ignore = ["cases", "golden", "mutants"]
 """Modules that are imported by name; collected for doctests they would run once more, under another one."""
 
 ORDER = ("unit", "faults", "distributed", "oracles", "laws")

@@ -26,8 +26,7 @@ from queue import SimpleQueue
 from typing import TypeVar, final
 
 import pytest
-
-from faults import FAULTS, Fault
+from listed import FAULTS, Fault
 
 T = TypeVar("T")
 

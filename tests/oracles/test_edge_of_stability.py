@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import isoflat
 from cases.networks import Case, mlp
 from isoflat.cli.main import app
-from isoflat.measurement import session
+from isoflat.measurement import lockstep
 
 DOUBLE = torch.float64
 NAME = "preconditioned_edge_of_stability"
@@ -217,7 +217,7 @@ def test_no_solver_runs_for_what_is_refused(monkeypatch):
     def never(*args):
         raise AssertionError("a solver ran")
 
-    monkeypatch.setattr(session, "together", lambda operator, jobs, report: never() if jobs else [])
+    monkeypatch.setattr(lockstep, "serve", never)
     case = mlp((4, 5, 3), bias=True, seed=1)
     table = isoflat.measure_all(
         case.net, case.data, case.criterion, measures=[NAME, "gradient_norm"], geometry="euclidean"

@@ -301,12 +301,16 @@ def test_one_and_two_eigenvalues():
         [5.0] + [0.0] * 199,
         [-7.0] * 4 + [7.0] * 4 + [0.0] * 192,
         np.repeat([1.0, 2.0, 2.0 + 1e-12, 3.0], 50),
-        np.repeat(np.linspace(-1, 1, 20), 10),
+        np.repeat(np.linspace(-1, 1, 8), 25),
     ],
     ids=["rank one", "ties", "cluster", "multiplicities"],
 )
 def test_few_different_eigenvalues(values):
-    """Places are known to rounding, numbers as well as chance allows."""
+    """Places are known to rounding, numbers as well as chance allows.
+
+    Of eight different eigenvalues at most: the Krylov space of twenty closes up to a coupling of many roundings, and whether
+    that is noticed depends on the processor.
+    """
     density = StochasticLanczosQuadrature(4, 40)(Diagonal(values), stream(0))
     assert encloses(density, values)
     assert density.reached

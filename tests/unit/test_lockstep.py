@@ -1,5 +1,6 @@
 """Questions in step: one pass over the data serves all that wait for one, and what one cannot have costs the others nothing."""
 
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +12,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.curvature.sweeps import Pass
 from isoflat.geometry.base import Invariance
+from isoflat.measurement import engine
 from isoflat.measures.base import DataStatistic, Direction, Measure, Question
 from isoflat.risk.moved import AtWeights
 
@@ -168,3 +170,15 @@ def test_searches_at_other_weights_share_passes_and_see_the_risk_there():
     assert torch.equal(losses[0][1], losses[1][1]) and float(losses[0][1].norm()) == pytest.approx(
         table[0].point.gradient_norm, rel=1e-12
     )
+
+
+def test_what_precedes_the_first_pass_counts_in_the_cost(monkeypatch):
+    found = engine.with_groups
+
+    def slowly(*args):
+        time.sleep(0.5)
+        return found(*args)
+
+    monkeypatch.setattr(engine, "with_groups", slowly)
+    table, _, _ = _measured(named("mean", Mean(1.0)))
+    assert table[0].estimate.cost.seconds >= 0.5

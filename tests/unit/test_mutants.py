@@ -9,9 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "mutants"))
 try:
+    from listed import FAULTS
     from run import mutated
-
-    from faults import FAULTS
 finally:
     sys.path.pop(0)
 

@@ -22,7 +22,7 @@ from isoflat.core.rng import stream
 from isoflat.curvature.matrix import Curvature
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.measurement import sampled
+from isoflat.measurement import sample as module
 from isoflat.measurement.subject import subject
 from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
@@ -394,7 +394,7 @@ def test_a_budget_that_is_spent_ends_with_what_there_is(monkeypatch):
     """No further sample, though this seed's first witness was the wrong one: a wide interval that says so, and covers."""
     net, data = trained()
     clock = itertools.count(0, 1000)
-    monkeypatch.setattr(sampled, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     budget = isoflat.Budget(seconds=100)
     found = isoflat.measure(net, data, LOSS, geometry="layerwise", rtol=0.1, sample="auto", budget=budget, seed=1)
     assert not found.converged

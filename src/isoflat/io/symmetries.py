@@ -24,6 +24,7 @@ from isoflat.io import files
 from isoflat.io.archive import check_safetensors
 from isoflat.io.strict import canonical, parse
 from isoflat.symmetry.finding.constraints import Constraints
+from isoflat.symmetry.finding.graph import skeleton
 from isoflat.symmetry.found import VERSION, Found
 from isoflat.symmetry.groups.basis import BasisChange, Family, Piece, Side
 from isoflat.symmetry.groups.translation import Centre, CommonVector, Offset, Translation
@@ -57,6 +58,9 @@ KINDS: Mapping[str, type] = {
 }
 """Everything that a file may hold beside plain values and arrays, by a name that stays when classes are renamed."""
 
+MODULES = ("model", "skeleton")
+"""Parts of symmetries that are the network itself, which no file holds."""
+
 WALKING = ("where", "epsilon_of", "centred", "pending", "forgets", "normalised")
 """Fields of constraints that only serve while a network is walked through."""
 
@@ -86,7 +90,7 @@ def save_symmetries(found: Found, path: Path | str, *, force: bool = False) -> N
     if target.suffix != ".safetensors":
         raise UsageError(f"{target}: expected a name that ends in .safetensors")
     arrays: dict[str, Tensor] = {}
-    parts = {part.name: _plain(getattr(found, part.name), arrays) for part in fields(found) if part.name != "model"}
+    parts = {part.name: _plain(getattr(found, part.name), arrays) for part in fields(found) if part.name not in MODULES}
     content = {
         "format": FORMAT,
         "rules": VERSION,
@@ -125,7 +129,7 @@ def load_symmetries(path: Path | str, model: nn.Module) -> Found:
         )
     try:
         parts = {name: _restored(part, arrays) for name, part in content["found"].items()}
-        found = Found(model=model, **parts)
+        found = Found(model=model, skeleton=skeleton(model), **parts)
         same = found.hash == content["group_hash"]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
         raise UsageError(f"{source} holds no symmetries that can be read ({type(error).__name__}: {error})") from error

@@ -194,7 +194,7 @@ def takes_settings(*without: str, **notes: str) -> Callable[[F], F]:
     ...     '''
     >>> inspect.signature(example).parameters["rtol"].default
     0.001
-    >>> "seed: of this example" in example.__doc__, "sample" in example.__doc__
+    >>> "seed: of this example" in example.__doc__, "sample:" in example.__doc__
     (True, False)
     """
 

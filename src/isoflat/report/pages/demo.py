@@ -170,7 +170,7 @@ def _networks(result: DemoResult) -> Grid:
 def _attack(result: DemoResult) -> tuple[Prose | Plate | Grid, ...]:
     titles = [ladder.title for ladder in result.ladders]
     climbs = [
-        Climb(ladder.label if titles.count(ladder.title) > 1 else ladder.title, ladder.name, _curves(ladder))
+        Climb(ladder.label if titles.count(ladder.title) > 1 else ladder.title, ladder.name, curves(ladder))
         for ladder in result.ladders
     ]
     kinds: dict[tuple[str, str], list[str]] = {}
@@ -186,7 +186,8 @@ def _attack(result: DemoResult) -> tuple[Prose | Plate | Grid, ...]:
     return (said[0], plate, *said[1:], *(_rungs(ladder) for ladder in result.ladders))
 
 
-def _curves(ladder: Ladder) -> tuple[Curve, ...]:
+def curves(ladder: Ladder) -> tuple[Curve, ...]:
+    """Relative changes of every number along an attack."""
     amounts = tuple(rung.amount for rung in ladder.rungs[1:])
     return tuple(
         Curve(number.words, amounts, tuple(rung.changes[number.name] for rung in ladder.rungs[1:]), colour)

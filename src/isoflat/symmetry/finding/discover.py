@@ -23,7 +23,7 @@ from isoflat.symmetry.finding.bases.propagate import propagate_bases
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.declared import declare
 from isoflat.symmetry.finding.gains import foldable
-from isoflat.symmetry.finding.graph import TracedGraph, arguments, trace
+from isoflat.symmetry.finding.graph import TracedGraph, arguments, skeleton, trace
 from isoflat.symmetry.finding.logical import blocks
 from isoflat.symmetry.finding.means import means
 from isoflat.symmetry.finding.rules import Rule, rules
@@ -123,7 +123,7 @@ def discover(
     )
     found = Found(
         model,
-        graph.module,
+        skeleton(graph.module),
         args,
         kwargs,
         constraints,
