@@ -29,7 +29,7 @@ from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network, exactly
 from isoflat.risk.routes.base import Linearisation, gradient
 from isoflat.risk.routes.reverse import Recomputed
-from isoflat.risk.second_order.rule import Trace
+from isoflat.risk.second_order import Trace
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -180,7 +180,7 @@ def through(route: Linearisation) -> Product:
 @contextmanager
 def torchs_own() -> Iterator[None]:
     """Gradient graphs as torch makes them, without rules of ours."""
-    with mock.patch("isoflat.risk.routes.reverse.second_order", _no_rules):
+    with mock.patch("isoflat.risk.routes.reverse.Trace", _no_rules):
         yield
 
 

@@ -27,7 +27,7 @@ from isoflat.risk.empirical import EmpiricalRisk, leaf_state
 from isoflat.risk.network import exactly
 from isoflat.risk.plan import weigh
 from isoflat.risk.routes.reverse import Recomputed
-from isoflat.risk.second_order import second_order
+from isoflat.risk.second_order import Trace
 
 ROUNDS, POWER_STEPS = 7, 4
 
@@ -60,7 +60,7 @@ def other(case: Case, name: str, make: Callable[[EmpiricalRisk, State], Recomput
 
 def rules(case: Case) -> str:
     """The rules that apply."""
-    with second_order() as trace, exactly(case.state.device):
+    with Trace() as trace, exactly(case.state.device):
         case.risk.term(leaf_state(case.state), next(iter(case.risk.batches)))
     return ", ".join(sorted(trace.used))
 

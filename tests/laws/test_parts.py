@@ -15,7 +15,7 @@ from isoflat.risk.batches import as_batches, rows_of
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network
-from isoflat.risk.parts import by_hardness
+from isoflat.risk.plan import by_hardness
 from isoflat.risk.routes.reverse import Recomputed
 
 ROWS = 2304
@@ -112,7 +112,7 @@ def test_same_numbers_for_less(learned, geometry, certify):
     net, data = learned
     settings = {"measure": "quotient_spectral_norm", "geometry": geometry, "certify": certify, "rtol": 1e-4}
     parted = isoflat.measure(net, data, nn.CrossEntropyLoss(), **settings)
-    with mock.patch("isoflat.risk.parts.WORTHWHILE", ROWS + 1):
+    with mock.patch("isoflat.risk.plan.WORTHWHILE", ROWS + 1):
         plain = isoflat.measure(net, data, nn.CrossEntropyLoss(), **settings)
         exact = isoflat.measure(net, data, nn.CrossEntropyLoss(), **(settings | {"certify": True, "rtol": 1e-10}))
     assert parted.converged

@@ -12,8 +12,7 @@ from isoflat.core.rng import stream
 from isoflat.linalg.krylov.block import BlockRecurrence
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.operator import Dense
-from isoflat.linalg.orthogonal import orthogonalise, orthonormalise, restart
-from isoflat.linalg.probes import sphere, spherical
+from isoflat.linalg.vectors import orthogonalise, orthonormalise, restart, sphere, spherical
 
 bulk = np.linspace(-1, 1, 60)
 KNOWN = {

@@ -17,7 +17,7 @@ from scipy.stats import binom
 from isoflat.core.rng import stream
 from isoflat.linalg.certificate import log_overlap, outer_bounds, posterior_bound, prior_bound
 from isoflat.linalg.krylov.recurrence import Recurrence
-from isoflat.linalg.probes import sphere
+from isoflat.linalg.vectors import sphere
 
 LEVELS = (0.3, 0.1, 0.01, 1e-3)
 FAMILIES = ("outliers", "bulk", "power", "clusters", "indefinite", "near multiple", "lonely top", "lonely ends")

@@ -25,8 +25,8 @@ from isoflat.linalg.density.outliers import Outliers, separated
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Operator, Pullback
-from isoflat.linalg.probes import gaussian
 from isoflat.linalg.trace.hutchinson import Hutchinson
+from isoflat.linalg.vectors import gaussian
 
 N = 300
 SPECTRA = {

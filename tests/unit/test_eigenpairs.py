@@ -23,13 +23,12 @@ from isoflat.linalg.eigen.block_lanczos import Eigenpairs
 from isoflat.linalg.eigen.complement import RitzBasis
 from isoflat.linalg.eigen.extremes import ROUNDING, Which
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.linalg.eigen.many import EigenpairSolver
-from isoflat.linalg.eigen.pairs import Pairs
+from isoflat.linalg.eigen.pairs import EigenpairSolver, Pairs
 from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.maps import Diagonal, Identity
 from isoflat.linalg.operator import Dense, Operator, Pullback
-from isoflat.linalg.probes import spherical
 from isoflat.linalg.solver import Domain
+from isoflat.linalg.vectors import spherical
 
 
 def exact_of(operator: Operator) -> np.ndarray:

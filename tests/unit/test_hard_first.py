@@ -20,9 +20,9 @@ from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Dense, Pullback, Sum
-from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain
-from isoflat.risk.parts import FEWEST, MINORITY, WORTHWHILE, by_hardness
+from isoflat.linalg.vectors import sphere
+from isoflat.risk.plan import FEWEST, MINORITY, WORTHWHILE, by_hardness
 
 
 def part(n: int, rank: int, size: float, seed: int, sign: float = 1.0) -> Tensor:

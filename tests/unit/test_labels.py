@@ -19,11 +19,11 @@ from isoflat.linalg.density.deflated import Deflated
 from isoflat.linalg.density.lanczos import StochasticLanczosQuadrature
 from isoflat.linalg.density.outliers import Outliers
 from isoflat.linalg.eigen.block_lanczos import Eigenpairs
+from isoflat.linalg.eigen.complement import Remainder
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.eigen.recheck import Recheck
-from isoflat.linalg.eigen.remainder import Remainder
 from isoflat.linalg.solver import SingleProduct, Solver
 from isoflat.linalg.trace.diagonal import DiagonalEstimator
 from isoflat.linalg.trace.frobenius import Frobenius

@@ -23,7 +23,7 @@ from isoflat.linalg.eigen.power import PowerMethod
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.maps import Diagonal
 from isoflat.linalg.operator import Dense, Operator, Pullback
-from isoflat.linalg.probes import sphere
+from isoflat.linalg.vectors import sphere
 
 
 def extremes_of(operator: Operator) -> tuple[float, float]:

@@ -17,8 +17,7 @@ from isoflat.risk.batches import as_batches
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import BatchLoss, as_loss
 from isoflat.risk.network import Network
-from isoflat.risk.second_order import second_order
-from isoflat.risk.second_order.rule import Trace
+from isoflat.risk.second_order import Trace
 
 CONVOLUTIONS = [
     # inputs, weight, stride, padding, dilation, groups
@@ -72,7 +71,7 @@ def products(net, data, monkeypatch, rules, params=None, loss=None):
     """Products with two vectors, twice: through graphs made with our rules, or by torch alone."""
     with monkeypatch.context() as patch:
         if not rules:
-            patch.setattr(reverse, "second_order", stock)
+            patch.setattr(reverse, "Trace", stock)
         risk = EmpiricalRisk(Network(net), as_loss(loss or nn.CrossEntropyLoss()), as_batches(data, 4))
         state = risk.network.state(params)
         kept = reverse.Recomputed(risk, state).keep()
@@ -89,7 +88,7 @@ def apart(a, b):
 
 def ruled(operation, *args, **kwargs):
     """The operation under the rules, and the names of those that applied."""
-    with second_order() as trace:
+    with Trace() as trace:
         value = operation(*args, **kwargs)
     return value, trace.used
 
@@ -206,7 +205,7 @@ def test_ties():
     inputs = torch.tensor([0.0, -1.0, 1.0, 1.0, 2.0, 2.0]).repeat(6, 1).view(1, 1, 6, 6).double()
     weight = torch.linspace(1, 2, 9, dtype=torch.float64)
     found = []
-    for manager in (second_order, stock):
+    for manager in (Trace, stock):
         x = inputs.clone().requires_grad_()
         with manager():
             y = F.max_pool2d(F.relu(x), 2)

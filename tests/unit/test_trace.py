@@ -15,9 +15,9 @@ from scipy.stats import t as student
 from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense
-from isoflat.linalg.probes import Distribution, rademacher
 from isoflat.linalg.trace.frobenius import Frobenius
 from isoflat.linalg.trace.hutchinson import Hutchinson
+from isoflat.linalg.vectors import Distribution, rademacher
 
 N = 40
 SPECTRA = {

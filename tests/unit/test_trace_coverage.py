@@ -16,10 +16,10 @@ from torch import Tensor
 
 from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense
-from isoflat.linalg.probes import Distribution
 from isoflat.linalg.trace.hutchinson import Hutchinson
 from isoflat.linalg.trace.hutchpp import HutchPlusPlus
 from isoflat.linalg.trace.xtrace import XTrace, leave_one_out
+from isoflat.linalg.vectors import Distribution
 
 N = 200
 SPECTRA = {

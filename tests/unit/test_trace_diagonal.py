@@ -14,9 +14,9 @@ from torch import Tensor
 from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense
-from isoflat.linalg.probes import rademacher
 from isoflat.linalg.trace.diagonal import DiagonalEstimator
 from isoflat.linalg.trace.hutchinson import Hutchinson
+from isoflat.linalg.vectors import rademacher
 
 N, SIZES = 40, (5, 1, 20, 14)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense
-from isoflat.linalg.probes import Distribution
 from isoflat.linalg.trace.frobenius import Frobenius
+from isoflat.linalg.vectors import Distribution
 
 N = 60
 KNOWN = {

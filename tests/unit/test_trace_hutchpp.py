@@ -15,9 +15,9 @@ from cases.operators import rotated
 from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense
-from isoflat.linalg.probes import Distribution
 from isoflat.linalg.trace.hutchinson import Hutchinson
 from isoflat.linalg.trace.hutchpp import HutchPlusPlus
+from isoflat.linalg.vectors import Distribution
 
 KNOWN = {
     "bulk": np.linspace(0, 1, 60),

@@ -16,8 +16,8 @@ from cases.operators import rotated
 from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.linalg.operator import Dense
-from isoflat.linalg.probes import Distribution
 from isoflat.linalg.trace.xtrace import XTrace
+from isoflat.linalg.vectors import Distribution
 
 KNOWN = {
     "bulk": np.linspace(0, 1, 60),

@@ -38,7 +38,9 @@ class _Unrounded(TorchFunctionMode):
     ) -> Any:
         if func in _SHORTHANDS:
             return args[0].double()
-        named = {key: _wide(value) for key, value in (kwargs or {}).items()}
+        named = dict(kwargs or {})
+        for key, value in named.items():
+            named[key] = _wide(value)
         return func(*map(_wide, args), **named)
 
 

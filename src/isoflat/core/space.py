@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import final
 
@@ -33,17 +34,17 @@ class ParameterSpace:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each tensor."""
-        return tuple(math.prod(shape) for shape in self.shapes)
+        return tuple(map(math.prod, self.shapes))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Dimension n."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def slices(self) -> dict[str, slice]:
         """Range of each tensor's entries in the flat vector, by name."""
         ends = tuple(accumulate(self.sizes, initial=0))
@@ -56,12 +57,11 @@ class ParameterSpace:
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a vector of shape `(n,)`, by name."""
-        parts = vector.split(self.sizes)
-        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        return dict(zip(self.names, map(Tensor.view, vector.split(self.sizes), self.shapes), strict=True))
 
     def block_norms(self, vector: Tensor) -> Tensor:
         """Euclidean norm of each tensor's part, float64, shape `(number of tensors,)`."""
-        return torch.tensor([norm(part) for part in vector.split(self.sizes)], dtype=torch.float64)
+        return torch.tensor(list(map(norm, vector.split(self.sizes))), dtype=torch.float64)
 
     def spread(self, per_block: Tensor) -> Tensor:
         """Vector of shape `(n,)` that repeats one value per tensor for each of its entries."""
@@ -166,7 +166,8 @@ def largest(vector: Tensor) -> float:
 def _pieces(vector: Tensor) -> Iterator[slice]:
     """Ranges of entries that fit into a cache, or that are worth an accelerator's while."""
     width = CHUNK if vector.device.type == "cpu" else CHUNK << 7
-    return (slice(start, start + width) for start in range(0, len(vector), width))
+    for start in range(0, len(vector), width):
+        yield slice(start, start + width)
 
 
 def _widened(rows: Sequence[Tensor], vector: Tensor) -> Iterator[tuple[slice, Tensor | list[Tensor]]]:

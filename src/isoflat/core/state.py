@@ -1,16 +1,17 @@
-"""The point at which a network is measured: its tensors by name."""
+"""The point at which a network is measured: its tensors by name, and short hashes that tell whether two things are the same."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.core.fingerprint import fingerprint
 from isoflat.core.space import ParameterSpace
 
 
@@ -32,7 +33,7 @@ class State:
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     constants: Mapping[str, float] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def space(self) -> ParameterSpace:
         """The flat space of the trainable tensors."""
         return ParameterSpace(tuple(self.parameters), tuple(tuple(tensor.shape) for tensor in self.parameters.values()))
@@ -111,3 +112,17 @@ def everywhere(module: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if name in tensors:
                 found[f"{path}.{own}" if path else own] = tensors[name]
     return found
+
+
+def fingerprint(*parts: str | bytes) -> str:
+    """First 16 hex digits of SHA-256 over the parts in order, each with its length.
+
+    >>> fingerprint("ab", "c") == fingerprint("a", "bc")
+    False
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()[:16]

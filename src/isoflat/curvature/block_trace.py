@@ -17,12 +17,12 @@ from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.curvature.diagonal import diagonal_of
-from isoflat.curvature.rows import MEMORY
 from isoflat.curvature.sweeps import check_softmax
 from isoflat.risk.batches import pieces
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.output import output_of
+from isoflat.risk.rows import MEMORY
 
 LINEAR = 1e-8
 """Largest second derivative of the output along a direction in a tensor, in units of the first, in float64."""

@@ -17,12 +17,11 @@ from torch import Tensor
 from isoflat.core.space import ParameterSpace
 from isoflat.core.state import State
 from isoflat.curvature.fisher import row_counts
-from isoflat.curvature.rows import MEMORY, Output, per_row
 from isoflat.curvature.sweeps import Directions, Pass, Sweeps, accumulated, check_softmax, classes, pulled, residual
 from isoflat.risk.batches import pieces
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.routes.output import check_output
-from isoflat.risk.rows import row_loss
+from isoflat.risk.rows import MEMORY, Output, per_row, row_loss
 
 
 def gauss_newton_diagonal(risk: EmpiricalRisk, state: State, memory: int = MEMORY) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.curvature.through_output import Middle, ThroughOutput
+from isoflat.curvature.gauss_newton import Middle, ThroughOutput
 from isoflat.risk.batches import Beside
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.likelihood import likelihood

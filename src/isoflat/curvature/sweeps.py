@@ -22,13 +22,13 @@ from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
-from isoflat.curvature.rows import Output
 from isoflat.risk.empirical import EmpiricalRisk, leaf_state
-from isoflat.risk.likelihood import class_axis, likelihood
-from isoflat.risk.losses import Loss, TargetLoss
+from isoflat.risk.likelihood import likelihood
+from isoflat.risk.losses import Loss, TargetLoss, class_axis
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.output import check_output, output_of
+from isoflat.risk.rows import Output
 
 
 def check_softmax(risk: EmpiricalRisk, state: State) -> None:
@@ -227,7 +227,7 @@ def pulled(
 
     Args:
         along: directions.
-        output: output of the row (`curvature.rows`).
+        output: output of the row (`risk.rows`).
         tensors: tensors that it is a function of.
         target: target of the row, with a leading dimension.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from isoflat.core.errors import DataError, UsageError
-from isoflat.core.fingerprint import fingerprint
+from isoflat.core.state import fingerprint
 from isoflat.io import files
 
 

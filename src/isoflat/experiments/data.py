@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import DataError, UsageError
-from isoflat.core.fingerprint import fingerprint
 from isoflat.core.rng import stream
+from isoflat.core.state import fingerprint
 from isoflat.experiments.recipe import DataSpec
 from isoflat.io.data import load_rows
 from isoflat.io.digits import digits as stored_digits

@@ -17,8 +17,8 @@ from typing import Any, final
 import torch
 
 from isoflat.core.errors import CheckpointError, DataError, IsoflatError, UnknownName, UsageError
-from isoflat.core.fingerprint import fingerprint
 from isoflat.core.render import some
+from isoflat.core.state import fingerprint
 from isoflat.core.table import Table
 from isoflat.experiments.numbers import Number
 from isoflat.experiments.statistics.sample import LEAST, Level

@@ -15,8 +15,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from isoflat.core.errors import DataError, NonFinite, UnknownName, UsageError
-from isoflat.core.fingerprint import fingerprint
 from isoflat.core.rng import stream
+from isoflat.core.state import fingerprint
 from isoflat.experiments.checkpoint import Checkpoint, Keeper, Way, content_of
 
 VERSION = 2

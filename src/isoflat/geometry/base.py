@@ -9,8 +9,7 @@ from typing import final
 
 from torch import Tensor
 
-from isoflat.core.fingerprint import fingerprint
-from isoflat.core.state import State
+from isoflat.core.state import State, fingerprint
 from isoflat.linalg.maps import LinearMap
 from isoflat.linalg.operator import Operator
 

@@ -15,8 +15,7 @@ from torch.optim.adamw import AdamW
 from torch.optim.optimizer import Optimizer
 
 from isoflat.core.errors import UsageError
-from isoflat.core.fingerprint import fingerprint
-from isoflat.core.state import State
+from isoflat.core.state import State, fingerprint
 from isoflat.geometry.base import Chart, Geometry, tensors_hash
 from isoflat.linalg.maps import Diagonal
 from isoflat.linalg.operator import Operator

@@ -72,19 +72,19 @@ if TYPE_CHECKING:
     from isoflat.linalg.eigen.power import PowerMethod
     from isoflat.linalg.maps import Diagonal, Identity, LinearMap
     from isoflat.linalg.operator import Dense, Operator, Pullback, Sum
-    from isoflat.linalg.probes import Distribution
     from isoflat.linalg.solver import Solver
     from isoflat.linalg.trace.diagonal import DiagonalEstimator
     from isoflat.linalg.trace.frobenius import Frobenius
     from isoflat.linalg.trace.hutchinson import Hutchinson
     from isoflat.linalg.trace.hutchpp import HutchPlusPlus
     from isoflat.linalg.trace.xtrace import XTrace
+    from isoflat.linalg.vectors import Distribution
 
 _HOMES = {
     "Dense": "linalg.operator",
     "Diagonal": "linalg.maps",
     "DiagonalEstimator": "linalg.trace.diagonal",
-    "Distribution": "linalg.probes",
+    "Distribution": "linalg.vectors",
     "Eigenpairs": "linalg.eigen.block_lanczos",
     "Frobenius": "linalg.trace.frobenius",
     "HutchPlusPlus": "linalg.trace.hutchpp",

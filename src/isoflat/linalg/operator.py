@@ -202,7 +202,7 @@ class Pullback(Operator):
 
     def some(self, parts: Parts) -> Pullback:
         """Pullback of some of the base's parts; K goes with the first."""
-        return Pullback(self.base.some(parts), self.frame, self.plus if parts is None or 0 in parts else None)
+        return self if parts is None else Pullback(self.base.some(parts), self.frame, self.plus if 0 in parts else None)
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Push, multiply, pull, add K."""

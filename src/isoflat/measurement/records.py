@@ -14,11 +14,10 @@ from torch import Tensor
 
 from isoflat.core.errors import IsoflatError, SymmetryViolated
 from isoflat.core.estimate import Cost, Kind
-from isoflat.core.fingerprint import fingerprint
 from isoflat.core.record import Point, Record
 from isoflat.core.render import some
 from isoflat.core.space import inner, norm
-from isoflat.core.state import State
+from isoflat.core.state import State, fingerprint
 from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Chart, Geometry
 from isoflat.geometry.layerwise import stationarity

@@ -32,11 +32,10 @@ from isoflat.core.space import inner, norm
 from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Geometry
 from isoflat.linalg.eigen.block_lanczos import Eigenpairs
-from isoflat.linalg.eigen.complement import ComplementBounds
+from isoflat.linalg.eigen.complement import ComplementBounds, Remainder
 from isoflat.linalg.eigen.extremes import REACHED, End, Extremes, Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.linalg.eigen.remainder import Remainder
 from isoflat.linalg.operator import Pullback
 from isoflat.linalg.solver import Outcome, SingleProduct, Solver
 from isoflat.measurement.engine import Measurement, generator_checks

@@ -11,19 +11,17 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import DataError, NonFinite, UsageError
-from isoflat.core.fingerprint import fingerprint
 from isoflat.core.render import some
-from isoflat.core.state import State
+from isoflat.core.state import State, fingerprint
 from isoflat.geometry.base import Geometry
 from isoflat.measures.base import Measure
 from isoflat.measures.settings import Budget, Settings
 from isoflat.risk.batches import as_batches, digest
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import Loss, TargetLoss, as_loss
-from isoflat.risk.network import Network
+from isoflat.risk.network import Network, compiled, unwrapped
 from isoflat.risk.ranks import Ranks, check_whole
 from isoflat.risk.temperature import scaled
-from isoflat.risk.wrappers import compiled, unwrapped
 
 Plan = Sequence[tuple[Measure, Geometry]]
 """Measures, each with the geometry it is measured in."""

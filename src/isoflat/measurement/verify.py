@@ -22,10 +22,10 @@ from torch import Tensor
 
 from isoflat.core.errors import UnknownName, UsageError
 from isoflat.core.estimate import Estimate, interval
-from isoflat.core.fingerprint import fingerprint
 from isoflat.core.plain import attributes
 from isoflat.core.record import Point, Record
 from isoflat.core.rng import stream
+from isoflat.core.state import fingerprint
 from isoflat.curvature.matrix import Matrix
 from isoflat.geometry.base import Geometry
 from isoflat.geometry.layerwise import stationarity

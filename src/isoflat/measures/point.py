@@ -18,8 +18,7 @@ from isoflat.measures.settings import Settings
 from isoflat.risk.batches import even
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.linearise import linearise
-from isoflat.risk.parts import by_hardness
-from isoflat.risk.plan import ProductPlan, available_memory, plan
+from isoflat.risk.plan import ProductPlan, available_memory, by_hardness, plan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.guarded import Guarded
 from isoflat.risk.routes.reverse import Recomputed

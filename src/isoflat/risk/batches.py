@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -173,7 +174,7 @@ def as_batches(data: Any, rows: int = ROWS) -> Batches:
     if isinstance(data, list | tuple):
         if not data:
             raise DataError("the data is an empty list: expected at least one batch")
-        return Batches(lambda: iter(data), volatile=False)
+        return Batches(partial(iter, data), volatile=False)
     if isinstance(data, Iterator):
         raise DataError(
             f"the data is a one-shot iterator ({type(data).__name__}), but each product reads it anew: give {_ACCEPTED}"
@@ -181,7 +182,7 @@ def as_batches(data: Any, rows: int = ROWS) -> Batches:
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return _from_dataset(data, rows)
     if isinstance(data, Iterable) and not isinstance(data, Mapping | Tensor | np.ndarray | str):
-        return Batches(lambda: iter(data), volatile=True)
+        return Batches(partial(iter, data), volatile=True)
     if callable(data):
         return Batches(lambda: iter(data()), volatile=True)
     raise DataError(f"cannot read batches from {type(data).__name__}: give {_ACCEPTED}")
@@ -191,7 +192,7 @@ def _from_loader(loader: DataLoader[Any]) -> Batches:
     samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
     if any(isinstance(sampler, RandomSampler) for sampler in samplers):
         raise DataError("the DataLoader shuffles: each product must see the same batches. Build it with shuffle=False")
-    return Batches(lambda: iter(loader), volatile=True)
+    return Batches(partial(iter, loader), volatile=True)
 
 
 def _from_pair(inputs: Tensor, targets: Tensor, rows: int) -> Batches:
@@ -204,7 +205,7 @@ def _from_pair(inputs: Tensor, targets: Tensor, rows: int) -> Batches:
         raise DataError("the data is empty: 0 rows")
     pairs = list(zip(inputs.split(rows), targets.split(rows), strict=True))
     evenly = lambda world: _from_pair(inputs, targets, even(len(inputs), rows, world))  # noqa: E731
-    return Batches(lambda: iter(pairs), volatile=False, evenly=evenly)
+    return Batches(partial(iter, pairs), volatile=False, evenly=evenly)
 
 
 def _from_dataset(data: Dataset[Any], rows: int) -> Batches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -16,8 +17,7 @@ from isoflat.core.space import inner, largest, norm
 from isoflat.core.state import State
 from isoflat.risk.batches import Batches, pieces
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.likelihood import class_axis
-from isoflat.risk.losses import TargetLoss
+from isoflat.risk.losses import TargetLoss, class_axis
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.base import Linearisation, gradient
@@ -75,8 +75,7 @@ class CheckedRows:
             raise DataError("the data is empty: the loader gave no batch")
         if isinstance(risk.loss, TargetLoss):
             batch = next(pieces(batch, rows))
-        few: Any = [batch]
-        alone = replace(risk, batches=Batches(lambda: iter(few), volatile=False), ranks=Ranks())
+        alone = replace(risk, batches=Batches(partial(iter, [batch]), volatile=False), ranks=Ranks())
         wide = state.to(dtype=torch.float64)
         space, center = wide.space, wide.vector
         sizes = torch.tensor(space.sizes, dtype=torch.float64).sqrt()
@@ -108,25 +107,29 @@ class CheckedRows:
             )
         return product
 
-    def difference(self, direction: Tensor, product: Tensor) -> float:
-        """Relative distance of a product from central differences of gradients."""
-        return self._distance(direction, product, self.gradient)
-
     def slope(self, direction: Tensor) -> float:
         """Relative distance of the gradient from central differences of the loss, along a direction."""
         slope = inner([direction], self.gradient(self.state.vector))
-        return self._distance(direction, slope, self.loss)
+        return self.distance(direction, slope, self.loss)
 
-    def _distance(self, direction: Tensor, derivative: Tensor, function: Callable[[Tensor], Tensor]) -> float:
-        """Smallest relative difference over the steps, beyond what rounding of the function explains."""
+    def distance(self, direction: Tensor, derivative: Tensor, function: Callable[[Tensor], Tensor]) -> float:
+        """Relative distance of a derivative from central differences of a function: the least over all steps.
+
+        What rounding of the function explains does not count.
+
+        Args:
+            direction: direction of the derivative, shape `(n,)`.
+            derivative: value of the derivative.
+            function: `loss` or `gradient`.
+        """
         center = self.state.vector
         scale = (norm(center) or 1.0) / norm(direction)
         best = float("inf")
         for step in STEPS:
             reach = step * scale
-            ends = [function(center + sign * reach * direction) for sign in (1, -1)]
-            rounding = 10 * torch.finfo(torch.float64).eps * max(map(norm, ends)) / reach
-            quotient = ends[0].sub_(ends[1]).div_(2 * reach)
+            ahead, behind = function(center + reach * direction), function(center - reach * direction)
+            rounding = 10 * torch.finfo(torch.float64).eps * max(norm(ahead), norm(behind)) / reach
+            quotient = ahead.sub_(behind).div_(2 * reach)
             size = max(norm(derivative), norm(quotient))
             excess = max(norm(derivative - quotient) - rounding, 0.0)
             best = min(best, excess / size if size else 0.0)
@@ -171,7 +174,7 @@ def disagreement(sample: CheckedRows, route: Route) -> float:
     worst = 0.0
     for k in range(2):
         direction = sample.direction(k)
-        worst = max(worst, sample.difference(direction, sample.product(route, direction)))
+        worst = max(worst, sample.distance(direction, sample.product(route, direction), sample.gradient))
     return worst
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar, final
 
 import torch
@@ -82,7 +83,7 @@ class EmpiricalRisk:
             if not isinstance(loss, TargetLoss):
                 raise UsageError("rows have weights in losses of output and target only")
             loss = loss.weighted(batch.weights)
-        return self.network(state, lambda model: loss(model, moved))
+        return self.network(state, partial(loss, batch=moved))
 
     def target(self, state: State, batch: Any) -> Any:
         """Target that the loss compares the output of a batch with; None where the model computes its own loss."""
@@ -107,9 +108,7 @@ class EmpiricalRisk:
             RanksDiffer: the processes do not compute the same.
             RankLost: a process is gone.
         """
-        items = enumerate(self.batches if over is None else over)
-        parts = (per_batch(index, item) if self.ranks.owns(index) else None for index, item in items)
-        found = self.ranks.add(parts, like)
+        found = self.ranks.add(self.batches if over is None else over, per_batch, like)
         if found.total is None:
             raise DataError("the data is empty: the loader gave no batch")
         count = found.count if self.of is None else self.of
@@ -139,7 +138,7 @@ class EmpiricalRisk:
         def output(state: State) -> Tensor:
             moved = move(inputs, state.device, state.dtype)
             with torch.no_grad():
-                return self.network(state, lambda model: call(model, moved))
+                return self.network(state, partial(call, inputs=moved))
 
         return output
 
@@ -156,10 +155,8 @@ class EmpiricalRisk:
             NondeterministicRisk: the loss of one batch is random.
             UnsupportedModel: the forward pass writes into parameters or buffers.
         """
-        with self.ranks.agreeing() as facts:
-            facts["loss of the first batch"] = f"{self._probe(state):.4g}"
+        self._probe(state)
         tally = _Tally(state)
-        started = time.monotonic()
 
         def per_batch(index: int, batch: Any) -> BatchSum:
             leaves = leaf_state(state)
@@ -171,10 +168,7 @@ class EmpiricalRisk:
             tally.hardness[index] = None if slope is None else slope.detach().reshape(len(slope), -1).norm(dim=1).cpu()
             return BatchSum(torch.cat([tally.loss(index, term), *tally.gradient(index, gradients)]), term.count)
 
-        mean = self.accumulate(per_batch, _shape(1 + state.space.size, state), over=tally.digesting(self.batches))
-        tally.join(self.ranks.gather(tally.counts))
-        seconds = time.monotonic() - started
-        return tally.survey(mean, seconds)
+        return self._surveyed(tally, per_batch, 1 + state.space.size)
 
     def screen(self, state: State) -> Survey:
         """Loss, accuracy and each row's importance in one forward pass; no gradient.
@@ -183,20 +177,18 @@ class EmpiricalRisk:
             UsageError: the loss is no function of output and target, or the output does not have the rows.
             IsoflatError: as for `survey`.
         """
-        with self.ranks.agreeing() as facts:
-            facts["loss of the first batch"] = f"{self._probe(state):.4g}"
+        self._probe(state)
         tally, loss = _Tally(state), self.loss
         if not isinstance(loss, TargetLoss):
             raise UsageError(
                 "sample='auto' weighs examples by the loss of each, and needs a torch.nn criterion or a function of output "
                 f"and target; {loss.label} has one for the whole batch only: leave sample out"
             )
-        started = time.monotonic()
 
         def per_batch(index: int, batch: Any) -> BatchSum:
             inputs, target = split(move(alone(batch), state.device, state.dtype))
             with torch.no_grad():
-                output = self.network(state, lambda model: loss.output(model, inputs))
+                output = self.network(state, partial(call, inputs=inputs, scores=loss.scores))
             z = output.detach().requires_grad_(True)
             if z.ndim == 0 or len(z) != rows_of(batch):
                 raise UsageError(
@@ -207,40 +199,46 @@ class EmpiricalRisk:
             tally.hardness[index] = importance(term.total, z, stream(0, "importance", index))
             return BatchSum(tally.loss(index, term), term.count)
 
-        mean = self.accumulate(per_batch, _shape(1, state), over=tally.digesting(self.batches))
-        tally.join(self.ranks.gather(tally.counts))
-        seconds = time.monotonic() - started
-        return tally.survey(mean, seconds)
+        return self._surveyed(tally, per_batch, 1)
 
-    def _probe(self, state: State) -> float:
-        """The first batch twice, under different random streams, with an eye on what the forward pass writes; its loss."""
-        batch = next(iter(self.batches), None)
-        if batch is None:
-            raise DataError("the data is empty: the loader gave no batch")
-        before = {name: tensor._version for name, tensor in state.tensors.items()}
-        losses = []
-        with torch.no_grad():
-            for seed in (1, 2):
-                torch.manual_seed(seed)
-                losses.append(float(self.term(state, batch).total))
-        written = [name for name, tensor in state.tensors.items() if tensor._version != before[name]]
-        if written:
-            raise UnsupportedModel(
-                f"the forward pass writes into {', '.join(written[:5])}: the loss is no function of the weights. "
-                "Call model.eval(), or remove the in-place update"
-            )
-        tolerance = 1000 * torch.finfo(state.dtype).eps * abs(losses[0])
-        if abs(losses[0] - losses[1]) > tolerance:
-            raise NondeterministicRisk(
-                f"the loss of batch 0 is random: {losses[0]:.8g}, then {losses[1]:.8g} on the same data and weights. "
-                "Call model.eval() and switch off dropout, noise and sampling in the forward pass"
-            )
-        if isinstance(self.loss, TargetLoss) and self.loss.claimed_mean is not None:
-            moved = move(batch, state.device, state.dtype)
-            inputs, target = split(moved)
+    def _surveyed(self, tally: _Tally, per_batch: Callable[[int, Any], BatchSum], entries: int) -> Survey:
+        """The survey that a pass over the data makes of a tally, whose batches' totals have so many entries."""
+        started = time.monotonic()
+        mean = self.accumulate(per_batch, _shape(entries, tally.state), over=tally.digesting(self.batches))
+        if self.ranks.world > 1:
+            tally.join(self.ranks.gather(tally.counts))
+        return tally.survey(mean, time.monotonic() - started)
+
+    def _probe(self, state: State) -> None:
+        """Check the first batch twice, under different random streams, with an eye on what the forward pass writes."""
+        with self.ranks.agreeing() as facts:
+            batch = next(iter(self.batches), None)
+            if batch is None:
+                raise DataError("the data is empty: the loader gave no batch")
+            before = {name: tensor._version for name, tensor in state.tensors.items()}
+            losses = []
             with torch.no_grad():
-                check_mean(self.loss.claimed_mean, self.network(state, lambda model: call(model, inputs)), target)
-        return losses[0]
+                for seed in (1, 2):
+                    torch.manual_seed(seed)
+                    losses.append(float(self.term(state, batch).total))
+            written = [name for name, tensor in state.tensors.items() if tensor._version != before[name]]
+            if written:
+                raise UnsupportedModel(
+                    f"the forward pass writes into {', '.join(written[:5])}: the loss is no function of the weights. "
+                    "Call model.eval(), or remove the in-place update"
+                )
+            tolerance = 1000 * torch.finfo(state.dtype).eps * abs(losses[0])
+            if abs(losses[0] - losses[1]) > tolerance:
+                raise NondeterministicRisk(
+                    f"the loss of batch 0 is random: {losses[0]:.8g}, then {losses[1]:.8g} on the same data and weights. "
+                    "Call model.eval() and switch off dropout, noise and sampling in the forward pass"
+                )
+            if isinstance(self.loss, TargetLoss) and self.loss.claimed_mean is not None:
+                moved = move(batch, state.device, state.dtype)
+                inputs, target = split(moved)
+                with torch.no_grad():
+                    check_mean(self.loss.claimed_mean, self.network(state, partial(call, inputs=inputs)), target)
+            facts["loss of the first batch"] = f"{losses[0]:.4g}"
 
 
 _COUNTED = ("rows", "count", "correct", "counted", "classes", "used", "hardness")

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
-from isoflat.risk.losses import Loss, TargetLoss
+from isoflat.risk.losses import Loss, TargetLoss, class_axis
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,6 @@ def likelihood(loss: Loss, z: Tensor, target: Tensor | None) -> Likelihood:
         "targets in the output's shape, from torch.nn, with batches (inputs, targets). The Gauss-Newton matrix needs "
         "no labels"
     )
-
-
-def class_axis(z: Tensor) -> int:
-    """Dimension of the classes, by the convention of torch.nn.CrossEntropyLoss."""
-    return 1 if z.ndim > 1 else 0
 
 
 def _class_mass(criterion: nn.CrossEntropyLoss, z: Tensor, target: Tensor) -> Tensor:

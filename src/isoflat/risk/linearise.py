@@ -18,7 +18,7 @@ from isoflat.risk.plan import ProductPlan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.differences import STEP, Differences
 from isoflat.risk.routes.forward import Forward
-from isoflat.risk.routes.guarded import Grain, Guarded, is_out_of_memory, retry_smaller
+from isoflat.risk.routes.guarded import Grain, Guarded, first_line, is_out_of_memory
 from isoflat.risk.routes.reverse import Recomputed
 
 _REMEDY = "Make it differentiable; check='warn' measures nevertheless"
@@ -59,7 +59,10 @@ def choose(risk: EmpiricalRisk, state: State, check: ProductCheck = ProductCheck
         UnsupportedModel: none does; or products disagree with differences of gradients, these with those of the loss, and
             `check` refuses that.
     """
-    return retry_smaller(Grain(ROWS), lambda rows: _chosen(CheckedRows.of(risk, state, rows), check))
+    grain = Grain(ROWS)
+    while True:
+        with grain as rows:
+            return _chosen(CheckedRows.of(risk, state, rows), check)
 
 
 def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
@@ -71,11 +74,17 @@ def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
         if route is Differences and wrong and sample.slope(sample.direction(0)) > AGREEMENT:
             raise UnsupportedModel(f"{wrong[0]}, and out of the first. {_REMEDY}")
         try:
-            worst = _tried(sample, route, check)
+            worst = 0.0
+            if route is Differences:
+                worst = _unsettled(sample)
+            elif check is ProductCheck.SKIP:
+                sample.product(route, sample.direction(0))
+            else:
+                worst = disagreement(sample, route)
         except (RuntimeError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise
-            failures.append(f"{name}: {_first_line(error)}")
+            failures.append(f"{name}: {first_line(error)}")
             continue
         cut = (
             f"Hessian products differ by {worst:.1e} from central differences of gradients: part of the network is cut out "
@@ -110,13 +119,12 @@ def check_gradient(risk: EmpiricalRisk, state: State, check: ProductCheck = Prod
     Raises:
         UnsupportedModel: they disagree, and `check` refuses that.
     """
-
-    def slope(rows: int) -> float:
-        sample = CheckedRows.of(risk, state, rows)
-        direction = sample.direction(0)
-        return sample.slope(direction) if bool(direction.any()) else 0.0
-
-    worst = 0.0 if check is ProductCheck.SKIP else retry_smaller(Grain(ROWS), slope)
+    worst, grain = None if check is not ProductCheck.SKIP else 0.0, Grain(ROWS)
+    while worst is None:
+        with grain as rows:
+            sample = CheckedRows.of(risk, state, rows)
+            direction = sample.direction(0)
+            worst = sample.slope(direction) if bool(direction.any()) else 0.0
     if worst <= AGREEMENT:
         return ()
     cut = (
@@ -141,12 +149,10 @@ def survey(risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, Survey]:
             raise
         grain = Grain(rows_of(next(iter(risk.batches))))
         grain.halve(error)
-
-    def work(rows: int) -> tuple[EmpiricalRisk, Survey]:
-        made = replace(risk, batches=risk.batches.cut(rows))
-        return made, made.survey(state)
-
-    return retry_smaller(grain, work)
+    while True:
+        with grain as rows:
+            made = replace(risk, batches=risk.batches.cut(rows))
+            return made, made.survey(state)
 
 
 def linearise(risk: EmpiricalRisk, state: State, plan: ProductPlan) -> Guarded:
@@ -154,40 +160,19 @@ def linearise(risk: EmpiricalRisk, state: State, plan: ProductPlan) -> Guarded:
     grain = Grain(plan.rows)
     if plan.route is Differences:
         state = state.to(dtype=torch.float64)
-
-    def cut(rows: int) -> EmpiricalRisk:
-        uncut = plan.whole and not grain.halvings
-        return risk if uncut else replace(risk, batches=risk.batches.cut(rows))
-
-    def keep(rows: int) -> Linearisation:
+    while True:
         # One process without room makes all of them cut finer, so that they go on cutting alike.
-        with risk.ranks.agreeing():
-            made = cut(rows)
+        with grain as rows, risk.ranks.agreeing():
+            uncut = plan.whole and not grain.halvings
+            made = risk if uncut else replace(risk, batches=risk.batches.cut(rows))
             if plan.route is not Recomputed:
-                return plan.route(made, state)
+                return Guarded(risk, state, [plan.route(made, state)], grain)
             route = Recomputed(made, state, plan.graph)
-            return route.keep() if plan.kept and not grain.halvings else route
-
-    return Guarded(risk, state, [retry_smaller(grain, keep)], grain)
+            return Guarded(risk, state, [route.keep() if plan.kept and not grain.halvings else route], grain)
 
 
-def _tried(sample: CheckedRows, route: type[Linearisation], check: ProductCheck) -> float:
-    """Distance of a route's products from differences of gradients, or of these from those of another step.
-
-    Raises:
-        RuntimeError: the route does not work on this network.
-    """
-    if route is Differences:
-        direction = sample.direction(0)
-        near, far = (
-            Differences(sample.risk, sample.state, step).products(direction[:, None]) for step in (STEP, 4 * STEP)
-        )
-        return norm(near - far) / (norm(near) or 1.0)
-    if check is ProductCheck.SKIP:
-        sample.product(route, sample.direction(0))
-        return 0.0
-    return disagreement(sample, route)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _unsettled(sample: CheckedRows) -> float:
+    """Relative difference between differences of gradients of two steps."""
+    direction = sample.direction(0)[:, None]
+    near, far = (Differences(sample.risk, sample.state, step).products(direction) for step in (STEP, 4 * STEP))
+    return norm(near - far) / (norm(near) or 1.0)

@@ -10,6 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, final
 
 import torch
@@ -141,12 +142,8 @@ class TargetLoss(Loss):
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
         """Apply the model to the inputs and the loss to its output."""
         inputs, target = split(batch)
-        return self.of(self.output(model, inputs), target, rows_of(target if _has_rows(target) else inputs))
-
-    def output(self, model: Callable[..., Any], inputs: Any) -> Tensor:
-        """Output that the loss is a function of: the model's, after `scores`."""
-        output = call(model, inputs)
-        return output if self.scores is None else self.scores(output)
+        rowed = target if isinstance(target, Tensor) and target.ndim else inputs
+        return self.of(call(model, inputs, self.scores), target, rows_of(rowed))
 
     def of(self, output: Tensor, target: Tensor, rows: int) -> Term:
         """The contribution of so many rows, from `output`."""
@@ -225,7 +222,7 @@ class TargetLoss(Loss):
         """A change of scores, which for a loss of log-probabilities are brought to such again."""
         if not isinstance(self.criterion, nn.NLLLoss):
             return change
-        return lambda scores: change(scores).log_softmax(1 if scores.ndim > 1 else 0)
+        return lambda scores: change(scores).log_softmax(class_axis(scores))
 
     def _of_scores(self, logits: str) -> None:
         if self.classes is None:
@@ -239,7 +236,7 @@ def _directions_of(scores: Tensor) -> Tensor:
 
     Scores that are all equal have no direction: they become zeros, as if they were constants.
     """
-    axis = 1 if scores.ndim > 1 else 0
+    axis = class_axis(scores)
     centred = scores - scores.mean(axis, keepdim=True)
     square = centred.square().sum(axis, keepdim=True)
     some = square > 0
@@ -339,8 +336,13 @@ def split(batch: Any) -> tuple[Any, Any]:
     )
 
 
-def call(model: Callable[..., Any], inputs: Any) -> Tensor:
-    """The model on its inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+def call(model: Callable[..., Any], inputs: Any, scores: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The model's output on its inputs, after a map of it.
+
+    Args:
+        model: the model.
+        inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        scores: the map (`TargetLoss.scores`); None for the identity.
 
     Raises:
         UsageError: the output is not a tensor.
@@ -354,7 +356,7 @@ def call(model: Callable[..., Any], inputs: Any) -> Tensor:
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
         raise UsageError(f"the model returned {type(output).__name__}, not a tensor: pass an isoflat.BatchLoss instead")
-    return output
+    return output if scores is None else scores(output)
 
 
 def _from_criterion(criterion: Any) -> TargetLoss:
@@ -372,7 +374,7 @@ def _from_criterion(criterion: Any) -> TargetLoss:
     def total(output: Tensor, target: Tensor) -> Tensor:
         return _like(summed, output)(output, target)
 
-    return TargetLoss(total, lambda output, target: count(criterion, output, target), classes, criterion=criterion)
+    return TargetLoss(total, partial(count, criterion), classes, criterion=criterion)
 
 
 def _from_function(function: Callable[[Tensor, Tensor], Tensor]) -> TargetLoss:
@@ -406,8 +408,9 @@ def _like(criterion: Any, output: Tensor) -> Any:
     return copy.deepcopy(criterion).to(output.device, output.dtype if output.is_floating_point() else None)
 
 
-def _has_rows(target: Any) -> bool:
-    return isinstance(target, Tensor) and target.ndim > 0
+def class_axis(z: Tensor) -> int:
+    """Dimension of the classes, by the convention of torch.nn.CrossEntropyLoss."""
+    return 1 if z.ndim > 1 else 0
 
 
 def _are_classes(output: Tensor, target: Tensor) -> bool:

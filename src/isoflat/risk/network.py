@@ -1,12 +1,17 @@
-"""A user's module as a pure function of named tensors; the module itself is never changed."""
+"""A user's module as a pure function of named tensors: out of its wrappers, without checkpoints, in full precision.
+
+The module itself is never changed.
+"""
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import pairwise
 from typing import Any, final
 
@@ -15,12 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import checkpoint
 
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
 from isoflat.core.precision import unrounded
 from isoflat.core.state import State, everywhere
-from isoflat.risk.checkpoints import without_checkpoints
-from isoflat.risk.wrappers import compiled
 
 Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | None
 
@@ -103,7 +107,7 @@ class Network:
 
     def tied(self) -> tuple[str, ...]:
         """Further names of parameters that appear under more than one."""
-        once = {name for name, _ in self.module.named_parameters()}
+        once = dict(self.module.named_parameters())
         return tuple(name for name, _ in self.module.named_parameters(remove_duplicate=False) if name not in once)
 
     def check_mode(self) -> None:
@@ -149,6 +153,44 @@ def _moved_by(mean: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any,
     return hook
 
 
+_BY_NAME = {"_FabricModule": "Lightning Fabric"}
+"""Classes that hold the network as `.module`, by name, because their packages may be absent; and whose they are."""
+
+
+def unwrapped(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network inside its wrappers, and what they were, from outside in.
+
+    Data-parallel wrappers and compiled code have no second derivative; the network inside has the same weights.
+
+    >>> unwrapped(nn.DataParallel(nn.Linear(1, 1)))
+    (Linear(in_features=1, out_features=1, bias=True), ('DataParallel',))
+    """
+    removed = []
+    while (inside := _inside(module)) is not None:
+        module, what = inside
+        removed.append(what)
+    return module, tuple(removed)
+
+
+def compiled(module: nn.Module) -> bool:
+    """Test of whether a part of a network is compiled, in place or in a wrapper."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and any(
+        part._compiled_call_impl is not None or isinstance(part, compiler.OptimizedModule) for part in module.modules()
+    )
+
+
+def _inside(module: nn.Module) -> tuple[nn.Module, str] | None:
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return module.module, type(module).__name__
+    # A compiled module exists only where its class has been loaded; loading it takes seconds.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is not None and isinstance(module, compiler.OptimizedModule):
+        return module._orig_mod, "torch.compile"
+    name, held = _BY_NAME.get(type(module).__name__), getattr(module, "module", None)
+    return (held, name) if name is not None and isinstance(held, nn.Module) else None
+
+
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
     """Differentiable twice, in full precision, with gradients on; the user's flags and random streams come back.
@@ -168,6 +210,36 @@ def exactly(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Networks run as if they did not checkpoint.
+
+    What is recomputed in a backward pass is recomputed with the module's own tensors, which are not those of the state
+    any more: gradients would be right at the module's own point only, and second derivatives nowhere. The reentrant
+    kind cannot be differentiated twice at all. Memory is planned for without it.
+    """
+    reentrant, generator = checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator
+    checkpoint.CheckpointFunction = _Plain  # pyrefly: ignore
+    checkpoint._checkpoint_without_reentrant_generator = _nothing  # pyrefly: ignore
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator = reentrant, generator
+
+
+class _Plain:
+    """Stands for the autograd function of the reentrant kind."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands for the generator around the other kind."""
+    yield
 
 
 @contextmanager
@@ -196,7 +268,7 @@ def full_precision() -> Iterator[None]:
     """
     cudnn = torch.backends.cudnn
     product = _readable(torch.get_float32_matmul_precision)
-    convolution = _readable(lambda: cudnn.allow_tf32)
+    convolution = _readable(partial(getattr, cudnn, "allow_tf32"))
     before = [torch._C._get_fp32_precision_getter(*kernel) for kernel in KERNELS]
 
     def allow(product: str | None, convolution: bool | None, single: list[str]) -> None:

@@ -123,15 +123,18 @@ class Ranks:
         Raises:
             RankLost: a rank is gone.
         """
-        found = self.gather((memory, f"{socket.gethostname()} {device}"))
+        if self.world == 1:
+            return memory
+        found = self._gather((memory, f"{socket.gethostname()} {device}"))
         places = [place for _, place in found]
         return min(free // places.count(place) for free, place in found)
 
-    def add(self, parts: Iterable[BatchSum | None], like: Tensor) -> DataSum:
-        """The sum of all batches' parts; the same bits on every rank.
+    def add(self, items: Iterable[Any], share: Callable[[int, Any], BatchSum], like: Tensor) -> DataSum:
+        """The sum of all batches' shares; the same bits on every rank.
 
         Args:
-            parts: share of each batch in order, None for batches of other ranks.
+            items: one for each batch, in order; those of batches of other ranks are not looked at.
+            share: function that gives a batch's share from its index and item.
             like: tensor of the shape and on the device of a total. Where it holds numbers, they are what is
                 multiplied, and must be the same on all ranks.
 
@@ -140,9 +143,16 @@ class Ranks:
             RankLost: a rank is gone.
             Exception: what was raised on any rank while its parts were computed.
         """
-        if self.world == 1:
-            return _plain(parts)
-        return self._in_order(parts, like) if self.ordered else self._at_once(parts, like)
+        if self.world > 1:
+            return self._in_order(items, share, like) if self.ordered else self._at_once(items, share, like)
+        total: Tensor | None = None
+        count, batches = 0.0, 0
+        for index, item in enumerate(items):
+            part = share(index, item)
+            total = part.total.double() if total is None else total.add_(part.total)
+            count += part.count
+            batches += 1
+        return DataSum(total, count, batches)
 
     @contextmanager
     def agreeing(self) -> Iterator[dict[str, str]]:
@@ -193,7 +203,7 @@ class Ranks:
         _collective(lambda: dist.broadcast_object_list(held, src=0))
         return held[0]
 
-    def _at_once(self, parts: Iterable[BatchSum | None], like: Tensor) -> DataSum:
+    def _at_once(self, items: Iterable[Any], share: Callable[[int, Any], BatchSum], like: Tensor) -> DataSum:
         """One collective: this rank's sum with the count and the reports of all ranks behind it."""
         size, device = like.numel(), _carrier(like.device)
         flat = torch.zeros(size + 1 + 3 * self.world, dtype=torch.float64, device=device)
@@ -201,9 +211,10 @@ class Ranks:
         failure: Exception | None = None
         batches = 0
         try:
-            for part in parts:
+            for index, item in enumerate(items):
                 batches += 1
-                if part is not None:
+                if self.owns(index):
+                    part = share(index, item)
                     total.add_(part.total.to(device))
                     flat[size] += part.count
         except Exception as error:  # noqa: BLE001 (raised by `_check`, once the other ranks know)
@@ -213,24 +224,22 @@ class Ranks:
         self._check(reports, failure)
         return DataSum(total.to(like.device) if batches else None, float(flat[size]), batches)
 
-    def _in_order(self, parts: Iterable[BatchSum | None], like: Tensor) -> DataSum:
+    def _in_order(self, items: Iterable[Any], share: Callable[[int, Any], BatchSum], like: Tensor) -> DataSum:
         """Round by round, a batch for each rank: all compute, then each part is sent to all and added in turn."""
         size, device = like.numel(), _carrier(like.device)
-        source, total, count, batches = iter(parts), None, 0.0, 0
+        source, total, count, batches = enumerate(items), None, 0.0, 0
         filled = self.world
         while filled == self.world:
             mine = torch.zeros(size + 1, dtype=torch.float64, device=device)
             failure: Exception | None = None
             filled = 0
             try:
-                while filled < self.world:
-                    part = next(source)
+                while filled < self.world and (found := next(source, None)) is not None:
                     filled += 1
-                    if part is not None:
+                    if self.owns(found[0]):
+                        part = share(*found)
                         mine[:size] = part.total.reshape(-1)
                         mine[size] = part.count
-            except StopIteration:
-                pass  # the last round
             except Exception as error:  # noqa: BLE001 (raised by `_check`, once the other ranks know)
                 failure = error
             reports = torch.zeros(self.world, 3, dtype=torch.float64, device=device)
@@ -366,18 +375,6 @@ def check_whole(module: nn.Module) -> None:
             "options=StateDictOptions(full_state_dict=True)) (or FSDP.summon_full_params), load them into a plain copy "
             "of the network on every rank, and measure that"
         )
-
-
-def _plain(parts: Iterable[BatchSum | None]) -> DataSum:
-    """The sum in one process."""
-    total: Tensor | None = None
-    count, batches = 0.0, 0
-    for part in parts:
-        batches += 1
-        if part is not None:
-            total = part.total.double() if total is None else total.add_(part.total)
-            count += part.count
-    return DataSum(total, count, batches)
 
 
 def _collective(call: Callable[[], T]) -> T:

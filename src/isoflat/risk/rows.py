@@ -1,8 +1,9 @@
-"""The loss of each row of the data by itself, and its derivatives along given directions, by forward derivatives."""
+"""Functions of each row of the data by itself: its loss, gradients of that and of its output, and forward derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from isoflat.core.errors import UnsupportedModel, UsageError
 from isoflat.core.state import State
-from isoflat.risk.batches import alone, move
+from isoflat.risk.batches import alone, move, pieces
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.losses import TargetLoss, split
-from isoflat.risk.routes.guarded import is_out_of_memory
+from isoflat.risk.losses import TargetLoss, call, split
+from isoflat.risk.routes.guarded import first_line, is_out_of_memory
 
 Tensors = dict[str, Tensor]
 
@@ -50,7 +51,7 @@ def derivative(risk: EmpiricalRisk, state: State, batch: Any, *directions: Tenso
 
     def losses(parameters: Tensors) -> Tensor:
         moved = State(parameters, state.frozen, state.buffers, state.constants)
-        return loss.by_row(risk.network(moved, lambda model: loss.output(model, inputs)), target)
+        return loss.by_row(risk.network(moved, partial(call, inputs=inputs, scores=loss.scores)), target)
 
     made: Callable[[Tensors], Tensor] = losses
     for direction in directions:
@@ -60,12 +61,81 @@ def derivative(risk: EmpiricalRisk, state: State, batch: Any, *directions: Tenso
     except (RuntimeError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModel(
             f"sample='auto' and the Fisher-Rao norm need forward derivatives of each example's loss, and the network has "
-            f"none ({reason}): leave them out"
+            f"none ({first_line(error)}): leave them out"
         ) from error
 
 
 def _along(function: Callable[[Tensors], Tensor], direction: Tensors) -> Callable[[Tensors], Tensor]:
     return lambda parameters: torch.func.jvp(function, (parameters,), (direction,))[1]
+
+
+MEMORY = 1 << 28
+"""Bytes that gradients of single rows may take at a time."""
+
+Output = Callable[[Mapping[str, Tensor]], Tensor]
+"""A single row's output, with its leading dimension, as a function of some of the tensors."""
+
+
+def per_row(
+    risk: EmpiricalRisk,
+    state: State,
+    batch: Any,
+    names: Sequence[str],
+    work: Callable[[Output, dict[str, Tensor], Tensor], Any],
+) -> Any:
+    """Results of `work` on each row by itself, all at once, with the rows along a first dimension.
+
+    Args:
+        risk: empirical risk with a loss of output and target.
+        state: weights and buffers.
+        batch: batch of the data.
+        names: names of the tensors that the output is a function of.
+        work: function of the output, these tensors and the row's target, both with a leading dimension of one.
+
+    Raises:
+        UsageError: the loss is no function of output and target.
+        UnsupportedModel: the network cannot be run on single rows side by side.
+    """
+    loss = row_loss(risk)
+    inputs, target = split(move(alone(batch), state.device, state.dtype))
+    given: Any = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    given = tuple(given) if isinstance(given, list) else given
+    chosen = {name: state.parameters[name] for name in names}
+
+    def row(inputs: Any, target: Tensor) -> Any:
+        def output(tensors: Mapping[str, Tensor]) -> Tensor:
+            return risk.network(state.replace(tensors), partial(call, inputs=_lifted(inputs), scores=loss.scores))
+
+        return work(output, chosen, target[None])
+
+    try:
+        return torch.func.vmap(row)(given, target)
+    except (RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnsupportedModel(
+            f"single rows have no gradients of their own through torch.func.vmap: {first_line(error)}"
+        ) from error
+
+
+def row_gradients(risk: EmpiricalRisk, state: State, batch: Any, memory: int = MEMORY) -> Iterator[tuple[Any, Tensor]]:
+    """Gradients `∇ total_i` of the rows of a batch, piece by piece: the piece, and a tensor of shape `(rows, n)`."""
+    loss = row_loss(risk)
+    names = list(state.parameters)
+
+    def gradient(output: Output, tensors: dict[str, Tensor], target: Tensor) -> Tensor:
+        made = torch.func.grad(lambda given: loss.summed(output(given), target))(tensors)
+        return torch.cat([made[name].reshape(-1) for name in names])
+
+    room = max(1, memory // (state.space.size * (2 * state.dtype.itemsize + 8)))
+    for piece in pieces(batch, room):
+        yield piece, per_row(risk, state, piece, names, gradient)
+
+
+def _lifted(inputs: Any) -> Any:
+    """One row as a batch of one."""
+    if isinstance(inputs, Mapping):
+        return {key: value[None] for key, value in inputs.items()}
+    return tuple(value[None] for value in inputs) if isinstance(inputs, tuple) else inputs[None]

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import SymmetryViolated
-from isoflat.core.fingerprint import fingerprint
 from isoflat.core.precision import unrounded
 from isoflat.core.rng import stream
-from isoflat.core.state import State, everywhere
+from isoflat.core.state import State, everywhere, fingerprint
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.gains import kept
 from isoflat.symmetry.finding.solve import effective, scaling

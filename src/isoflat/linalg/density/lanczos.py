@@ -18,10 +18,9 @@ from isoflat.linalg.density.counts import counted
 from isoflat.linalg.density.gauss import JacobiMatrix, Reals, pooled
 from isoflat.linalg.eigen.complement import RitzBasis
 from isoflat.linalg.krylov.recurrence import Recurrence
-from isoflat.linalg.orthogonal import orthogonalise
-from isoflat.linalg.probes import gaussian
 from isoflat.linalg.solver import Domain, Request, Steps
 from isoflat.linalg.trace.base import Deflating, check, clock
+from isoflat.linalg.vectors import gaussian, orthogonalise
 
 ENDS = 0.1
 """Share of the failure probability that the ends of the spectrum have; their bounds depend on its logarithm only."""

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from isoflat.core.errors import UsageError
 from isoflat.linalg.krylov.recurrence import Recurrence
-from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
 from isoflat.linalg.trace.base import clock
+from isoflat.linalg.vectors import sphere
 
 Reals = NDArray[np.float64]
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from isoflat.core.errors import UsageError
 from isoflat.linalg.eigen.attempt import Attempt
-from isoflat.linalg.eigen.many import EigenpairSolver
-from isoflat.linalg.eigen.pairs import Pairs, Reals, Search
+from isoflat.linalg.eigen.pairs import EigenpairSolver, Pairs, Reals, Search
 from isoflat.linalg.krylov.block import BlockRecurrence
 from isoflat.linalg.solver import Domain, Request, Steps
 

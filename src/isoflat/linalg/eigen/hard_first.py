@@ -28,9 +28,8 @@ from isoflat.linalg.eigen.extremes import REACHED, ROUNDING, End, Extremes, Whic
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.krylov.recurrence import Recurrence
 from isoflat.linalg.operator import Parts
-from isoflat.linalg.orthogonal import orthogonalise
-from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
+from isoflat.linalg.vectors import orthogonalise, sphere
 
 FEWEST = 8
 """Products without which it is not worth beginning: Lanczos on the whole makes more of a smaller budget."""

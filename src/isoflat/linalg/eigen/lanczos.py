@@ -14,8 +14,8 @@ from isoflat.core.errors import UsageError
 from isoflat.linalg.certificate import outer_bounds
 from isoflat.linalg.eigen.extremes import REACHED, ROUNDING, End, Extremes, Which
 from isoflat.linalg.krylov.recurrence import Recurrence
-from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
+from isoflat.linalg.vectors import sphere
 
 
 @final

@@ -12,8 +12,8 @@ from torch import Tensor
 from isoflat.core import space
 from isoflat.linalg.eigen.extremes import REACHED, End, Extremes, Which
 from isoflat.linalg.maps import LinearMap
-from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain, Request, Solver, Steps
+from isoflat.linalg.vectors import sphere
 
 
 @final

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from isoflat.core.space import inner, norm
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.linalg.orthogonal import orthogonalise
-from isoflat.linalg.probes import sphere
 from isoflat.linalg.solver import Domain, Request, SolverWithVectors, Steps
+from isoflat.linalg.vectors import orthogonalise, sphere
 
 ROUNDINGS = 100
 """Relative error allowed to a product, in units of float64 rounding."""

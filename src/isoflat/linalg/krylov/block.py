@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isoflat.core import space
-from isoflat.linalg.orthogonal import orthogonalise, restart
+from isoflat.linalg.vectors import orthogonalise, restart
 
 Matrix = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isoflat.core import space
-from isoflat.linalg.orthogonal import orthogonalise, remove, restart
+from isoflat.linalg.vectors import orthogonalise, remove, restart
 
 
 class Recurrence:
@@ -22,7 +22,7 @@ class Recurrence:
     Departures from the textbook's algorithm (Golub and Van Loan, "Matrix Computations", section 10.1), numbered where they
     happen:
 
-    1. Full re-orthogonalisation against the whole basis, repeated until the norm stands still (`orthogonal`), so that T is
+    1. Full re-orthogonalisation against the whole basis, repeated until the norm stands still (`linalg.vectors`), so that T is
        the exact matrix of `A + E` (`docs/concepts/certificate.md`, "Rounding").
     2. Inner products, norms and coefficients are in float64, whatever the precision of the products and of the basis.
     3. Coefficients are in units of a power of two near `‖A q₁‖`: no threshold is absolute, and nothing overflows.

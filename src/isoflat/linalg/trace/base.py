@@ -16,9 +16,8 @@ from torch import Tensor
 
 from isoflat.core import space
 from isoflat.core.errors import UsageError
-from isoflat.linalg.orthogonal import remove
-from isoflat.linalg.probes import Distribution
 from isoflat.linalg.solver import Domain, Request, SolverWithVectors, Steps
+from isoflat.linalg.vectors import Distribution, remove
 
 R = TypeVar("R")
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.linalg.probes import rademacher
 from isoflat.linalg.solver import Domain, Solver, Steps
 from isoflat.linalg.trace.base import QuadraticForms, TraceEstimate, ask, check, deviation, doubt, mean, quantile
+from isoflat.linalg.vectors import rademacher
 
 
 @final

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from isoflat.core import space
-from isoflat.linalg.orthogonal import remove
-from isoflat.linalg.probes import Distribution
 from isoflat.linalg.solver import Domain, Steps
 from isoflat.linalg.trace.base import (
     Deflating,
@@ -25,6 +23,7 @@ from isoflat.linalg.trace.base import (
     quantile,
     unit,
 )
+from isoflat.linalg.vectors import Distribution, remove
 
 
 @final

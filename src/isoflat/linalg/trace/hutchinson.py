@@ -9,7 +9,6 @@ from typing import ClassVar, final
 import torch
 
 from isoflat.core.errors import UsageError
-from isoflat.linalg.probes import Distribution
 from isoflat.linalg.solver import Domain, Steps
 from isoflat.linalg.trace.base import (
     REACHED,
@@ -26,6 +25,7 @@ from isoflat.linalg.trace.base import (
     mean,
     quantile,
 )
+from isoflat.linalg.vectors import Distribution
 
 
 @final

@@ -8,11 +8,11 @@ from typing import ClassVar, final
 import torch
 
 from isoflat.core.errors import UsageError
-from isoflat.linalg.probes import Distribution
 from isoflat.linalg.solver import Domain, Solver, Steps
 from isoflat.linalg.trace.base import TraceEstimate, ask, check, exact_trace
 from isoflat.linalg.trace.hutchinson import Hutchinson
 from isoflat.linalg.trace.span import Span
+from isoflat.linalg.vectors import Distribution
 
 
 @final

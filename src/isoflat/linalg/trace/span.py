@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from isoflat.linalg.orthogonal import orthogonalise
+from isoflat.linalg.vectors import orthogonalise
 
 
 class Span:

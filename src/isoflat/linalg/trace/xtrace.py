@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isoflat.core import space
-from isoflat.linalg.probes import Distribution
 from isoflat.linalg.solver import Domain, Solver, Steps
 from isoflat.linalg.trace.base import TraceEstimate, along, ask, check, exact_trace, quantile, unit
 from isoflat.linalg.trace.span import Span
+from isoflat.linalg.vectors import Distribution
 
 Matrix = NDArray[np.float64]
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from isoflat.curvature.block_trace import check_blocks
 from isoflat.curvature.diagonal import diagonal_pass, moment_pass
 from isoflat.curvature.fisher import counts_of
-from isoflat.curvature.rows import row_gradients
 from isoflat.curvature.sweeps import Pass
 from isoflat.linalg.maps import Diagonal as Scaled
 from isoflat.linalg.maps import Identity
@@ -19,7 +18,7 @@ from isoflat.measures.base import DataStatistic, Question
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
-from isoflat.risk.rows import derivative
+from isoflat.risk.rows import derivative, row_gradients
 
 
 @final

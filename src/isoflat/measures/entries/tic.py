@@ -12,12 +12,12 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.curvature.fisher import counts_of
 from isoflat.curvature.gauss_newton import gauss_newton
-from isoflat.curvature.rows import row_gradients
 from isoflat.geometry.base import Invariance
 from isoflat.measures.base import DataStatistic, Direction, Findings, Measure
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
+from isoflat.risk.rows import row_gradients
 
 MOST = 3000
 """Weights up to which both matrices are formed."""

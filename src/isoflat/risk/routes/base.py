@@ -70,9 +70,9 @@ class Linearisation(ABC):
         """The same route over other pieces of the data, with nothing kept."""
         return replace(self, risk=risk)
 
-    @abstractmethod
     def double(self) -> Linearisation:
         """The same in float64, with the memory of one batch."""
+        return replace(self, state=self.state.to(dtype=torch.float64))
 
 
 def columns(space: ParameterSpace, vectors: Tensor) -> list[list[Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -60,7 +60,3 @@ class Differences(Linearisation):
 
         with exactly(state.device):
             return self.risk.accumulate(per_batch, vectors)
-
-    def double(self) -> Differences:
-        """Route in float64."""
-        return replace(self, state=self.state.to(dtype=torch.float64))

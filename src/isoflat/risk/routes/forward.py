@@ -42,10 +42,6 @@ class Forward(Linearisation):
         with exactly(self.state.device):
             return self.risk.accumulate(per_batch, vectors)
 
-    def double(self) -> Forward:
-        """Route in float64."""
-        return Forward(self.risk, self.state.to(dtype=torch.float64))
-
     def _derivative(self, batch: Any, vector: Sequence[Tensor]) -> BatchSum:
         with forward_ad.dual_level():
             names = list(self.state.parameters)

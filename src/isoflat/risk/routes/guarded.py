@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,13 +11,11 @@ from torch import Tensor
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.routes.base import Linearisation
 
-T = TypeVar("T")
-
 
 @final
 @dataclass
 class Grain:
-    """Current size of the pieces that the data is cut into.
+    """Current size of the pieces that the data is cut into; a block that runs out of memory halves it, and is left.
 
     Attributes:
         rows: number of rows of a piece.
@@ -27,6 +24,17 @@ class Grain:
 
     rows: int
     halvings: int = 0
+
+    def __enter__(self) -> int:
+        """Number of rows of a piece."""
+        return self.rows
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        """Halve the rows where memory ran out; other errors pass."""
+        if error is None or not is_out_of_memory(error):
+            return False
+        self.halve(error)
+        return True
 
     def halve(self, error: BaseException) -> None:
         """Halve the rows.
@@ -68,12 +76,8 @@ class Guarded(Linearisation):
     def products(self, vectors: Tensor) -> Tensor:
         """Products, cut finer until they fit."""
         while True:
-            try:
+            with self.grain:
                 return self.inner[0].products(vectors)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.grain.halve(error)
             old = self.inner.pop()
             self.inner.append(old.on(replace(self.risk, batches=self.risk.batches.cut(self.grain.rows))))
             del old
@@ -89,15 +93,11 @@ class Guarded(Linearisation):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Test of whether an allocation failed: torch has a type for accelerators, and words for the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
-def retry_smaller(grain: Grain, work: Callable[[int], T]) -> T:
-    """Work on pieces of so many rows, halved until it fits into memory."""
-    while True:
-        try:
-            return work(grain.rows)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            grain.halve(error)
+def first_line(error: BaseException) -> str:
+    """First line of what an error says; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,7 +20,7 @@ from isoflat.risk.empirical import EmpiricalRisk, differentiate, leaf_state
 from isoflat.risk.losses import Term
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.base import joined
-from isoflat.risk.second_order import second_order
+from isoflat.risk.second_order import Trace
 
 
 @final
@@ -56,7 +56,7 @@ class OutputGraph:
             UsageError: the loss does not say what the model's output is.
         """
         leaves = leaf_state(state)
-        with second_order() as trace:
+        with Trace() as trace:
             term = risk.term(leaves, batch)
         z = output_of(term)
         parameters = list(leaves.parameters.values())

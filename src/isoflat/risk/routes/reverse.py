@@ -19,7 +19,7 @@ from isoflat.risk.empirical import EmpiricalRisk, differentiate, leaf_state
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.base import Graph, Linearisation, columns, joined
-from isoflat.risk.second_order import second_order
+from isoflat.risk.second_order import Trace
 
 
 @final
@@ -39,7 +39,7 @@ class GradientGraph(Graph):
     def build(cls, risk: EmpiricalRisk, state: State, batch: Any) -> GradientGraph:
         """Forward and backward with the graph kept; of the gradients themselves only where they hang on the graph."""
         leaves = leaf_state(state)
-        with second_order() as trace:
+        with Trace() as trace:
             term = risk.term(leaves, batch)
         parameters = list(leaves.parameters.values())
         edges = tuple(
@@ -50,15 +50,15 @@ class GradientGraph(Graph):
 
     def products(self, vectors: Sequence[Sequence[Tensor]], last: bool) -> Tensor:
         """One backward pass through the graph for each vector."""
-        curved = [j for j, edge in enumerate(self.gradients) if edge is not None]
+        edges = [edge for edge in self.gradients if edge is not None]
         made = []
         for k, vector in enumerate(vectors):
             found: Sequence[Tensor | None] = [None] * len(self.leaves)
-            if curved:
+            if edges:
                 found = torch.autograd.grad(
-                    [edge for edge in self.gradients if edge is not None],
+                    edges,
                     self.leaves,
-                    [vector[j] for j in curved],
+                    [part for part, edge in zip(vector, self.gradients, strict=True) if edge is not None],
                     retain_graph=not last or k + 1 < len(vectors),
                     allow_unused=True,
                 )
@@ -98,7 +98,7 @@ class Cached(Linearisation):
         """Route over other pieces of the data, without kept graphs."""
         return Recomputed(risk, self.state, self.kind)
 
-    def double(self) -> Recomputed:
+    def double(self) -> Linearisation:
         """Route in float64; no graph is kept."""
         return self.on(self.risk).double()
 
@@ -135,7 +135,3 @@ class Recomputed(Linearisation):
         with exactly(self.state.device):
             graphs = tuple(self.risk.own(lambda _, batch: self.kind.build(self.risk, self.state, batch)))
         return Cached(self.risk, self.state, self.kind, graphs)
-
-    def double(self) -> Recomputed:
-        """Route in float64."""
-        return Recomputed(self.risk, self.state.to(dtype=torch.float64), self.kind)

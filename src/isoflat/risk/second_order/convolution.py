@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.modules.utils import _pair
 
-from isoflat.risk.second_order.places import pick, spread
-from isoflat.risk.second_order.rule import SecondOrderRule, Trace, eligible
+from isoflat.risk.second_order import SecondOrderRule, Trace, eligible
+from isoflat.risk.second_order.pooling import pick, spread
 
 BITE = 2**20
 """Entries of a convolution's output that are held before they are pooled: as many as fit into a processor's cache."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd import Function
 
-from isoflat.risk.second_order.rule import SecondOrderRule, Trace, eligible
+from isoflat.risk.second_order import SecondOrderRule, Trace, eligible
 
 
 @final

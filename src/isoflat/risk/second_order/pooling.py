@@ -1,4 +1,4 @@
-"""Max-pooling: linear once it is known which entries win."""
+"""Max-pooling: once it is known which entries win, it selects entries of planes by their places, which is linear."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.modules.utils import _pair
 
-from isoflat.risk.second_order.places import pick, spread
+from isoflat.risk.second_order import SecondOrderRule, Trace, eligible
 from isoflat.risk.second_order.relu import rectified
-from isoflat.risk.second_order.rule import SecondOrderRule, Trace, eligible
 
 
 @final
@@ -74,7 +73,7 @@ def _apply(  # noqa: PLR0913
         if convolved is None
         else convolved.pooled(planes.detach(), places, disjoint)
     )
-    return picked if source is None else rectified(picked)
+    return picked if source is None else rectified(picked, False)
 
 
 def _places(planes: Tensor, *window: Any) -> Tensor:
@@ -82,6 +81,40 @@ def _places(planes: Tensor, *window: Any) -> Tensor:
     if planes.ndim == 4 and planes.device.type == "cpu":
         planes = planes.contiguous(memory_format=torch.channels_last)
     return F.max_pool2d_with_indices(planes, *window)[1].contiguous()
+
+
+def pick(planes: Tensor, places: Tensor, across: bool = False) -> Tensor:
+    """The entries, shape `(…, h, w)` from `(…, H, W)`; places count along the rows of a plane.
+
+    Args:
+        planes: planes of one or more channels.
+        places: places of the entries to pick.
+        across: flag that both have channels side by side in memory, and the entries are to have them; four dimensions.
+    """
+    if across:
+        picked = _beside(planes).flatten(1, 2).gather(1, _beside(places).flatten(1, 2))
+        return picked.view(_beside(places).shape).permute(0, 3, 1, 2)
+    return planes.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
+
+
+def spread(values: Tensor, places: Tensor, size: tuple[int, int], disjoint: bool, across: bool = False) -> Tensor:
+    """The transpose: entries go back to their places in planes of this size, and add up where they are not disjoint."""
+    if across:
+        beside, where = _beside(values), _beside(places)
+        planes = values.new_zeros(len(values), size[0] * size[1], values.shape[1])
+        filled = _put(planes, 1, where.flatten(1, 2), beside.flatten(1, 2), disjoint)
+        return filled.unflatten(1, size).permute(0, 3, 1, 2)
+    planes = values.new_zeros(*values.shape[:-2], size[0] * size[1])
+    return _put(planes, -1, places.flatten(-2), values.flatten(-2), disjoint).unflatten(-1, size)
+
+
+def _beside(tensor: Tensor) -> Tensor:
+    """Tensor with its channels last in memory."""
+    return tensor.permute(0, 2, 3, 1)
+
+
+def _put(planes: Tensor, axis: int, places: Tensor, values: Tensor, disjoint: bool) -> Tensor:
+    return (planes.scatter_ if disjoint else planes.scatter_add_)(axis, places, values)
 
 
 RULE = SecondOrderRule("pooling", {F.max_pool2d: _apply, torch.max_pool2d: _apply})

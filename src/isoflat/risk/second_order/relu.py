@@ -9,16 +9,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd import Function
 
-from isoflat.risk.second_order.rule import SecondOrderRule, Trace, eligible
-
-
-def rectified(source: Tensor, inplace: bool = False) -> Tensor:
-    """The ReLU of a tensor; torch's own double backward would carry zeros back to it."""
-    return _Rectified.apply(source, inplace)
+from isoflat.risk.second_order import SecondOrderRule, Trace, eligible
 
 
 @final
 class _Rectified(Function):
+    """The ReLU of a tensor, in place or not; torch's own double backward would carry zeros back to it."""
+
     @staticmethod
     def forward(ctx: Any, source: Tensor, inplace: bool) -> Tensor:
         output = torch.relu_(source) if inplace else torch.relu(source)
@@ -46,6 +43,10 @@ class _Masked(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore
         (output,) = ctx.saved_tensors
         return _Masked.apply(gradient, output), None
+
+
+rectified = _Rectified.apply
+"""ReLU of a tensor, in place if the flag behind it says so."""
 
 
 def _apply(trace: Trace, input: Tensor, inplace: bool = False) -> Any:

@@ -35,9 +35,9 @@ class Symmetry(ABC):
     def dimension(self) -> int:
         """Dimension of the group."""
 
-    @abstractmethod
     def sample(self, stream: torch.Generator, spread: float = 1.0) -> Tensor:
-        """A random group element; `spread` is the standard deviation of its logarithms."""
+        """A random group element; `spread` is the standard deviation of its logarithms, or of what it adds."""
+        return torch.randn(self.dimension, generator=stream, dtype=torch.float64) * spread
 
     @abstractmethod
     def act(self, state: State, element: Tensor) -> State:

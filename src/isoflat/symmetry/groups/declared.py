@@ -50,10 +50,6 @@ class UnitScale(Symmetry):
         """Number of units."""
         return self.units
 
-    def sample(self, stream: torch.Generator, spread: float = 1.0) -> Tensor:
-        """Normal log-factors."""
-        return torch.randn(self.units, generator=stream, dtype=torch.float64) * spread
-
     def act(self, state: State, element: Tensor) -> State:
         """Multiply and divide; an element is the vector of log-factors."""
         self.check(state)

@@ -54,9 +54,23 @@ class Centre:
     absorbed: sparse.csr_matrix | None
 
 
+class Addition(Symmetry):
+    """A group whose elements are added to tensors: what they add is their velocity."""
+
+    @final
+    def act(self, state: State, element: Tensor) -> State:
+        """Add; new tensors."""
+        return state.replace(
+            {
+                name: (state.tensors[name].double() + delta).to(state.tensors[name].dtype)
+                for name, delta in self.velocity(state, element).items()
+            }
+        )
+
+
 @final
 @dataclass(frozen=True)
-class Translation(Symmetry):
+class Translation(Addition):
     """Constants moved between biases, offsets, tables and running means. An element is the vector τ; they add up.
 
     Attributes:
@@ -85,10 +99,6 @@ class Translation(Symmetry):
         """Number of coordinates."""
         return self.size
 
-    def sample(self, stream: torch.Generator, spread: float = 1.0) -> Tensor:
-        """Normal shifts, in the unit of the activations."""
-        return torch.randn(self.size, generator=stream, dtype=torch.float64) * spread
-
     def units(self, state: State) -> Tensor:
         """A natural size for each coordinate at a state: that of the activations it is added to, shape `(m,)`."""
         sizes = np.zeros(self.size)
@@ -109,15 +119,6 @@ class Translation(Symmetry):
             weigh(centre.entering, size)
             weigh(centre.moved, size)
         return torch.from_numpy(np.where(sizes > 0, sizes, 1.0))
-
-    def act(self, state: State, element: Tensor) -> State:
-        """Add; new tensors."""
-        return state.replace(
-            {
-                name: (state.tensors[name].double() + delta).to(state.tensors[name].dtype)
-                for name, delta in self.velocity(state, element).items()
-            }
-        )
 
     def velocity(self, state: State, rates: Tensor) -> dict[str, Tensor]:
         """Constants added to each tensor."""
@@ -145,7 +146,7 @@ class Translation(Symmetry):
 
 @final
 @dataclass(frozen=True)
-class CommonVector(Symmetry):
+class CommonVector(Addition):
     """A common vector added along an axis of a weight, over which a mean is lost or zero. An element holds one each.
 
     Attributes:
@@ -166,19 +167,6 @@ class CommonVector(Symmetry):
     def dimension(self) -> int:
         """Length of all vectors together."""
         return sum(self.lengths)
-
-    def sample(self, stream: torch.Generator, spread: float = 1.0) -> Tensor:
-        """Normal vectors."""
-        return torch.randn(self.dimension, generator=stream, dtype=torch.float64) * spread
-
-    def act(self, state: State, element: Tensor) -> State:
-        """Add; new tensors."""
-        return state.replace(
-            {
-                name: (state.tensors[name].double() + delta).to(state.tensors[name].dtype)
-                for name, delta in self.velocity(state, element).items()
-            }
-        )
 
     def velocity(self, state: State, rates: Tensor) -> dict[str, Tensor]:
         """The vectors, along their axis; and what biases take back."""
