@@ -457,12 +457,14 @@ PRODUCTS = (
     ),
     *_of(
         "products", "risk/second_order/linear.py",
-        ("total = F.linear(old_inputs, weight, total)", "total = F.linear(old_inputs, weight)", _LINEAR),
+        ("total = F.linear(old_inputs, weight, total)", "total = F.linear(old_inputs, weight)",
+         "unit/test_second_order.py::test_products_agree_with_torch[None]"),
         ("outputs.T @ inputs if to_weight and", "outputs.T @ old_inputs if to_weight and", _LINEAR),
     ),
     *_of(
         "products", "risk/second_order/convolution.py",
-        ("None if inputs is not None else bias)", "bias)", _CONVOLUTION),
+        ("None if inputs is not None else bias)", "bias)",
+         "unit/test_second_order.py::test_products_agree_with_torch[None]"),
         ("window.transpose(places, outputs, inputs, old_weight, [False, True, False])[1]",
          "window.transpose(places, outputs, old_inputs, old_weight, [False, True, False])[1]", _CONVOLUTION),
     ),
@@ -481,7 +483,7 @@ PRODUCTS = (
         ("worst = max(worst, sample.distance", "worst = min(worst, sample.distance", _REFUSED),
         (".div_(2 * reach)", ".div_(reach)", "laws/test_models.py::test_forward_over_reverse_where_the_backward_has_no_backward"),
         ("float(inner([u], hv)[0]) - float(inner([v], hu)[0])", "float(inner([u], hv)[0]) + float(inner([v], hu)[0])",
-         "laws/test_models.py::test_forward_over_reverse_where_the_backward_has_no_backward"),
+         "unit/test_cli.py::test_measures_and_doctor"),
     ),
 )  # fmt: skip
 
