@@ -248,7 +248,8 @@ WEIGHTING = (
     ),
     *_of(
         "weighting", "risk/batches.py",
-        ("places[taken : taken + more] - (first - count)", "places[taken : taken + more]", _UNBIASED),
+        ("places[taken : taken + more] - (first - count)", "places[taken : taken + more]",
+         "laws/test_parts.py::test_only_some_rows"),
         ("torch.arange(first, first + rows)", "torch.arange(rows)",
          "oracles/test_curvatures.py::test_labels_depend_on_the_seed_and_not_on_the_batches"),
     ),

@@ -59,6 +59,7 @@ def test_version_is_that_of_the_installation():
                 "scipy.stats",
                 "scipy.optimize",
                 "scipy.linalg",
+                "scipy.sparse",
                 "sklearn",
                 "pydantic",
                 "rich",

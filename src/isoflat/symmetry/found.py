@@ -9,8 +9,8 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, final
 
+import scipy
 import torch
-from scipy import sparse
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -257,7 +257,7 @@ class Found:
         return "\n".join(lines)
 
 
-def _bytes(matrix: sparse.csr_matrix) -> tuple[bytes, ...]:
+def _bytes(matrix: scipy.sparse.csr_matrix) -> tuple[bytes, ...]:
     matrix.sort_indices()
     return matrix.indptr.tobytes(), matrix.indices.tobytes(), matrix.data.tobytes()
 

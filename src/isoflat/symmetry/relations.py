@@ -8,9 +8,9 @@ from fractions import Fraction
 from typing import final
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
 ZERO = 0
@@ -37,20 +37,20 @@ class Solution:
     """
 
     roots: NDArray[np.int64]
-    forms: sparse.csr_matrix
+    forms: scipy.sparse.csr_matrix
 
     @property
     def dimension(self) -> int:
         """Number d of independent unknowns."""
         return self.forms.shape[1]
 
-    def rows(self, ids: Tensor) -> sparse.csr_matrix:
+    def rows(self, ids: Tensor) -> scipy.sparse.csr_matrix:
         """Forms of several unknowns, shape `(number of ids, d)`."""
         return some(self.forms, self.roots[ids.reshape(-1).numpy()])
 
     def restricted(self, columns: NDArray[np.bool_]) -> Solution:
         """The solutions in which the other independent unknowns are zero."""
-        return Solution(self.roots, sparse.csr_matrix(self.forms[:, np.flatnonzero(columns)]))
+        return Solution(self.roots, scipy.sparse.csr_matrix(self.forms[:, np.flatnonzero(columns)]))
 
 
 class Relations:
@@ -154,7 +154,7 @@ class Relations:
             form = _reduced([(1, own)], eliminated)
             entries += [(own, number[x], float(c)) for x, c in form.items()]
         rows, columns, values = (np.array(part) for part in zip(*entries, strict=True)) if entries else ([], [], [])
-        return Solution(roots, sparse.csr_matrix((values, (rows, columns)), shape=(len(roots), len(free))))
+        return Solution(roots, scipy.sparse.csr_matrix((values, (rows, columns)), shape=(len(roots), len(free))))
 
     def reasons(self, ids: Tensor) -> list[str]:
         """Why unknowns are zero: what pinned them, or something they were tied to."""
@@ -193,9 +193,9 @@ class Relations:
         parent[max(a, b)] = min(a, b)
 
 
-def some(matrix: sparse.csr_matrix, rows: NDArray[np.int64]) -> sparse.csr_matrix:
+def some(matrix: scipy.sparse.csr_matrix, rows: NDArray[np.int64]) -> scipy.sparse.csr_matrix:
     """Some rows of a sparse matrix."""
-    return sparse.csr_matrix(matrix[rows])
+    return scipy.sparse.csr_matrix(matrix[rows])
 
 
 def distinct(ids: Tensor) -> list[int]:

@@ -15,8 +15,8 @@ from fractions import Fraction
 from typing import final
 
 import numpy as np
+import scipy
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
@@ -240,7 +240,7 @@ class _JointPotential:
         return max(rates, default=0.0) + 2 * max(turns, default=0.0)
 
 
-def _sums(entry: Exponents, product: Tensor) -> Iterator[tuple[sparse.csr_matrix, Vector]]:
+def _sums(entry: Exponents, product: Tensor) -> Iterator[tuple[scipy.sparse.csr_matrix, Vector]]:
     """Rows and columns of a tensor, with the sums over what belongs to each."""
     for matrix, axis in ((entry.first, 2), (entry.second * entry.sign, 1)):
         part = product.sum(axis).reshape(-1) if matrix.shape[0] > 1 else product.sum().view(1)

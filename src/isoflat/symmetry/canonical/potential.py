@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
@@ -49,8 +49,8 @@ class Mass:
 
     name: str
     squares: Tensor
-    first: sparse.csr_matrix
-    second: sparse.csr_matrix
+    first: scipy.sparse.csr_matrix
+    second: scipy.sparse.csr_matrix
     sign: int
 
 
@@ -62,7 +62,9 @@ def masses(group: UnitScaling, state: State) -> list[Mass]:
     ]
 
 
-def distinct_factors(norms: Sequence[tuple[Norm, sparse.csr_matrix]], size: int) -> tuple[sparse.csr_matrix, list[str]]:
+def distinct_factors(
+    norms: Sequence[tuple[Norm, scipy.sparse.csr_matrix]], size: int
+) -> tuple[scipy.sparse.csr_matrix, list[str]]:
     """Distinct factors that normalisations divide out, as forms in z, and where each comes from."""
     seen: dict[tuple[tuple[int, float], ...], str] = {}
     for norm, rows in norms:
@@ -73,7 +75,9 @@ def distinct_factors(norms: Sequence[tuple[Norm, sparse.csr_matrix]], size: int)
                 seen.setdefault(key, norm.where)
     entries = [(k, j, value) for k, key in enumerate(seen) for j, value in key]
     i, j, values = zip(*entries, strict=True) if entries else ((), (), ())
-    return sparse.csr_matrix((np.array(values, dtype=float), (i, j)), shape=(len(seen), size)), list(seen.values())
+    return scipy.sparse.csr_matrix((np.array(values, dtype=float), (i, j)), shape=(len(seen), size)), list(
+        seen.values()
+    )
 
 
 @final
@@ -90,13 +94,13 @@ class _Stack:
 class _Potential:
     """Φ with all its forms in one sparse matrix, so that a product costs two matrix-vector products per tensor."""
 
-    def __init__(self, masses: Sequence[Mass], factors: sparse.csr_matrix, size: int) -> None:
+    def __init__(self, masses: Sequence[Mass], factors: scipy.sparse.csr_matrix, size: int) -> None:
         shapes: dict[tuple[int, int, int], list[Mass]] = {}
         for number, mass in enumerate(masses):
             _, i, j = mass.squares.shape
             # Large tensors stay where they are: stacking saves calls, not arithmetic.
             shapes.setdefault((i, j, 0 if i * j < LARGE else number), []).append(mass)
-        forms: list[sparse.csr_matrix] = []
+        forms: list[scipy.sparse.csr_matrix] = []
         self.stacks: list[_Stack] = []
         start = 0
         for (i, j, _), group in shapes.items():
@@ -107,8 +111,8 @@ class _Potential:
             middle = start + n * i
             self.stacks.append(_Stack(squares, slice(start, middle), slice(middle, middle + n * j)))
             start = middle + n * j
-        self.forms = sparse.csr_matrix(sparse.vstack([*forms, sparse.csr_matrix((0, size))]))
-        self.turned = sparse.csr_matrix(self.forms.T)
+        self.forms = scipy.sparse.csr_matrix(scipy.sparse.vstack([*forms, scipy.sparse.csr_matrix((0, size))]))
+        self.turned = scipy.sparse.csr_matrix(self.forms.T)
         self.absolute, self.squared = abs(self.turned), self.turned.power(2)
         self.linear = -2.0 * np.asarray(factors.sum(axis=0)).reshape(-1)
 
@@ -175,7 +179,7 @@ class _PotentialPoint:
         return 2 * max((float(a.abs().max() + b.abs().max()) for a, b in self.potential.logs(direction)), default=0.0)
 
 
-def minimise(masses: Sequence[Mass], factors: sparse.csr_matrix, size: int) -> Vector:
+def minimise(masses: Sequence[Mass], factors: scipy.sparse.csr_matrix, size: int) -> Vector:
     """The minimiser of Φ by Newton's method with conjugate gradients, from zero, to rounding.
 
     Steps are damped by `ln(1 + m)/m`, m the largest change of a logarithm: sums of exponentials are self-concordant in
@@ -217,14 +221,14 @@ def least(masses: Sequence[Mass], size: int) -> tuple[float, tuple[str, ...]]:
     Returns:
         The value, and the names of those of which nothing is left.
 
-    >>> one = sparse.csr_matrix([[1.0]])
+    >>> one = scipy.sparse.csr_matrix([[1.0]])
     >>> up, down = (Mass(n, torch.full((1, 1, 1), m, dtype=torch.float64), f, 0 * one, 1) for n, m, f in
     ...             (("a", 4.0, one), ("b", 9.0, -one)))
     >>> value, gone = least([up, down], 1)
     >>> round(value, 12), gone
     (12.0, ())
     """
-    none = sparse.csr_matrix((0, size))
+    none = scipy.sparse.csr_matrix((0, size))
     closed, _ = close(masses, none, size)
     potential = _Potential(closed, none, size)
     logs = potential.logs(minimise(closed, none, size))
@@ -238,9 +242,9 @@ def least(masses: Sequence[Mass], size: int) -> tuple[float, tuple[str, ...]]:
     return value, tuple(gone)
 
 
-def _repeated(matrix: sparse.csr_matrix, rows: int) -> sparse.csr_matrix:
+def _repeated(matrix: scipy.sparse.csr_matrix, rows: int) -> scipy.sparse.csr_matrix:
     """A matrix with as many rows; one row stands for all."""
-    return matrix if matrix.shape[0] == rows else sparse.csr_matrix(sparse.vstack([matrix] * rows))
+    return matrix if matrix.shape[0] == rows else scipy.sparse.csr_matrix(scipy.sparse.vstack([matrix] * rows))
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
@@ -280,7 +284,7 @@ def _solve(point: _PotentialPoint, tolerance: float) -> Vector:
     return direction
 
 
-def close(masses: Sequence[Mass], factors: sparse.csr_matrix, size: int) -> tuple[list[Mass], NDArray[np.bool_]]:
+def close(masses: Sequence[Mass], factors: scipy.sparse.csr_matrix, size: int) -> tuple[list[Mass], NDArray[np.bool_]]:
     """Zero what an orbit's closure sends to zero, and drop factors that nothing feeds.
 
     A coordinate of z in which no entry grows while some vanish, and which moves no factor, leads to the closed orbit:

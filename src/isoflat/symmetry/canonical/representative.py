@@ -17,9 +17,9 @@ from fractions import Fraction
 from typing import final
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
@@ -266,7 +266,7 @@ def _pairs(found: Found) -> tuple[Family, ...]:
 
 
 def _closed(
-    group: UnitScaling, factors: sparse.csr_matrix, pairs: Sequence[Family], state: State
+    group: UnitScaling, factors: scipy.sparse.csr_matrix, pairs: Sequence[Family], state: State
 ) -> tuple[State, list[Mass], NDArray[np.bool_]]:
     """The closed orbit in the closure of a point's orbit: what a scaling or a change of basis sends to zero is zero.
 

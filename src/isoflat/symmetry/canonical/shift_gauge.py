@@ -12,9 +12,9 @@ from fractions import Fraction
 from typing import Any, final
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
@@ -29,7 +29,7 @@ from isoflat.symmetry.relations import Form
 Reader = Callable[[State], tuple[Vector, Vector]]
 """Values and weights of the entries whose norm a level makes least."""
 
-Level = tuple[Translation, sparse.csr_matrix, Reader]
+Level = tuple[Translation, scipy.sparse.csr_matrix, Reader]
 """A group of shifts, the tensors whose norm it makes least as functions of its element, and what these hold."""
 
 SWEEPS = 40
@@ -201,7 +201,7 @@ def _levels(found: Found) -> list[Level]:
         group = translation(constraints, (*forms, *still))
         rows = [_rows(group, name) for name in names]
         if rows:
-            levels.append((group, sparse.csr_matrix(sparse.vstack(rows)), read))
+            levels.append((group, scipy.sparse.csr_matrix(scipy.sparse.vstack(rows)), read))
         for own, taken in zip(ids, minus, strict=True):
             for a, b in zip(own.reshape(-1).tolist(), taken.reshape(-1).tolist(), strict=True):
                 form: dict[int, Fraction] = {}
@@ -239,7 +239,7 @@ def _levels(found: Found) -> list[Level]:
     return levels
 
 
-def _rows(group: Translation, name: str) -> sparse.csr_matrix:
+def _rows(group: Translation, name: str) -> scipy.sparse.csr_matrix:
     """Matrix by which a tensor's own units move with the element of a group."""
     for centre in group.centres:
         if centre.running.mean == name:
@@ -247,7 +247,7 @@ def _rows(group: Translation, name: str) -> sparse.csr_matrix:
     return next(offset.own for offset in group.offsets if offset.entry.name == name)
 
 
-def _least(rows: sparse.csr_matrix, values: Vector, weights: Vector) -> Vector:
+def _least(rows: scipy.sparse.csr_matrix, values: Vector, weights: Vector) -> Vector:
     """The element that makes `Σ weights (values + rows·τ)²` least, and of those the smallest.
 
     Units that share no coordinate are solved for apart, each in its own scale: a tiny stream counts like any other.
@@ -258,15 +258,15 @@ def _least(rows: sparse.csr_matrix, values: Vector, weights: Vector) -> Vector:
     element = np.zeros(size)
     if rows.nnz == 0:
         return element
-    _, labels = connected_components(sparse.bmat([[None, rows], [rows.T, None]]), directed=False)
-    single = (np.diff(rows.indptr) == 1) & (np.diff(sparse.csc_matrix(rows).indptr)[_first(rows)] == 1)
+    _, labels = connected_components(scipy.sparse.bmat([[None, rows], [rows.T, None]]), directed=False)
+    single = (np.diff(rows.indptr) == 1) & (np.diff(scipy.sparse.csc_matrix(rows).indptr)[_first(rows)] == 1)
     element[rows.indices[rows.indptr[:-1][single]]] = -values[single] / rows.data[rows.indptr[:-1][single]]
     order = np.argsort(labels[:count], kind="stable")
     starts = np.flatnonzero(np.diff(labels[:count][order], prepend=-1))
     for part in np.split(order, starts[1:]):
         if len(part) == 0 or single[part].all():
             continue
-        block = sparse.csr_matrix(rows[part])
+        block = scipy.sparse.csr_matrix(rows[part])
         columns = np.unique(block.indices)
         scale = np.abs(values[part]).max()
         if len(columns) and scale:
@@ -276,6 +276,6 @@ def _least(rows: sparse.csr_matrix, values: Vector, weights: Vector) -> Vector:
     return element
 
 
-def _first(rows: sparse.csr_matrix) -> NDArray[np.int64]:
+def _first(rows: scipy.sparse.csr_matrix) -> NDArray[np.int64]:
     """Column of the first entry of each row; any column where it has none."""
     return rows.indices[np.minimum(rows.indptr[:-1], rows.nnz - 1)]

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy import sparse
 from torch import Tensor
 from torch.fx import Node
 
@@ -145,5 +145,5 @@ def _classes(count: int, pairs: list[tuple[int, int]]) -> Tensor:
     from scipy.sparse.csgraph import connected_components
 
     edges = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    graph = sparse.coo_matrix((np.ones(len(edges)), edges.T), shape=(count, count))
+    graph = scipy.sparse.coo_matrix((np.ones(len(edges)), edges.T), shape=(count, count))
     return torch.from_numpy(connected_components(graph, directed=False)[1].astype(np.int64))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+import scipy
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from isoflat.core.state import State
@@ -28,8 +28,8 @@ class Offset:
     """
 
     entry: Additive
-    own: sparse.csr_matrix
-    entering: sparse.csr_matrix | None
+    own: scipy.sparse.csr_matrix
+    entering: scipy.sparse.csr_matrix | None
 
     def moves(self) -> bool:
         """Test whether some element moves the tensor."""
@@ -49,9 +49,9 @@ class Centre:
     """
 
     running: Running
-    entering: sparse.csr_matrix
-    moved: sparse.csr_matrix
-    absorbed: sparse.csr_matrix | None
+    entering: scipy.sparse.csr_matrix
+    moved: scipy.sparse.csr_matrix
+    absorbed: scipy.sparse.csr_matrix | None
 
 
 class Addition(Symmetry):
@@ -103,7 +103,7 @@ class Translation(Addition):
         """A natural size for each coordinate at a state: that of the activations it is added to, shape `(m,)`."""
         sizes = np.zeros(self.size)
 
-        def weigh(rows: sparse.csr_matrix, values: Tensor) -> None:
+        def weigh(rows: scipy.sparse.csr_matrix, values: Tensor) -> None:
             entries = rows.tocoo()
             np.maximum.at(sizes, entries.col, values.cpu().numpy()[entries.row])
 
@@ -274,7 +274,7 @@ def deviation(running: Running, state: State) -> Tensor:
     return (state.tensors[running.variance].double() + running.epsilon).sqrt()
 
 
-def _values(rows: sparse.csr_matrix, element: Tensor) -> Tensor:
+def _values(rows: scipy.sparse.csr_matrix, element: Tensor) -> Tensor:
     return torch.from_numpy(rows @ element.detach().double().numpy())
 
 

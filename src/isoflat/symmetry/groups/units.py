@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
+import scipy
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from isoflat.core.state import State
@@ -34,8 +34,8 @@ class Exponents:
 
     name: str
     view: tuple[int, int, int, int]
-    first: sparse.csr_matrix
-    second: sparse.csr_matrix
+    first: scipy.sparse.csr_matrix
+    second: scipy.sparse.csr_matrix
     sign: int
 
     def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,8 +78,8 @@ class UnitScaling(Symmetry):
     """
 
     tensors: tuple[Exponents, ...]
-    runnings: tuple[tuple[Running, sparse.csr_matrix], ...]
-    norms: tuple[tuple[Norm, sparse.csr_matrix], ...]
+    runnings: tuple[tuple[Running, scipy.sparse.csr_matrix], ...]
+    norms: tuple[tuple[Norm, scipy.sparse.csr_matrix], ...]
     size: int
 
     @property

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
 FIXED = 0
@@ -117,7 +117,7 @@ class Partition:
 
         pairs = np.concatenate([np.zeros((0, 2), dtype=np.int64), *(p for p, _ in self._ties)])
         flips = np.concatenate([np.zeros(0, dtype=bool), *(np.full(len(p), dual) for p, dual in self._ties)])
-        graph = sparse.coo_matrix((np.ones(len(pairs)), pairs.T), shape=(self._count, self._count))
+        graph = scipy.sparse.coo_matrix((np.ones(len(pairs)), pairs.T), shape=(self._count, self._count))
         _, classes = connected_components(graph, directed=False)
         parity, clash = _parities(pairs, flips, self._count)
         labels = self._refined(classes)
@@ -200,7 +200,7 @@ def _parities(
     plain = np.where(flips[:, None], pairs + np.array([0, count]), pairs)
     other = np.where(flips[:, None], pairs + np.array([count, 0]), pairs + count)
     edges = np.concatenate([plain, other])
-    graph = sparse.coo_matrix((np.ones(len(edges)), edges.T), shape=(2 * count, 2 * count))
+    graph = scipy.sparse.coo_matrix((np.ones(len(edges)), edges.T), shape=(2 * count, 2 * count))
     _, sheet = connected_components(graph, directed=False)
     up, down = sheet[:count], sheet[count:]
     return up > down, np.flatnonzero(up == down)
