@@ -35,7 +35,7 @@ def _case(seed: int):
     return cnn(2 + seed % 3, bias, seed)
 
 
-@pytest.mark.parametrize("block", [0, 1, *(pytest.param(b, marks=pytest.mark.slow) for b in range(2, 10))])
+@pytest.mark.parametrize("block", [0, *(pytest.param(b, marks=pytest.mark.slow) for b in range(1, 10))])
 def test_both_ends_of_200_random_networks(block):
     for seed in range(20 * block, 20 * block + 20):
         case = _case(seed)

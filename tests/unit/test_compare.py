@@ -589,6 +589,7 @@ def rows():
 def folder(tmp_path, monkeypatch):
     (tmp_path / "compare_nets.py").write_text(NETS)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")  # heads of tables in one line
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     sys.modules.pop("compare_nets", None)
     import compare_nets

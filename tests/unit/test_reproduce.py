@@ -455,6 +455,7 @@ def test_the_verb_from_end_to_end(tmp_path):
     assert _run("--check", tmp_path / "edited.json", "--out", out, "--jobs", 1).exit_code == DOES_NOT_HOLD
 
 
+@pytest.mark.slow
 def test_workers_that_submitit_runs_fill_the_same_store(tmp_path):
     pytest.importorskip("submitit")
     recipe = parse(SMALL.replace("replicates = 2", "replicates = 1"), "tiny", orbit=0)
