@@ -31,7 +31,7 @@ BATCHES = [*batches(measures().values()), ("without normalisation", "euclidean",
 )
 def test_claims_hold_and_are_tight(entries, place, arenas, monkeypatch):
     monkeypatch.setattr(testing, "ARENAS", arenas)
-    if arenas is FEW:  # long chains, which tell a drift from noise more sharply, are run on all networks
+    if arenas is FEW and place == "auto":  # nothing moves there; long chains, which tell a drift more sharply, are slow
         monkeypatch.setattr(testing, "_brief", lambda entry, kind: _short(entry))
     for label, found in drifts_of(entries, place).items():
         wrong = {str(kind): str(drift) for kind, drift in found.items() if not drift.true}

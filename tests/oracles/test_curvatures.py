@@ -300,7 +300,7 @@ def _labels(fisher: Linearisation) -> Tensor:
 
 
 @pytest.mark.parametrize("make", [gauss_newton, empirical_fisher, partial(sampled_fisher, seed=1, draws=2)])
-@pytest.mark.parametrize("kind", ["classes", "tokens", "convolution"])
+@pytest.mark.parametrize("kind", ["classes", pytest.param("tokens", marks=pytest.mark.slow), "convolution"])
 def test_rows_may_be_cut_and_memory_may_run_out(make, kind, monkeypatch):
     """Labels and counts go with their rows."""
     problem = _problem(kind)

@@ -29,7 +29,7 @@ from isoflat.symmetry.relations import Form
 Reader = Callable[[State], tuple[Vector, Vector]]
 """Values and weights of the entries whose norm a level makes least."""
 
-Level = tuple[Translation, scipy.sparse.csr_matrix, Reader]
+Level = tuple[Translation, "scipy.sparse.csr_matrix", Reader]
 """A group of shifts, the tensors whose norm it makes least as functions of its element, and what these hold."""
 
 SWEEPS = 40
