@@ -163,7 +163,7 @@ def outwards(value: float, digits: int, direction: int, style: str = "", unit: i
     if not exact or not exact.is_finite():
         return f"{float(exact):{style}.{digits}g}"
     rounding = ROUND_CEILING if direction > 0 else ROUND_FLOOR
-    text = f"{float(_multiple(exact, exact.adjusted() - digits + 1, rounding)):{style}.{digits}g}"
+    text = f"{float(_multiple(exact, exact.adjusted() - digits + 1, rounding)):{style}.{digits}g}".removesuffix(".")
     wrong = (Decimal(text) - exact) * direction < 0  # a subnormal number has fewer digits than are asked for
     return str(exact) if wrong else text
 
