@@ -65,8 +65,8 @@ def compare(
     """
     from isoflat.core.errors import UsageError
     from isoflat.experiments.stored import holds_results
-    from isoflat.io.inputs import before, device_of, within_memory
-    from isoflat.io.inputs import check as known
+    from isoflat.io.inputs import load_initial, device_of, within_memory
+    from isoflat.io.inputs import check_names as known
     from isoflat.io.several import labels, load_several
     from isoflat.measurement.compare import compare as compared
 
@@ -88,13 +88,13 @@ def compare(
         where = device_of(compute.device)
         with ranks.agreeing():
             loaded = load_several(inputs, files, {"params": params, "dtype": compute.dtype, "device": where})
-            start, further = before(inputs, wanted.initial)
+            start, further = load_initial(inputs, wanted.initial)
         loading = (*loaded.notes, *further)
         hidden = output.as_json or not ranks.first
         step(f"loaded {', '.join(files)}, and {inputs.data}", hidden)
         step(f"measuring {', '.join(wanted.names)} ({', '.join(wanted.geometry)})", hidden)
         with within_memory():
-            found = compared(
+            found = compare_stored(
                 loaded.models,
                 loaded.batches,
                 loaded.loss,
@@ -141,7 +141,7 @@ def _stored(
 ) -> None:
     """Compare what is measured already."""
     from isoflat.core.errors import UsageError
-    from isoflat.experiments.stored import Wanted, compared
+    from isoflat.experiments.stored import Wanted, compare_stored
     from isoflat.measures.catalogue import find_geometry, find_measure
 
     other = [each.opts[0] for each in context.command.params if each.name and _idle(context, each.name)]
@@ -157,7 +157,7 @@ def _stored(
         tuple(find_geometry(place).name for place in places),
         wanted.logits or "raw",
     )
-    found, subject = compared(paths, asked, reference, partial(complain, prefix="warning"))
+    found, subject = compare_stored(paths, asked, reference, partial(complain, prefix="warning"))
 
     def shown(screen: Console) -> None:
         screen.print(found)

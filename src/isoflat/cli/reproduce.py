@@ -115,9 +115,9 @@ def reproduce(
                 listing(output.as_json)
             return
         with ranks.agreeing():
-            stored = None if check is None else checking.read(check)
+            stored = None if check is None else checking.read_stored(check)
         result = followed(
-            name or "" if stored is None else checking.recipe(stored, name),
+            name or "" if stored is None else checking.stored_recipe(stored, name),
             asked.data,
             out=asked.out,
             scale=asked.scale,
@@ -136,7 +136,7 @@ def reproduce(
     if not ranks.first:
         return
     write(result, folder, _command(recipe, asked.data))
-    verdict = None if stored is None else checking.compared(stored, result)
+    verdict = None if stored is None else checking.check_against(stored, result)
     if output.as_json:
         extra = {} if verdict is None else {"check": verdict.to_dict()}
         sys.stdout.write(json.dumps({**result.to_dict(), **extra}, allow_nan=False) + "\n")
@@ -165,9 +165,9 @@ def write(result: Reproduction, folder: Path, command: str) -> None:
 
 def listing(as_json: bool) -> None:
     """All recipes with their questions."""
-    from isoflat.experiments.recipe import read, recipes
+    from isoflat.experiments.recipe import read_recipe, recipes
 
-    found = [read(name) for name in recipes()]
+    found = [read_recipe(name) for name in recipes()]
     if as_json:
         sys.stdout.write(json.dumps([recipe.model_dump(mode="json") for recipe in found], allow_nan=False) + "\n")
         return

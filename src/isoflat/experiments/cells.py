@@ -166,7 +166,7 @@ def decided(ranks: Ranks, work: Callable[[], T]) -> T:
     return ranks.from_first(outcome)[0]
 
 
-def run(task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store, report: Report) -> Measured | None:
+def train_and_measure(task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store, report: Report) -> Measured | None:
     """Train and measure, or read what was done before.
 
     In a process group every process trains the same, all go on with the weights of the first, and share the measurement;
@@ -196,10 +196,10 @@ def run(task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store,
             there = decided(ranks, lambda: store.get(address(wanted)))
             measured = there or _measured(task, data, numbers, trained, store, report)
     report(f"{task.label} is there", 0.0)
-    return read(task, trained, measured)
+    return assembled(task, trained, measured)
 
 
-def read(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> Measured:
+def assembled(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> Measured:
     """Put a network together from its cells in the store; one that diverged has a training and no measurement."""
     if measured is None:
         gone = kinds(_Diverged).validate_python(trained.result)
@@ -232,7 +232,7 @@ class _Diverged:
     seconds: float
 
 
-def network(task: NetworkTask, data: Split) -> nn.Module:
+def initial_network(task: NetworkTask, data: Split) -> nn.Module:
     """Build the network of a task with its initial weights."""
     recipe = task.recipe
     given: dict[str, Any] = {
@@ -254,7 +254,7 @@ def network(task: NetworkTask, data: Split) -> nn.Module:
 def _trained(task: NetworkTask, data: Split, store: Store, report: Report) -> Artifact:
     recipe, arm = task.recipe, task.arm
     settings = task.training(data)
-    model, noisy = network(task, data), labelled(data, arm.training.noise, recipe.seed)
+    model, noisy = initial_network(task, data), labelled(data, arm.training.noise, recipe.seed)
     ranks, reached, started = Ranks.here(), 0.0, time.monotonic()
 
     def progress(share: float) -> None:
@@ -300,13 +300,13 @@ def _measured(
     task: NetworkTask, data: Split, numbers: Sequence[Number], trained: Artifact, store: Store, report: Report
 ) -> Artifact:
     recipe, ranks = task.recipe, Ranks.here()
-    model = network(task, data)
+    model = initial_network(task, data)
     model.load_state_dict(decided(ranks, trained.tensors))
     model.eval().to(getattr(torch, recipe.dtype))
     rows = slice(recipe.data.measured)
     inputs, targets = (part[rows] for part in labelled(data, task.arm.training.noise, recipe.seed))
     inputs = inputs.to(getattr(torch, recipe.dtype)) if inputs.is_floating_point() else inputs
-    before = network(task, data) if any(find_measure(number.measure).prior for number in numbers) else None
+    before = initial_network(task, data) if any(find_measure(number.measure).prior for number in numbers) else None
     started = time.monotonic()
     twins: Sequence[nn.Module] = ()
     lost: list[Table] = []

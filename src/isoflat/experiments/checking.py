@@ -73,7 +73,7 @@ class ReproductionCheck:
         return attributes(self, "holds", "sentence", "lines")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_stored(path: Path) -> dict[str, Any]:
     """A stored result.
 
     Raises:
@@ -93,7 +93,7 @@ def read(path: Path) -> dict[str, Any]:
     return stored
 
 
-def recipe(stored: Mapping[str, Any], name: str | None) -> Recipe:
+def stored_recipe(stored: Mapping[str, Any], name: str | None) -> Recipe:
     """The recipe that was followed.
 
     Raises:
@@ -113,7 +113,7 @@ def recipe(stored: Mapping[str, Any], name: str | None) -> Recipe:
     return found
 
 
-def compared(stored: Mapping[str, Any], result: Reproduction) -> ReproductionCheck:
+def check_against(stored: Mapping[str, Any], result: Reproduction) -> ReproductionCheck:
     """Comparison with a stored result, line by line."""
     before = {_key(row): row for row in stored["networks"]}
     after = {_key(row): row for row in result.rows()}

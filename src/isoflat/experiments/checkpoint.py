@@ -90,7 +90,7 @@ class Keeper:
         packed = io.BytesIO()
         torch.save(content, packed)
         path = self.checkpoint.path
-        with files.told(path, "saving a checkpoint"):
+        with files.as_usage_errors(path, "saving a checkpoint"):
             files.write(path, packed.getvalue(), alone=True)
 
     def resume(self) -> Way | None:

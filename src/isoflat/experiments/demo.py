@@ -85,11 +85,11 @@ def demonstrate(plan: MlpPlan | transformer.TransformerPlan, progress: bool = Fa
     """
     with bar(plan.work, not progress) as report:
         if isinstance(plan, transformer.TransformerPlan):
-            return transformer.run(characters(plan.windows, plan.context), plan, report)
-        return run(digits(), plan, report)
+            return transformer.run_transformer(characters(plan.windows, plan.context), plan, report)
+        return run_mlp(digits(), plan, report)
 
 
-def run(data: Split, plan: MlpPlan, report: Report = silent) -> DemoResult:
+def run_mlp(data: Split, plan: MlpPlan, report: Report = silent) -> DemoResult:
     """Train, measure, compare, attack.
 
     Args:

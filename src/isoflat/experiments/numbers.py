@@ -78,7 +78,7 @@ COLUMNS = (
 """What a row of a table tells of a number, in this order."""
 
 
-def flat(record: Record) -> dict[str, Any]:
+def flat_row(record: Record) -> dict[str, Any]:
     """A record as part of a row of a table; an end of an enclosure that is infinite is None."""
     estimate, point = record.estimate, record.point
     ends = (end if math.isfinite(end) else None for end in (estimate.lower, estimate.upper))

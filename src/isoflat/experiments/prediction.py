@@ -13,7 +13,7 @@ from isoflat.core.record import Record
 from isoflat.core.render import leading
 from isoflat.core.table import Table
 from isoflat.experiments.cells import found
-from isoflat.experiments.numbers import Number, flat
+from isoflat.experiments.numbers import Number, flat_row
 from isoflat.experiments.statistics.relation import Relation, relations
 from isoflat.experiments.statistics.sample import LEAST, Level, OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
@@ -223,7 +223,7 @@ class Prediction:
                 "outcome": network.outcome,
                 "training_loss": network.loss,
                 **{f"factor.{name}": level for name, level in network.factors.items()},
-                **flat(row),
+                **flat_row(row),
             }
             for network in self.networks
             for row in network.table

@@ -23,7 +23,7 @@ from isoflat.experiments.reproduction import Reproduction
 from isoflat.experiments.results import MALFORMED, checked, why
 from isoflat.experiments.statistics.sample import Level
 from isoflat.experiments.store import Artifact
-from isoflat.io.strict import canonical
+from isoflat.io.strict import canonical_json
 
 FACTOR = "factor."
 """Before the name of a hyper-parameter, in rows."""
@@ -77,7 +77,7 @@ def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) 
         store: its cells.
     """
     try:
-        recipe = checking.recipe(content, None)
+        recipe = checking.stored_recipe(content, None)
         numbers = tuple(quantity.number for quantity in recipe.numbers)
         seconds = float(content.get("seconds", 0.0))
         told = [row for row in content["networks"] if isinstance(row, dict)]
@@ -89,7 +89,7 @@ def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) 
     warnings = []
     for task, trained, measured in _pairs(recipe, numbers, store):
         try:
-            network = _sound(cells.read(task, trained, measured), numbers)
+            network = _sound(cells.assembled(task, trained, measured), numbers)
         except MALFORMED as error:
             places = trained.address if measured is None else f"{trained.address} and {measured.address}"
             warnings.append(f"{task.label}: cells {places} are refused: {why(error)}")
@@ -132,7 +132,7 @@ def _pairs(
 def _same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     unknown = _UNKNOWN[wanted["kind"]]
     known = [{key: value for key, value in each.items() if key not in unknown} for each in (found, wanted)]
-    return canonical(known[0], "settings") == canonical(known[1], "settings")
+    return canonical_json(known[0], "settings") == canonical_json(known[1], "settings")
 
 
 def _sound(network: Measured, numbers: Sequence[Number]) -> Measured:

@@ -280,7 +280,7 @@ def recipes() -> tuple[str, ...]:
     return tuple(sorted(entry.name.removesuffix(".toml") for entry in FOLDER.iterdir() if entry.name.endswith(".toml")))
 
 
-def read(name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe:
+def read_recipe(name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe:
     """A recipe of the package.
 
     Args:
@@ -291,15 +291,15 @@ def read(name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe:
     Raises:
         UnknownName: there is no such recipe.
 
-    >>> read("digits").question
+    >>> read_recipe("digits").question
     'Are large-batch minima sharper?'
     """
     if name not in recipes():
         raise UnknownName("recipe", name, recipes())
-    return parse((FOLDER / f"{name}.toml").read_text(encoding="utf-8"), name, scale, **changes)
+    return parse_recipe((FOLDER / f"{name}.toml").read_text(encoding="utf-8"), name, scale, **changes)
 
 
-def parse(text: str, name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe:
+def parse_recipe(text: str, name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe:
     """A recipe from the text of a file: the table `[small]` or `[paper]` stands over the rest; what differs adds up.
 
     In each arm stands what differs from the table `[training]`; a table `[grid]` of lists makes an arm of each combination.
@@ -410,4 +410,4 @@ def read_grid(
     }
     if asked or "numbers" not in there:
         further["numbers"] = [{"measure": name, "geometry": place} for name, place in asked or default]
-    return parse(text, path.stem, Scale(scale), **{**further, **changes})
+    return parse_recipe(text, path.stem, Scale(scale), **{**further, **changes})

@@ -14,10 +14,10 @@ from isoflat.core.errors import UnknownName, UsageError
 from isoflat.experiments.cells import decided
 from isoflat.experiments.data import load_split
 from isoflat.experiments.progress import bar
-from isoflat.experiments.recipe import Recipe, Scale, read
+from isoflat.experiments.recipe import Recipe, Scale, read_recipe
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.experiments.store import Store
-from isoflat.experiments.sweep import check, sweep, tasks
+from isoflat.experiments.sweep import check_recipe, sweep, tasks
 from isoflat.io.files import make_folder
 from isoflat.io.inputs import device_of
 from isoflat.measures.catalogue import find_geometry, find_measure
@@ -92,7 +92,7 @@ def reproduce(  # noqa: PLR0913
         if scale not in list(Scale):
             raise UnknownName("scale", scale, list(Scale))
         changes = {"replicates": replicates, "orbit": orbit, "seed": seed, "numbers": _numbers(measures, geometry)}
-        recipe = read(recipe, Scale(scale), **changes)
+        recipe = read_recipe(recipe, Scale(scale), **changes)
     folder = Path(f"isoflat-{recipe.name}" if out is None else out)
     if ranks.world > 1 and ((jobs or 1) > 1 or submit is not None):
         raise UsageError("under torchrun all processes are at the same network: leave out --jobs and --submit")
@@ -104,7 +104,7 @@ def reproduce(  # noqa: PLR0913
         facts["data"] = split.hash
     numbers = tuple(quantity.number for quantity in recipe.numbers)
     with ranks.agreeing():
-        check(recipe, split, numbers)
+        check_recipe(recipe, split, numbers)
     with ranks.agreeing():
         if ranks.first:
             make_folder(folder)  # what is refused leaves no folder behind

@@ -16,7 +16,7 @@ from isoflat.core.plain import attributes, plain
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.cells import Measured, found
-from isoflat.experiments.numbers import COLUMNS, Number, flat
+from isoflat.experiments.numbers import COLUMNS, Number, flat_row
 from isoflat.experiments.recipe import Arm, Asks, Recipe
 from isoflat.experiments.statistics.relation import Relation, relations
 from isoflat.experiments.statistics.sample import OutcomeSample
@@ -347,7 +347,7 @@ class Reproduction:
                 "epochs": None if network.diverged else network.training.epochs,
                 "steps": None if network.diverged else network.training.steps,
                 "seconds": network.seconds,
-                **(flat(row) if row is not None else dict.fromkeys(COLUMNS)),
+                **(flat_row(row) if row is not None else dict.fromkeys(COLUMNS)),
                 **({"diverged": network.diverged} if network.diverged else {}),
             }
             for network in self.networks

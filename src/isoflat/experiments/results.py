@@ -17,7 +17,7 @@ from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.store import Artifact, Refused, Store
 from isoflat.experiments.store.main import MARKER
-from isoflat.io.strict import parse
+from isoflat.io.strict import parse_json
 
 LARGEST = 1 << 28
 """Bytes that a file of results may take."""
@@ -139,7 +139,7 @@ class Results:
     files: tuple[Path, ...]
 
 
-def read(folder: Path) -> Results:
+def read_results(folder: Path) -> Results:
     """Results in a folder, and in the store that it is or has.
 
     Raises:
@@ -163,7 +163,7 @@ def read(folder: Path) -> Results:
     return _results(folder, items, cells, files)
 
 
-def read_file(path: Path) -> Results:
+def read_results_file(path: Path) -> Results:
     """Results in one file.
 
     Raises:
@@ -249,7 +249,7 @@ def _file(path: Path, folder: Path) -> Iterator[Item]:
         if path.suffix == ".jsonl":
             yield from _lines(text, path, folder)
             return
-        content = parse(text)
+        content = parse_json(text)
     except (OSError, DataError, ValueError) as error:
         yield Refused(path, f"{path} is refused: {getattr(error, 'strerror', None) or error}")
         return
@@ -279,7 +279,7 @@ def _lines(text: bytes, path: Path, folder: Path) -> Iterator[Item]:
     lines = [(place, line) for place, line in enumerate(text.split(b"\n"), 1) if line.strip()]
     for place, line in lines:
         try:
-            content = parse(line)
+            content = parse_json(line)
             yield StoredNumber(checked(Record.from_dict(content)), _name(path, folder), f"line {place}")
         except MALFORMED as error:
             faults.append(f"line {place} is refused: {why(error)}")

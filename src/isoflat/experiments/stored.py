@@ -12,7 +12,7 @@ from isoflat.core.errors import DataError, UsageError
 from isoflat.core.record import Record
 from isoflat.core.render import visible
 from isoflat.core.table import Table
-from isoflat.experiments.results import Results, StoredNumber, read, read_file
+from isoflat.experiments.results import Results, StoredNumber, read_results, read_results_file
 from isoflat.measurement.compare import contrast
 
 Warn = Callable[[str], None]
@@ -55,7 +55,7 @@ def holds_results(path: Path) -> bool:
     return path.is_dir() or (path.suffix in SUFFIXES and not path.name.endswith(".index.json"))
 
 
-def compared(
+def compare_stored(
     paths: Sequence[Path], wanted: Wanted, reference: str | None, warn: Warn = lambda text: None
 ) -> tuple[Comparison, dict[str, Any]]:
     """The networks in folders and files, set against each other by the numbers that all of them have.
@@ -128,11 +128,11 @@ def _numbers(path: Path, warn: Warn) -> list[StoredNumber]:
 def _read(path: Path, warn: Warn) -> Results:
     """Read what is stored there; in a folder a damaged file is named and left out, a damaged file by itself is refused."""
     if path.is_dir():
-        results = read(path)
+        results = read_results(path)
         for refused in results.refused:
             warn(refused.why)
         return results
-    results = read_file(path)
+    results = read_results_file(path)
     if results.refused:
         raise DataError(results.refused[0].why)
     return results

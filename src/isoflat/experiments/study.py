@@ -27,7 +27,7 @@ from isoflat.experiments.reproduce import reproduce
 from isoflat.experiments.statistics.sample import LEAST
 from isoflat.experiments.store import Store
 from isoflat.io.files import make_folder
-from isoflat.io.inputs import Inputs, check, device_of
+from isoflat.io.inputs import Inputs, check_names, device_of
 from isoflat.io.several import labels
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.measures.settings import Budget, Settings
@@ -180,7 +180,7 @@ def planned(
         UsageError: something is unknown or has no meaning.
     """
     numbers = _numbers(asked)
-    check([n.measure for n in numbers], [n.geometry for n in numbers], budget=Budget(products), **effort)
+    check_names([n.measure for n in numbers], [n.geometry for n in numbers], budget=Budget(products), **effort)
     own = {**effort, **settings, "check": str(Settings(check=settings["check"]).check)}
     return ListedPlan(inputs, numbers, own, products, device_of(device))
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from isoflat.core.errors import UsageError
 from isoflat.experiments import cells
-from isoflat.experiments.cells import Measured, NetworkTask, run
+from isoflat.experiments.cells import Measured, NetworkTask, train_and_measure
 from isoflat.experiments.data import Split
 from isoflat.experiments.loop import one_thread
 from isoflat.experiments.numbers import Number
@@ -39,7 +39,7 @@ def tasks(recipe: Recipe) -> tuple[NetworkTask, ...]:
     return tuple(NetworkTask(recipe, arm, replicate) for replicate in range(recipe.replicates) for arm in recipe.arms)
 
 
-def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
+def check_recipe(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
     """Refuse, before anything is trained, what would be refused of all networks of an arm alike.
 
     Every architecture is built, traced where that is needed, and prepared for its numbers on a few rows; nothing is measured.
@@ -62,7 +62,7 @@ def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
         if task.arm.network in seen:
             continue
         seen.append(task.arm.network)
-        model = cells.network(task, data).eval().to(dtype)
+        model = cells.initial_network(task, data).eval().to(dtype)
         try:
             nn.CrossEntropyLoss()(model(inputs), targets)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:  # as torch refuses shapes and types
@@ -102,7 +102,7 @@ def sweep(
         jobs: processes; on another device than a processor they share it and its memory.
 
     Raises:
-        IsoflatError: as for `cells.run`.
+        IsoflatError: as for `cells.train_and_measure`.
     """
     if jobs < 1:
         raise UsageError(f"the number of jobs must be positive, got {jobs}")
@@ -139,7 +139,7 @@ def _in_turn(
             report(text, done)
 
         with one_thread():
-            network = run(task, data, numbers, store, progress)
+            network = train_and_measure(task, data, numbers, store, progress)
         if network is not None:
             report(f"{task.label} is there", max(0.0, 1 - told))
         yield place, network
@@ -179,4 +179,4 @@ def _worker(
     inputs, targets, others, rest = (torch.from_numpy(array).to(device) for array in arrays)
     data = Split(name, (inputs, targets), (others, rest), vocabulary)
     with one_thread():
-        return place, run(task, data, numbers, store, silent)
+        return place, train_and_measure(task, data, numbers, store, silent)

@@ -91,7 +91,7 @@ class TransformerPlan:
         )
 
 
-def run(data: Split, plan: TransformerPlan, report: Report = silent) -> DemoResult:
+def run_transformer(data: Split, plan: TransformerPlan, report: Report = silent) -> DemoResult:
     """Train, measure, compare; attack the flattest network, and the sharpest one of the other arm.
 
     Args:

@@ -130,11 +130,11 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
     Raises:
         UsageError: this system or this disk has no such locks, or the file cannot be made.
     """
-    with told(path, "locking"):
+    with as_usage_errors(path, "locking"):
         path.parent.mkdir(exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        with told(path, "locking"):
+        with as_usage_errors(path, "locking"):
             held = _lock(handle, wait)
         yield held
     finally:
@@ -152,7 +152,7 @@ def check_locks() -> None:
 
 
 @contextmanager
-def told(path: Path, doing: str) -> Iterator[None]:
+def as_usage_errors(path: Path, doing: str) -> Iterator[None]:
     """Turn what the system refuses into one line.
 
     Raises:

@@ -133,7 +133,7 @@ def load(inputs: Inputs) -> Loaded:
     return Loaded(model, inputs.read(notes.append), loss, tuple(notes))
 
 
-def check(measures: list[str], geometry: list[str], **settings: Any) -> None:
+def check_names(measures: list[str], geometry: list[str], **settings: Any) -> None:
     """Names and limits, before a file is opened.
 
     Args:
@@ -220,7 +220,7 @@ def try_forward(target: Subject) -> None:
         ) from error
 
 
-def before(inputs: Inputs, file: Path | None) -> tuple[torch.nn.Module | None, tuple[str, ...]]:
+def load_initial(inputs: Inputs, file: Path | None) -> tuple[torch.nn.Module | None, tuple[str, ...]]:
     """The network before training, for bounds whose prior is centred there, and what a reader must know of it.
 
     Args:

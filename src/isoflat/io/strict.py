@@ -31,7 +31,7 @@ def address(settings: Mapping[str, Any]) -> str:
     >>> address({"seed": 0.0})
     'e6731c04ce97f94cbce8e570'
     """
-    return digest(canonical(settings, "settings"))
+    return short_hash(canonical_json(settings, "settings"))
 
 
 def is_address(name: str) -> bool:
@@ -43,7 +43,7 @@ def is_address(name: str) -> bool:
     return _ADDRESS.fullmatch(name) is not None
 
 
-def canonical(value: Any, what: str) -> str:
+def canonical_json(value: Any, what: str) -> str:
     """One line of ASCII: names in order, no spaces, floats so that they return bit for bit.
 
     Args:
@@ -53,7 +53,7 @@ def canonical(value: Any, what: str) -> str:
     Raises:
         UsageError: there is something else in it, such as NaN or a tensor.
 
-    >>> canonical({"b": (0.1, None), "a": True}, "settings")
+    >>> canonical_json({"b": (0.1, None), "a": True}, "settings")
     '{"a":true,"b":[0.1,null]}'
     """
     try:
@@ -62,12 +62,12 @@ def canonical(value: Any, what: str) -> str:
         raise UsageError(f"{what}: too deeply nested, or part of itself; a store holds plain JSON") from None
 
 
-def digest(text: str) -> str:
+def short_hash(text: str) -> str:
     """First 24 hex digits of SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 
 
-def parse(text: bytes) -> Any:
+def parse_json(text: bytes) -> Any:
     """A value from strict JSON.
 
     Raises:
@@ -79,17 +79,17 @@ def parse(text: bytes) -> Any:
         raise ValueError("too deeply nested") from None
 
 
-def flat(value: Any, name: str) -> dict[str, Any]:
+def flattened(value: Any, name: str) -> dict[str, Any]:
     """Mappings unfolded: what lies within gets a dotted name. A name with a dot of its own is quoted.
 
-    >>> flat({"net": {"width": 16, "0.bias": True}, "seeds": [1, 2]}, "settings")
+    >>> flattened({"net": {"width": 16, "0.bias": True}, "seeds": [1, 2]}, "settings")
     {'settings.net.width': 16, 'settings.net."0.bias"': True, 'settings.seeds': [1, 2]}
     """
     if not isinstance(value, Mapping):
         return {name: value}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= flat(inner, f"{name}.{json.dumps(key) if '.' in key else key}")
+        found |= flattened(inner, f"{name}.{json.dumps(key) if '.' in key else key}")
     return found
 
 

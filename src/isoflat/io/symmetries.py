@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from isoflat.core.errors import UsageError
 from isoflat.io import files
 from isoflat.io.archive import check_safetensors
-from isoflat.io.strict import canonical, parse
+from isoflat.io.strict import canonical_json, parse_json
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.graph import skeleton
 from isoflat.symmetry.found import VERSION, Found
@@ -98,7 +98,7 @@ def save_symmetries(found: Found, path: Path | str, *, force: bool = False) -> N
         "network": _network(found.model),
         "found": parts,
     }
-    files.save(target, pack(arrays, {NAME: canonical(content, "symmetries")}), force, "the path")
+    files.save(target, pack(arrays, {NAME: canonical_json(content, "symmetries")}), force, "the path")
 
 
 def load_symmetries(path: Path | str, model: nn.Module) -> Found:
@@ -183,7 +183,7 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             text = (file.metadata() or {}).get(NAME)
         if text is None:
             raise UsageError(f"{source} holds no symmetries: expected a file of isoflat.io.save_symmetries")
-        content = parse(text.encode())
+        content = parse_json(text.encode())
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, UsageError):
             raise

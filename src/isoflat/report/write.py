@@ -15,7 +15,7 @@ from isoflat.core.record import Record
 from isoflat.core.table import Table
 from isoflat.experiments.rebuild import rebuild_reproduction, rebuild_study
 from isoflat.experiments.recipe import Recipe
-from isoflat.experiments.results import Contest, Results, StoredNumber, identity, read
+from isoflat.experiments.results import Contest, Results, StoredNumber, identity, read_results
 from isoflat.integrations.tables import to_csv, to_parquet
 from isoflat.io.files import claim, save
 from isoflat.report.document import Page, Section
@@ -91,7 +91,7 @@ def write_report(
     files = {"out": target} | {name: Path(file) for name, file in (("csv", csv), ("parquet", parquet)) if file}
     if path is not None or (folder is not None and folder.is_dir()):  # else reading says what is wrong
         _claim(files, force)
-    found = _at_hand(results, target) if folder is None else read(folder)  # pyrefly: ignore
+    found = _at_hand(results, target) if folder is None else read_results(folder)  # pyrefly: ignore
     made, warnings = page_of(found, _command(folder, files))
     for text in warnings:
         warn(text)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from isoflat.core.errors import DataError, UsageError
-from isoflat.io.strict import address, canonical, digest, flat, is_address, parse
+from isoflat.io.strict import address, canonical_json, short_hash, flattened, is_address, parse_json
 
 SCHEMA = 1
 """Version of the layout; raised whenever a field changes its meaning."""
@@ -74,10 +74,10 @@ class Artifact:
         >>> Artifact("0a", {"widths": [4, 2]}, {"loss": {"train": 0.5}, "curve": [3, 1]}, None).row()
         {'address': '0a', 'settings.widths': '[4,2]', 'result.loss.train': 0.5}
         """
-        settings, result = flat(self.settings, "settings"), flat(self.result, "result")
+        settings, result = flattened(self.settings, "settings"), flattened(self.result, "result")
         return {
             "address": self.address,
-            **{name: canonical(value, name) if isinstance(value, list) else value for name, value in settings.items()},
+            **{name: canonical_json(value, name) if isinstance(value, list) else value for name, value in settings.items()},
             **{name: value for name, value in result.items() if not isinstance(value, list)},
         }
 
@@ -130,8 +130,8 @@ def write(settings: Mapping[str, Any], result: Mapping[str, Any], weights: bytes
         "result": result,
         "weights": None if weights is None else hashlib.sha256(weights).hexdigest(),
     }
-    check = digest(canonical(content, "cell"))
-    text = canonical({**content, "check": check}, "cell").encode() + b"\n"
+    check = short_hash(canonical_json(content, "cell"))
+    text = canonical_json({**content, "check": check}, "cell").encode() + b"\n"
     if len(text) > LARGEST:
         raise UsageError(f"a cell may take {LARGEST} bytes without its weights, this one takes {len(text)}")
     return content["address"], text
@@ -160,7 +160,7 @@ def _parsed(path: Path) -> Any:
     if found.st_size > LARGEST:
         raise DataError(f"{path} takes {found.st_size} bytes, more than {LARGEST}: no cell of this store; move it away")
     try:
-        return parse(path.read_bytes())
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is truncated or no strict JSON ({error}): {_AGAIN}") from error
 
@@ -173,7 +173,7 @@ def _check(path: Path, found: Any) -> None:
     if found.keys() != _FIELDS.keys() or not all(isinstance(found[name], kind) for name, kind in _FIELDS.items()):
         raise DataError(f"{path} lacks a field of a cell, or has one too many: {_AGAIN}")
     try:
-        check = digest(canonical({name: value for name, value in found.items() if name != "check"}, "cell"))
+        check = short_hash(canonical_json({name: value for name, value in found.items() if name != "check"}, "cell"))
         own = address(found["settings"])
     except UsageError as error:
         raise DataError(f"{path} holds what no cell holds ({error}): {_AGAIN}") from error

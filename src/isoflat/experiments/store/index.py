@@ -16,7 +16,7 @@ from typing import Any
 
 from isoflat.core.errors import DataError
 from isoflat.experiments.store.artifact import Artifact, read
-from isoflat.io.strict import address, canonical, is_address, parse
+from isoflat.io.strict import address, canonical_json, is_address, parse_json
 
 VERSION = 1
 """Of the table; an index of another version is made anew."""
@@ -98,7 +98,7 @@ def _trusted(name: str, row: tuple[Any, ...] | None, there: tuple[int, int]) -> 
     if row is None or row[:2] != there:
         return None
     try:
-        settings = parse(row[2].encode())
+        settings = parse_json(row[2].encode())
         return settings if isinstance(settings, dict) and address(settings) == name else None
     except (ValueError, AttributeError):  # no JSON, or no text at all
         return None
@@ -119,8 +119,8 @@ def _insert(index: sqlite3.Connection, cell: Artifact, path: Path) -> None:
         (
             cell.address,
             datetime.fromtimestamp(there.st_mtime, UTC).isoformat(),
-            label if isinstance(label, str) else canonical(label, "label"),
-            canonical(cell.settings, "settings"),
+            label if isinstance(label, str) else canonical_json(label, "label"),
+            canonical_json(cell.settings, "settings"),
             there.st_mtime_ns,
             there.st_size,
         ),

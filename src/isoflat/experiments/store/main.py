@@ -16,7 +16,7 @@ from isoflat.core.errors import DataError, UsageError
 from isoflat.experiments.store import index
 from isoflat.experiments.store.artifact import SCHEMA, Artifact, Refused, packed, read, write
 from isoflat.io import files
-from isoflat.io.strict import canonical, flat, is_address, parse
+from isoflat.io.strict import canonical_json, flattened, is_address, parse_json
 
 MARKER = "isoflat-store.json"
 
@@ -57,23 +57,23 @@ class Store:
         """
         files.check_locks()
         store, marker = Store(folder), folder / MARKER
-        with files.told(folder, "making a store"):
+        with files.as_usage_errors(folder, "making a store"):
             if folder.exists() and not folder.is_dir():
                 raise UsageError(f"{folder} is a file: a store of cells needs a folder")
             folder.mkdir(parents=True, exist_ok=True)
             if not marker.exists():
                 (folder / "locks").mkdir(exist_ok=True)
                 with store._writing():
-                    files.write(marker, canonical({"schema": SCHEMA}, MARKER).encode() + b"\n", alone=True)
+                    files.write(marker, canonical_json({"schema": SCHEMA}, MARKER).encode() + b"\n", alone=True)
             content = marker.read_bytes()
         try:
-            found = parse(content)
+            found = parse_json(content)
         except ValueError as error:
             raise UsageError(f"{marker} is damaged ({error}): is {folder} a store? If so, remove this file") from error
         if found != {"schema": SCHEMA}:
             raise UsageError(
                 f"{folder} holds a store that this version cannot read: expected schema {SCHEMA}, {marker.name} says "
-                f"{canonical(found, MARKER)}; take another folder"
+                f"{canonical_json(found, MARKER)}; take another folder"
             )
         store._tidy()
         return store
@@ -108,7 +108,7 @@ class Store:
         content = None if weights is None else packed(weights)
         where, text = write(settings, result, content)
         path = self._json(where)
-        with self._writing(), files.told(path, "writing a cell"):
+        with self._writing(), files.as_usage_errors(path, "writing a cell"):
             if self._whole(path):
                 if path.read_bytes() != text:
                     raise UsageError(
@@ -142,7 +142,7 @@ class Store:
             UsageError: this is no address, or the disk refuses.
         """
         place = self._scratch(address)
-        with files.told(place, "making a folder"):
+        with files.as_usage_errors(place, "making a folder"):
             place.mkdir(parents=True, exist_ok=True)
         return place
 
@@ -168,7 +168,7 @@ class Store:
 
         The index says where to look; the cells themselves decide.
         """
-        wanted = {f"settings.{name}": canonical(value, name) for name, value in where.items()}
+        wanted = {f"settings.{name}": canonical_json(value, name) for name, value in where.items()}
         place = self.folder / "index.sqlite"
         if os.access(self.folder, os.W_OK):
             with self._writing():
@@ -215,7 +215,7 @@ class Store:
         place = self.folder / "under-way"
         if not place.is_dir() or not os.access(place, os.W_OK):
             return
-        with self._writing(), files.told(place, "tidying up"):
+        with self._writing(), files.as_usage_errors(place, "tidying up"):
             for path in place.iterdir():
                 if is_address(path.name) and self._whole(self._json(path.name)):
                     shutil.rmtree(path)
@@ -240,5 +240,5 @@ def _checked(address: str) -> str:
 
 
 def _has(settings: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
-    there = flat(settings, "settings")
-    return all(name in there and canonical(there[name], name) == value for name, value in wanted.items())
+    there = flattened(settings, "settings")
+    return all(name in there and canonical_json(there[name], name) == value for name, value in wanted.items())

@@ -15,7 +15,7 @@ from isoflat.core.plain import attributes
 from isoflat.core.record import Record
 from isoflat.core.render import leading, rounded
 from isoflat.experiments.results import Contest, Results, StoredNumber
-from isoflat.io.strict import flat
+from isoflat.io.strict import flattened
 from isoflat.report import tables
 from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.figures import Panel
@@ -168,7 +168,7 @@ def _plain(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Flat values; lists as their JSON."""
     return {
         key: json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
-        for key, value in flat(values, name).items()
+        for key, value in flattened(values, name).items()
     }
 
 
