@@ -23,11 +23,11 @@ from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Point, Record
 from isoflat.core.table import Table
 from isoflat.experiments import cells, checking, families
-from isoflat.experiments.cells import Measured, NetworkTask, labelled
+from isoflat.experiments.cells import MeasuredNetwork, NetworkTask, labelled
 from isoflat.experiments.data import Split, digits, gaussian, load_split
 from isoflat.experiments.loop import Training
 from isoflat.experiments.rebuild import rebuild_reproduction
-from isoflat.experiments.recipe import Asks, DataSpec, Quantity, Scale, parse_recipe, read_recipe, recipes
+from isoflat.experiments.recipe import Asks, DataSpec, NumberSpec, Scale, parse_recipe, read_recipe, recipes
 from isoflat.experiments.reproduce import reproduce
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.experiments.store import Store, address
@@ -525,7 +525,7 @@ def _judged(errors, values):
         error, value = (errors, values) if second else (1.0, 1.0)
         estimate = Estimate(value * factor, value * factor, value * factor, 0.999, Kind.ENCLOSURE, True)
         row = Record(number.measure, number.geometry, "g", "g", estimate, point, settings={"logits": "raw"})
-        return Measured(task, Training(0.1, True, 1, 1.0, 1.0), 0.0, error * factor, 0.1, Table((row,)), (), 1.0)
+        return MeasuredNetwork(task, Training(0.1, True, 1, 1.0, 1.0), 0.0, error * factor, 0.1, Table((row,)), (), 1.0)
 
     return Reproduction(recipe, "digits", (number,), tuple(map(network, tasks(recipe))), 1.0)
 
@@ -588,11 +588,11 @@ def test_a_trend_is_asked_for_again_at_other_weights():
     def network(task):
         size = task.arm.value + task.replicate / 10
         own, moved = table(task, (size, size)), table(task, (size, -size))  # only the first number stays
-        return Measured(task, Training(0.1, True, 1, 1.0, 1.0), 0.0, size / 100, 0.1, own, (moved,), 1.0)
+        return MeasuredNetwork(task, Training(0.1, True, 1, 1.0, 1.0), 0.0, size / 100, 0.1, own, (moved,), 1.0)
 
     result = Reproduction(recipe, "digits", numbers, tuple(map(network, tasks(recipe))), 1.0)
-    assert [relation.finding for relation in result.told] == ["rises"] * 4
-    assert [relation.finding for relation in result.told_elsewhere[0]] == ["rises", "falls"] * 2
+    assert [relation.finding for relation in result.relations] == ["rises"] * 4
+    assert [relation.finding for relation in result.relations_elsewhere[0]] == ["rises", "falls"] * 2
     again = [sentence for sentence in result.sentences if "At a random point" in sentence]
     assert [" gives the same verdict: " in sentence for sentence in again] == [True, False] * 2
     stored = json.loads(json.dumps(result.to_dict()))
@@ -604,7 +604,7 @@ def test_a_trend_is_asked_for_again_at_other_weights():
 
 def test_numbers_of_changed_scores_have_names_for_sentences():
     words = [
-        Quantity(measure="hessian_spectral_norm", logits=logits).number.words
+        NumberSpec(measure="hessian_spectral_norm", logits=logits).number.words
         for logits in (None, "normalised", "loss=0.1")
     ]
     assert words[1:] == [f"{words[0]} of normalised scores", f"{words[0]} of scores scaled to loss=0.1"]

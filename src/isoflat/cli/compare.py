@@ -65,8 +65,7 @@ def compare(
     """
     from isoflat.core.errors import UsageError
     from isoflat.experiments.stored import holds_results
-    from isoflat.io.inputs import load_initial, device_of, within_memory
-    from isoflat.io.inputs import check_names as known
+    from isoflat.io.inputs import check_names, device_of, load_initial, within_memory
     from isoflat.io.several import labels, load_several
     from isoflat.measurement.compare import compare as compared
 
@@ -76,7 +75,7 @@ def compare(
     if network.model is None or network.data is None:
         raise UsageError("weights need --model module:factory, and --data that they are measured on")
     inputs, effort, params = network.inputs(compute.seed), wanted.effort(compute.seed), wanted.params or None
-    known(wanted.names, wanted.geometry, **effort)
+    check_names(wanted.names, wanted.geometry, **effort)
     if len(checkpoints) < 2:
         raise UsageError(f"only {checkpoints[0]} was named: a comparison needs two checkpoints or more")
     files = dict(zip(labels(checkpoints), checkpoints, strict=True))
@@ -94,7 +93,7 @@ def compare(
         step(f"loaded {', '.join(files)}, and {inputs.data}", hidden)
         step(f"measuring {', '.join(wanted.names)} ({', '.join(wanted.geometry)})", hidden)
         with within_memory():
-            found = compare_stored(
+            found = compared(
                 loaded.models,
                 loaded.batches,
                 loaded.loss,

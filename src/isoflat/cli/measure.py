@@ -163,7 +163,7 @@ def evaluate(
         IsoflatError: something is refused; names and limits are checked before a file is opened.
     """
     from isoflat.experiments.attack import attack
-    from isoflat.io.inputs import load_initial, check_names, device_of, prepare, within_memory
+    from isoflat.io.inputs import check_names, device_of, load_initial, prepare, within_memory
     from isoflat.measurement.groups import symmetries_of
     from isoflat.measurement.run import measure_all
     from isoflat.risk.ranks import Ranks

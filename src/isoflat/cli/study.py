@@ -222,12 +222,11 @@ def show(result: Prediction, folder: Path) -> None:
 
 def _networks(result: Prediction) -> FittedTable:
     """One line for each network."""
-    from isoflat.experiments.cells import found
     from isoflat.experiments.prediction import words
 
     table = []
     for network in result.networks:
-        rows = [found(network.table, number) for number in result.numbers]
+        rows = [number.find(network.table) for number in result.numbers]
         cells = ["–" if row is None else str(row.estimate) for row in rows]
         table.append((network.label, f"{network.outcome:.4g}", f"{network.loss:.4g}", *cells))
     return FittedTable(("network", result.outcome, "training loss", *map(words, result.numbers)), table, "Networks")

@@ -114,7 +114,7 @@ class NetworkTask:
 
 @final
 @dataclass(frozen=True)
-class Measured:
+class MeasuredNetwork:
     """A trained and measured network.
 
     Attributes:
@@ -146,13 +146,7 @@ class Measured:
 
     def record(self, number: Number) -> Record | None:
         """One of its numbers, if it applies."""
-        return found(self.table, number)
-
-
-def found(table: Table, number: Number) -> Record | None:
-    """A number in a table, if it applies."""
-    key = (number.measure, number.geometry, number.logits or "raw")
-    return next((row for row in table if (row.measure, row.geometry, row.settings["logits"]) == key), None)
+        return number.find(self.table)
 
 
 def decided(ranks: Ranks, work: Callable[[], T]) -> T:
@@ -166,7 +160,9 @@ def decided(ranks: Ranks, work: Callable[[], T]) -> T:
     return ranks.from_first(outcome)[0]
 
 
-def train_and_measure(task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store, report: Report) -> Measured | None:
+def train_and_measure(
+    task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store, report: Report
+) -> MeasuredNetwork | None:
     """Train and measure, or read what was done before.
 
     In a process group every process trains the same, all go on with the weights of the first, and share the measurement;
@@ -199,17 +195,17 @@ def train_and_measure(task: NetworkTask, data: Split, numbers: Sequence[Number],
     return assembled(task, trained, measured)
 
 
-def assembled(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> Measured:
+def assembled(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> MeasuredNetwork:
     """Put a network together from its cells in the store; one that diverged has a training and no measurement."""
     if measured is None:
         gone = kinds(_Diverged).validate_python(trained.result)
         training = Training(math.inf, reached=False, steps=0, epochs=0.0, seconds=gone.seconds)
-        return Measured(task, training, None, None, None, Table(()), (), gone.seconds, gone.diverged)
+        return MeasuredNetwork(task, training, None, None, None, Table(()), (), gone.seconds, gone.diverged)
     there = kinds(_TrainingResult).validate_python(trained.result)
     table, *moved = [_table(rows) for rows in measured.result["points"]]
     seconds = there.training.seconds + kinds(float).validate_python(measured.result["seconds"])
     errors = (there.train_error, there.test_error, there.test_loss)
-    return Measured(task, there.training, *errors, table, tuple(moved), seconds)
+    return MeasuredNetwork(task, there.training, *errors, table, tuple(moved), seconds)
 
 
 @final

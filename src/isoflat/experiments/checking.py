@@ -167,7 +167,7 @@ def _verdicts(stored: Mapping[str, Any], result: Reproduction) -> Iterator[Check
         old = stored["verdicts"].get(name, {}).get("finding", "none")
         yield CheckLine(f"verdict by {name}", old, str(verdict.finding), "the same", old == str(verdict.finding))
     before = {(row["measure"], row["outcome"]): row["finding"] for row in stored["relations"]}
-    for relation in result.told:
+    for relation in result.relations:
         old = before.get((relation.measure, relation.outcome), "none")
         what = f"relation of the {relation.measure} to the {relation.outcome}"
         yield CheckLine(what, old, relation.finding, "the same", old == relation.finding)

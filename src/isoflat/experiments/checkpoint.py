@@ -38,7 +38,7 @@ class Checkpoint:
 
 @final
 @dataclass
-class Way:
+class TrainingProgress:
     """Progress of a training: the loss at the start and at the last look, and what has been counted."""
 
     first: float
@@ -74,7 +74,7 @@ class Keeper:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def save(self, way: Way) -> None:
+    def save(self, way: TrainingProgress) -> None:
         """Save in one step: whoever is killed meanwhile leaves the checkpoint before."""
         device = self._device
         content = {
@@ -93,7 +93,7 @@ class Keeper:
         with files.as_usage_errors(path, "saving a checkpoint"):
             files.write(path, packed.getvalue(), alone=True)
 
-    def resume(self) -> Way | None:
+    def resume(self) -> TrainingProgress | None:
         """Put back what is saved; None where nothing is."""
         path = self.checkpoint.path
         if not path.parent.is_dir():
@@ -116,7 +116,7 @@ class Keeper:
         torch.set_rng_state(content["dropout"])
         if content["card"] is not None:
             torch.cuda.set_rng_state(content["card"], self._device)
-        return Way(**content["way"])
+        return TrainingProgress(**content["way"])
 
 
 def _unpacked(path: Path) -> Any:

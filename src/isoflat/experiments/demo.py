@@ -15,7 +15,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.experiments import transformer
 from isoflat.experiments.data import Split, characters, digits
-from isoflat.experiments.demonstration import DemoArm, DemoResult, Setting, train_arms, verdicts
+from isoflat.experiments.demonstration import DemoArm, DemoResult, DemoSetting, train_arms, verdicts
 from isoflat.experiments.families import mlp, normed
 from isoflat.experiments.ladders import Victim, rescale_layers, rescale_units, shift_constants
 from isoflat.experiments.loop import Regime, one_thread, train
@@ -63,9 +63,9 @@ class MlpPlan:
         return 2.0 * 2 * self.seeds + 2 + len(self.factors) * 2 + len(self.shifts)
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> DemoSetting:
         """Properties of this demonstration: architecture, arms, question and sentences."""
-        return Setting(
+        return DemoSetting(
             network=f"{'–'.join(map(str, self.widths))}, ReLU, no biases",
             arms=(SMALL, LARGE),
             question="Are large-batch minima sharper?",

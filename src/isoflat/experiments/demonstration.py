@@ -94,7 +94,7 @@ class DemoArm:
 
 @final
 @dataclass(frozen=True)
-class Setting:
+class DemoSetting:
     """Properties of one demonstration beside its plan: architecture, arms, question and sentences.
 
     Attributes:
@@ -118,7 +118,7 @@ class Setting:
 
 @final
 @dataclass(frozen=True)
-class Trained:
+class DemoNetwork:
     """A trained and measured network.
 
     Attributes:
@@ -161,7 +161,7 @@ class Trained:
 
 def train_arms(
     data: Split, plan: DemoPlan, arms: tuple[DemoArm, DemoArm], build: Callable[[int], nn.Module], report: Report
-) -> tuple[Trained, ...]:
+) -> tuple[DemoNetwork, ...]:
     """Networks of both arms, trained and measured; pairs start from the same weights.
 
     Args:
@@ -172,7 +172,7 @@ def train_arms(
         report: told what is going on.
     """
 
-    def trained(arm: DemoArm, seed: int) -> Trained:
+    def trained(arm: DemoArm, seed: int) -> DemoNetwork:
         model = build(stream(plan.seed, "network", seed).initial_seed())
         return _trained(model, data, plan, arm, seed, report)
 
@@ -181,7 +181,7 @@ def train_arms(
     return tuple(network for arm in zip(*pairs, strict=True) for network in arm)
 
 
-def _trained(model: nn.Module, data: Split, plan: DemoPlan, arm: DemoArm, seed: int, report: Report) -> Trained:
+def _trained(model: nn.Module, data: Split, plan: DemoPlan, arm: DemoArm, seed: int, report: Report) -> DemoNetwork:
     """One network, from its initial weights to its numbers."""
     regime = Regime(arm.batch, plan.target, plan.optimizer, plan.max_epochs, arm.rate)
     label = f"{arm.name} {seed}"
@@ -206,10 +206,10 @@ def _trained(model: nn.Module, data: Split, plan: DemoPlan, arm: DemoArm, seed: 
         label=label,
     )
     report(f"measured {label}", 1.0)
-    return Trained(arm, seed, training, accuracy(model, data.test), table, model)
+    return DemoNetwork(arm, seed, training, accuracy(model, data.test), table, model)
 
 
-def verdicts(networks: tuple[Trained, ...], arms: tuple[DemoArm, DemoArm]) -> dict[str, GroupVerdict]:
+def verdicts(networks: tuple[DemoNetwork, ...], arms: tuple[DemoArm, DemoArm]) -> dict[str, GroupVerdict]:
     """The second arm against the first by every number, over the networks that reached the target.
 
     Args:
@@ -269,20 +269,20 @@ class DemoResult:
         seconds: wall-clock time.
     """
 
-    setting: Setting
+    setting: DemoSetting
     plan: DemoPlan
     data: str
-    networks: tuple[Trained, ...]
+    networks: tuple[DemoNetwork, ...]
     verdicts: dict[str, GroupVerdict]
     ladders: tuple[Ladder, ...]
     seconds: float
 
     @property
-    def missed(self) -> tuple[Trained, ...]:
+    def missed(self) -> tuple[DemoNetwork, ...]:
         """Networks above the target loss: shown, but left out of the comparison."""
         return tuple(network for network in self.networks if not network.training.reached)
 
-    def arm(self, arm: DemoArm) -> tuple[Trained, ...]:
+    def arm(self, arm: DemoArm) -> tuple[DemoNetwork, ...]:
         """Networks of one arm."""
         return tuple(network for network in self.networks if network.arm == arm)
 

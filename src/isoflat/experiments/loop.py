@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from isoflat.core.errors import DataError, NonFinite, UnknownName, UsageError
 from isoflat.core.rng import stream
 from isoflat.core.state import fingerprint
-from isoflat.experiments.checkpoint import Checkpoint, Keeper, Way, content_of
+from isoflat.experiments.checkpoint import Checkpoint, Keeper, TrainingProgress, content_of
 
 VERSION = 2
 """Raised whenever the same regime no longer gives the same weights."""
@@ -190,7 +190,7 @@ def train(
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, regime.halve_every or regime.max_epochs + 1, gamma=0.5)
     with _dropout(_device(model), stream(0, "dropout", origin).initial_seed()):
         first = full_loss(model, data)
-        way, keeper = Way(first, first), None
+        way, keeper = TrainingProgress(first, first), None
         if checkpoint is not None:
             identity = _identity(model, data, regime, origin)
             keeper = Keeper(checkpoint, identity, model, optimizer, schedule, shuffling)
@@ -279,7 +279,7 @@ def _order(rows: int, batch: int, epochs: int, shuffling: torch.Generator, devic
         yield from order.to(device).split(batch)
 
 
-def _share(way: Way, target: float | None, epochs: float) -> float:
+def _share(way: TrainingProgress, target: float | None, epochs: float) -> float:
     """Share of the way to the target; of the epochs where there is none."""
     if target is None:
         return epochs

@@ -39,8 +39,13 @@ class Number:
         return 1 if find_measure(self.measure).direction is Direction.LOWER_IS_FLATTER else -1
 
     def of(self, table: Table) -> Record:
-        """Its record in a table."""
+        """The record of this number in a table that is known to have it."""
         return table[self.measure, self.geometry]
+
+    def find(self, table: Table) -> Record | None:
+        """The record of this number in a table; None where it was not measured."""
+        key = (self.measure, self.geometry, self.logits or "raw")
+        return next((row for row in table if (row.measure, row.geometry, row.settings["logits"]) == key), None)
 
 
 CANONICAL = Number(

@@ -12,9 +12,8 @@ from isoflat.core.plain import attributes, plain
 from isoflat.core.record import Record
 from isoflat.core.render import leading
 from isoflat.core.table import Table
-from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number, flat_row
-from isoflat.experiments.statistics.relation import Relation, relations
+from isoflat.experiments.statistics.relation import OutcomeRelation, relations
 from isoflat.experiments.statistics.sample import LEAST, Level, OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
 from isoflat.measures.catalogue import find_measure
@@ -36,7 +35,7 @@ _PROPER = {name.lower(): name for name in ("Hessian", "Fisher", "Rao", "Gauss", 
 
 @final
 @dataclass(frozen=True)
-class Observed:
+class ObservedNetwork:
     """A trained network: what was measured of it, and how well it generalizes.
 
     Attributes:
@@ -55,7 +54,7 @@ class Observed:
 
     def value(self, number: Number) -> float | None:
         """One of its numbers; None where it does not apply, or is not finite."""
-        row = found(self.table, number)
+        row = number.find(self.table)
         return row.estimate.value if row is not None and math.isfinite(row.estimate.value) else None
 
 
@@ -75,7 +74,7 @@ class Prediction:
     """
 
     numbers: tuple[Number, ...]
-    networks: tuple[Observed, ...]
+    networks: tuple[ObservedNetwork, ...]
     outcome: str
     seed: int = 0
     left_out: tuple[tuple[str, str], ...] = ()
@@ -117,17 +116,17 @@ class Prediction:
                 )
         return made
 
-    def _known(self, number: Number) -> list[tuple[float, Observed]]:
+    def _known(self, number: Number) -> list[tuple[float, ObservedNetwork]]:
         pairs = ((network.value(number), network) for network in self.networks)
         return [(value, network) for value, network in pairs if value is not None]
 
     @cached_property
-    def relations(self) -> tuple[Relation, ...]:
+    def relations(self) -> tuple[OutcomeRelation, ...]:
         """Relation of each number to the outcome, corrected for all numbers."""
         return relations(self.samples, self.seed, self.draws, outcome=self.outcome) if self.samples else ()
 
     @property
-    def strongest(self) -> Relation | None:
+    def strongest(self) -> OutcomeRelation | None:
         """The relation with the largest τ among those for which there is evidence; None where there is none."""
         shown = [relation for relation in self.relations if relation.found]
         return max(shown, key=lambda relation: abs(relation.kendall.tau or 0.0), default=None)
@@ -204,7 +203,7 @@ class Prediction:
             elif len(known) < len(self.networks):
                 missing = leading([network.label for network in self.networks if network.value(number) is None])
                 yield f"The {words} is known of {len(known)} of {len(self.networks)} networks, not of {missing}."
-            groups = {row.group_hash for network in self.networks if (row := found(network.table, number)) is not None}
+            groups = {row.group_hash for network in self.networks if (row := number.find(network.table)) is not None}
             if len(groups) > 1:
                 yield (
                     f"The {words} is set side by side over {len(groups)} architectures with other symmetries: a difference "

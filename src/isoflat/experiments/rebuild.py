@@ -14,11 +14,11 @@ from isoflat.core.plain import kinds
 from isoflat.core.record import Record
 from isoflat.core.table import Omission, Table
 from isoflat.experiments import cells, checking
-from isoflat.experiments.cells import Measured, NetworkTask
+from isoflat.experiments.cells import MeasuredNetwork, NetworkTask
 from isoflat.experiments.data import Split
-from isoflat.experiments.numbers import Number
-from isoflat.experiments.prediction import NOTE, Facts, Observed, Prediction, flat
-from isoflat.experiments.recipe import Quantity, Recipe
+from isoflat.experiments.numbers import Number, flat_row
+from isoflat.experiments.prediction import NOTE, Facts, ObservedNetwork, Prediction
+from isoflat.experiments.recipe import NumberSpec, Recipe
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.experiments.results import MALFORMED, checked, why
 from isoflat.experiments.statistics.sample import Level
@@ -84,7 +84,7 @@ def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) 
     except MALFORMED as error:
         return RebuiltReproduction(None, (f"The result of the experiment is refused: {why(error)}",))
     empty = Reproduction(recipe, str(content["data"]), numbers, (), seconds)
-    networks: dict[tuple[int, int], Measured] = {}
+    networks: dict[tuple[int, int], MeasuredNetwork] = {}
     agreeing: set[tuple[int, int]] = set()
     warnings = []
     for task, trained, measured in _pairs(recipe, numbers, store):
@@ -135,7 +135,7 @@ def _same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return canonical_json(known[0], "settings") == canonical_json(known[1], "settings")
 
 
-def _sound(network: Measured, numbers: Sequence[Number]) -> Measured:
+def _sound(network: MeasuredNetwork, numbers: Sequence[Number]) -> MeasuredNetwork:
     """The network, every part of which is of its kind.
 
     Raises:
@@ -144,7 +144,7 @@ def _sound(network: Measured, numbers: Sequence[Number]) -> Measured:
 
     def sound(table: Table) -> Table:
         made = replace(table, rows=tuple(checked(row) for row in table))
-        if not made.omitted and all(cells.found(made, number) is None for number in numbers):
+        if not made.omitted and all(number.find(made) is None for number in numbers):
             raise DataError("none of its numbers is there")
         return made
 
@@ -154,7 +154,7 @@ def _sound(network: Measured, numbers: Sequence[Number]) -> Measured:
 
 
 def _differences(
-    recipe: Recipe, networks: Mapping[tuple[int, int], Measured], agreeing: set[tuple[int, int]]
+    recipe: Recipe, networks: Mapping[tuple[int, int], MeasuredNetwork], agreeing: set[tuple[int, int]]
 ) -> Iterator[str]:
     missing = len(recipe.arms) * recipe.replicates - len(networks)
     if missing:
@@ -199,13 +199,13 @@ def _prediction(content: Mapping[str, Any], records: Sequence[Record]) -> Predic
     rows, omitted = _of(list[dict[str, Any]], content["networks"]), _omitted(content)
     known: dict[tuple[str, str, str, str], Record] = {}
     for record in records:
-        known.setdefault((record.label, *_key(flat(record))), record)
+        known.setdefault((record.label, *_key(flat_row(record))), record)
     numbers: dict[tuple[str, str, str], Number] = {}
     networks: dict[str, list[tuple[dict[str, Any], Record]]] = {}
     for row in rows:
         key = _key(row)
         record = known.get((row["label"], *key))
-        if record is None or any(row.get(name) != value for name, value in flat(record).items()):
+        if record is None or any(row.get(name) != value for name, value in flat_row(record).items()):
             raise DataError(
                 f"{row['measure']} of {row['label']} is not among the numbers of the folder, or is another there"
             )
@@ -224,9 +224,9 @@ def _prediction(content: Mapping[str, Any], records: Sequence[Record]) -> Predic
     )
 
 
-def _network(label: str, told: Sequence[tuple[dict[str, Any], Record]], omitted: Sequence[Omission]) -> Observed:
+def _network(label: str, told: Sequence[tuple[dict[str, Any], Record]], omitted: Sequence[Omission]) -> ObservedNetwork:
     first = told[0][0]
-    return Observed(
+    return ObservedNetwork(
         label,
         Table(tuple(record for _, record in told), tuple(part for part in omitted if part.label == label)),
         _of(float, first["outcome"]),
@@ -251,7 +251,7 @@ def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _number(measure: str, geometry: str, logits: str) -> Number:
-    return Quantity(measure=measure, geometry=geometry, logits=None if logits == "raw" else logits).number
+    return NumberSpec(measure=measure, geometry=geometry, logits=None if logits == "raw" else logits).number
 
 
 def _of(kind: Any, value: Any) -> Any:

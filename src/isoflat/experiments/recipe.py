@@ -166,7 +166,7 @@ class Arm(_Strict):
 
 
 @final
-class Quantity(_Strict):
+class NumberSpec(_Strict):
     """A measure in a geometry.
 
     Attributes:
@@ -247,7 +247,7 @@ class Recipe(_Strict):
     network: NetworkSpec
     arms: tuple[Arm, ...]
     replicates: Positive = 5
-    numbers: tuple[Quantity, ...]
+    numbers: tuple[NumberSpec, ...]
     rtol: Annotated[float, Field(gt=0, lt=1)] = 0.01
     dtype: Literal["float32", "float64"] = "float32"
     orbit: Annotated[int, Field(ge=0)] = 1

@@ -15,10 +15,10 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.plain import attributes, plain
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
-from isoflat.experiments.cells import Measured, found
+from isoflat.experiments.cells import MeasuredNetwork
 from isoflat.experiments.numbers import COLUMNS, Number, flat_row
 from isoflat.experiments.recipe import Arm, Asks, Recipe
-from isoflat.experiments.statistics.relation import Relation, relations
+from isoflat.experiments.statistics.relation import OutcomeRelation, relations
 from isoflat.experiments.statistics.sample import OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE, GroupFinding, GroupVerdict, compare
 
@@ -71,16 +71,16 @@ class Reproduction:
     recipe: Recipe
     data: str
     numbers: tuple[Number, ...]
-    networks: tuple[Measured, ...]
+    networks: tuple[MeasuredNetwork, ...]
     seconds: float
 
     @property
-    def missed(self) -> tuple[Measured, ...]:
+    def missed(self) -> tuple[MeasuredNetwork, ...]:
         """Networks above their target loss: shown, but left out of comparisons."""
         return tuple(network for network in self.networks if not network.training.reached and not network.diverged)
 
     @property
-    def diverged(self) -> tuple[Measured, ...]:
+    def diverged(self) -> tuple[MeasuredNetwork, ...]:
         """Networks whose training diverged: there is nothing to measure."""
         return tuple(network for network in self.networks if network.diverged)
 
@@ -100,7 +100,7 @@ class Reproduction:
         """Every measured number."""
         return tuple(row for network in self.networks for table in (network.table, *network.moved) for row in table)
 
-    def arm(self, arm: Arm, all_of_them: bool = False) -> tuple[Measured, ...]:
+    def arm(self, arm: Arm, all_of_them: bool = False) -> tuple[MeasuredNetwork, ...]:
         """Networks of one arm that reached their target, or all of them."""
         return tuple(
             network
@@ -134,7 +134,7 @@ class Reproduction:
             groups = []
             for arm in self.recipe.arms:
                 tables = [n.table if point is None else n.moved[point] for n in self.arm(arm)]
-                rows = [row for table in tables if (row := found(table, number)) is not None]
+                rows = [row for table in tables if (row := number.find(table)) is not None]
                 groups.append((arm.minima, [row.estimate for row in rows]))
             if min(len(group) for _, group in groups) >= 2 and all(e.value > 0 for _, g in groups for e in g):
                 made[number.name] = compare(f"the {number.words}", *groups)
@@ -155,7 +155,7 @@ class Reproduction:
             [
                 abs(after.estimate.value - before.estimate.value) / abs(before.estimate.value)
                 for table in network.moved
-                if (after := found(table, number)) is not None
+                if (after := number.find(table)) is not None
             ]
             for network in self.networks
             if (before := network.record(number)) is not None and before.estimate.value
@@ -163,22 +163,22 @@ class Reproduction:
         return tuple(max(changes) for changes in each if changes)
 
     @cached_property
-    def told(self) -> tuple[Relation, ...]:
+    def relations(self) -> tuple[OutcomeRelation, ...]:
         """Relations that a recipe for a trend asks for: of each number with what rises along the arms, and with the test error."""
-        return self._told(None) if self.recipe.asks is Asks.TREND else ()
+        return self._relations(None) if self.recipe.asks is Asks.TREND else ()
 
     @cached_property
-    def told_elsewhere(self) -> tuple[tuple[Relation, ...], ...]:
+    def relations_elsewhere(self) -> tuple[tuple[OutcomeRelation, ...], ...]:
         """The same at each random point of the networks' orbits."""
-        return tuple(self._told(point) for point in range(self.points)) if self.recipe.asks is Asks.TREND else ()
+        return tuple(self._relations(point) for point in range(self.points)) if self.recipe.asks is Asks.TREND else ()
 
-    def _told(self, point: int | None) -> tuple[Relation, ...]:
+    def _relations(self, point: int | None) -> tuple[OutcomeRelation, ...]:
         outcomes = ((_place, self.recipe.along), (_test_error, "test error"))
         return tuple(found for outcome, words in outcomes for found in self._related(outcome, words, point))
 
     def _related(
-        self, outcome: Callable[[Measured], float | None], words: str, point: int | None
-    ) -> tuple[Relation, ...]:
+        self, outcome: Callable[[MeasuredNetwork], float | None], words: str, point: int | None
+    ) -> tuple[OutcomeRelation, ...]:
         samples = {
             number.words if number.sign > 0 else f"negated {number.words}": sample
             for number in self.numbers
@@ -187,14 +187,14 @@ class Reproduction:
         return relations(samples, self.recipe.seed, DRAWS, outcome=words) if samples else ()
 
     def _sample(
-        self, number: Number, outcome: Callable[[Measured], float | None], point: int | None
+        self, number: Number, outcome: Callable[[MeasuredNetwork], float | None], point: int | None
     ) -> OutcomeSample | None:
         """A number beside an outcome, turned so that more of it should go with more of that; None where too few are known."""
         known = [
             (number.sign * row.estimate.value, float(after), network)
             for network in self.networks
             if network.training.reached
-            and (row := found(network.table if point is None else network.moved[point], number)) is not None
+            and (row := number.find(network.table if point is None else network.moved[point])) is not None
             and (after := outcome(network)) is not None
         ]
         if len(known) < 3 or len({after for _, after, _ in known}) < 2:
@@ -212,7 +212,7 @@ class Reproduction:
         if self.recipe.asks is Asks.DISSENT and (told := self._dissent()):
             return told
         verdicts = [verdict.claim for verdict in self.verdicts().values()]
-        claims = verdicts or [relation.claim for relation in self.told]
+        claims = verdicts or [relation.claim for relation in self.relations]
         return f"{claims[0]}." if claims else next(iter(self.sentences), "Nothing could be compared.")
 
     @property
@@ -263,9 +263,9 @@ class Reproduction:
         )
 
     def _trend(self) -> Iterator[str]:
-        yield from (relation.sentence for relation in self.told)
-        before = {(relation.measure, relation.outcome): relation for relation in self.told}
-        for point, told in enumerate(self.told_elsewhere, 1):
+        yield from (relation.sentence for relation in self.relations)
+        before = {(relation.measure, relation.outcome): relation for relation in self.relations}
+        for point, told in enumerate(self.relations_elsewhere, 1):
             for relation in told:
                 same = before.get((relation.measure, relation.outcome))
                 if same is not None:
@@ -363,8 +363,8 @@ class Reproduction:
             "verdicts": plain(self.verdicts()),
             "moved": plain([self.verdicts(point) for point in range(self.points)]),
             "drift": {number.name: self.drift(number) for number in self.numbers},
-            "relations": plain(self.told),
-            "relations_elsewhere": plain(self.told_elsewhere),
+            "relations": plain(self.relations),
+            "relations_elsewhere": plain(self.relations_elsewhere),
             "networks": self.rows(),
             "diverged": [{"label": network.label, "reason": network.diverged} for network in self.diverged],
             "omitted": plain(self.omitted),
@@ -381,7 +381,7 @@ def _grouped(told: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {what: ", ".join(dict.fromkeys(labels)) for what, labels in groups.items()}
 
 
-def _summary(arm: Arm, number: Number, networks: Sequence[Measured]) -> Summary | None:
+def _summary(arm: Arm, number: Number, networks: Sequence[MeasuredNetwork]) -> Summary | None:
     rows = [row.estimate for network in networks if (row := network.record(number)) is not None]
     if not rows:
         return None
@@ -407,9 +407,9 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _test_error(network: Measured) -> float | None:
+def _test_error(network: MeasuredNetwork) -> float | None:
     return network.test_error
 
 
-def _place(network: Measured) -> float | None:
+def _place(network: MeasuredNetwork) -> float | None:
     return network.task.arm.value

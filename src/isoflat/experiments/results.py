@@ -62,7 +62,7 @@ class StoredNumber:
 
 @final
 @dataclass(frozen=True)
-class Contest:
+class StoredComparison:
     """A comparison that was read.
 
     Attributes:
@@ -78,7 +78,7 @@ class Contest:
 
 @final
 @dataclass(frozen=True)
-class Reproduced:
+class StoredReproduction:
     """A result of `isoflat reproduce` that was read.
 
     Attributes:
@@ -92,7 +92,7 @@ class Reproduced:
 
 @final
 @dataclass(frozen=True)
-class Studied:
+class StoredStudy:
     """A result of `isoflat study` that was read; its numbers are in other files of the folder.
 
     Attributes:
@@ -108,7 +108,7 @@ class Studied:
     content: Mapping[str, Any]
 
 
-Item = StoredNumber | Contest | Reproduced | Studied | Omission | Refused
+Item = StoredNumber | StoredComparison | StoredReproduction | StoredStudy | Omission | Refused
 
 
 @final
@@ -130,9 +130,9 @@ class Results:
 
     folder: Path
     found: tuple[StoredNumber, ...]
-    contests: tuple[Contest, ...]
-    reproduced: tuple[Reproduced, ...]
-    studied: tuple[Studied, ...]
+    comparisons: tuple[StoredComparison, ...]
+    reproduced: tuple[StoredReproduction, ...]
+    studied: tuple[StoredStudy, ...]
     cells: tuple[Artifact, ...]
     omitted: tuple[Omission, ...]
     refused: tuple[Refused, ...]
@@ -178,9 +178,9 @@ def _results(folder: Path, items: Sequence[Item], cells: Sequence[Artifact], fil
     return Results(
         folder,
         _once(item for item in items if isinstance(item, StoredNumber)),
-        tuple(item for item in items if isinstance(item, Contest)),
-        tuple(item for item in items if isinstance(item, Reproduced)),
-        tuple(item for item in items if isinstance(item, Studied)),
+        tuple(item for item in items if isinstance(item, StoredComparison)),
+        tuple(item for item in items if isinstance(item, StoredReproduction)),
+        tuple(item for item in items if isinstance(item, StoredStudy)),
         tuple(cells),
         tuple(dict.fromkeys(item for item in items if isinstance(item, Omission))),
         tuple(item for item in items if isinstance(item, Refused)),
@@ -254,7 +254,7 @@ def _file(path: Path, folder: Path) -> Iterator[Item]:
         yield Refused(path, f"{path} is refused: {getattr(error, 'strerror', None) or error}")
         return
     if isinstance(content, dict) and content.keys() >= _REPRODUCED:
-        yield Reproduced(content, path)
+        yield StoredReproduction(content, path)
     elif isinstance(content, dict) and content.keys() >= _STUDIED:
         yield _study(content, path, folder)
         yield from _within(content, path, folder)
@@ -288,7 +288,7 @@ def _lines(text: bytes, path: Path, folder: Path) -> Iterator[Item]:
         yield Refused(path, f"{path}: {faults[0] if faults else 'it is empty'}{more}")
 
 
-def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> Contest | Refused:
+def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> StoredComparison | Refused:
     try:
         found = kinds(Comparison).validate_python(asdict(Comparison.from_dict(content)))
         rows = tuple(checked(row) for row in found.rows)
@@ -299,17 +299,17 @@ def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> Contest | 
     except MALFORMED as error:
         return Refused(path, f"{path} is refused, as a comparison: {why(error)}")
     subject = content.get("subject")
-    return Contest(found, subject if isinstance(subject, dict) else {}, _name(path, folder))
+    return StoredComparison(found, subject if isinstance(subject, dict) else {}, _name(path, folder))
 
 
-def _study(content: Mapping[str, Any], path: Path, folder: Path) -> Studied | Refused:
+def _study(content: Mapping[str, Any], path: Path, folder: Path) -> StoredStudy | Refused:
     try:
         sentences = kinds(_Sentences).validate_python(content["sentences"])
         gone = [f"{part['label']}: {part['reason']}" for part in content.get("left_out", ())]
         json.dumps([sentences, gone], ensure_ascii=False).encode()
     except MALFORMED as error:
         return Refused(path, f"{path} is refused, as a study: {why(error)}")
-    return Studied(sentences, tuple(gone), _name(path, folder), content)
+    return StoredStudy(sentences, tuple(gone), _name(path, folder), content)
 
 
 def _within(content: Any, path: Path, folder: Path) -> Iterator[StoredNumber | Omission | Refused]:

@@ -121,7 +121,7 @@ def _networks(
 def _numbers(path: Path, warn: Warn) -> list[StoredNumber]:
     """Numbers that are stored by themselves, and those of comparisons."""
     results = _read(path, warn)
-    others = [StoredNumber(row, contest.source) for contest in results.contests for row in contest.comparison.rows]
+    others = [StoredNumber(row, contest.source) for contest in results.comparisons for row in contest.comparison.rows]
     return [*results.found, *others]
 
 

@@ -16,13 +16,13 @@ from isoflat.core.errors import (
     UnsupportedModel,
     UsageError,
 )
-from isoflat.experiments.cells import Measured
+from isoflat.experiments.cells import MeasuredNetwork
 from isoflat.experiments.data import load_split
 from isoflat.experiments.listed import OUTCOMES, ListedPlan, ReadyNetwork, kept, read_listing, ready, whole
 from isoflat.experiments.numbers import Number
-from isoflat.experiments.prediction import NOTE, Observed, Prediction
+from isoflat.experiments.prediction import NOTE, ObservedNetwork, Prediction
 from isoflat.experiments.progress import bar
-from isoflat.experiments.recipe import Quantity, Recipe, read_grid
+from isoflat.experiments.recipe import NumberSpec, Recipe, read_grid
 from isoflat.experiments.reproduce import reproduce
 from isoflat.experiments.statistics.sample import LEAST
 from isoflat.experiments.store import Store
@@ -217,9 +217,9 @@ def of_list(path: Path, outcome: str | None, plan: ListedPlan, folder: Path, pro
 
 def _observed(
     rows: Sequence[ReadyNetwork], batches: Batches, plan: ListedPlan, store: Store, progress: bool
-) -> tuple[tuple[Observed, ...], tuple[tuple[str, str], ...]]:
+) -> tuple[tuple[ObservedNetwork, ...], tuple[tuple[str, str], ...]]:
     """Networks that were measured, and those that cannot be, with the reasons."""
-    found: list[Observed] = []
+    found: list[ObservedNetwork] = []
     refused: list[tuple[str, IsoflatError]] = []
     with bar(len(rows), not progress) as report:
         for ready, short in zip(rows, labels([each.row.weights for each in rows]), strict=True):
@@ -231,7 +231,7 @@ def _observed(
                 refused.append((label, error))
             else:
                 loss = table[0].point.loss if row.loss is None else row.loss
-                found.append(Observed(label, table, row.outcome, loss, row.factors))
+                found.append(ObservedNetwork(label, table, row.outcome, loss, row.factors))
             report(f"{label} is done", 1.0)
     if not found:
         raise refused[0][1]
@@ -239,7 +239,9 @@ def _observed(
 
 
 def _numbers(asked: Sequence[tuple[str, str]]) -> tuple[Number, ...]:
-    made = {number.name: number for number in (Quantity(measure=name, geometry=place).number for name, place in asked)}
+    made = {
+        number.name: number for number in (NumberSpec(measure=name, geometry=place).number for name, place in asked)
+    }
     return tuple(made.values())
 
 
@@ -275,7 +277,7 @@ def of_grid(
         raise DataError(f"--grid: the data {recipe.data.source} has no held-out rows to generalize to")
     made = reproduce(recipe, data, out=folder, jobs=jobs, device=device, progress=progress)
     networks = tuple(
-        Observed(
+        ObservedNetwork(
             network.label,
             network.table,
             _outcome(network, chosen),
@@ -312,7 +314,7 @@ def of_grid(
     return Prediction(made.numbers, networks, OUTCOMES[chosen], recipe.seed, left_out, facts=facts)
 
 
-def _outcome(network: Measured, chosen: str) -> float:
+def _outcome(network: MeasuredNetwork, chosen: str) -> float:
     """The outcome of a network whose data has held-out rows, and whose training did not diverge."""
     found = network.test_loss if chosen == "test_loss" else network.test_error
     return (found or 0.0) - ((network.train_error or 0.0) if chosen == "gap" else 0.0)

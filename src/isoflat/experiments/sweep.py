@@ -13,7 +13,7 @@ from torch import nn
 
 from isoflat.core.errors import UsageError
 from isoflat.experiments import cells
-from isoflat.experiments.cells import Measured, NetworkTask, train_and_measure
+from isoflat.experiments.cells import MeasuredNetwork, NetworkTask, train_and_measure
 from isoflat.experiments.data import Split
 from isoflat.experiments.loop import one_thread
 from isoflat.experiments.numbers import Number
@@ -87,7 +87,7 @@ def sweep(
     store: Store,
     report: Report = silent,
     jobs: int = 1,
-) -> tuple[Measured, ...]:
+) -> tuple[MeasuredNetwork, ...]:
     """All of them, in order.
 
     On a processor every worker has one thread, so that results do not depend on how many workers there are. In a process
@@ -109,7 +109,7 @@ def sweep(
     if jobs > 1 and Ranks.here().world > 1:
         raise UsageError(f"processes that share every network have one job, got {jobs}")
     left = list(enumerate(todo))
-    done: dict[int, Measured] = {}
+    done: dict[int, MeasuredNetwork] = {}
     while left:
         found = _side_by_side if jobs > 1 and len(left) > 1 else _in_turn
         for place, network in found(left, data, numbers, store, report, jobs):
@@ -129,7 +129,7 @@ def _in_turn(
     store: Store,
     report: Report,
     jobs: int,
-) -> Iterator[tuple[int, Measured | None]]:
+) -> Iterator[tuple[int, MeasuredNetwork | None]]:
     for place, task in left:
         told = 0.0
 
@@ -152,7 +152,7 @@ def _side_by_side(
     store: Store,
     report: Report,
     jobs: int,
-) -> Iterator[tuple[int, Measured | None]]:
+) -> Iterator[tuple[int, MeasuredNetwork | None]]:
     device = data.train[0].device
     arrays = [part.numpy(force=True) for pair in (data.train, data.test) for part in pair]
     # Copies on writing: workers share one copy of the data in memory.
@@ -174,7 +174,7 @@ def _worker(
     content: tuple[str, str, Sequence[Any], torch.device],
     numbers: Sequence[Number],
     store: Store,
-) -> tuple[int, Measured | None]:
+) -> tuple[int, MeasuredNetwork | None]:
     name, vocabulary, arrays, device = content
     inputs, targets, others, rest = (torch.from_numpy(array).to(device) for array in arrays)
     data = Split(name, (inputs, targets), (others, rest), vocabulary)

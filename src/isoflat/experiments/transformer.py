@@ -12,7 +12,7 @@ from typing import final
 
 from isoflat.core.errors import UsageError
 from isoflat.experiments.data import Split
-from isoflat.experiments.demonstration import DemoArm, DemoResult, Setting, Trained, train_arms, verdicts
+from isoflat.experiments.demonstration import DemoArm, DemoNetwork, DemoResult, DemoSetting, train_arms, verdicts
 from isoflat.experiments.families import decoder
 from isoflat.experiments.ladders import Victim, reparametrize_all
 from isoflat.experiments.loop import one_thread
@@ -75,10 +75,10 @@ class TransformerPlan:
         return 2.0 * 2 * self.seeds + 2 * len(self.spreads)
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> DemoSetting:
         """Properties of this demonstration: architecture, arms, question and sentences."""
         first, second = self.rates
-        return Setting(
+        return DemoSetting(
             network=f"{self.layers} causal pre-norm blocks of width {self.width} with {self.heads} heads, ReLU, "
             f"{self.context} characters of context",
             arms=(DemoArm("small step", self.batch, first), DemoArm("large step", self.batch, second)),
@@ -118,14 +118,14 @@ def run_transformer(data: Split, plan: TransformerPlan, report: Report = silent)
     return DemoResult(setting, plan, data.name, networks, found, tuple(ladders), time.monotonic() - started)
 
 
-def extremes(networks: Sequence[Trained]) -> tuple[Trained, Trained]:
+def extremes(networks: Sequence[DemoNetwork]) -> tuple[DemoNetwork, DemoNetwork]:
     """The flattest network by the canonical number, and the sharpest one of the other arm.
 
     Args:
         networks: of two arms.
     """
 
-    def sharpness(network: Trained) -> float:
+    def sharpness(network: DemoNetwork) -> float:
         return network.estimate(CANONICAL).value
 
     flat = min(networks, key=sharpness)

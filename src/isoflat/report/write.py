@@ -15,7 +15,7 @@ from isoflat.core.record import Record
 from isoflat.core.table import Table
 from isoflat.experiments.rebuild import rebuild_reproduction, rebuild_study
 from isoflat.experiments.recipe import Recipe
-from isoflat.experiments.results import Contest, Results, StoredNumber, identity, read_results
+from isoflat.experiments.results import Results, StoredComparison, StoredNumber, identity, read_results
 from isoflat.integrations.tables import to_csv, to_parquet
 from isoflat.io.files import claim, save
 from isoflat.report.document import Page, Section
@@ -126,7 +126,7 @@ def page_of(results: Results, command: str) -> tuple[Page | None, tuple[str, ...
         warnings += told
         if made is not None:
             return records.with_warnings(made, warnings), tuple(warnings)
-    if not results.found and not results.contests:
+    if not results.found and not results.comparisons:
         return None, tuple(warnings)
     further = warnings[len(records.refusals(results)) :]
     return records.with_warnings(records.page(results, command), further), tuple(warnings)
@@ -134,7 +134,7 @@ def page_of(results: Results, command: str) -> tuple[Page | None, tuple[str, ...
 
 def _at_hand(results: Table | Comparison | Iterable[Record], target: Path) -> Results:
     """Results that no file holds; networks without a name are called so."""
-    contests = (Contest(results, {}, AT_HAND),) if isinstance(results, Comparison) else ()
+    contests = (StoredComparison(results, {}, AT_HAND),) if isinstance(results, Comparison) else ()
     rows = () if isinstance(results, Comparison) else tuple(results)
     found = tuple(StoredNumber(replace(row, label=row.label or "network"), AT_HAND) for row in rows)
     omitted = results.omitted if isinstance(results, Table) else ()

@@ -17,7 +17,7 @@ MOST = 2
 
 @final
 @dataclass(frozen=True)
-class Conditional:
+class ConditionalInformation:
     """Conditional independence score of Jiang et al.
 
     Attributes:
@@ -40,7 +40,7 @@ class Conditional:
     settled: int
 
 
-def conditional(sample: OutcomeSample, seed: int = 0, deals: int = 20) -> Conditional:
+def conditional(sample: OutcomeSample, seed: int = 0, deals: int = 20) -> ConditionalInformation:
     """Conditional independence score K (Jiang et al. 2019, arXiv:1912.02178, section 3).
 
     For ordered pairs of networks, V_μ and V_g are the signs of the differences of measure and outcome, and U_S are the
@@ -72,7 +72,7 @@ def conditional(sample: OutcomeSample, seed: int = 0, deals: int = 20) -> Condit
     scores = [float(np.nanmin(row)) if not np.isnan(row).all() else None for row in shares]
     by_chance = [score for score in scores[1:] if score is not None]
     pairs = int(((dealt[0] != 0) & (outcome_signs != 0)).sum()) // 2
-    return Conditional(
+    return ConditionalInformation(
         score=scores[0],
         given=sets[int(np.nanargmin(shares[0]))] if scores[0] is not None else (),
         chance=float(np.mean(by_chance)) if by_chance else None,

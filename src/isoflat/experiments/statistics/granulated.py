@@ -13,7 +13,7 @@ from isoflat.experiments.statistics.sample import OutcomeSample, signs
 
 @final
 @dataclass(frozen=True)
-class Granulated:
+class GranulatedKendall:
     """Kendall coefficients within hyper-parameters.
 
     Attributes:
@@ -30,7 +30,7 @@ class Granulated:
     silent: Mapping[str, int]
 
 
-def granulated(sample: OutcomeSample) -> Granulated:
+def granulated(sample: OutcomeSample) -> GranulatedKendall:
     """Granulated Kendall coefficients ψ and their mean Ψ (Jiang et al. 2019, arXiv:1912.02178, section 3).
 
     τ is τ-a, as there: the mean over pairs of the product of signs, with ties as zero. Replicates, which share the
@@ -54,4 +54,4 @@ def granulated(sample: OutcomeSample) -> Granulated:
         psi[name] = float(np.mean(sorted(taus))) if taus else None
         counted[name], silent[name] = len(taus), len(groups) - len(taus)
     found = [value for value in psi.values() if value is not None]
-    return Granulated(psi, float(np.mean(sorted(found))) if found else None, counted, silent)
+    return GranulatedKendall(psi, float(np.mean(sorted(found))) if found else None, counted, silent)

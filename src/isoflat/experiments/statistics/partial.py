@@ -15,7 +15,7 @@ from isoflat.experiments.statistics.sample import OutcomeSample, generator_of
 
 @final
 @dataclass(frozen=True)
-class Partial:
+class PartialCorrelation:
     """Spearman's correlation of measure and outcome given the training loss.
 
     Attributes:
@@ -31,7 +31,7 @@ class Partial:
     draws: int
 
 
-def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Partial:
+def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> PartialCorrelation:
     """Partial Spearman correlation given the training loss, tested by Freedman and Lane (1983).
 
     Spearman and not Kendall: if measure and outcome depend on the loss only (as a Gaussian copula with correlations
@@ -60,7 +60,7 @@ def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Partial:
     loss = _centred(sample.losses or ())
     value, outcome = (_residual(_centred(numbers), loss) for numbers in (sample.values, sample.outcomes))
     if not value.any() or not outcome.any():
-        return Partial(None, 1.0, 1.0, 0)
+        return PartialCorrelation(None, 1.0, 1.0, 0)
     toward = value / np.linalg.norm(value)
     away = loss / (np.linalg.norm(loss) or 1.0)
 
@@ -81,7 +81,7 @@ def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Partial:
     )
     visited = len(test.null_distribution)
     floor = min(1.0, 2 / (visited if visited == math.factorial(len(sample)) else visited + 1))
-    return Partial(float(np.clip(test.statistic, -1, 1)), float(test.pvalue), floor, visited)
+    return PartialCorrelation(float(np.clip(test.statistic, -1, 1)), float(test.pvalue), floor, visited)
 
 
 _CELLS = 1_000_000

@@ -16,7 +16,7 @@ from isoflat.experiments.statistics.sample import OutcomeSample, generator_of, s
 
 @final
 @dataclass(frozen=True)
-class Permutation:
+class PermutationTest:
     """Permutation test of a rank correlation: could it be chance?
 
     Attributes:
@@ -37,7 +37,7 @@ class Permutation:
         return not self.exact and math.isclose(self.floor, 2 / (self.draws + 1))
 
 
-def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Permutation:
+def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> PermutationTest:
     """Test of τ under the hypothesis that outcomes are dealt out to values at random.
 
     Without ties the distribution of τ over all permutations is known by recursion. With ties all permutations are
@@ -60,11 +60,11 @@ def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Perm
     sample = sample.ordered
     networks, outcome_signs = len(sample), signs(sample.outcomes)
     if min(len(set(sample.values)), len(set(sample.outcomes))) == 1:
-        return Permutation(1.0, 1.0, True, 0)
+        return PermutationTest(1.0, 1.0, True, 0)
     floor = _floor(sample.values, sample.outcomes)
     if len(set(sample.values)) == len(set(sample.outcomes)) == networks:
         p = kendalltau(sample.values, sample.outcomes, method="exact").pvalue
-        return Permutation(float(p), floor, True, 0)
+        return PermutationTest(float(p), floor, True, 0)
 
     def score(permuted: np.ndarray, axis: int) -> np.ndarray:
         above = permuted[..., :, None] > permuted[..., None, :]
@@ -80,9 +80,9 @@ def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Perm
         random_state=generator_of(seed, "permutation"),
     ).pvalue
     if math.factorial(networks) <= draws:
-        return Permutation(float(p), floor, True, 0)
+        return PermutationTest(float(p), floor, True, 0)
     floor = max(floor, min(1.0, 2 / (draws + 1)))
-    return Permutation(max(float(p), floor), floor, False, draws)  # random draws can fall short of what is possible
+    return PermutationTest(max(float(p), floor), floor, False, draws)  # random draws can fall short of what is possible
 
 
 _CELLS = 1_000_000

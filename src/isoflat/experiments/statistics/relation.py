@@ -8,13 +8,13 @@ from typing import Any, final
 
 from isoflat.core.errors import UsageError
 from isoflat.core.plain import attributes
-from isoflat.experiments.statistics.conditional import Conditional, conditional
-from isoflat.experiments.statistics.granulated import Granulated, granulated
+from isoflat.experiments.statistics.conditional import ConditionalInformation, conditional
+from isoflat.experiments.statistics.granulated import GranulatedKendall, granulated
 from isoflat.experiments.statistics.kendall import Kendall, kendall
 from isoflat.experiments.statistics.multiplicity import benjamini_hochberg, holm
-from isoflat.experiments.statistics.partial import Partial, partial
-from isoflat.experiments.statistics.permutation import Permutation, permutation
-from isoflat.experiments.statistics.robust import Robust, replicate_noise, robust
+from isoflat.experiments.statistics.partial import PartialCorrelation, partial
+from isoflat.experiments.statistics.permutation import PermutationTest, permutation
+from isoflat.experiments.statistics.robust import RobustRanking, replicate_noise, robust
 from isoflat.experiments.statistics.sample import OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
 
@@ -24,7 +24,7 @@ STRENGTHS = ((0.6, "strong"), (0.3, "moderate"), (0.0, "weak"))
 
 @final
 @dataclass(frozen=True)
-class Relation:
+class OutcomeRelation:
     """The relation of one measure to the outcome, over all networks.
 
     Attributes:
@@ -50,14 +50,14 @@ class Relation:
     networks: int
     measures: int
     kendall: Kendall
-    permutation: Permutation
+    permutation: PermutationTest
     p_holm: float
     p_discovery: float
     floor_holm: float
-    granulated: Granulated
-    robust: Robust
-    conditional: Conditional
-    partial: Partial | None
+    granulated: GranulatedKendall
+    robust: RobustRanking
+    conditional: ConditionalInformation
+    partial: PartialCorrelation | None
     partial_holm: float | None
     partial_floor: float | None
 
@@ -161,7 +161,7 @@ def relations(
     draws: int = 9999,
     confidence: float = 0.95,
     outcome: str = "generalisation gap",
-) -> tuple[Relation, ...]:
+) -> tuple[OutcomeRelation, ...]:
     """Every statistic of every measure, with p-values corrected for all of them.
 
     Args:
@@ -189,7 +189,7 @@ def relations(
     partial_holm = dict(zip(partials, holm([each.p for each in partials.values()]), strict=True))
     partial_floor = dict(zip(partials, holm([each.floor for each in partials.values()]), strict=True))
     return tuple(
-        Relation(
+        OutcomeRelation(
             measure=name,
             outcome=outcome,
             networks=len(sample),

@@ -40,7 +40,7 @@ class Environment:
 
 @final
 @dataclass(frozen=True)
-class Robust:
+class RobustRanking:
     """Sign errors over environments.
 
     Attributes:
@@ -58,7 +58,7 @@ class Robust:
     noise: float | None
 
 
-def robust(sample: OutcomeSample, noise: float | None = None) -> Robust:
+def robust(sample: OutcomeSample, noise: float | None = None) -> RobustRanking:
     """Sign error of the measure in every environment (Dziugaite et al. 2020, arXiv:2010.11924).
 
     The error of a pair is (1 - sgn Δμ sgn Δg) / 2. A measure can be right on average and yet fail wherever one
@@ -92,7 +92,7 @@ def robust(sample: OutcomeSample, noise: float | None = None) -> Robust:
         if total > 0:
             error = math.fsum(weights * [errors[pair] for pair in pairs]) / total
             environments.append(Environment(name, between, len(pairs), total, error))
-    return Robust(
+    return RobustRanking(
         environments=tuple(environments),
         mean=math.fsum(e.error for e in environments) / len(environments) if environments else None,
         worst=max(environments, key=lambda e: (e.error, e.weight), default=None),

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from isoflat.core.errors import DataError, UsageError
-from isoflat.io.strict import address, canonical_json, short_hash, flattened, is_address, parse_json
+from isoflat.io.strict import address, canonical_json, flattened, is_address, parse_json, short_hash
 
 SCHEMA = 1
 """Version of the layout; raised whenever a field changes its meaning."""
@@ -77,7 +77,10 @@ class Artifact:
         settings, result = flattened(self.settings, "settings"), flattened(self.result, "result")
         return {
             "address": self.address,
-            **{name: canonical_json(value, name) if isinstance(value, list) else value for name, value in settings.items()},
+            **{
+                name: canonical_json(value, name) if isinstance(value, list) else value
+                for name, value in settings.items()
+            },
             **{name: value for name, value in result.items() if not isinstance(value, list)},
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from isoflat.core.estimate import interval
-from isoflat.experiments.cells import Measured, found
+from isoflat.experiments.cells import MeasuredNetwork
 from isoflat.experiments.recipe import Asks
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.report import tables
@@ -73,7 +73,7 @@ def _figures(result: Reproduction) -> tuple[Plate, ...]:
         groups += [
             (
                 f"{arm.name}, moved" if len(arms) == 1 else f"{arm.name}, other weights",
-                tuple(row.estimate for n in networks for table in n.moved if (row := found(table, number)) is not None),
+                tuple(row.estimate for n in networks for table in n.moved if (row := number.find(table)) is not None),
             )
             for arm, networks in arms
         ]
@@ -148,7 +148,7 @@ def _networks(result: Reproduction) -> Grid:
     return Grid("Every network, with the confidence intervals of its numbers.", heads, tuple(rows))
 
 
-def _loss(network: Measured) -> str:
+def _loss(network: MeasuredNetwork) -> str:
     if not math.isfinite(network.training.loss):
         return "diverged"
     return f"{network.training.loss:.5f}" + ("" if network.training.reached else " (missed)")
@@ -164,7 +164,7 @@ def _moved(result: Reproduction) -> tuple[Grid, ...]:
         (network.label, str(place + 1), *("–" if row is None else interval(row.estimate) for row in records))
         for network in result.networks
         for place, table in enumerate(network.moved)
-        for records in [[found(table, number) for number in result.numbers]]
+        for records in [[number.find(table) for number in result.numbers]]
     ]
     if not rows:
         return ()
