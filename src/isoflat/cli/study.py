@@ -127,12 +127,10 @@ def study(
     Exit code 0: done. 3: a number did not converge. 2: refused, with the reason; bad rows are all named, before anything
     is measured.
     """
-    from isoflat.core.errors import UsageError
     from isoflat.experiments.study import study as related
 
-    if (asked.networks is None) == (asked.grid is None):
-        raise UsageError("give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with")
-    _check_options(context, "grid" if asked.networks is not None else "networks")
+    if (asked.networks is None) != (asked.grid is None):  # neither or both: refused by the study itself
+        _check_options(context, "grid" if asked.grid is None else "networks")
     result = related(
         asked.networks,
         network.model,

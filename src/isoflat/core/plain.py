@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pydantic import TypeAdapter
+    from pydantic import TypeAdapter, ValidationError
 
 
 @cache
@@ -19,6 +19,12 @@ def kinds(of: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(of)
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault that pydantic found in a value: where, and what is wrong there."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'result'}: {first['msg']}"
 
 
 def plain(value: Any) -> Any:

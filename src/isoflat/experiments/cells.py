@@ -6,9 +6,10 @@ a measurement knows the training it is of, so that asking for another number tra
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,7 +28,7 @@ from isoflat.experiments.checkpoint import Checkpoint
 from isoflat.experiments.data import Split
 from isoflat.experiments.loop import VERSION, Training, accuracy, full_loss, train
 from isoflat.experiments.numbers import Number
-from isoflat.experiments.progress import Report
+from isoflat.experiments.progress import Report, shares
 from isoflat.experiments.recipe import Arm, Recipe
 from isoflat.experiments.store import Artifact, Store, address
 from isoflat.measurement.run import measure_all
@@ -202,7 +203,7 @@ def assembled(task: NetworkTask, trained: Artifact, measured: Artifact | None) -
         training = Training(math.inf, reached=False, steps=0, epochs=0.0, seconds=gone.seconds)
         return MeasuredNetwork(task, training, None, None, None, Table(()), (), gone.seconds, gone.diverged)
     there = kinds(_TrainingResult).validate_python(trained.result)
-    table, *moved = [_table(rows) for rows in measured.result["points"]]
+    table, *moved = [Table.from_dict(rows) for rows in measured.result["points"]]
     seconds = there.training.seconds + kinds(float).validate_python(measured.result["seconds"])
     errors = (there.train_error, there.test_error, there.test_loss)
     return MeasuredNetwork(task, there.training, *errors, table, tuple(moved), seconds)
@@ -251,12 +252,8 @@ def _trained(task: NetworkTask, data: Split, store: Store, report: Report) -> Ar
     recipe, arm = task.recipe, task.arm
     settings = task.training(data)
     model, noisy = initial_network(task, data), labelled(data, arm.training.noise, recipe.seed)
-    ranks, reached, started = Ranks.here(), 0.0, time.monotonic()
-
-    def progress(share: float) -> None:
-        nonlocal reached
-        report(f"training {task.label}", TRAINING * max(0.0, share - reached))
-        reached = max(reached, share)
+    ranks, started = Ranks.here(), time.monotonic()
+    progress = shares(report, f"training {task.label}", TRAINING)
 
     def trained(checkpoint: Checkpoint | None) -> dict[str, Any]:
         if recipe.edit is None:
@@ -338,8 +335,6 @@ def edited(model: nn.Module, weights: Sequence[float], biases: Sequence[float]) 
     Raises:
         UsageError: there are other numbers of layers and factors.
     """
-    import copy
-
     twin = copy.deepcopy(model)
     layers = [module for module in twin.modules() if isinstance(module, nn.Linear)]
     if not len(layers) == len(weights) == len(biases):
@@ -422,9 +417,3 @@ def _joined(tables: Iterable[Table]) -> Table:
 
 def _omission(number: Number, error: IsoflatError, label: str) -> Omission:
     return Omission(number.measure, number.geometry, str(error), label)
-
-
-def _table(stored: Mapping[str, Any]) -> Table:
-    return Table(
-        tuple(Record.from_dict(row) for row in stored["rows"]), tuple(Omission(**part) for part in stored["omitted"])
-    )

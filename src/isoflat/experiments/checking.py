@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 from pydantic import ValidationError
 
 from isoflat.core.errors import DataError, UsageError
-from isoflat.core.plain import attributes
+from isoflat.core.plain import attributes, first_fault
 
 if TYPE_CHECKING:
     from isoflat.experiments.recipe import Recipe
@@ -104,10 +104,7 @@ def stored_recipe(stored: Mapping[str, Any], name: str | None) -> Recipe:
     try:
         found = Recipe.model_validate(stored["recipe"])
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(
-            f"the stored recipe is none of this version: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        ) from error
+        raise UsageError(f"the stored recipe is none of this version: {first_fault(error)}") from error
     if name not in (None, found.name):
         raise UsageError(f"--check names a result of the recipe {found.name}, not {name}")
     return found

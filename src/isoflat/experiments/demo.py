@@ -15,7 +15,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.experiments import transformer
 from isoflat.experiments.data import Split, characters, digits
-from isoflat.experiments.demonstration import DemoArm, DemoResult, DemoSetting, train_arms, verdicts
+from isoflat.experiments.demonstration import DemoArm, DemoResult, DemoSetting, train_arms
 from isoflat.experiments.families import mlp, normed
 from isoflat.experiments.ladders import Victim, rescale_layers, rescale_units, shift_constants
 from isoflat.experiments.loop import Regime, one_thread, train
@@ -99,21 +99,16 @@ def run_mlp(data: Split, plan: MlpPlan, report: Report = silent) -> DemoResult:
     """
     started = time.monotonic()
     setting = plan.setting
-
-    def attacking(text: str) -> None:
-        report(text, 1.0)
-
     with one_thread():
         networks = train_arms(
             data, plan, setting.arms, lambda seed: mlp.build(plan.widths, bias=False, seed=seed), report
         )
         victim = Victim.prepare(networks[0].model, data.train, networks[0].label)
-        ladders = [climb(victim, plan.factors, plan.seed, attacking) for climb in (rescale_layers, rescale_units)]
+        ladders = [climb(victim, plan.factors, plan.seed, report) for climb in (rescale_layers, rescale_units)]
         model = _normed(data, plan, report)
         other = Victim.prepare(model, data.train, "batch-normalised")
-        ladders.append(shift_constants(other, normed.pairs(model), plan.shifts, plan.seed, attacking))
-    found = verdicts(networks, setting.arms)
-    return DemoResult(setting, plan, data.name, networks, found, tuple(ladders), time.monotonic() - started)
+        ladders.append(shift_constants(other, normed.pairs(model), plan.shifts, plan.seed, report))
+    return DemoResult(setting, plan, data.name, networks, tuple(ladders), time.monotonic() - started)
 
 
 def _normed(data: Split, plan: MlpPlan, report: Report) -> nn.Sequential:

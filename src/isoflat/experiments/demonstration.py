@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, final
 
 from torch import nn
@@ -17,7 +18,7 @@ from isoflat.experiments.data import Split
 from isoflat.experiments.ladders import Ladder
 from isoflat.experiments.loop import Regime, Training, accuracy, train
 from isoflat.experiments.numbers import CANONICAL, GEOMETRIES, MEASURES, NUMBERS, Number
-from isoflat.experiments.progress import Report
+from isoflat.experiments.progress import Report, shares
 from isoflat.experiments.verdict import GroupVerdict, compare
 from isoflat.measurement.run import measure_all
 
@@ -185,15 +186,9 @@ def _trained(model: nn.Module, data: Split, plan: DemoPlan, arm: DemoArm, seed: 
     """One network, from its initial weights to its numbers."""
     regime = Regime(arm.batch, plan.target, plan.optimizer, plan.max_epochs, arm.rate)
     label = f"{arm.name} {seed}"
-    reached = 0.0
-
-    def progress(share: float) -> None:
-        nonlocal reached
-        report(f"training {label}", max(0.0, share - reached))
-        reached = max(reached, share)
-
     report(f"training {label}", 0.0)
-    training = train(model, data.train, regime, stream(plan.seed, "order", arm.name, seed), progress)
+    order = stream(plan.seed, "order", arm.name, seed)
+    training = train(model, data.train, regime, order, shares(report, f"training {label}"))
     report(f"measuring {label}", 0.0)
     model.eval()
     table = measure_all(
@@ -264,7 +259,6 @@ class DemoResult:
         plan: what was done.
         data: name of the data set.
         networks: all of them, those that missed the target included.
-        verdicts: by name of the number; empty if too few networks reached the target.
         ladders: what edits that keep the function did.
         seconds: wall-clock time.
     """
@@ -273,9 +267,13 @@ class DemoResult:
     plan: DemoPlan
     data: str
     networks: tuple[DemoNetwork, ...]
-    verdicts: dict[str, GroupVerdict]
     ladders: tuple[Ladder, ...]
     seconds: float
+
+    @cached_property
+    def verdicts(self) -> dict[str, GroupVerdict]:
+        """Verdicts on the two arms by name of the number; none if too few networks reached the target."""
+        return verdicts(self.networks, self.setting.arms)
 
     @property
     def missed(self) -> tuple[DemoNetwork, ...]:

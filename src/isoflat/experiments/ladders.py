@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from isoflat.core.plain import attributes
 from isoflat.core.record import Record
+from isoflat.core.render import rounded
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.experiments.numbers import GEOMETRIES, MEASURES, NUMBERS, Number
+from isoflat.experiments.progress import Report, silent
 from isoflat.geometry.canonical import GEOMETRY
 from isoflat.measurement.run import measure_all
 from isoflat.symmetry.canonical.representative import install
@@ -24,15 +26,6 @@ from isoflat.symmetry.groups.scaling import LayerScale
 
 STILL = 1e-6
 """Relative change up to which a sentence says that a number stays."""
-
-
-def rounded(value: float) -> str:
-    """Three digits, and powers of ten only where they save space.
-
-    >>> rounded(4017.6), rounded(0.81234), rounded(2.291e15)
-    ('4020', '0.812', '2.29e+15')
-    """
-    return f"{float(f'{value:.3g}'):g}"
 
 
 @final
@@ -146,7 +139,7 @@ class Victim:
         amounts: Sequence[float],
         move: Callable[[State, float], State],
         seed: int,
-        report: Callable[[str], None] = lambda text: None,
+        report: Report = silent,
     ) -> Ladder:
         """Edit by each amount and measure.
 
@@ -161,7 +154,7 @@ class Victim:
         before = self._outputs(self.model)
         rungs: list[Rung] = []
         for amount in amounts:
-            report(f"attacking {self.label}, {ladder[0]} {amount:g}")
+            report(f"attacking {self.label}, {ladder[0]} {amount:g}", 1.0)
             holder = install(self.model, move(state, amount))
             change = float((self._outputs(holder) - before).abs().max() / before.abs().max())
             records = self._measured(holder, f"{self.label}, {ladder[0]} {amount:g}", seed)
@@ -191,7 +184,7 @@ class Victim:
         return {number.name: number.of(table) for number in NUMBERS}
 
 
-def rescale_layers(victim: Victim, factors: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
+def rescale_layers(victim: Victim, factors: Sequence[float], seed: int, report: Report) -> Ladder:
     """First layer of a feed-forward network times the factor, last layer divided by it."""
     chain = LayerScale.sequential(victim.found.state())
     inside = [1.0] * (chain.dimension - 1)
@@ -206,7 +199,7 @@ def rescale_layers(victim: Victim, factors: Sequence[float], seed: int, report: 
     )
 
 
-def rescale_units(victim: Victim, factors: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
+def rescale_units(victim: Victim, factors: Sequence[float], seed: int, report: Report) -> Ladder:
     """Units of the first hidden layer times the factor or divided by it, at random; the next layer's columns inversely."""
     state = victim.found.state()
     first, second = LayerScale.sequential(state).weights[:2]
@@ -228,7 +221,7 @@ def rescale_units(victim: Victim, factors: Sequence[float], seed: int, report: C
 
 
 def shift_constants(
-    victim: Victim, pairs: Sequence[tuple[str, str]], amounts: Sequence[float], seed: int, report: Callable[[str], None]
+    victim: Victim, pairs: Sequence[tuple[str, str]], amounts: Sequence[float], seed: int, report: Report
 ) -> Ladder:
     """A constant added to biases before batch normalisation, and to the running means that take it away again.
 
@@ -256,7 +249,7 @@ def shift_constants(
     return victim.climb(words, amounts, move, seed, report)
 
 
-def reparametrize_all(victim: Victim, spreads: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
+def reparametrize_all(victim: Victim, spreads: Sequence[float], seed: int, report: Report) -> Ladder:
     """A random element of every symmetry that was found, as `isoflat.reparametrize` draws it, at growing spreads.
 
     Args:

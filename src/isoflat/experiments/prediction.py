@@ -21,6 +21,9 @@ from isoflat.measures.catalogue import find_measure
 NOTE = "Note"
 """Name of facts that say what was chosen while loading; there may be several."""
 
+FACTOR = "factor."
+"""Beginning of the columns of hyper-parameters in rows."""
+
 Facts = tuple[tuple[str, str], ...]
 """Names and values that say what was studied."""
 
@@ -221,7 +224,7 @@ class Prediction:
                 "label": network.label,
                 "outcome": network.outcome,
                 "training_loss": network.loss,
-                **{f"factor.{name}": level for name, level in network.factors.items()},
+                **{f"{FACTOR}{name}": level for name, level in network.factors.items()},
                 **flat_row(row),
             }
             for network in self.networks

@@ -16,6 +16,29 @@ def silent(text: str, done: float) -> None:
     """Report nothing."""
 
 
+def shares(report: Report, text: str, units: float = 1.0) -> Callable[[float], None]:
+    """A function that is told the share of a piece of work that is done, and reports what was added since it was last told.
+
+    Args:
+        report: the report of the whole.
+        text: name of the piece of work.
+        units: size of the piece in the whole's units of work.
+
+    >>> told = []
+    >>> half = shares(lambda text, done: told.append(done), "first half", 8.0)
+    >>> half(0.25), half(0.125), half(1.0), told
+    (None, None, None, [2.0, 0.0, 6.0])
+    """
+    reached = 0.0
+
+    def share(done: float) -> None:
+        nonlocal reached
+        report(text, units * max(0.0, done - reached))
+        reached = max(reached, done)
+
+    return share
+
+
 @contextmanager
 def bar(total: float, hidden: bool) -> Iterator[Report]:
     """A line that tells what is being done, the share that is done, and how long the rest will take.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, final
+from typing import Annotated, Any, Generic, TypeVar, final
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from isoflat.experiments import cells, checking
 from isoflat.experiments.cells import MeasuredNetwork, NetworkTask
 from isoflat.experiments.data import Split
 from isoflat.experiments.numbers import Number, flat_row
-from isoflat.experiments.prediction import NOTE, Facts, ObservedNetwork, Prediction
+from isoflat.experiments.prediction import FACTOR, NOTE, Facts, ObservedNetwork, Prediction
 from isoflat.experiments.recipe import NumberSpec, Recipe
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.experiments.results import MALFORMED, checked, why
@@ -25,14 +25,12 @@ from isoflat.experiments.statistics.sample import Level
 from isoflat.experiments.store import Artifact
 from isoflat.io.strict import canonical_json
 
-FACTOR = "factor."
-"""Before the name of a hyper-parameter, in rows."""
+Found = TypeVar("Found", Reproduction, Prediction)
 
 Draws = Annotated[int, Field(ge=1, le=1_000_000)]
 """Resamples and permutations that are computed anew."""
 
-_Pairs = list[dict[str, str]]
-
+_TextRows = list[dict[str, str]]
 
 NAMED = 6
 """Missing networks that are named."""
@@ -43,33 +41,19 @@ _UNKNOWN = {"training": {"data_hash", "versions"}, "measurement": {"of", "versio
 
 @final
 @dataclass(frozen=True)
-class RebuiltReproduction:
-    """A reproduction without its data.
+class Rebuilt(Generic[Found]):
+    """A reproduction or a study that was put together again from stored numbers.
 
     Attributes:
-        result: what its networks say; None where none is in the store.
-        warnings: what differs from the stored result.
+        result: the findings; None where the stored numbers do not suffice.
+        warnings: sentences that say what is missing, or differs from the stored result.
     """
 
-    result: Reproduction | None
+    result: Found | None
     warnings: tuple[str, ...]
 
 
-@final
-@dataclass(frozen=True)
-class RebuiltStudy:
-    """A study without its data and weights.
-
-    Attributes:
-        result: what its networks say; None where it cannot be put together.
-        warnings: why not, or what comes out otherwise than it was told.
-    """
-
-    result: Prediction | None
-    warnings: tuple[str, ...]
-
-
-def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) -> RebuiltReproduction:
+def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) -> Rebuilt[Reproduction]:
     """Networks are found in the store by their settings; where several versions trained them, the result says which.
 
     Args:
@@ -82,7 +66,7 @@ def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) 
         seconds = float(content.get("seconds", 0.0))
         told = [row for row in content["networks"] if isinstance(row, dict)]
     except MALFORMED as error:
-        return RebuiltReproduction(None, (f"The result of the experiment is refused: {why(error)}",))
+        return Rebuilt(None, (f"The result of the experiment is refused: {why(error)}",))
     empty = Reproduction(recipe, str(content["data"]), numbers, (), seconds)
     networks: dict[tuple[int, int], MeasuredNetwork] = {}
     agreeing: set[tuple[int, int]] = set()
@@ -102,7 +86,7 @@ def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) 
             agreeing.add(place)
     found = tuple(network for _, network in sorted(networks.items()))
     warnings += _differences(recipe, networks, agreeing)
-    return RebuiltReproduction(replace(empty, networks=found) if found else None, tuple(warnings))
+    return Rebuilt(replace(empty, networks=found) if found else None, tuple(warnings))
 
 
 def _pairs(
@@ -176,7 +160,7 @@ def _facts(told: Mapping[str, Any]) -> Facts:
     return _of(Facts, (*named, *((NOTE, text) for text in told.get("notes", ()))))
 
 
-def rebuild_study(content: Mapping[str, Any], records: Sequence[Record]) -> RebuiltStudy:
+def rebuild_study(content: Mapping[str, Any], records: Sequence[Record]) -> Rebuilt[Prediction]:
     """Statistics are computed anew from the numbers; drawn with the same seed, they come out the same.
 
     Args:
@@ -187,16 +171,15 @@ def rebuild_study(content: Mapping[str, Any], records: Sequence[Record]) -> Rebu
         result = replace(_prediction(content, records), facts=_facts(content.get("subject", {})))
         told = tuple(content["sentences"])
     except MALFORMED as error:
-        return RebuiltStudy(
-            None, (f"The study of result.json is shown by its sentences and numbers only: {why(error)}",)
-        )
+        return Rebuilt(None, (f"The study of result.json is shown by its sentences and numbers only: {why(error)}",))
     same = result.sentences == told
     changed = "result.json says other sentences than its numbers, which are believed."
-    return RebuiltStudy(result, () if same else (changed,))
+    return Rebuilt(result, () if same else (changed,))
 
 
 def _prediction(content: Mapping[str, Any], records: Sequence[Record]) -> Prediction:
-    rows, omitted = _of(list[dict[str, Any]], content["networks"]), _omitted(content)
+    rows = _of(list[dict[str, Any]], content["networks"])
+    omitted = tuple(Omission(**part) for part in _of(_TextRows, content["omitted"]))
     known: dict[tuple[str, str, str, str], Record] = {}
     for record in records:
         known.setdefault((record.label, *_key(flat_row(record))), record)
@@ -219,7 +202,7 @@ def _prediction(content: Mapping[str, Any], records: Sequence[Record]) -> Predic
         networks=tuple(_network(label, told, omitted) for label, told in networks.items()),
         outcome=_of(str, content["outcome"]),
         seed=_of(int, content["seed"]),
-        left_out=tuple((part["label"], part["reason"]) for part in _of(_Pairs, content["left_out"])),
+        left_out=tuple((part["label"], part["reason"]) for part in _of(_TextRows, content["left_out"])),
         draws=_of(Draws, content["draws"]),
     )
 
@@ -240,10 +223,6 @@ def _level(value: Any) -> Level:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"a hyper-parameter is a number or a word, not {value!r}")
     return value
-
-
-def _omitted(content: Mapping[str, Any]) -> tuple[Omission, ...]:
-    return tuple(Omission(**part) for part in _of(_Pairs, content["omitted"]))
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -280,7 +280,7 @@ def recipes() -> tuple[str, ...]:
     return tuple(sorted(entry.name.removesuffix(".toml") for entry in FOLDER.iterdir() if entry.name.endswith(".toml")))
 
 
-def read_recipe(name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe:
+def read_recipe(name: str, scale: str = Scale.SMALL, **changes: Any) -> Recipe:
     """A recipe of the package.
 
     Args:
@@ -299,7 +299,7 @@ def read_recipe(name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe
     return parse_recipe((FOLDER / f"{name}.toml").read_text(encoding="utf-8"), name, scale, **changes)
 
 
-def parse_recipe(text: str, name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe:
+def parse_recipe(text: str, name: str, scale: str = Scale.SMALL, **changes: Any) -> Recipe:
     """A recipe from the text of a file: the table `[small]` or `[paper]` stands over the rest; what differs adds up.
 
     In each arm stands what differs from the table `[training]`; a table `[grid]` of lists makes an arm of each combination.
@@ -307,6 +307,8 @@ def parse_recipe(text: str, name: str, scale: Scale = Scale.SMALL, **changes: An
     Raises:
         UsageError: it is no TOML, or something in it is missing, unknown or without meaning.
     """
+    if scale not in list(Scale):
+        raise UnknownName("scale", scale, list(Scale))
     try:
         given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -385,8 +387,6 @@ def read_grid(
         DataError: there is no such file, or no grid in it.
         UsageError: something in it is missing, unknown or without meaning.
     """
-    if scale not in list(Scale):
-        raise UnknownName("scale", scale, list(Scale))
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = tomllib.loads(text)
@@ -410,4 +410,4 @@ def read_grid(
     }
     if asked or "numbers" not in there:
         further["numbers"] = [{"measure": name, "geometry": place} for name, place in asked or default]
-    return parse_recipe(text, path.stem, Scale(scale), **{**further, **changes})
+    return parse_recipe(text, path.stem, scale, **{**further, **changes})

@@ -14,7 +14,7 @@ from isoflat.core.errors import UnknownName, UsageError
 from isoflat.experiments.cells import decided
 from isoflat.experiments.data import load_split
 from isoflat.experiments.progress import bar
-from isoflat.experiments.recipe import Recipe, Scale, read_recipe
+from isoflat.experiments.recipe import Recipe, read_recipe
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.experiments.store import Store
 from isoflat.experiments.sweep import check_recipe, sweep, tasks
@@ -89,10 +89,8 @@ def reproduce(  # noqa: PLR0913
     """
     started, ranks = time.monotonic(), Ranks.here()
     if isinstance(recipe, str):
-        if scale not in list(Scale):
-            raise UnknownName("scale", scale, list(Scale))
         changes = {"replicates": replicates, "orbit": orbit, "seed": seed, "numbers": _numbers(measures, geometry)}
-        recipe = read_recipe(recipe, Scale(scale), **changes)
+        recipe = read_recipe(recipe, scale, **changes)
     folder = Path(f"isoflat-{recipe.name}" if out is None else out)
     if ranks.world > 1 and ((jobs or 1) > 1 or submit is not None):
         raise UsageError("under torchrun all processes are at the same network: leave out --jobs and --submit")

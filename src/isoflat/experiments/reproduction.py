@@ -173,7 +173,10 @@ class Reproduction:
         return tuple(self._relations(point) for point in range(self.points)) if self.recipe.asks is Asks.TREND else ()
 
     def _relations(self, point: int | None) -> tuple[OutcomeRelation, ...]:
-        outcomes = ((_place, self.recipe.along), (_test_error, "test error"))
+        outcomes = (
+            (lambda network: network.task.arm.value, self.recipe.along),
+            (lambda network: network.test_error, "test error"),
+        )
         return tuple(found for outcome, words in outcomes for found in self._related(outcome, words, point))
 
     def _related(
@@ -317,18 +320,14 @@ class Reproduction:
     def _moved(self) -> Iterator[str]:
         if not self.points:
             return
-        how = (
-            "Rescaling the layers"
-            if self.recipe.edit is not None
-            else "Other weights with the same function, at random,"
-        )
+        edited = self.recipe.edit is not None
+        how = "Rescaling the layers moves" if edited else "Other weights with the same function, at random, move"
         for number in self.numbers:
             changes = self._changes(number)
             if changes:
                 change = max(changes)
                 moved = f"by {change:.1e} of itself" if change < 0.5 else f"by {change:.2g} times itself"
-                verb = "moves" if self.recipe.edit is not None else "move"
-                yield f"{how} {verb} the {number.words} {moved} at most, over {len(changes)} networks."
+                yield f"{how} the {number.words} {moved} at most, over {len(changes)} networks."
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row for each network, point and number; of a network without any there is one, too."""
@@ -405,11 +404,3 @@ def _width(estimate: Estimate) -> float:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def _test_error(network: MeasuredNetwork) -> float | None:
-    return network.test_error
-
-
-def _place(network: MeasuredNetwork) -> float | None:
-    return network.task.arm.value

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from isoflat.core.comparison import Comparison
 from isoflat.core.errors import DataError, IsoflatError, UsageError
-from isoflat.core.plain import kinds
+from isoflat.core.plain import first_fault, kinds
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.store import Artifact, Refused, Store
@@ -82,12 +82,10 @@ class StoredReproduction:
     """A result of `isoflat reproduce` that was read.
 
     Attributes:
-        content: of the file.
-        source: the file.
+        content: the whole content of the file.
     """
 
     content: Mapping[str, Any]
-    source: Path
 
 
 @final
@@ -220,8 +218,7 @@ def checked(record: Record) -> Record:
 def why(error: BaseException) -> str:
     """Reason for refusing a result, in a few words."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'result'}: {first['msg']}"
+        return first_fault(error)
     return f"{error} is missing" if isinstance(error, KeyError) else f"{error}" or type(error).__name__
 
 
@@ -254,7 +251,7 @@ def _file(path: Path, folder: Path) -> Iterator[Item]:
         yield Refused(path, f"{path} is refused: {getattr(error, 'strerror', None) or error}")
         return
     if isinstance(content, dict) and content.keys() >= _REPRODUCED:
-        yield StoredReproduction(content, path)
+        yield StoredReproduction(content)
     elif isinstance(content, dict) and content.keys() >= _STUDIED:
         yield _study(content, path, folder)
         yield from _within(content, path, folder)

@@ -19,7 +19,6 @@ from isoflat.core.errors import (
 from isoflat.experiments.cells import MeasuredNetwork
 from isoflat.experiments.data import load_split
 from isoflat.experiments.listed import OUTCOMES, ListedPlan, ReadyNetwork, kept, read_listing, ready, whole
-from isoflat.experiments.numbers import Number
 from isoflat.experiments.prediction import NOTE, ObservedNetwork, Prediction
 from isoflat.experiments.progress import bar
 from isoflat.experiments.recipe import NumberSpec, Recipe, read_grid
@@ -130,8 +129,14 @@ def study(  # noqa: PLR0913
     plan = planned(
         Inputs(model=model, data=data, seed=seed or 0, **inputs),
         asked or NUMBERS,
-        {"rtol": rtol, "probes": probes, "seed": seed or 0},
-        {"params": None if params is None else list(params), "dtype": dtype, "check": check},
+        {
+            "rtol": rtol,
+            "probes": probes,
+            "seed": seed or 0,
+            "params": None if params is None else list(params),
+            "dtype": dtype,
+            "check": check,
+        },
         max_products,
         device,
     )
@@ -150,18 +155,16 @@ def quantities(names: Sequence[str] | None, places: Sequence[str] | None) -> tup
     if places and not names:
         raise UsageError("--geometry says where --measure is measured: name measures too")
     known = [find_geometry(place).name for place in places or ["auto"]]
-    made = [(name, place) for name in names or () for place in _places(find_measure(name).geometry, known)]
+    made: list[tuple[str, str]] = []
+    for name in names or ():
+        own = find_measure(name).geometry
+        made += [(name, place) for place in (known if own is None else [own])]
     return tuple(dict.fromkeys(made))
-
-
-def _places(own: str | None, known: Sequence[str]) -> Sequence[str]:
-    return known if own is None else [own]
 
 
 def planned(
     inputs: Inputs,
     asked: Sequence[tuple[str, str]],
-    effort: Mapping[str, Any],
     settings: Mapping[str, Any],
     products: int,
     device: str | None,
@@ -171,17 +174,17 @@ def planned(
     Args:
         inputs: model, data and loss.
         asked: measures with their geometries.
-        effort: `rtol`, `probes` and `seed`.
-        settings: `params`, `dtype` and `check`.
+        settings: `rtol`, `probes`, `seed`, `params`, `dtype` and `check`, as for `isoflat.measure`.
         products: Hessian-vector products per eigenvalue.
         device: where networks are measured.
 
     Raises:
         UsageError: something is unknown or has no meaning.
     """
-    numbers = _numbers(asked)
-    check_names([n.measure for n in numbers], [n.geometry for n in numbers], budget=Budget(products), **effort)
-    own = {**effort, **settings, "check": str(Settings(check=settings["check"]).check)}
+    made = (NumberSpec(measure=name, geometry=place).number for name, place in asked)
+    numbers = tuple({number.name: number for number in made}.values())
+    check_names([n.measure for n in numbers], [n.geometry for n in numbers], budget=Budget(products), **settings)
+    own = {**settings, "check": str(Settings(check=settings["check"]).check)}
     return ListedPlan(inputs, numbers, own, products, device_of(device))
 
 
@@ -236,13 +239,6 @@ def _observed(
     if not found:
         raise refused[0][1]
     return tuple(found), tuple((label, f"which cannot be measured: {error}") for label, error in refused)
-
-
-def _numbers(asked: Sequence[tuple[str, str]]) -> tuple[Number, ...]:
-    made = {
-        number.name: number for number in (NumberSpec(measure=name, geometry=place).number for name, place in asked)
-    }
-    return tuple(made.values())
 
 
 def of_grid(

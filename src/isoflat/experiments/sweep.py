@@ -111,8 +111,11 @@ def sweep(
     left = list(enumerate(todo))
     done: dict[int, MeasuredNetwork] = {}
     while left:
-        found = _side_by_side if jobs > 1 and len(left) > 1 else _in_turn
-        for place, network in found(left, data, numbers, store, report, jobs):
+        if jobs > 1 and len(left) > 1:
+            made = _side_by_side(left, data, numbers, store, report, jobs)
+        else:
+            made = _in_turn(left, data, numbers, store, report)
+        for place, network in made:
             if network is not None:
                 done[place] = network
         left = [(place, task) for place, task in left if place not in done]
@@ -123,12 +126,7 @@ def sweep(
 
 
 def _in_turn(
-    left: Sequence[tuple[int, NetworkTask]],
-    data: Split,
-    numbers: Sequence[Number],
-    store: Store,
-    report: Report,
-    jobs: int,
+    left: Sequence[tuple[int, NetworkTask]], data: Split, numbers: Sequence[Number], store: Store, report: Report
 ) -> Iterator[tuple[int, MeasuredNetwork | None]]:
     for place, task in left:
         told = 0.0

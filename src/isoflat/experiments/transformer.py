@@ -12,7 +12,7 @@ from typing import final
 
 from isoflat.core.errors import UsageError
 from isoflat.experiments.data import Split
-from isoflat.experiments.demonstration import DemoArm, DemoNetwork, DemoResult, DemoSetting, train_arms, verdicts
+from isoflat.experiments.demonstration import DemoArm, DemoNetwork, DemoResult, DemoSetting, train_arms
 from isoflat.experiments.families import decoder
 from isoflat.experiments.ladders import Victim, reparametrize_all
 from isoflat.experiments.loop import one_thread
@@ -102,9 +102,6 @@ def run_transformer(data: Split, plan: TransformerPlan, report: Report = silent)
     started = time.monotonic()
     setting = plan.setting
 
-    def attacking(text: str) -> None:
-        report(text, 1.0)
-
     def build(seed: int) -> decoder.Decoder:
         return decoder.build(len(data.vocabulary), plan.context, plan.width, plan.heads, plan.layers, seed)
 
@@ -113,9 +110,8 @@ def run_transformer(data: Split, plan: TransformerPlan, report: Report = silent)
         ladders = []
         for network in extremes(networks):
             victim = Victim.prepare(network.model, data.train, network.label, aside=True)
-            ladders.append(reparametrize_all(victim, plan.spreads, plan.seed, attacking))
-    found = verdicts(networks, setting.arms)
-    return DemoResult(setting, plan, data.name, networks, found, tuple(ladders), time.monotonic() - started)
+            ladders.append(reparametrize_all(victim, plan.spreads, plan.seed, report))
+    return DemoResult(setting, plan, data.name, networks, tuple(ladders), time.monotonic() - started)
 
 
 def extremes(networks: Sequence[DemoNetwork]) -> tuple[DemoNetwork, DemoNetwork]:

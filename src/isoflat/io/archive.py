@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import stat
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from isoflat.core.errors import CheckpointError
+from isoflat.io.strict import parse_json
 
 HEADER = 32 << 20
 """Bytes that the header of a safetensors file may take."""
@@ -67,6 +70,20 @@ def check_safetensors(path: Path) -> None:
     if promised != size:
         kind = "truncated" if promised > size else "corrupt"
         raise CheckpointError(f"{path} is {kind}: {promised} bytes expected, {size} there. {_AGAIN}")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a safetensors file, and its metadata.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    check_safetensors(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Fetch or save it again") from error
 
 
 def read_index(path: Path) -> dict[str, Path]:
@@ -139,15 +156,9 @@ def _check_members(members: Sequence[zipfile.ZipInfo], path: Path, size: int) ->
 
 def _json(path: Path, text: bytes) -> dict[str, Any]:
     """A JSON object in which no name appears twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name appears twice")
-        return dict(pairs)
-
     try:
-        found = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{path} is corrupt: its header is no plain JSON ({error}). {_AGAIN}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is corrupt: its header is no JSON object. {_AGAIN}")

@@ -88,7 +88,9 @@ def _found(source: str, split: str | None, examples: int | None) -> Any:
         return _images(source, path, split, examples)
     if ":" in source and not path.exists():
         return _made(source, split, examples)
-    raise DataError(f"--data {source}: no such data; expected {_KNOWN}" if not path.exists() else _unknown(path))
+    if path.exists():
+        raise DataError(f"{path}: unknown kind of data {path.suffix!r}; expected {_KNOWN}")
+    raise DataError(f"--data {source}: no such data; expected {_KNOWN}")
 
 
 def _digits(split: str | None, examples: int | None) -> Rows:
@@ -177,7 +179,3 @@ def _file(path: Path) -> Path:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes): fetch or save it again")
     return path
-
-
-def _unknown(path: Path) -> str:
-    return f"{path}: unknown kind of data {path.suffix!r}; expected {_KNOWN}"

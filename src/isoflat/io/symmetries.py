@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as pack
 from scipy import sparse
 from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
 from isoflat.io import files
-from isoflat.io.archive import check_safetensors
+from isoflat.io.archive import read_safetensors
 from isoflat.io.strict import canonical_json, parse_json
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.graph import skeleton
@@ -33,6 +32,9 @@ from isoflat.symmetry.relations import Relations, Solution
 
 FORMAT = 1
 """Version of the layout; raised whenever a field changes its meaning."""
+
+UNCLAIMED = "not claimed"
+"""Kind of the lines of a report that name what is no symmetry."""
 
 NAME = "isoflat.symmetries"
 """Entry of the metadata that holds the JSON."""
@@ -141,15 +143,14 @@ def load_symmetries(path: Path | str, model: nn.Module) -> Found:
     return found
 
 
-def described(found: Found, verified: float, unclaimed: str = "not claimed") -> dict[str, Any]:
+def described(found: Found, verified: float) -> dict[str, Any]:
     """Everything that was found, as plain values for people and programs.
 
     Args:
         found: the symmetries.
         verified: largest relative change of an output that a random element made.
-        unclaimed: kind of the lines of the report that name what is no symmetry.
     """
-    claimed = [line for line in found.report if line.kind != unclaimed]
+    claimed = [line for line in found.report if line.kind != UNCLAIMED]
     shifts = found.translation.dimension + found.common.dimension
     return {
         "dimension": {
@@ -160,7 +161,7 @@ def described(found: Found, verified: float, unclaimed: str = "not claimed") -> 
         "not_claimed": [
             {"units": line.dimension, "tensors": list(line.tensors), "reasons": list(line.reasons)}
             for line in found.report
-            if line.kind == unclaimed
+            if line.kind == UNCLAIMED
         ],
         "epsilons": found.constants(found.model),
         "loss_ignores_common_score": found.blind,
@@ -176,17 +177,10 @@ def _network(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    check_safetensors(source)
+    arrays, metadata = read_safetensors(source)
     try:
-        with safe_open(source, framework="pt", device="cpu") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            text = (file.metadata() or {}).get(NAME)
-        if text is None:
-            raise UsageError(f"{source} holds no symmetries: expected a file of isoflat.io.save_symmetries")
-        content = parse_json(text.encode())
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, UsageError):
-            raise
+        content = parse_json(metadata.get(NAME, "null").encode())
+    except ValueError as error:
         raise UsageError(f"{source} cannot be read ({error}): write it again with save_symmetries") from error
     if not isinstance(content, dict):
         raise UsageError(f"{source} holds no symmetries: expected a file of isoflat.io.save_symmetries")

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from isoflat.core.errors import IsoflatError, UsageError
-from isoflat.core.plain import kinds
+from isoflat.core.plain import first_fault, kinds
 from isoflat.core.record import Record
 from isoflat.io.inputs import Inputs, load, within_memory
 from isoflat.measurement.verify import RecordCheck, RecordVerdict, carried, verify_all
@@ -129,10 +129,8 @@ def verify_named(
         "--data",
         data,
     ]
-    return VerifiedFile(
-        path,
-        tuple(_told(check, edited, command) for check, edited in zip(checks, stored.edited, strict=True)),
-    )
+    told = tuple(_told(check, edited, command) for check, edited in zip(checks, stored.edited, strict=True))
+    return VerifiedFile(path, told)
 
 
 def _told(check: RecordCheck, edited: bool, command: Sequence[str] = ()) -> RecordCheck:
@@ -202,7 +200,12 @@ def read_result(path: Path) -> StoredResult:
     if not rows or not isinstance(subject, dict):
         raise UsageError(f"it {what}: it has no rows, or does not say what was measured")
     for row, record in rows:
-        _consistent(row, record)
+        width = row["estimate"].get("relative_width")
+        if width != record.estimate.to_dict()["relative_width"]:
+            raise UsageError(
+                f"{record.measure} ({record.geometry}) was edited: its relative width {width} is not that of its interval, "
+                f"{record.estimate.relative_width}"
+            )
     records = [record for _, record in rows]
     kept = _witnesses(path, content["witness"], records) if "witness" in content else (None,) * len(records)
     pairs = list(zip(records, kept, strict=True))
@@ -225,8 +228,7 @@ def _record(row: Any) -> Record:
         record = kinds(Record).validate_python(asdict(Record.from_dict(row)))
         seal(record)  # no infinity or NaN where JSON has none
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UsageError(f"it holds no valid record: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UsageError(f"it holds no valid record: {first_fault(error)}") from error
     except IsoflatError as error:
         raise UsageError(f"it holds no valid record: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -235,19 +237,6 @@ def _record(row: Any) -> Record:
             f"it is no result of isoflat measure, or was damaged: {type(error).__name__} {words}"
         ) from error
     return record
-
-
-def _consistent(row: Mapping[str, Any], record: Record) -> None:
-    """Refuse a record whose parts contradict each other.
-
-    Raises:
-        UsageError: the relative width is not that of the interval.
-    """
-    if row["estimate"].get("relative_width") != record.estimate.to_dict()["relative_width"]:
-        raise UsageError(
-            f"{record.measure} ({record.geometry}) was edited: its relative width "
-            f"{row['estimate'].get('relative_width')} is not that of its interval, {record.estimate.relative_width}"
-        )
 
 
 def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[Kept | None, ...]:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isoflat.core.errors import CheckpointError
 from isoflat.core.render import some
-from isoflat.io.archive import check_safetensors, check_zip, is_zip, read_index, regular
+from isoflat.io.archive import check_zip, is_zip, read_index, read_safetensors, regular
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 """Files that `torch.save` writes."""
@@ -64,10 +63,11 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
         CheckpointError: the file is missing, damaged, of another kind, needs code to be run, or holds no such entry.
     """
     regular(path)
+    metadata: Mapping[str, str] = {}
     if path.name.endswith(".index.json"):
         content: Any = _sharded(path)
     elif path.suffix == ".safetensors":
-        content = _safetensors(path)
+        content, metadata = read_safetensors(path)
     elif path.suffix in TORCH_SUFFIXES:
         content = _checkpoint(path)
     else:
@@ -78,27 +78,16 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
     tensors, notes = _choose(content, key, path)
     for name, tensor in tensors.items():
         _check_memory(name, tensor, path)
-    epsilons = _epsilons(path) if path.suffix == ".safetensors" else {}
-    return Weights(tensors, path, notes, epsilons)
+    return Weights(tensors, path, notes, _epsilons(metadata, path))
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    check_safetensors(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Fetch or save it again") from error
-
-
-def _epsilons(path: Path) -> dict[str, float]:
+def _epsilons(metadata: Mapping[str, str], path: Path) -> dict[str, float]:
     """Epsilons in the metadata of a file; none if there are none.
 
     Raises:
         CheckpointError: what stands there is no table of positive numbers.
     """
-    with safe_open(path, framework="pt", device="cpu") as file:
-        text = (file.metadata() or {}).get("epsilons")
+    text = metadata.get("epsilons")
     if text is None:
         return {}
     try:
@@ -121,7 +110,7 @@ def _sharded(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path} names the shard {shard.name}, which is missing: fetch all shards into one folder"
             )
-        tensors = _safetensors(shard)
+        tensors, _ = read_safetensors(shard)
         absent = [name for name, place in places.items() if place == shard and name not in tensors]
         if absent:
             raise CheckpointError(f"{shard} lacks tensors that {path.name} says it holds: {some(absent)}")

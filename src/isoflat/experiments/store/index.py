@@ -83,7 +83,7 @@ def _bring_up_to_date(file: Path | str, cells: Path) -> dict[str, dict[str, Any]
             there = path.stat()
             trusted = _trusted(path.stem, known.get(path.stem), (there.st_mtime_ns, there.st_size))
             if trusted is None:
-                cell = _readable(path)
+                cell = readable(path)
                 if cell is None:
                     continue
                 _insert(index, cell, path)
@@ -104,7 +104,8 @@ def _trusted(name: str, row: tuple[Any, ...] | None, there: tuple[int, int]) -> 
         return None
 
 
-def _readable(path: Path) -> Artifact | None:
+def readable(path: Path) -> Artifact | None:
+    """The cell in a file; None where there is no such file, or it is damaged."""
     try:
         return read(path)
     except DataError:

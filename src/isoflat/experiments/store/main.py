@@ -175,7 +175,7 @@ class Store:
                 known = index.settings(place, self.folder / "cells")
         else:
             known = index.settings(None, self.folder / "cells")
-        found = (self._readable(name) for name, settings in known.items() if _has(settings, wanted))
+        found = (index.readable(self._json(name)) for name, settings in known.items() if _has(settings, wanted))
         return tuple(cell for cell in found if cell is not None and _has(cell.settings, wanted))
 
     def _files(self) -> list[Path]:
@@ -184,12 +184,6 @@ class Store:
         there = sorted(folder.iterdir()) if folder.is_dir() else []
         weights = {path for path in there if path.suffix == ".safetensors" and is_address(path.stem)}
         return [path for path in there if path not in weights and not path.name.startswith(".")]
-
-    def _readable(self, address: str) -> Artifact | None:
-        try:
-            return self.get(address)
-        except DataError:
-            return None  # `cells` names it
 
     def _whole(self, path: Path) -> bool:
         """True if a cell is finished, weights and all."""
