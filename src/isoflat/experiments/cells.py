@@ -1,4 +1,4 @@
-"""One network of an experiment: trained once, measured once for every question, and kept.
+"""Training and measuring of one network of an experiment; each is done once, and its result kept in a cell of the store.
 
 A cell of either kind is addressed by everything that its result depends on. Training knows nothing of what is measured, and
 a measurement knows the training it is of, so that asking for another number trains nothing anew.
@@ -41,17 +41,17 @@ from isoflat.symmetry.found import VERSION as RULES
 T = TypeVar("T")
 
 POINTS = 2
-"""Raised whenever other points of the orbit are drawn."""
+"""Version of the points of an orbit; raised whenever others are drawn."""
 
 EPOCHS = 10
-"""Between two checkpoints of a training."""
+"""Number of epochs between two checkpoints of a training."""
 
 TRAINING = 0.7
 """Share of a cell's time that training is taken to need, for the progress bar."""
 
 FEW_ROWS, ROWS = 250, 2000
-"""Rows per batch while measuring: on a processor, whose allocator keeps small pieces from one product to the next; and on other
-devices, which want large ones."""
+"""Rows per batch while measuring: on a processor, whose allocator keeps small pieces from one Hessian-vector product to the
+next; and on accelerators, which want large ones."""
 
 
 @final
@@ -60,9 +60,9 @@ class NetworkTask:
     """A network to train and measure.
 
     Attributes:
-        recipe: of the experiment.
-        arm: how it is trained.
-        replicate: its number within the arm; networks of the same number start from the same weights.
+        recipe: recipe of the experiment.
+        arm: way of training.
+        replicate: position within the arm; networks of the same position start from the same weights.
     """
 
     recipe: Recipe
@@ -71,11 +71,11 @@ class NetworkTask:
 
     @property
     def label(self) -> str:
-        """Arm and number."""
+        """Name of the network: its arm and its replicate."""
         return f"{self.arm.name} {self.replicate}"
 
     def training(self, data: Split) -> dict[str, Any]:
-        """Everything that its weights depend on."""
+        """Settings of the training cell: everything that the trained weights depend on."""
         recipe = self.recipe
         return {
             "kind": "training",
@@ -91,7 +91,7 @@ class NetworkTask:
         }
 
     def measurement(self, data: Split, numbers: Sequence[Number]) -> dict[str, Any]:
-        """Everything that its numbers depend on."""
+        """Settings of the measurement cell: everything that the numbers depend on."""
         recipe = self.recipe
         return {
             "kind": "measurement",
@@ -116,18 +116,18 @@ class NetworkTask:
 @final
 @dataclass(frozen=True)
 class MeasuredNetwork:
-    """A trained and measured network.
+    """A network of an experiment, trained and measured.
 
     Attributes:
-        task: how it was made.
-        training: how that went; of one that diverged the loss is infinite, and steps and epochs are not known: 0.
-        train_error: share of the training rows, as labelled in training, that it gets wrong; None where it diverged.
-        test_error: share of the held-out rows; NaN-free: None where nothing is held out.
-        test_loss: mean cross-entropy there.
-        table: every number at the weights as trained; what cannot be measured of this network is omitted, with the reason.
-        moved: the same at other weights with the same function: random points of the orbit, or after the recipe's edit.
-        seconds: that training and measuring took when they were done.
-        diverged: what was said when its training diverged, and then there are no numbers; empty where it did not.
+        task: recipe, arm and replicate of the network.
+        training: outcome of the training; where it diverged the loss is infinite, and steps and epochs are 0.
+        train_error: share of the training rows, as labelled in training, that it gets wrong; None where training diverged.
+        test_error: share of the held-out rows that it gets wrong; None where nothing is held out, or training diverged.
+        test_loss: mean cross-entropy on the held-out rows; None where nothing is held out, or training diverged.
+        table: every number at the weights as trained; numbers that cannot be measured are omitted, with the reason.
+        moved: every number at other weights with the same function: at random points of the orbit, or after an edit.
+        seconds: seconds that training and measuring took when they were done.
+        diverged: message of the error with which training diverged; empty where it did not.
     """
 
     task: NetworkTask
@@ -142,16 +142,16 @@ class MeasuredNetwork:
 
     @property
     def label(self) -> str:
-        """Arm and number."""
+        """Name of the network: its arm and its replicate."""
         return self.task.label
 
     def record(self, number: Number) -> Record | None:
-        """One of its numbers, if it applies."""
+        """Record of a number at the weights as trained; None where it was not measured."""
         return number.find(self.table)
 
 
 def decided(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Outcome of what the first of several processes does alone; all go on with its outcome, or raise its error.
+    """Let the first of several processes do some work alone; all go on with its outcome, or raise its error.
 
     >>> decided(Ranks(), lambda: 3)
     3
@@ -164,20 +164,20 @@ def decided(ranks: Ranks, work: Callable[[], T]) -> T:
 def train_and_measure(
     task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store, report: Report
 ) -> MeasuredNetwork | None:
-    """Train and measure, or read what was done before.
+    """Train and measure a network, or read from the store what was done before.
 
     In a process group every process trains the same, all go on with the weights of the first, and share the measurement;
     the first alone uses the store. A training that diverges, and a number that cannot be measured, are results as well.
 
     Args:
-        task: which network.
-        data: what to train and measure on.
-        numbers: what to measure.
-        store: where results are kept.
-        report: told what is going on.
+        task: recipe, arm and replicate of the network.
+        data: rows to train and measure on.
+        numbers: numbers to measure.
+        store: store for the results.
+        report: function that is told what is going on.
 
     Returns:
-        The network's numbers; None where another process is at it.
+        The measured network; None where another process is working on it.
 
     Raises:
         DataError: a cell of the store is damaged.
@@ -197,7 +197,7 @@ def train_and_measure(
 
 
 def assembled(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> MeasuredNetwork:
-    """Put a network together from its cells in the store; one that diverged has a training and no measurement."""
+    """A network put together from its cells in the store; one that diverged has a training and no measurement."""
     if measured is None:
         gone = kinds(_Diverged).validate_python(trained.result)
         training = Training(math.inf, reached=False, steps=0, epochs=0.0, seconds=gone.seconds)
@@ -212,7 +212,7 @@ def assembled(task: NetworkTask, trained: Artifact, measured: Artifact | None) -
 @final
 @dataclass(frozen=True)
 class _TrainingResult:
-    """The result of a training cell."""
+    """The result of a cell whose training went well."""
 
     training: Training
     train_error: float
@@ -223,7 +223,7 @@ class _TrainingResult:
 @final
 @dataclass(frozen=True)
 class _Diverged:
-    """The result of a training cell whose training diverged."""
+    """The result of a cell whose training diverged."""
 
     diverged: str
     seconds: float
@@ -282,7 +282,7 @@ def _trained(task: NetworkTask, data: Split, store: Store, report: Report) -> Ar
 
 
 def _checkpoint(task: NetworkTask, where: str, store: Store, ranks: Ranks) -> Checkpoint | None:
-    """Written by the first process; the others only read it, where they see its folder, so as not to fall behind."""
+    """The checkpoint of a training: the first process writes it, the others only resume from it, so as not to fall behind."""
     folder = decided(ranks, lambda: store.scratch(where))
     if not folder.is_dir():
         return None
@@ -318,7 +318,7 @@ def _measured(
 
 
 def _twins(task: NetworkTask, model: nn.Module, inputs: Tensor) -> Sequence[nn.Module]:
-    """The same function with other weights: after the recipe's edit, or at random points of the orbit."""
+    """Copies with other weights and the same function: after the recipe's edit, or at random points of the orbit."""
     recipe = task.recipe
     if recipe.edit is not None:
         return [edited(model, recipe.edit.weights, recipe.edit.biases)]
@@ -333,7 +333,7 @@ def edited(model: nn.Module, weights: Sequence[float], biases: Sequence[float]) 
     """A copy with the weight and bias of each linear layer multiplied by its own factors.
 
     Raises:
-        UsageError: there are other numbers of layers and factors.
+        UsageError: the numbers of layers and of factors differ.
     """
     twin = copy.deepcopy(model)
     layers = [module for module in twin.modules() if isinstance(module, nn.Linear)]
@@ -350,7 +350,7 @@ def edited(model: nn.Module, weights: Sequence[float], biases: Sequence[float]) 
 
 
 def labelled(data: Split, noise: float, seed: int) -> tuple[Tensor, Tensor]:
-    """The training rows, a share of whose labels is drawn anew, uniformly over the classes there are.
+    """Training rows, with a share of the labels drawn anew, uniformly over the classes there are.
 
     More noise keeps the labels that less noise has drawn.
     """
@@ -380,7 +380,7 @@ def _numbers(
     batches = list(zip(data[0].split(rows), data[1].split(rows), strict=True))
 
     def measured(chosen: Sequence[Number]) -> Table:
-        """Together; where that is refused each by itself, and what is refused then is omitted."""
+        """Measure numbers together; where that is refused each by itself, and what is still refused is omitted."""
         try:
             return measure_all(
                 model,

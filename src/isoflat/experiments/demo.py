@@ -31,14 +31,14 @@ class MlpPlan:
     """Settings of the demonstration on digits.
 
     Attributes:
-        seeds: networks per arm.
-        seed: all randomness follows from it.
-        optimizer: see `Regime`.
+        seeds: number of networks per arm.
+        seed: seed of all random numbers.
+        optimizer: name of the optimizer, as in `Regime`.
         target: training loss at which networks are compared.
-        widths: of the fully connected network, without biases.
-        factors: how strongly the attacks rescale.
-        shifts: constants that the last attack moves about.
-        max_epochs: see `Regime`.
+        widths: widths of the fully connected network's layers, the input first; it has no biases.
+        factors: factors by which the two rescaling attacks multiply; the first, 1, changes nothing.
+        shifts: constants that the last attack adds to biases; the first, 0, changes nothing.
+        max_epochs: epochs after which a training stops anyway, as in `Regime`.
     """
 
     seeds: int = 5
@@ -80,8 +80,8 @@ def demonstrate(plan: MlpPlan | transformer.TransformerPlan, progress: bool = Fa
     """Run a demonstration on data that comes with isoflat or with Python.
 
     Args:
-        plan: which demonstration, and how.
-        progress: show a line on the standard error.
+        plan: settings of one of the two demonstrations.
+        progress: whether a line of progress is shown on the standard error.
     """
     with bar(plan.work, not progress) as report:
         if isinstance(plan, transformer.TransformerPlan):
@@ -90,12 +90,12 @@ def demonstrate(plan: MlpPlan | transformer.TransformerPlan, progress: bool = Fa
 
 
 def run_mlp(data: Split, plan: MlpPlan, report: Report = silent) -> DemoResult:
-    """Train, measure, compare, attack.
+    """Train and measure the networks of both arms on digits, compare them, and attack one of them and a normalised one.
 
     Args:
-        data: what to train on.
-        plan: how.
-        report: told what is going on.
+        data: rows to train on, and rows that are held out.
+        plan: settings of the demonstration.
+        report: function that is told what is going on.
     """
     started = time.monotonic()
     setting = plan.setting

@@ -1,4 +1,4 @@
-"""Edits that keep a network's function: what they do to a flatness number."""
+"""Edits that keep a network's function, with growing amounts, and the flatness numbers after each."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ STILL = 1e-6
 @final
 @dataclass(frozen=True)
 class Rung:
-    """The network edited by one amount.
+    """A network edited by one amount, and measured.
 
     Attributes:
-        amount: how strongly.
+        amount: strength of the edit, such as the factor by which weights were multiplied.
         output_change: largest change of an output on the training set, relative to the largest output.
-        records: each number there, by name.
-        changes: of each number, relative to the first rung.
+        records: record of each number, by its name.
+        changes: relative change of each number from the first rung, by its name.
     """
 
     amount: float
@@ -52,13 +52,13 @@ class Ladder:
     """One kind of edit with growing amounts, measured in float64.
 
     Attributes:
-        name: short.
-        title: what is edited.
-        edit: the same, to begin a sentence with; `{amount}` and `{label}` are filled in.
-        how: what exactly, for a caption.
-        label: which network.
-        verified: worst output change over random elements of all its symmetries, proved before it was edited.
-        rungs: the first one is the reference: nothing edited.
+        name: short name of the edit, which an amount can follow: "layers ×".
+        title: heading that says what is edited.
+        edit: beginning of a sentence that says what is edited; `{amount}` and `{label}` are filled in.
+        how: exact description of the edit, for a caption.
+        label: name of the network that is edited.
+        verified: largest relative output change by random elements of its symmetries, before it was edited.
+        rungs: the edited networks by growing amount; the first is the reference, where nothing is edited.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Ladder:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Every measured number."""
+        """Record of every measured number."""
         return tuple(record for rung in self.rungs for record in rung.records.values())
 
     @property
@@ -101,10 +101,10 @@ class Victim:
 
     Attributes:
         model: a copy of the network.
-        data: inputs and class targets, float64.
-        label: what to call it.
-        found: its symmetries.
-        verified: worst output change when they were proved.
+        data: inputs and class targets; inputs are float64, or characters.
+        label: name of the network.
+        found: symmetries of the network.
+        verified: largest relative output change when the symmetries were proved.
         aside: whether outputs are compared but for a constant on all scores of an example, which the loss ignores.
     """
 
@@ -122,11 +122,11 @@ class Victim:
         Args:
             model: the network.
             data: inputs and class targets.
-            label: what to call it.
-            aside: whether what the loss ignores is set aside where outputs are compared, because it will be moved.
+            label: name of the network.
+            aside: whether a constant on all scores of an example, which the loss ignores, is no change of outputs.
 
         Raises:
-            SymmetryViolated: what was found does not keep its outputs.
+            SymmetryViolated: the symmetries that were found do not keep its outputs.
         """
         twin = copy.deepcopy(model).double().eval()
         precise = (data[0].double() if data[0].is_floating_point() else data[0], data[1])
@@ -141,14 +141,14 @@ class Victim:
         seed: int,
         report: Report = silent,
     ) -> Ladder:
-        """Edit by each amount and measure.
+        """Edit the network by each amount, and measure it.
 
         Args:
-            ladder: name, title, edit and how of the ladder.
-            amounts: the first one is the reference.
-            move: the state edited by an amount.
-            seed: of start vectors.
-            report: told what is going on, once per rung.
+            ladder: the fields `name`, `title`, `edit` and `how` of the ladder.
+            amounts: strengths of the edit; the first is the reference.
+            move: function that edits a state by an amount.
+            seed: seed of the measurements.
+            report: function that is told what is going on, a unit of work per rung.
         """
         state = self.found.state()
         before = self._outputs(self.model)
@@ -185,7 +185,7 @@ class Victim:
 
 
 def rescale_layers(victim: Victim, factors: Sequence[float], seed: int, report: Report) -> Ladder:
-    """First layer of a feed-forward network times the factor, last layer divided by it."""
+    """Multiply the first layer of a feed-forward network by each factor, and divide the last layer by it."""
     chain = LayerScale.sequential(victim.found.state())
     inside = [1.0] * (chain.dimension - 1)
     words = (
@@ -200,7 +200,7 @@ def rescale_layers(victim: Victim, factors: Sequence[float], seed: int, report: 
 
 
 def rescale_units(victim: Victim, factors: Sequence[float], seed: int, report: Report) -> Ladder:
-    """Units of the first hidden layer times the factor or divided by it, at random; the next layer's columns inversely."""
+    """Multiply or divide each unit of the first hidden layer by each factor, at random, and the next layer's columns inversely."""
     state = victim.found.state()
     first, second = LayerScale.sequential(state).weights[:2]
     units = state.tensors[first].shape[0]
@@ -223,14 +223,14 @@ def rescale_units(victim: Victim, factors: Sequence[float], seed: int, report: R
 def shift_constants(
     victim: Victim, pairs: Sequence[tuple[str, str]], amounts: Sequence[float], seed: int, report: Report
 ) -> Ladder:
-    """A constant added to biases before batch normalisation, and to the running means that take it away again.
+    """Add constants to biases before batch normalisation, and to the running means that take them away again.
 
     Args:
         victim: a network with batch normalisation.
-        pairs: names of a bias and of the running mean of what it is added to.
-        amounts: how much; the first one is zero.
-        seed: of the signs and of start vectors.
-        report: as for `Victim.climb`.
+        pairs: names of each bias and of the running mean of what it is added to.
+        amounts: constants to add, with random signs; the first is zero.
+        seed: seed of the signs and of the measurements.
+        report: function that is told what is going on, a unit of work per amount.
     """
 
     def move(at: State, amount: float) -> State:
@@ -250,13 +250,13 @@ def shift_constants(
 
 
 def reparametrize_all(victim: Victim, spreads: Sequence[float], seed: int, report: Report) -> Ladder:
-    """A random element of every symmetry that was found, as `isoflat.reparametrize` draws it, at growing spreads.
+    """Apply a random element of every symmetry that was found, as `isoflat.reparametrize` draws it, at growing spreads.
 
     Args:
         victim: any network; its outputs are to be compared with what the loss ignores set aside.
         spreads: standard deviations of the logarithms of the factors; the first one is zero.
-        seed: of the element and of start vectors.
-        report: as for `Victim.climb`.
+        seed: seed of the element and of the measurements.
+        report: function that is told what is going on, a unit of work per spread.
     """
     groups = victim.found.dimension
 

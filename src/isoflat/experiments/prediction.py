@@ -1,4 +1,4 @@
-"""The relation of flatness to generalization: numbers of many trained networks beside what became of these."""
+"""The relation of flatness to generalization: numbers of many trained networks beside how well these generalize."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Facts = tuple[tuple[str, str], ...]
 """Names and values that say what was studied."""
 
 DRAWS = 4999
-"""Of bootstraps and permutations."""
+"""Number of resamples and of permutations."""
 
 _GUESSING = 0.5
 """Share of pairs that guessing orders wrongly."""
@@ -39,14 +39,14 @@ _PROPER = {name.lower(): name for name in ("Hessian", "Fisher", "Rao", "Gauss", 
 @final
 @dataclass(frozen=True)
 class ObservedNetwork:
-    """A trained network: what was measured of it, and how well it generalizes.
+    """A trained network with its numbers and how well it generalizes.
 
     Attributes:
-        label: what it is called.
-        table: its numbers.
-        outcome: larger is worse: a generalisation gap, a test error or a test loss.
-        loss: of training.
-        factors: hyper-parameters by name; networks alike in all of them are replicates.
+        label: name of the network.
+        table: numbers of the network.
+        outcome: generalisation gap, test error or test loss; larger is worse.
+        loss: training loss.
+        factors: values of hyper-parameters by name; networks alike in all of them are replicates.
     """
 
     label: str
@@ -56,7 +56,7 @@ class ObservedNetwork:
     factors: Mapping[str, Level] = field(default_factory=dict)
 
     def value(self, number: Number) -> float | None:
-        """One of its numbers; None where it does not apply, or is not finite."""
+        """Value of a number of this network; None where it was not measured, or is not finite."""
         row = number.find(self.table)
         return row.estimate.value if row is not None and math.isfinite(row.estimate.value) else None
 
@@ -67,12 +67,12 @@ class Prediction:
     """The relation of every number to the outcomes of many networks.
 
     Attributes:
-        numbers: what was measured.
-        networks: in their order.
-        outcome: what was predicted, in words.
-        seed: random draws follow from it.
-        left_out: networks that are not among them, each with the reason.
-        draws: resamples and permutations.
+        numbers: numbers that were measured.
+        networks: networks that were measured.
+        outcome: name of the outcome in words, such as "test error".
+        seed: seed of all random draws.
+        left_out: labels of networks that are left out, each with the reason.
+        draws: number of resamples and of permutations.
         facts: names and values that say what was studied.
     """
 
@@ -97,12 +97,12 @@ class Prediction:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Every measured number."""
+        """Record of every measured number."""
         return tuple(row for network in self.networks for row in network.table)
 
     @cached_property
     def samples(self) -> dict[str, OutcomeSample]:
-        """Samples by number in words, turned so that a higher one is sharper; without those known of too few networks."""
+        """Samples by name of the number, turned so that a higher one is sharper; numbers of too few networks have none."""
         made: dict[str, OutcomeSample] = {}
         for number in self.numbers:
             known = self._known(number)
@@ -125,7 +125,7 @@ class Prediction:
 
     @cached_property
     def relations(self) -> tuple[OutcomeRelation, ...]:
-        """Relation of each number to the outcome, corrected for all numbers."""
+        """Relation of each number to the outcome, with p-values corrected for all numbers."""
         return relations(self.samples, self.seed, self.draws, outcome=self.outcome) if self.samples else ()
 
     @property
@@ -136,7 +136,7 @@ class Prediction:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """Sentences that say what was found: the answer first, then every number, then what to know of them."""
+        """Sentences that say what was found: the answer, what speaks against it, every number, and notes on these."""
         return (
             self.headline,
             *self.cautions,
@@ -195,7 +195,7 @@ class Prediction:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences that one must know to read the relations."""
+        """Sentences on gaps in the data behind the relations."""
         return tuple(self._notes())
 
     def _notes(self) -> Iterator[str]:
@@ -273,7 +273,7 @@ def words(number: Number) -> str:
 
 
 def sharpness(number: Number) -> str:
-    """The same, of the number turned so that a higher one is sharper.
+    """A number in a sentence, as in `words`, turned so that a higher one is sharper.
 
     >>> sharpness(Number("", "quotient_effective_rank", "auto", "", ""))
     'negated quotient effective rank (auto)'

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from isoflat.core.render import visible
 
 Report = Callable[[str, float], None]
-"""Called with what is being done, and how many units of work have been done since the last call."""
+"""A function that is called with what is being done, and how many units of work were done since the last call."""
 
 
 def silent(text: str, done: float) -> None:
@@ -44,8 +44,8 @@ def bar(total: float, hidden: bool) -> Iterator[Report]:
     """A line that tells what is being done, the share that is done, and how long the rest will take.
 
     Args:
-        total: units of work.
-        hidden: show nothing.
+        total: number of units of work.
+        hidden: whether nothing is shown.
 
     >>> with bar(2, hidden=True) as report:
     ...     report("first half", 1.0)
@@ -68,7 +68,7 @@ def bar(total: float, hidden: bool) -> Iterator[Report]:
 
 
 def _lines(total: float) -> Report:
-    """Report each new step as a line, at once."""
+    """A report that writes each new step as a line, at once."""
     passed, last = 0.0, ""
 
     def report(text: str, done: float) -> None:

@@ -1,4 +1,4 @@
-"""Reproductions and studies, put together again from their results and what is kept beside them."""
+"""Reproductions and studies, put together again from their stored results and the cells and numbers beside them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from isoflat.experiments.statistics.sample import Level
 from isoflat.experiments.store import Artifact
 from isoflat.io.strict import canonical_json
 
-Found = TypeVar("Found", Reproduction, Prediction)
+Findings = TypeVar("Findings", Reproduction, Prediction)
 
 Draws = Annotated[int, Field(ge=1, le=1_000_000)]
-"""Resamples and permutations that are computed anew."""
+"""Number of resamples and permutations, within what is computed anew."""
 
 _TextRows = list[dict[str, str]]
 
 NAMED = 6
-"""Missing networks that are named."""
+"""Number of missing networks that are named."""
 
 _UNKNOWN = {"training": {"data_hash", "versions"}, "measurement": {"of", "versions"}}
 """Settings of cells that a recipe does not decide."""
@@ -41,7 +41,7 @@ _UNKNOWN = {"training": {"data_hash", "versions"}, "measurement": {"of", "versio
 
 @final
 @dataclass(frozen=True)
-class Rebuilt(Generic[Found]):
+class Rebuilt(Generic[Findings]):
     """A reproduction or a study that was put together again from stored numbers.
 
     Attributes:
@@ -49,16 +49,18 @@ class Rebuilt(Generic[Found]):
         warnings: sentences that say what is missing, or differs from the stored result.
     """
 
-    result: Found | None
+    result: Findings | None
     warnings: tuple[str, ...]
 
 
 def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) -> Rebuilt[Reproduction]:
-    """Networks are found in the store by their settings; where several versions trained them, the result says which.
+    """A reproduction from its result and its store.
+
+    Networks are found in the store by their settings; where several versions trained them, the result says which.
 
     Args:
-        content: of the result.json of `isoflat reproduce`.
-        store: its cells.
+        content: content of the result.json of `isoflat reproduce`.
+        store: cells of the store beside it.
     """
     try:
         recipe = checking.stored_recipe(content, None)
@@ -92,7 +94,7 @@ def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) 
 def _pairs(
     recipe: Recipe, numbers: Sequence[Number], store: Sequence[Artifact]
 ) -> Iterator[tuple[NetworkTask, Artifact, Artifact | None]]:
-    """Cells of each network, by their settings; one where the training diverged."""
+    """Training and measurement cells of each network, found by their settings; no measurement where training diverged."""
     nothing = (torch.empty(0), torch.empty(0, dtype=torch.int64))
     data = Split("", nothing, nothing)  # its hash is the one thing that is asked of it, and is not compared
     arms = {arm.name: arm for arm in recipe.arms}
@@ -120,10 +122,10 @@ def _same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def _sound(network: MeasuredNetwork, numbers: Sequence[Number]) -> MeasuredNetwork:
-    """The network, every part of which is of its kind.
+    """The network, after every part of it was checked.
 
     Raises:
-        ValueError: one is not, or neither a number is there nor why there is none.
+        ValueError: a part is of the wrong type, or there is neither a number nor a reason why there is none.
     """
 
     def sound(table: Table) -> Table:
@@ -155,16 +157,18 @@ def _differences(
 
 
 def _facts(told: Mapping[str, Any]) -> Facts:
-    """The facts of a `subject`."""
+    """Facts of a study from the `subject` of its result."""
     named = ((name.replace("_", " ").capitalize(), value) for name, value in told.items() if name != "notes")
     return _of(Facts, (*named, *((NOTE, text) for text in told.get("notes", ()))))
 
 
 def rebuild_study(content: Mapping[str, Any], records: Sequence[Record]) -> Rebuilt[Prediction]:
-    """Statistics are computed anew from the numbers; drawn with the same seed, they come out the same.
+    """A study from its result and its numbers.
+
+    Statistics are computed anew from the numbers; drawn with the same seed, they come out the same.
 
     Args:
-        content: of the result.json of `isoflat study`.
+        content: content of the result.json of `isoflat study`.
         records: every number in its folder.
     """
     try:
@@ -234,9 +238,9 @@ def _number(measure: str, geometry: str, logits: str) -> Number:
 
 
 def _of(kind: Any, value: Any) -> Any:
-    """The value, if it is of its kind.
+    """The value, if it is of a type.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the value is of another type.
     """
     return kinds(kind).validate_python(value, strict=True)

@@ -23,7 +23,7 @@ from isoflat.experiments.statistics.sample import OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE, GroupFinding, GroupVerdict, compare
 
 DRAWS = 2000
-"""Of bootstraps and permutations."""
+"""Number of resamples and of permutations."""
 
 
 @final
@@ -32,13 +32,13 @@ class Summary:
     """A number over the networks of an arm.
 
     Attributes:
-        arm: name.
-        number: name.
-        networks: how many it is known of.
-        mean: over them.
-        error: standard error of the mean; None of a single network.
-        width: the widest enclosure, relative to its value.
-        unconverged: how many enclosures are wider than asked for.
+        arm: name of the arm.
+        number: name of the number.
+        networks: number of networks of which the number is known.
+        mean: mean over these networks.
+        error: standard error of the mean; None for a single network.
+        width: width of the widest confidence interval, relative to its value.
+        unconverged: how many confidence intervals are wider than asked for.
     """
 
     arm: str
@@ -51,7 +51,7 @@ class Summary:
 
     @property
     def words(self) -> str:
-        """Mean ± standard error."""
+        """Mean and standard error as text."""
         return f"{self.mean:.4g}" if self.error is None else f"{self.mean:.4g} ± {self.error:.2g}"
 
 
@@ -61,10 +61,10 @@ class Reproduction:
     """The findings of an experiment.
 
     Attributes:
-        recipe: that was followed.
-        data: name of the data.
-        numbers: what was measured.
-        networks: by arm and replicate, those that missed their target, and those that diverged, included.
+        recipe: recipe that was followed.
+        data: name of the data set.
+        numbers: numbers that were measured.
+        networks: all networks, those that missed their target and those that diverged included.
         seconds: wall-clock time of this call; cells that were there already took none of it.
     """
 
@@ -81,12 +81,12 @@ class Reproduction:
 
     @property
     def diverged(self) -> tuple[MeasuredNetwork, ...]:
-        """Networks whose training diverged: there is nothing to measure."""
+        """Networks whose training diverged, so that nothing was measured."""
         return tuple(network for network in self.networks if network.diverged)
 
     @property
     def omitted(self) -> tuple[Omission, ...]:
-        """Numbers that were asked for and are not there, with the reasons; of networks that diverged nothing was asked."""
+        """Numbers that could not be measured, with the reasons; networks that diverged are left out."""
         tables = (table for network in self.networks for table in (network.table, *network.moved))
         return tuple(dict.fromkeys(part for table in tables for part in table.omitted))
 
@@ -97,11 +97,11 @@ class Reproduction:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Every measured number."""
+        """Record of every measured number."""
         return tuple(row for network in self.networks for table in (network.table, *network.moved) for row in table)
 
     def arm(self, arm: Arm, all_of_them: bool = False) -> tuple[MeasuredNetwork, ...]:
-        """Networks of one arm that reached their target, or all of them."""
+        """Networks of one arm that reached their target, or all networks of the arm."""
         return tuple(
             network
             for network in self.networks
@@ -110,7 +110,7 @@ class Reproduction:
 
     @cached_property
     def summaries(self) -> tuple[Summary, ...]:
-        """Every number in every arm."""
+        """Summary of every number in every arm."""
         return tuple(
             summary
             for arm in self.recipe.arms
@@ -119,13 +119,13 @@ class Reproduction:
         )
 
     def verdicts(self, point: int | None = None) -> dict[str, GroupVerdict]:
-        """The second of two arms against the first by every number.
+        """Verdicts on the second of two arms against the first, one for every number.
 
         Args:
             point: a random point of each network's orbit; None for the weights as trained.
 
         Returns:
-            By name of the number; without those that are not known of two networks in each arm, or are not positive.
+            Verdicts by name of the number; numbers that are not known, and positive, of two networks of each arm have none.
         """
         if len(self.recipe.arms) != 2:
             return {}
@@ -142,7 +142,7 @@ class Reproduction:
 
     @property
     def points(self) -> int:
-        """Number of points of each network's orbit."""
+        """Number of points of each network's orbit where numbers were measured."""
         return min((len(network.moved) for network in self.networks if not network.diverged), default=0)
 
     def drift(self, number: Number) -> float | None:
@@ -150,7 +150,7 @@ class Reproduction:
         return max(self._changes(number), default=None)
 
     def _changes(self, number: Number) -> tuple[float, ...]:
-        """The largest relative change of a number in each network of which it is known here and elsewhere."""
+        """Largest relative change of a number in each network of which it is known at two weights or more."""
         each = (
             [
                 abs(after.estimate.value - before.estimate.value) / abs(before.estimate.value)
@@ -164,12 +164,12 @@ class Reproduction:
 
     @cached_property
     def relations(self) -> tuple[OutcomeRelation, ...]:
-        """Relations that a recipe for a trend asks for: of each number with what rises along the arms, and with the test error."""
+        """Relations of each number to what rises along the arms and to the test error, where a recipe asks for a trend."""
         return self._relations(None) if self.recipe.asks is Asks.TREND else ()
 
     @cached_property
     def relations_elsewhere(self) -> tuple[tuple[OutcomeRelation, ...], ...]:
-        """The same at each random point of the networks' orbits."""
+        """Relations, as in `relations`, at each random point of the networks' orbits."""
         return tuple(self._relations(point) for point in range(self.points)) if self.recipe.asks is Asks.TREND else ()
 
     def _relations(self, point: int | None) -> tuple[OutcomeRelation, ...]:
@@ -192,7 +192,7 @@ class Reproduction:
     def _sample(
         self, number: Number, outcome: Callable[[MeasuredNetwork], float | None], point: int | None
     ) -> OutcomeSample | None:
-        """A number beside an outcome, turned so that more of it should go with more of that; None where too few are known."""
+        """Sample of a number, turned so that a higher one is sharper, and an outcome; None where too few are known."""
         known = [
             (number.sign * row.estimate.value, float(after), network)
             for network in self.networks
@@ -211,7 +211,7 @@ class Reproduction:
 
     @property
     def headline(self) -> str:
-        """The answer, as short as it can be said."""
+        """Shortest sentence that answers the recipe's question."""
         if self.recipe.asks is Asks.DISSENT and (told := self._dissent()):
             return told
         verdicts = [verdict.claim for verdict in self.verdicts().values()]
@@ -279,7 +279,7 @@ class Reproduction:
 
     @cached_property
     def _better(self) -> tuple[int | None, str] | None:
-        """The arm that generalizes better, if there is evidence, and test errors in words; None where these are not known."""
+        """Index of the arm that generalizes better, if there is evidence, and test errors in words; None where not known."""
         first, second = ([n.test_error for n in self.arm(arm) if n.test_error is not None] for arm in self.recipe.arms)
         if min(len(first), len(second)) < 2:
             return None
@@ -292,7 +292,7 @@ class Reproduction:
         return (None if test.pvalue >= SIGNIFICANCE else int(fmean(second) < fmean(first))), errors
 
     def _generalization(self) -> Iterator[str]:
-        """Test errors of the two arms, and whether flatness says the same."""
+        """Sentences on the test errors of the two arms, and on whether flatness agrees."""
         if self._better is None:
             return
         better, errors = self._better
@@ -308,7 +308,7 @@ class Reproduction:
                 yield f"{_capital(verdict.number)} is {friend}: it calls {names[sharper]} sharper."
 
     def _dissent(self) -> str | None:
-        """Generalization and flatness in a sentence, where there is evidence on both."""
+        """Sentence on generalization and flatness, where there is evidence on both."""
         found = [verdict for verdict in self.verdicts().values() if verdict.finding is not GroupFinding.NO_EVIDENCE]
         if self._better is None or self._better[0] is None or not found:
             return None
@@ -330,7 +330,7 @@ class Reproduction:
                 yield f"{how} the {number.words} {moved} at most, over {len(changes)} networks."
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row for each network, point and number; of a network without any there is one, too."""
+        """Flat rows, one for each network, point and number; a network without numbers has one row, too."""
         return [
             {
                 "recipe": self.recipe.name,
@@ -373,7 +373,7 @@ class Reproduction:
 
 
 def _grouped(told: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Labels by what is said of them."""
+    """Join the labels of which the same is said."""
     groups: dict[str, list[str]] = {}
     for what, label in told:
         groups.setdefault(what, []).append(label)
@@ -397,7 +397,7 @@ def _summary(arm: Arm, number: Number, networks: Sequence[MeasuredNetwork]) -> S
 
 
 def _width(estimate: Estimate) -> float:
-    """Width of an enclosure, relative to the value; zero where there is none."""
+    """Width of a confidence interval, relative to the value; zero where the interval is infinite or the value zero."""
     width = estimate.upper - estimate.lower
     return width / abs(estimate.value) if estimate.value and math.isfinite(width) else 0.0
 

@@ -16,10 +16,10 @@ from isoflat.experiments.results import Results, StoredNumber, read_results, rea
 from isoflat.measurement.compare import contrast
 
 Warn = Callable[[str], None]
-"""Called with a line for each thing that is left out."""
+"""A function that is called with a line for each thing that is left out."""
 
 SUFFIXES = (".json", ".jsonl")
-"""Of files with results."""
+"""Endings of files with results."""
 
 
 @final
@@ -28,9 +28,9 @@ class Wanted:
     """Choice of the stored numbers that are compared.
 
     Attributes:
-        measures: names as in the catalogue; none for all that every network has.
-        geometries: likewise.
-        logits: what scores became before the loss.
+        measures: names of measures in the catalogue; none for all that every network has.
+        geometries: names of geometries in the catalogue; none for all that every network has.
+        logits: what the network's scores became before the loss; "raw" for nothing.
     """
 
     measures: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Wanted:
     logits: str = "raw"
 
     def __contains__(self, record: Record) -> bool:
-        """Tell whether a record is one of them."""
+        """Tell whether a record is to be compared."""
         return (
             (not self.measures or record.measure in self.measures)
             and (not self.geometries or record.geometry in self.geometries)
@@ -47,7 +47,7 @@ class Wanted:
 
 
 def holds_results(path: Path) -> bool:
-    """Tell whether a path is of stored numbers, by its kind; weights have other endings.
+    """Tell by its kind whether a path holds stored numbers; weights have other endings.
 
     >>> holds_results(Path("runs/small.json")), holds_results(Path("small.safetensors.index.json"))
     (True, False)
@@ -62,9 +62,9 @@ def compare_stored(
 
     Args:
         paths: folders of `isoflat reproduce`, `study` or `demo`, stores, and results of `isoflat measure`.
-        wanted: which numbers.
-        reference: the label that others are set against; None for the first.
-        warn: called with a line for each damaged file of a folder, which is left out.
+        wanted: choice of the numbers.
+        reference: label of the network that the others are set against; None for the first.
+        warn: function that is called with a line for each damaged file of a folder, which is left out.
 
     Returns:
         The comparison, and what was compared.
@@ -97,7 +97,7 @@ def compare_stored(
 def _networks(
     paths: Sequence[Path], wanted: Wanted, warn: Warn
 ) -> tuple[dict[str, dict[tuple[str, str], Record]], list[str]]:
-    """Every network's numbers, by label; at its own weights, not at others of its orbit."""
+    """Numbers of each network by its label, at its own weights; those at other points of its orbit are left out and counted."""
     sources = [(path, [number for number in _numbers(path, warn) if number.record in wanted]) for path in paths]
     owners: dict[str, set[int]] = {}
     for place, (_, found) in enumerate(sources):
@@ -119,7 +119,7 @@ def _networks(
 
 
 def _numbers(path: Path, warn: Warn) -> list[StoredNumber]:
-    """Numbers that are stored by themselves, and those of comparisons."""
+    """Numbers at a path: those that are stored by themselves, and those of comparisons."""
     results = _read(path, warn)
     others = [StoredNumber(row, contest.source) for contest in results.comparisons for row in contest.comparison.rows]
     return [*results.found, *others]

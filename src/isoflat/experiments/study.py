@@ -1,4 +1,4 @@
-"""Does flatness predict generalization? Networks of a list, or of a grid that is trained, set beside what became of them."""
+"""Studies of whether flatness predicts generalization, over checkpoints of a list or over a grid that is trained."""
 
 from __future__ import annotations
 
@@ -76,27 +76,27 @@ def study(  # noqa: PLR0913
     networks are kept in the folder's store: the same call goes on where another was stopped.
 
     Args:
-        networks: CSV with a row, or TOML with a table, for each network: weights, an outcome and hyper-parameters.
-        model: with `networks`: `module:factory`, a function without arguments that builds the network of every row.
-        data: what is measured on, as for `isoflat.load_data`; with `grid` a path, where it does not come with isoflat.
-        grid: TOML: a recipe with data, network, training and a table grid of lists. Every combination is trained.
+        networks: CSV file with a row, or TOML file with a table, for each network: weights, an outcome, hyper-parameters.
+        model: name `module:factory` of a function without arguments that builds the network of every row of `networks`.
+        data: source of the data, as in `isoflat.load_data`; with `grid` a path, where it does not come with isoflat.
+        grid: TOML file with data, network, training and a table grid of lists. Every combination is trained.
         outcome: "gap", "test_error", "test_accuracy" or "test_loss"; None for the one listed, or the gap with `grid`.
         measures: names in the catalogue; None for a few cheap ones of different kinds.
         geometry: names of metrics, with `measures`; None for "auto".
         out: folder for the store; made if need be.
         seed: seed of all random numbers; None for 0, or the file's with `grid`.
         device: device of the networks; None for the CPU.
-        progress: show a line on the standard error.
-        scale: with `grid`: whose table stands over the rest, "small" or "paper".
-        replicates: with `grid`: networks for each combination; None for the file's.
-        jobs: with `grid`: processes; None for one for each core.
-        max_products: with `networks`, as all that follow: Hessian-vector products per eigenvalue.
-        rtol: relative width of the enclosures to reach.
-        probes: random probes of traces.
-        params: which parameters count, by name; None for all.
-        dtype: precision of the products; None for the weights' own.
-        check: "refuse", "warn" or "skip", where products disagree with differences of gradients.
-        **inputs: how weights and data are read; see `isoflat.io.inputs.Inputs`.
+        progress: whether a line of progress is shown on the standard error.
+        scale: table of the grid's file that overrides the rest, "small" or "paper".
+        replicates: number of networks for each combination of the grid; None for the file's.
+        jobs: number of processes with `grid`; None for one for each core.
+        max_products: with `networks`, as all that follow: largest number of Hessian-vector products per eigenvalue.
+        rtol: relative width of the confidence intervals to reach.
+        probes: number of random probes of traces.
+        params: names of the parameters that count; None for all.
+        dtype: precision of the Hessian-vector products; None for that of the weights.
+        check: "refuse", "warn" or "skip", where Hessian-vector products disagree with differences of gradients.
+        **inputs: further fields of `isoflat.io.inputs.Inputs`, which say how weights and data are read.
 
     Raises:
         UsageError: neither or both ways in are given, or something is unknown or has no meaning.
@@ -144,10 +144,10 @@ def study(  # noqa: PLR0913
 
 
 def quantities(names: Sequence[str] | None, places: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
-    """Every measure in every place it is asked for, or in its own; none where none is named.
+    """Every named measure with every named geometry, or with its own; none where no measure is named.
 
     Raises:
-        UsageError: a name is unknown, or there are places without measures.
+        UsageError: a name is unknown, or geometries are named without measures.
 
     >>> quantities(["hessian_trace", "quotient_trace"], ["auto", "layerwise"])
     (('hessian_trace', 'euclidean'), ('quotient_trace', 'auto'), ('quotient_trace', 'layerwise'))
@@ -169,14 +169,14 @@ def planned(
     products: int,
     device: str | None,
 ) -> ListedPlan:
-    """Plan of measuring the networks of a list; names and limits are checked before a file is opened.
+    """The plan of measuring the networks of a list; names and limits are checked before a file is opened.
 
     Args:
-        inputs: model, data and loss.
-        asked: measures with their geometries.
+        inputs: names of model, data and loss, and how they are read.
+        asked: names of measures with their geometries.
         settings: `rtol`, `probes`, `seed`, `params`, `dtype` and `check`, as for `isoflat.measure`.
-        products: Hessian-vector products per eigenvalue.
-        device: where networks are measured.
+        products: largest number of Hessian-vector products per eigenvalue.
+        device: device that networks are measured on; None for where they are built.
 
     Raises:
         UsageError: something is unknown or has no meaning.
@@ -189,14 +189,14 @@ def planned(
 
 
 def of_list(path: Path, outcome: str | None, plan: ListedPlan, folder: Path, progress: bool) -> Prediction:
-    """Networks of a list, measured or read from the folder's store.
+    """A study of the networks of a list, measured or read from the folder's store.
 
     Args:
-        path: of the list.
-        outcome: the column to predict; None for the only one.
-        plan: how they are measured.
-        folder: whose store is used; made if need be.
-        progress: show a line on the standard error.
+        path: path of the list.
+        outcome: column to predict; None for the only one.
+        plan: settings of the measurement.
+        folder: folder of the store; made if need be.
+        progress: whether a line of progress is shown on the standard error.
 
     Raises:
         IsoflatError: something is refused; bad rows are all named, before anything is measured.
@@ -221,7 +221,7 @@ def of_list(path: Path, outcome: str | None, plan: ListedPlan, folder: Path, pro
 def _observed(
     rows: Sequence[ReadyNetwork], batches: Batches, plan: ListedPlan, store: Store, progress: bool
 ) -> tuple[tuple[ObservedNetwork, ...], tuple[tuple[str, str], ...]]:
-    """Networks that were measured, and those that cannot be, with the reasons."""
+    """Networks that were measured, and labels of those that cannot be, with the reasons."""
     found: list[ObservedNetwork] = []
     refused: list[tuple[str, IsoflatError]] = []
     with bar(len(rows), not progress) as report:
@@ -250,16 +250,16 @@ def of_grid(
     device: str | None,
     progress: bool,
 ) -> Prediction:
-    """Networks of a grid, trained and measured or read from the folder's store.
+    """A study of the networks of a grid, trained and measured or read from the folder's store.
 
     Args:
-        recipe: with an arm for every combination.
-        outcome: what to predict; None for the generalisation gap.
-        data: a path, where the data does not come with isoflat.
-        folder: whose store is used; made if need be.
-        jobs: processes.
-        device: where networks live.
-        progress: show a line on the standard error.
+        recipe: recipe with an arm for every combination.
+        outcome: outcome to predict, one of `TRAINED_OUTCOMES`; None for the generalisation gap.
+        data: path of the data, where it does not come with isoflat.
+        folder: folder of the store; made if need be.
+        jobs: number of processes; None for one for each core.
+        device: device of the networks; None for the CPU.
+        progress: whether a line of progress is shown on the standard error.
 
     Raises:
         IsoflatError: something is refused.

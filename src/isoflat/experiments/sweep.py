@@ -1,4 +1,4 @@
-"""Many networks: each trained and measured once, by whichever worker comes to it first."""
+"""Training and measuring of many networks: each once, by whichever worker comes to it first."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.finding.discover import symmetries
 
 FEW = 4
-"""Rows that a network is traced and tried on."""
+"""Number of rows that a network is traced and tried on."""
 
 PAUSE = 1.0
-"""Seconds between two looks at a cell that another process is at."""
+"""Seconds between two looks at a cell that another process is computing."""
 
 
 def tasks(recipe: Recipe) -> tuple[NetworkTask, ...]:
-    """Every network of an experiment; arms alternate, so that the time left is foreseen well."""
+    """Tasks for every network of an experiment; arms alternate, so that the time left is foreseen well."""
     return tuple(NetworkTask(recipe, arm, replicate) for replicate in range(recipe.replicates) for arm in recipe.arms)
 
 
 def check_recipe(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
-    """Refuse, before anything is trained, what would be refused of all networks of an arm alike.
+    """Refuse, before anything is trained, a recipe that cannot be followed for any network of an arm.
 
     Every architecture is built, traced where that is needed, and prepared for its numbers on a few rows; nothing is measured.
 
     Args:
-        recipe: of the experiment.
-        data: what to train and measure on.
-        numbers: what to measure.
+        recipe: recipe of the experiment.
+        data: rows to train and measure on.
+        numbers: numbers to measure.
 
     Raises:
         IsoflatError: a network cannot be built or traced, or a setting has no meaning.
@@ -88,21 +88,24 @@ def sweep(
     report: Report = silent,
     jobs: int = 1,
 ) -> tuple[MeasuredNetwork, ...]:
-    """All of them, in order.
+    """Train and measure all networks; those that are in the store already are read from there.
 
     On a processor every worker has one thread, so that results do not depend on how many workers there are. In a process
     group of torch.distributed all processes are at the same network, one after the other.
 
     Args:
-        todo: which networks.
-        data: what to train and measure on.
-        numbers: what to measure.
-        store: where results are kept; other processes may be at work in it.
-        report: told what is being done, and how many networks have been done since the last call.
-        jobs: processes; on another device than a processor they share it and its memory.
+        todo: tasks, one for each network.
+        data: rows to train and measure on.
+        numbers: numbers to measure.
+        store: store for the results; other processes may be at work in it.
+        report: function that is told what is being done, and how many networks were done since the last call.
+        jobs: number of processes; on an accelerator they share it and its memory.
+
+    Returns:
+        The measured networks, in the order of their tasks.
 
     Raises:
-        IsoflatError: as for `cells.train_and_measure`.
+        IsoflatError: a cell of the store is damaged, or a process of the group is gone.
     """
     if jobs < 1:
         raise UsageError(f"the number of jobs must be positive, got {jobs}")

@@ -26,19 +26,20 @@ class TransformerPlan:
     """Settings of the demonstration on a transformer.
 
     Attributes:
-        seeds: networks per arm.
-        seed: all randomness follows from it.
-        optimizer: see `Regime`; only Adam's learning rates are compared.
+        seeds: number of networks per arm.
+        seed: seed of all random numbers.
+        optimizer: name of the optimizer; only Adam's learning rates are compared.
         target: training loss at which networks are compared.
         rates: the two learning rates, the smaller one first.
-        batch: windows per step.
-        windows: how many are trained and measured on.
-        context: characters in a window.
-        width: of the transformer's stream.
-        heads: of each attention.
-        layers: blocks.
-        spreads: of the random elements that the attacks apply, growing from zero; see `attack.reparametrize_all`.
-        max_epochs: see `Regime`.
+        batch: number of windows per step.
+        windows: number of windows that are trained and measured on.
+        context: number of characters in a window.
+        width: width of the transformer's residual stream.
+        heads: number of heads of each attention.
+        layers: number of blocks.
+        spreads: standard deviations of the logarithms of the factors by which the attacks reparametrise, growing from
+            zero; see `ladders.reparametrize_all`.
+        max_epochs: epochs after which a training stops anyway, as in `Regime`.
     """
 
     seeds: int = 5
@@ -92,12 +93,12 @@ class TransformerPlan:
 
 
 def run_transformer(data: Split, plan: TransformerPlan, report: Report = silent) -> DemoResult:
-    """Train, measure, compare; attack the flattest network, and the sharpest one of the other arm.
+    """Train, measure and compare transformers; attack the flattest network, and the sharpest one of the other arm.
 
     Args:
         data: windows of characters.
-        plan: how.
-        report: told what is going on.
+        plan: settings of the demonstration.
+        report: function that is told what is going on.
     """
     started = time.monotonic()
     setting = plan.setting
@@ -118,7 +119,7 @@ def extremes(networks: Sequence[DemoNetwork]) -> tuple[DemoNetwork, DemoNetwork]
     """The flattest network by the canonical number, and the sharpest one of the other arm.
 
     Args:
-        networks: of two arms.
+        networks: the networks of both arms.
     """
 
     def sharpness(network: DemoNetwork) -> float:

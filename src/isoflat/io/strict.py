@@ -1,4 +1,4 @@
-"""Strict JSON: the same value is always the same text, and nothing comes back as something else."""
+"""Strict JSON: a value is always written as the same text, and is read back as it was."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from isoflat.core.errors import UsageError
 
 DIGITS = 24
-"""Hexadecimal digits of an address: 96 bits, so that no two cells of any sweep share one by chance."""
+"""Number of hexadecimal digits of an address: 96 bits, so that no two cells share one by chance."""
 
 _ADDRESS = re.compile(f"[0-9a-f]{{{DIGITS}}}")
 
@@ -24,7 +24,7 @@ def address(settings: Mapping[str, Any]) -> str:
         settings: everything that decides the result, the hash of the data and the versions included.
 
     Raises:
-        UsageError: JSON cannot hold them as they are.
+        UsageError: JSON cannot hold the settings as they are.
 
     >>> address({"seed": 0, "width": 16}) == address({"width": 16, "seed": 0})
     True
@@ -35,7 +35,7 @@ def address(settings: Mapping[str, Any]) -> str:
 
 
 def is_address(name: str) -> bool:
-    """Tell whether a name is an address, and so nothing else: no path, no dot, no slash.
+    """Tell whether a name is an address, which has no dots and no slashes.
 
     >>> is_address("../../etc/passwd")
     False
@@ -44,14 +44,14 @@ def is_address(name: str) -> bool:
 
 
 def canonical_json(value: Any, what: str) -> str:
-    """One line of ASCII: names in order, no spaces, floats so that they return bit for bit.
+    """A value as a line of ASCII JSON: names in order, no spaces, floats so that they return bit for bit.
 
     Args:
         value: mappings with text as names, sequences, text, numbers, truth values and None.
-        what: it is, for messages.
+        what: name of the value, for messages.
 
     Raises:
-        UsageError: there is something else in it, such as NaN or a tensor.
+        UsageError: there is something else in the value, such as NaN or a tensor.
 
     >>> canonical_json({"b": (0.1, None), "a": True}, "settings")
     '{"a":true,"b":[0.1,null]}'
@@ -63,7 +63,7 @@ def canonical_json(value: Any, what: str) -> str:
 
 
 def short_hash(text: str) -> str:
-    """First 24 hex digits of SHA-256."""
+    """The first 24 hex digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 
 
@@ -71,7 +71,7 @@ def parse_json(text: bytes) -> Any:
     """A value from strict JSON.
 
     Raises:
-        ValueError: it is none: damaged, NaN or infinity, or a name that appears twice.
+        ValueError: the text is damaged, or holds NaN, infinity, or a name that appears twice.
     """
     try:
         return json.loads(text.decode(), parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_once)
@@ -80,7 +80,7 @@ def parse_json(text: bytes) -> Any:
 
 
 def flattened(value: Any, name: str) -> dict[str, Any]:
-    """Mappings unfolded: what lies within gets a dotted name. A name with a dot of its own is quoted.
+    """Unfold mappings within mappings into one with dotted names; a name with a dot of its own is quoted.
 
     >>> flattened({"net": {"width": 16, "0.bias": True}, "seeds": [1, 2]}, "settings")
     {'settings.net.width': 16, 'settings.net."0.bias"': True, 'settings.seeds': [1, 2]}

@@ -1,4 +1,4 @@
-"""Granulated Kendall coefficients: does the measure follow each hyper-parameter's effect, the others held?"""
+"""Granulated Kendall coefficients: rank correlation where one hyper-parameter changes and the others are held."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class GranulatedKendall:
     """Kendall coefficients within hyper-parameters.
 
     Attributes:
-        psi: by hyper-parameter, the mean of τ over groups of networks that differ in it only; None without a group.
-        mean: Ψ, the mean of those that exist; None if none does.
-        groups: by hyper-parameter, how many groups counted.
-        silent: by hyper-parameter, how many did not, for want of two networks that differ in it or because all their
-            outcomes are tied.
+        psi: mean of τ over groups of networks that differ in one hyper-parameter only, by its name; None without a group.
+        mean: Ψ, the mean of those ψ that exist; None if none does.
+        groups: number of groups that counted, by hyper-parameter.
+        silent: number of groups that did not count, by hyper-parameter: no two networks differ in it, or all outcomes of
+            the group are tied.
     """
 
     psi: Mapping[str, float | None]

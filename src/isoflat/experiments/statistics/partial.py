@@ -1,4 +1,4 @@
-"""Partial rank correlation: is a relation left when the training loss is taken into account?"""
+"""Partial rank correlation: the relation that is left when the training loss is taken into account."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class PartialCorrelation:
 
     Attributes:
         rho: partial correlation of the ranks; None if the loss's ranks leave nothing of one of the two.
-        p: two-sided, by permuting what the loss leaves of the outcome; 1 if there is nothing left.
-        floor: no smaller p is possible with so many networks and draws.
-        draws: permutations; all of them where there are not more.
+        p: two-sided p-value, by permuting what the loss leaves of the outcome; 1 if there is nothing left.
+        floor: the smallest p-value that is possible with so many networks and draws.
+        draws: number of permutations that were visited.
     """
 
     rho: float | None
@@ -41,7 +41,7 @@ def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> PartialC
 
     Args:
         sample: networks with training losses.
-        seed: of the permutations.
+        seed: seed of the permutations.
         draws: number of permutations.
 
     Raises:
@@ -85,7 +85,7 @@ def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> PartialC
 
 
 _CELLS = 1_000_000
-"""Numbers held at once while permuting."""
+"""Number of floats held at once while permuting."""
 
 
 def _centred(numbers: tuple[float, ...]) -> np.ndarray:

@@ -17,13 +17,13 @@ from isoflat.experiments.statistics.sample import OutcomeSample, generator_of, s
 @final
 @dataclass(frozen=True)
 class PermutationTest:
-    """Permutation test of a rank correlation: could it be chance?
+    """Outcome of a permutation test of a rank correlation.
 
     Attributes:
-        p: two-sided; twice the smaller tail.
-        floor: no smaller p is possible with so many networks, these ties and so many draws.
-        exact: over all permutations; otherwise over so many random ones, with the sample itself counted among them.
-        draws: random permutations; 0 if exact.
+        p: two-sided p-value: twice the smaller tail.
+        floor: the smallest p-value that is possible with so many networks, these ties and so many draws.
+        exact: whether all permutations were counted; otherwise random ones and the sample itself were.
+        draws: number of random permutations; 0 if exact.
     """
 
     p: float
@@ -33,7 +33,7 @@ class PermutationTest:
 
     @property
     def bound_by_draws(self) -> bool:
-        """True if more draws would make a smaller p possible."""
+        """True if more draws would make a smaller p-value possible."""
         return not self.exact and math.isclose(self.floor, 2 / (self.draws + 1))
 
 
@@ -46,11 +46,11 @@ def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Perm
 
     Args:
         sample: at least three networks.
-        seed: of the draws.
+        seed: seed of the draws.
         draws: number of random permutations.
 
     Raises:
-        UsageError: fewer than one draw.
+        UsageError: there is no draw.
 
     >>> permutation(OutcomeSample((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 3.0, 4.0))).p
     0.08333333333333333
@@ -86,11 +86,11 @@ def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Perm
 
 
 _CELLS = 1_000_000
-"""Numbers held at once while permuting."""
+"""Number of floats held at once while permuting."""
 
 
 def _floor(values: tuple[float, ...], outcomes: tuple[float, ...]) -> float:
-    """Twice the chance of the sorted arrangement, or of the reversed one: of their tables, given the ties."""
+    """Smallest two-sided p-value: twice the chance of the sorted arrangement or of the reversed one, given the ties."""
     rising, both = sorted(values), sorted(outcomes)
     least = min(_chance(rising, both), _chance(rising[::-1], both))
     return min(1.0, 2 * math.exp(least))

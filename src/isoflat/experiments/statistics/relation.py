@@ -1,4 +1,4 @@
-"""The relation of a measure to generalisation: all statistics of it, corrected for all that were tried, and in words."""
+"""The relation of a measure to generalisation: all its statistics, corrected for all measures that were tried, and in words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from isoflat.experiments.statistics.sample import OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
 
 STRENGTHS = ((0.6, "strong"), (0.3, "moderate"), (0.0, "weak"))
-"""What a τ of at least that size is called."""
+"""Words for the strength of a relation, each with the smallest τ that it is used for."""
 
 
 @final
@@ -28,21 +28,21 @@ class OutcomeRelation:
     """The relation of one measure to the outcome, over all networks.
 
     Attributes:
-        measure: its name.
-        outcome: what is predicted, in words.
-        networks: how many there were.
-        measures: how many were tried together; p-values are corrected for them.
-        kendall: strength, with an interval.
-        permutation: whether it could be chance.
-        p_holm: that p, corrected so that one false finding among all measures is improbable.
-        p_discovery: that p, corrected for the share of false ones among the findings (Benjamini-Hochberg).
-        floor_holm: no smaller `p_holm` was possible.
-        granulated: within single hyper-parameters.
-        robust: over environments; weighted by the noise between replicates, if there are any.
-        conditional: information that hyper-parameters do not give.
-        partial: given the training loss; None if that is not known.
-        partial_holm: its p, corrected as `p_holm`.
-        partial_floor: no smaller `partial_holm` was possible.
+        measure: name of the measure.
+        outcome: name of the outcome in words.
+        networks: number of networks.
+        measures: number of measures that were tried together; p-values are corrected for them.
+        kendall: rank correlation, with an interval.
+        permutation: test of the rank correlation by permutations.
+        p_holm: p-value of that test, corrected so that one false finding among all measures is improbable (Holm).
+        p_discovery: p-value of that test, corrected for the share of false findings (Benjamini and Hochberg).
+        floor_holm: the smallest `p_holm` that was possible.
+        granulated: rank correlations where a single hyper-parameter changes.
+        robust: errors over environments; weighted by the noise between replicates, if there are any.
+        conditional: information that the measure adds to the hyper-parameters.
+        partial: rank correlation given the training loss; None if that is not known.
+        partial_holm: p-value of `partial`, corrected as `p_holm`.
+        partial_floor: the smallest `partial_holm` that was possible.
     """
 
     measure: str
@@ -165,11 +165,11 @@ def relations(
     """Every statistic of every measure, with p-values corrected for all of them.
 
     Args:
-        samples: by name of the measure; usually of the same networks.
-        seed: all random draws follow from it, and from nothing else: measures are compared on the same draws.
-        draws: resamples and permutations, where these are random.
-        confidence: of intervals.
-        outcome: what the outcomes are, in words.
+        samples: samples by name of the measure; usually of the same networks.
+        seed: seed of all random draws, which are the same for every measure.
+        draws: number of resamples and of permutations, where these are random.
+        confidence: confidence of intervals.
+        outcome: name of the outcome in words.
 
     Raises:
         UsageError: there is no measure, or the draws or the confidence have no meaning.
@@ -215,4 +215,4 @@ def _p(p: float) -> str:
 
 
 _SMALL = 1e-12
-"""Smaller p-values are not told apart in words."""
+"""Limit below which p-values are not told apart in words."""

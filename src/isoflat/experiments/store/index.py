@@ -1,4 +1,4 @@
-"""The settings of all cells in one SQLite file: quick to look up, never believed, always replaceable.
+"""An index of the settings of all cells in one SQLite file: quick to look up, and always replaceable.
 
 A row is used only if its settings hash to its address and the cell's file has the size and the time that the row says.
 All else is read from the cells again. SQLite's write-ahead log needs shared memory, which network disks do not have:
@@ -19,10 +19,10 @@ from isoflat.experiments.store.artifact import Artifact, read
 from isoflat.io.strict import address, canonical_json, is_address, parse_json
 
 VERSION = 1
-"""Of the table; an index of another version is made anew."""
+"""Version of the table; an index of another version is made anew."""
 
 PATIENCE = 10.0
-"""Seconds to wait for somebody who looks into the index with a tool of their own."""
+"""Seconds to wait for another program that has the index open."""
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS cells (
@@ -35,14 +35,14 @@ _IN_MEMORY = ":memory:"
 
 
 def note(file: Path, cell: Artifact, path: Path) -> None:
-    """Write down a cell that has just been finished.
+    """Add a cell that has just been finished to the index.
 
-    Where the index cannot take it, nothing is lost: whoever looks something up next sees that it is behind.
+    Where the index cannot take it, nothing is lost: the next look-up sees that it is behind.
 
     Args:
-        file: the index.
-        cell: as read from `path`.
-        path: its JSON file.
+        file: path of the index.
+        cell: cell as read from `path`.
+        path: path of the cell's JSON file.
     """
     try:
         with _opened(file) as index:
@@ -55,8 +55,8 @@ def settings(file: Path | None, cells: Path) -> dict[str, dict[str, Any]]:
     """Settings of every readable cell, by its address; the index is brought up to date on the way.
 
     Args:
-        file: the index; made anew where it is missing or damaged. None to do without, as on a disk that is read-only.
-        cells: the folder of the cells.
+        file: path of the index; made anew where it is missing or damaged. None for none, as on a disk that is read-only.
+        cells: folder of the cells.
     """
     if file is not None:
         for attempt in (_bring_up_to_date, _make_anew):
@@ -94,7 +94,7 @@ def _bring_up_to_date(file: Path | str, cells: Path) -> dict[str, dict[str, Any]
 
 
 def _trusted(name: str, row: tuple[Any, ...] | None, there: tuple[int, int]) -> dict[str, Any] | None:
-    """Settings that a row names, if it can be believed."""
+    """Settings from a row of the index; None where the row does not fit the cell's file."""
     if row is None or row[:2] != there:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The store: what is finished, what is under way, and who is at it."""
+"""The store of cells, which several processes may share: finished ones, and those that a process has claimed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Store:
     ```
 
     Attributes:
-        folder: where it lies.
+        folder: folder of the store.
     """
 
     folder: Path
@@ -82,8 +82,8 @@ class Store:
         """A finished cell; None if it is not there.
 
         Raises:
-            UsageError: this is no address.
-            DataError: it is there, but damaged.
+            UsageError: the text is no address.
+            DataError: the cell is damaged.
         """
         return read(self._json(address))
 
@@ -96,8 +96,8 @@ class Store:
 
         Args:
             settings: everything that decides the result.
-            result: plain JSON; numbers return bit for bit.
-            weights: by name; None for none.
+            result: the result as plain JSON; numbers return bit for bit.
+            weights: tensors by name; None for none.
 
         Returns:
             The cell as it is read from the disk.
@@ -126,12 +126,12 @@ class Store:
         return cell
 
     def claim(self, address: str) -> AbstractContextManager[bool]:
-        """Have a cell to oneself until the block ends: `True`; or `False`, where somebody else has it.
+        """Claim a cell until the block ends; `False` where another process has claimed it.
 
         The claim of a process that is killed ends with it. A child made by fork holds it as well, as long as it lives.
 
         Raises:
-            UsageError: this is no address, or the disk has no locks.
+            UsageError: the text is no address, or the disk has no locks.
         """
         return files.locked(self.folder / "locks" / f"{_checked(address)}.lock", wait=False)
 
@@ -139,7 +139,7 @@ class Store:
         """The folder for a cell's own checkpoints while it is under way; made if need be, removed by `put`.
 
         Raises:
-            UsageError: this is no address, or the disk refuses.
+            UsageError: the text is no address, or the disk refuses.
         """
         place = self._scratch(address)
         with files.as_usage_errors(place, "making a folder"):
@@ -147,7 +147,7 @@ class Store:
         return place
 
     def cells(self) -> tuple[tuple[Artifact, ...], tuple[Refused, ...]]:
-        """All readable cells in the order of their addresses, and what else lies among them."""
+        """All readable cells in the order of their addresses, and the files that were refused."""
         found: list[Artifact] = []
         refused: list[Refused] = []
         for path in self._files():
@@ -160,7 +160,7 @@ class Store:
         return tuple(found), tuple(refused)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row per readable cell: its address, `settings.…` and the numbers and texts of `result.…`."""
+        """Flat rows, one per readable cell: its address, `settings.…` and the numbers and texts of `result.…`."""
         return [cell.row() for cell in self.cells()[0]]
 
     def find(self, where: Mapping[str, Any]) -> tuple[Artifact, ...]:
@@ -179,7 +179,7 @@ class Store:
         return tuple(cell for cell in found if cell is not None and _has(cell.settings, wanted))
 
     def _files(self) -> list[Path]:
-        """Files among the cells, less weights, which belong to a cell or to one that was never finished."""
+        """Files in the folder of cells but for weights, which belong to a cell or to one that was never finished."""
         folder = self.folder / "cells"
         there = sorted(folder.iterdir()) if folder.is_dir() else []
         weights = {path for path in there if path.suffix == ".safetensors" and is_address(path.stem)}
@@ -196,7 +196,7 @@ class Store:
         return cell is not None
 
     def _write(self, path: Path, text: bytes, weights: bytes | None) -> None:
-        """Weights first: without the JSON they are nothing yet, and a JSON that is damaged stays so until the end."""
+        """Write weights and JSON, in this order: without the JSON, weights are no cell yet."""
         path.parent.mkdir(exist_ok=True)
         if weights is None:
             path.with_suffix(".safetensors").unlink(missing_ok=True)
@@ -205,7 +205,7 @@ class Store:
         files.write(path, text, alone=True)
 
     def _tidy(self) -> None:
-        """Remove what a process left that was killed after it had finished a cell and before it removed its scratch."""
+        """Remove scratch folders of finished cells: a process was killed before it could."""
         place = self.folder / "under-way"
         if not place.is_dir() or not os.access(place, os.W_OK):
             return
@@ -215,7 +215,7 @@ class Store:
                     shutil.rmtree(path)
 
     def _writing(self) -> AbstractContextManager[bool]:
-        """One process writes at a time: cells are written in no time, beside what computing them takes."""
+        """Lock for writing, which one process has at a time: writing takes little, beside what computing takes."""
         return files.locked(self.folder / "locks" / "writing.lock", wait=True)
 
     def _json(self, address: str) -> Path:
