@@ -169,7 +169,7 @@ def test_orbit_points_are_the_same_functions_with_the_same_canonical_number(resu
     assert result.drift(canonical) < 0.02  # twice the enclosures' width
     assert result.drift(plain) > 0.5  # the test bites
     for network in result.networks:
-        before, after = network.record(canonical), network.moved[0].rows[0]
+        before, after = canonical.find(network.table), network.moved[0].rows[0]
         assert after.point.loss == pytest.approx(before.point.loss, rel=1e-4)
         assert after.model_hash != before.model_hash
 

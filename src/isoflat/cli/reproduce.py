@@ -204,7 +204,7 @@ def _networks(result: Reproduction) -> FittedTable:
             elif not network.training.reached:
                 loss += " missed"
             error = "–" if network.test_error is None else f"{100 * network.test_error:.2f} %"
-            rows = [network.record(number) for number in result.numbers]
+            rows = [number.find(network.table) for number in result.numbers]
             cells = ["–" if row is None else enclosed(row.estimate) for row in rows]
             table.append((network.label, loss, epochs, error, *cells))
         sections.append(len(table) - 1)

@@ -256,24 +256,19 @@ def attack(  # noqa: PLR0913
         )
     with bar(plan.work, not progress) as line:
         hunt = _Hunt(copy.deepcopy(model).double(), data, loss, found, plan, line)
-        _visit_all(hunt, found, plan)
+        for k in range(points):
+            hunt.visit(f"random copy {k + 1}", found.element(stream(seed, "orbit", k), spread))
+        for row, record in enumerate(hunt.before):
+            name = f"{record.measure} ({record.geometry})"
+            for step in range(search):
+                move = found.element(stream(seed, "search", name, step), STEP * spread)
+                element = tuple(a + b for a, b in zip(hunt.furthest(row), move, strict=True))
+                hunt.visit(f"search for {name}, step {step + 1}", element)
     twins = tuple(twin for twin, _ in hunt.visited)
     if all(twin.refused for twin in twins):
         raise UsageError(f"none of {len(twins)} copies could be measured ({twins[0].refused}): try a smaller spread")
     rows = tuple(_row(record, row, twins) for row, record in enumerate(hunt.before))
     return AttackResult(plan, found.dimension, found.hash, found.blind, rows, twins)
-
-
-def _visit_all(hunt: _Hunt, found: Found, plan: AttackPlan) -> None:
-    """Measure random copies first; then search for each number by itself."""
-    for k in range(plan.points):
-        hunt.visit(f"random copy {k + 1}", found.element(stream(plan.seed, "orbit", k), plan.spread))
-    for row, record in enumerate(hunt.before):
-        name = f"{record.measure} ({record.geometry})"
-        for step in range(plan.search):
-            move = found.element(stream(plan.seed, "search", name, step), STEP * plan.spread)
-            element = tuple(a + b for a, b in zip(hunt.furthest(row), move, strict=True))
-            hunt.visit(f"search for {name}, step {step + 1}", element)
 
 
 class _Hunt:

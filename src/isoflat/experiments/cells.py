@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import IsoflatError, NonFinite, RankLost, RanksDiffer, UsageError
 from isoflat.core.plain import kinds, plain
-from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.table import Omission, Table
 from isoflat.experiments import families
@@ -144,10 +143,6 @@ class MeasuredNetwork:
     def label(self) -> str:
         """Name of the network: its arm and its replicate."""
         return self.task.label
-
-    def record(self, number: Number) -> Record | None:
-        """Record of a number at the weights as trained; None where it was not measured."""
-        return number.find(self.table)
 
 
 def decided(ranks: Ranks, work: Callable[[], T]) -> T:

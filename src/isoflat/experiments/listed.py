@@ -68,10 +68,6 @@ class ListedNetwork:
     loss: float | None
     factors: Mapping[str, Level] = field(default_factory=dict)
 
-    def network(self, inputs: Inputs, note: Callable[[str], None] = lambda text: None) -> torch.nn.Module:
-        """The network with the weights of its row."""
-        return replace(inputs, weights=self.weights).network(note)
-
 
 @final
 @dataclass(frozen=True)
@@ -307,7 +303,7 @@ def ready(listing: Listing, plan: ListedPlan) -> tuple[tuple[ReadyNetwork, ...],
     for row in listing.rows:
         try:
             own: list[str] = []
-            model = row.network(inputs, own.append)
+            model = replace(inputs, weights=row.weights).network(own.append)
             target = subject(model, batches, loss, plan.seen)
         except IsoflatError as error:
             problems.append(f"{row.place}: {error}")
@@ -334,7 +330,8 @@ def kept(network: ReadyNetwork, label: str, plan: ListedPlan, batches: Batches, 
         with store.claim(where) as mine:
             cell = store.get(where)
             if cell is None and mine:
-                table = plan.table(network.row.network(plan.inputs), batches, label)
+                model = replace(plan.inputs, weights=network.row.weights).network()
+                table = plan.table(model, batches, label)
                 cell = store.put(network.cell, {"table": table.to_dict()}, None)
         if cell is not None:
             table = Table.from_dict(cell.result["table"])

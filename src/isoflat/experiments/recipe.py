@@ -278,11 +278,6 @@ class Recipe(_Strict):
             raise ValueError("an edit belongs to an invariance, and the other way round")
         return self
 
-    @property
-    def targets(self) -> tuple[float, ...]:
-        """Training losses at which networks are compared."""
-        return tuple(arm.training.target for arm in self.arms if arm.training.target is not None)
-
 
 @cache
 def recipes() -> tuple[str, ...]:

@@ -158,7 +158,7 @@ class Reproduction:
                 if (after := number.find(table)) is not None
             ]
             for network in self.networks
-            if (before := network.record(number)) is not None and before.estimate.value
+            if (before := number.find(network.table)) is not None and before.estimate.value
         )
         return tuple(max(changes) for changes in each if changes)
 
@@ -381,7 +381,7 @@ def _grouped(told: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _summary(arm: Arm, number: Number, networks: Sequence[MeasuredNetwork]) -> Summary | None:
-    rows = [row.estimate for network in networks if (row := network.record(number)) is not None]
+    rows = [row.estimate for network in networks if (row := number.find(network.table)) is not None]
     if not rows:
         return None
     values = [row.value for row in rows]

@@ -67,7 +67,7 @@ def _figures(result: Reproduction) -> tuple[Plate, ...]:
     panels = []
     for number in result.numbers:
         groups = [
-            (arm.name, tuple(row.estimate for network in networks if (row := network.record(number)) is not None))
+            (arm.name, tuple(row.estimate for network in networks if (row := number.find(network.table)) is not None))
             for arm, networks in arms
         ]
         groups += [
@@ -100,7 +100,7 @@ def _scatter(result: Reproduction) -> tuple[Plate, ...]:
             known = [
                 (row.estimate.value, 100 * network.test_error)
                 for network in result.arm(arm)
-                if (row := network.record(number)) is not None and network.test_error is not None
+                if (row := number.find(network.table)) is not None and network.test_error is not None
             ]
             if known:
                 groups.append((arm.name, tuple(x for x, _ in known), tuple(y for _, y in known)))
@@ -134,7 +134,7 @@ def _networks(result: Reproduction) -> Grid:
     rows = []
     for arm in result.recipe.arms:
         for network in result.arm(arm, all_of_them=True):
-            records = [network.record(number) for number in result.numbers]
+            records = [number.find(network.table) for number in result.numbers]
             rows.append(
                 (
                     network.label,
