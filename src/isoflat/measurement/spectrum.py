@@ -17,7 +17,7 @@ from isoflat.measurement.engine import opened
 from isoflat.measurement.records import Refusal
 from isoflat.measurement.run import planned
 from isoflat.measurement.subject import subject
-from isoflat.measures.base import Direction, Findings, Measure, SolverQuery
+from isoflat.measures.base import Findings, Measure, SolverQuery
 from isoflat.measures.settings import Budget, Settings, SharedKeywords, takes_settings
 from isoflat.risk.ranks import Ranks
 
@@ -70,7 +70,7 @@ def spectrum(  # noqa: PLR0913
         **settings: the fields of `isoflat.Settings`.
 
     Returns:
-        The spectrum; print it, or ask `density` for quantiles, counts, ranks, each with an enclosure.
+        The spectrum; print it, or ask `density` for quantiles, counts, ranks, each with a confidence interval.
 
     Raises:
         IsoflatError: as for `isoflat.measure`.
@@ -89,7 +89,7 @@ def spectrum(  # noqa: PLR0913
     solver = Deflated(outliers, probes, steps, confidence, limits.products, limits.seconds)
     chosen = Settings(confidence=confidence, budget=limits, **settings)  # pyrefly: ignore
     own = {"outliers": outliers, "probes": probes, "steps": steps}
-    entry = replace(_ENTRY, options=own, needs=lambda settings, options: (SolverQuery(solver),))
+    entry = replace(_ENTRY, options=own, needs=(SolverQuery(solver),))
     ranks, plan = Ranks.here(chosen.reproducible_sum), planned([entry], [geometry])
     with opened(lambda: subject(model, data, loss, chosen), plan, chosen, ranks, label) as measurement:
         (result,) = measurement.results()
@@ -115,9 +115,8 @@ _ENTRY = Measure(
     definition="Effective rank of the curvature, from its whole spectrum.",
     reference="chen2021, arXiv:2105.06595; lin2016, arXiv:1308.5467",
     units="eigenvalues",
-    direction=Direction.LOWER_IS_FLATTER,
     loss_degree=0,
-    needs=lambda settings, options: (),
+    needs=(),
     evaluate=_effective_rank,
     curvature=lambda findings: _density(findings).largest,
 )

@@ -28,7 +28,7 @@ from isoflat.core.errors import UnsupportedModel
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.geometry.traced import Traced
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.base import DataStatistic, Findings, Measure, Question
 from isoflat.measures.entries.pac_bayes import BOUNDED, catoni, check_mean, check_options
 from isoflat.measures.entries.statistics import GaussNewtonDiagonal
 from isoflat.measures.point import EvaluationPoint
@@ -182,7 +182,6 @@ MEASURE = Measure(
     ),
     reference="rouchouse2025, arXiv:2509.26149 (rescaling); pitas2019, arXiv:1909.03009 (posterior)",
     units="loss, for losses in [0, 1]",
-    direction=Direction.LOWER_IS_FLATTER,
     loss_degree=None,
     needs=_needs,
     evaluate=_evaluate,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from isoflat.core.estimate import Estimate, Kind
@@ -11,13 +11,11 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.linalg.trace.base import TraceEstimate, deviation, quantile
 from isoflat.linalg.trace.frobenius import Frobenius, FrobeniusEstimate
 from isoflat.linalg.trace.hutchinson import Hutchinson
-from isoflat.measures.base import Findings, Question, SolverQuery
+from isoflat.measures.base import Findings, Needs, Question, SolverQuery
 from isoflat.measures.settings import Settings
 
 CONFIDENCE = 0.95
 """Default for t-intervals: what random probes leave open shrinks with their number only as `1/√probes`."""
-
-Needs = Callable[[Settings, Mapping[str, float]], tuple[Question, ...]]
 
 
 def trace_of(matrix: Matrix) -> Needs:
