@@ -19,7 +19,7 @@ from isoflat.core.plain import kinds
 from isoflat.core.record import Record
 from isoflat.io.inputs import Inputs, load, within_memory
 from isoflat.measurement.verify import RecordCheck, RecordVerdict, carried, verify_all
-from isoflat.measurement.witnesses import Kept, seal, unpacked
+from isoflat.measurement.witnesses import SealedWitness, seal, unpacked
 
 
 @final
@@ -250,7 +250,7 @@ def _consistent(row: Mapping[str, Any], record: Record) -> None:
         )
 
 
-def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[Kept | None, ...]:
+def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[SealedWitness | None, ...]:
     """The vectors of the file beside the result.
 
     Raises:

@@ -25,7 +25,7 @@ VERTICAL = (
     "directions that keep the function count among the eigenvalues: they lie at zero where the gradient is zero, and near "
     "it elsewhere"
 )
-"""What a reader of a spectrum must know about its zeros."""
+"""Note on the zeros of a spectrum."""
 
 
 @takes_settings(
@@ -66,7 +66,7 @@ def spectrum(  # noqa: PLR0913
         steps: products per probe, and of the run that looks for outliers: what the band can resolve is about `1/steps` of
             the range without outliers.
         confidence: probability that the band holds everywhere.
-        label: what to call this network.
+        label: name of this network in the record.
         **settings: the fields of `isoflat.Settings`.
 
     Returns:
@@ -123,7 +123,7 @@ _ENTRY = Measure(
 
 
 def _notes(density: Density, outliers: int) -> tuple[str, ...]:
-    """Notes that a reader must know."""
+    """Notes for the reader of a spectrum."""
     notes = [VERTICAL]
     if density.exact:
         notes.append(density.stopped)
