@@ -133,9 +133,9 @@ def _claims(entry: Measure) -> dict[str, str]:
     from isoflat.measures.catalogue import geometries
 
     places = [entry.geometry] if entry.geometry else list(geometries())
-    if entry.own is None:
+    if entry.own_claims is None:
         return {place: geometries()[place].group for place in places}
-    return dict.fromkeys(places, ", ".join(sorted(entry.own)))
+    return dict.fromkeys(places, ", ".join(sorted(entry.own_claims)))
 
 
 def _in_words(entry: Measure) -> str:
@@ -144,6 +144,6 @@ def _in_words(entry: Measure) -> str:
 
 def _briefly(measure: Measure) -> str:
     """Invariances in a line; where a geometry decides, the list below the measures says what it is invariant to."""
-    if measure.own is not None:
-        return f"invariant to: {', '.join(sorted(measure.own)) or 'nothing that is claimed'}"
+    if measure.own_claims is not None:
+        return f"invariant to: {', '.join(sorted(measure.own_claims)) or 'nothing that is claimed'}"
     return f"as invariant as {measure.geometry or 'the geometry it is measured in'}, below"

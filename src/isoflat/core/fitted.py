@@ -43,10 +43,10 @@ class FittedTable:
     """A table as wide as the terminal: lines break between words, and where even that needs more room, rows become lists.
 
     Attributes:
-        heads: of the columns.
+        heads: heads of the columns.
         rows: cells, one per column; `Text` keeps its style.
-        title: what stands above.
-        words: how many leading columns hold words; the others hold numbers and are set flush right.
+        title: line above the table.
+        words: number of leading columns that hold words; the others hold numbers and are set flush right.
         sections: rows after which a line is drawn.
     """
 
@@ -116,5 +116,5 @@ def _text(cell: str | Text) -> Text:
 
 
 def item(head: str, *lines: str) -> Group:
-    """A name, and what is to be said of it below."""
+    """A name, and lines about it below."""
     return Group(literal(head, "bold"), *(Padding(literal(line), (0, 0, 0, 2)) for line in lines if line))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from isoflat.core.errors import IsoflatError, NonFinite, RankLost, RanksDiffer, UsageError
-from isoflat.core.plain import kinds, plain
+from isoflat.core.plain import adapter, plain
 from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.table import Omission, Table
@@ -202,12 +202,12 @@ def run(task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store,
 def read(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> Measured:
     """Put a network together from its cells in the store; one that diverged has a training and no measurement."""
     if measured is None:
-        gone = kinds(_Diverged).validate_python(trained.result)
+        gone = adapter(_Diverged).validate_python(trained.result)
         training = Training(math.inf, reached=False, steps=0, epochs=0.0, seconds=gone.seconds)
         return Measured(task, training, None, None, None, Table(()), (), gone.seconds, gone.diverged)
-    there = kinds(_TrainingResult).validate_python(trained.result)
+    there = adapter(_TrainingResult).validate_python(trained.result)
     table, *moved = [_table(rows) for rows in measured.result["points"]]
-    seconds = there.training.seconds + kinds(float).validate_python(measured.result["seconds"])
+    seconds = there.training.seconds + adapter(float).validate_python(measured.result["seconds"])
     errors = (there.train_error, there.test_error, there.test_loss)
     return Measured(task, there.training, *errors, table, tuple(moved), seconds)
 

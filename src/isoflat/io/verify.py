@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from isoflat.core.errors import IsoflatError, UsageError
-from isoflat.core.plain import kinds
+from isoflat.core.plain import adapter
 from isoflat.core.record import Record
 from isoflat.io.inputs import Inputs, load, within_memory
 from isoflat.measurement.verify import RecordCheck, RecordVerdict, carried, verify_all
@@ -222,7 +222,7 @@ def _record(row: Any) -> Record:
         UsageError: it is none.
     """
     try:
-        record = kinds(Record).validate_python(asdict(Record.from_dict(row)))
+        record = adapter(Record).validate_python(asdict(Record.from_dict(row)))
         seal(record)  # no infinity or NaN where JSON has none
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

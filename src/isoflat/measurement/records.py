@@ -256,9 +256,9 @@ def _ways(used: MatrixProducts) -> dict[str, Any]:
 
 def group_of(measure: Measure, chart: Chart) -> tuple[str, str]:
     """Group that a number is invariant to, in words and as a hash: the geometry's, unless the measure claims its own."""
-    if measure.own is None:
+    if measure.own_claims is None:
         return chart.group, chart.group_hash
-    words = ", ".join(sorted(measure.own)) or "none"
+    words = ", ".join(sorted(measure.own_claims)) or "none"
     space = chart.state.space
     return words, fingerprint(measure.name, str(measure.version), words, repr(space.names), repr(space.shapes))
 

@@ -203,13 +203,13 @@ class Measure:
         return self.needs(settings, self.options) if callable(self.needs) else self.needs
 
     @property
-    def own(self) -> frozenset[Invariance] | None:
-        """Edits it is invariant to in any geometry, with these values of its parameters; None where the geometry decides."""
+    def own_claims(self) -> frozenset[Invariance] | None:
+        """Edits it is invariant to in any geometry, for these values of its own parameters; None where the geometry decides."""
         return self.claims(self.options) if callable(self.claims) else self.claims
 
     def claimed(self, geometry: Geometry) -> frozenset[Invariance]:
         """Edits it is invariant to, measured in a geometry."""
-        return geometry.claims if self.own is None else self.own
+        return geometry.claims if self.own_claims is None else self.own_claims
 
     @property
     def label(self) -> str:

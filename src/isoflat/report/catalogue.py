@@ -53,7 +53,7 @@ def page(
 
 def _card(entry: Measure) -> str:
     lines = [f"### `{entry.name}`\n", f"{entry.definition}\n", f"$${entry.formula}$$\n"]
-    claims = "as the geometry" if entry.own is None else ", ".join(sorted(entry.own)) or "nothing"
+    claims = "as the geometry" if entry.own_claims is None else ", ".join(sorted(entry.own_claims)) or "nothing"
     facts = {
         "in": f"`{entry.geometry}` only" if entry.geometry else "any geometry",
         "invariant to": claims,
