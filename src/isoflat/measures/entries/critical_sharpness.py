@@ -68,9 +68,9 @@ def _crossing(fall: float, step: float, noise: float, rtol: float) -> Generator[
     Yields steps, and is sent the change of the loss after each; an infinite one where it overflows.
 
     Args:
-        fall: slope of the change at zero, turned round.
+        fall: slope at which the loss falls from the start.
         step: first guess.
-        noise: what a change must exceed to count.
+        noise: size below which a change of the loss does not count.
         rtol: relative distance of the ends.
 
     Raises:

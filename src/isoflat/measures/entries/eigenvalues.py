@@ -13,11 +13,11 @@ from isoflat.measures.base import Findings, Needs, Question, SolverQuery
 from isoflat.measures.settings import Settings
 
 CONFIDENCE = 1 - 1e-6
-"""Default for eigenvalues: the price of certainty is logarithmic."""
+"""Default for eigenvalues: the number of products grows with the logarithm of the failure probability only."""
 
 
 def extremes(which: Which, covariant: bool = False, matrix: Matrix = Matrix.HESSIAN) -> Needs:
-    """The question for one end of the spectrum, as a measure's `needs`."""
+    """The question for one end of the spectrum of a curvature matrix, as a measure's `needs`."""
 
     def needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
         solver = Lanczos(

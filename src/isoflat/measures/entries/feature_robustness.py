@@ -34,8 +34,8 @@ class _Changes(DataStatistic):
 
     Attributes:
         delta: δ.
-        draws: how many A.
-        seed: of them.
+        draws: number of matrices A.
+        seed: seed of these.
     """
 
     delta: float

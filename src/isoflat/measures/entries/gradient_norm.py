@@ -1,4 +1,4 @@
-"""The gradient's length in the metric."""
+"""Length of the gradient in the metric."""
 
 from isoflat.core.estimate import Estimate
 from isoflat.core.space import norm

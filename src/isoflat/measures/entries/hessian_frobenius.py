@@ -1,4 +1,4 @@
-"""The plain Hessian's Frobenius norm."""
+"""Frobenius norm of the plain Hessian."""
 
 from isoflat.curvature.matrix import Matrix
 from isoflat.measures.base import Measure

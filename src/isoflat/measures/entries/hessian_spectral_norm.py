@@ -1,4 +1,4 @@
-"""The plain Hessian's norm: the number that a rescaling can move at will."""
+"""Spectral norm of the plain Hessian, which a rescaling can move at will."""
 
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.measures.base import Measure

@@ -1,4 +1,4 @@
-"""The plain Hessian's trace."""
+"""Trace of the plain Hessian."""
 
 from isoflat.curvature.matrix import Matrix
 from isoflat.measures.base import Measure

@@ -41,11 +41,11 @@ class _Chains(Question):
     Each step is `u ← u − ε/2 (nβ Eᵀ∇L_B + γ u) + √ε ξ`, with nβ = N / ln N.
 
     Attributes:
-        chains: independent runs.
-        draws: steps that count.
-        burn: steps before them.
+        chains: number of independent runs.
+        draws: number of steps that count.
+        burn: number of steps before them.
         localisation: γ.
-        rows: of a minibatch.
+        rows: rows of a minibatch.
     """
 
     chains: int

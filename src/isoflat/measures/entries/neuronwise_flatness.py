@@ -22,7 +22,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 @final
 @dataclass(frozen=True)
 class _Neurons(DataStatistic):
-    """`Σ_l Σ_j ‖w_j‖² tr H_jj`, and the matrices that have no neurons."""
+    """`Σ_l Σ_j ‖w_j‖² tr H_jj`, and the names of weight matrices that have no neurons."""
 
     framed = False
 

@@ -1,4 +1,4 @@
-"""The paper's number in Keskar's form."""
+"""The Hessian's spectral norm in the metric, as a sharpness in Keskar's form."""
 
 from isoflat.core.estimate import Estimate
 from isoflat.linalg.eigen.extremes import Which

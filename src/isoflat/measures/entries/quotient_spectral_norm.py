@@ -1,4 +1,4 @@
-"""The paper's number."""
+"""The Hessian's spectral norm in the metric: the number of Rangamani and others."""
 
 from isoflat.linalg.eigen.extremes import Which
 from isoflat.measures.base import Measure

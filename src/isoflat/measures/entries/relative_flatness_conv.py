@@ -45,12 +45,12 @@ class _Layers:
     """The last convolution and the linear layer, in one batch.
 
     Attributes:
-        name: of the kernel.
+        name: name of the kernel.
         module: the convolution.
         kernel: shape `(channels, in, *window)`.
-        inputs: of the convolution, shape `(rows, in, *positions)`.
-        output: of the convolution, shape `(rows, channels, *positions)`.
-        head: V, shape `(classes, channels)`, times what scores are multiplied by.
+        inputs: inputs of the convolution, shape `(rows, in, *positions)`.
+        output: output of the convolution, shape `(rows, channels, *positions)`.
+        head: V times the factor of the scores, shape `(classes, channels)`.
         z: scores, shape `(rows, classes)`.
         count: counted targets or their weights.
     """
@@ -134,6 +134,8 @@ def _inside(path: str, name: str) -> str:
 
 
 def _name(calls: list[str], path: str) -> Any:
+    """Hook that adds the path of a layer to a list at each call."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         calls.append(path)
 
@@ -141,7 +143,7 @@ def _name(calls: list[str], path: str) -> Any:
 
 
 def _last(call: list[_Call], path: str) -> Any:
-    """Keeps copies of the latest call only: layers that work in place overwrite what they are given."""
+    """Hook that keeps copies of the latest call only: layers that work in place overwrite what they are given."""
 
     def hook(module: Any, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
         call[:] = [(path, module, (args[0] if args else named["input"]).clone(), output.clone())]

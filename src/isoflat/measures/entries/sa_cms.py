@@ -28,7 +28,7 @@ class _Losses(Question):
 
     Attributes:
         sigma: σ.
-        draws: how many.
+        draws: number of draws.
     """
 
     framed = False

@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 
 
 def trace_of(matrix: Matrix) -> Needs:
-    """The question for a trace, as a measure's `needs`."""
+    """The question for the trace of a curvature matrix, as a measure's `needs`."""
 
     def needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
         return (SolverQuery(Hutchinson(probes=settings.probes, confidence=_confidence(settings)), matrix=matrix),)
@@ -28,7 +28,7 @@ def trace_of(matrix: Matrix) -> Needs:
 
 
 def frobenius_of(matrix: Matrix) -> Needs:
-    """The question for a Frobenius norm, as a measure's `needs`."""
+    """The question for the Frobenius norm of a curvature matrix, as a measure's `needs`."""
 
     def needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
         return (SolverQuery(Frobenius(probes=settings.probes, confidence=_confidence(settings)), matrix=matrix),)
@@ -55,8 +55,8 @@ def mean_of(findings: Findings, samples: Sequence[float], *notes: str, remedy: s
     Args:
         findings: whose settings say how wide it may be, and with what confidence it is to hold.
         samples: two or more.
-        notes: to print with it.
-        remedy: what narrows it, where it is too wide.
+        *notes: remarks to print with it.
+        remedy: advice that narrows the interval, given where it is too wide.
     """
     confidence, count = _confidence(findings.settings), len(samples)
     value, error = fmean(samples), deviation(samples) / math.sqrt(count)
