@@ -104,11 +104,9 @@ def compare(
                 logits=wanted.logits,
                 initial=start,
                 params=params,
-                dtype=compute.dtype,
-                check=compute.check,
                 device=where,
-                progress=interactive() and not output.as_json and ranks.first,
-                reproducible_sum=compute.reproducible_sum,
+                progress=interactive() and not hidden,
+                **compute.precision(),
                 **effort,
             )
     if not ranks.first:

@@ -66,10 +66,6 @@ def measure(
     inputs, (out, force, initial) = network.inputs(compute.seed), (output.out, output.force, wanted.initial)
     beside = witness_path(out, (network.weights, initial)) if witness else None
     kept: list[tuple[Record, Tensor]] = []
-
-    def keep(record: Record, vector: Tensor) -> None:
-        kept.append((record, vector))
-
     with sharing(compute.device, compute.timeout) as ranks:
         with ranks.agreeing():
             if ranks.first:
@@ -85,12 +81,10 @@ def measure(
             params=wanted.params or None,
             **wanted.effort(compute.seed),
             logits=wanted.logits,
-            dtype=compute.dtype,
-            check=compute.check,
+            **compute.precision(),
             device=compute.device,
             progress=interactive() and not output.as_json and ranks.first,
-            reproducible_sum=compute.reproducible_sum,
-            keep=keep if witness else None,
+            keep=(lambda *row: kept.append(row)) if witness else None,
         )
     if not ranks.first:
         return
@@ -150,10 +144,10 @@ def evaluate(
     """Load and measure.
 
     Args:
-        inputs: what is measured.
-        orbit: how many copies with the same function are measured too.
+        inputs: the network, its data and its loss, as the user named them.
+        orbit: number of copies with the same function that are measured too.
         initial: a file with the weights before training.
-        hidden: show no progress.
+        hidden: True to show no progress.
         **settings: as for `isoflat.measure_all`.
 
     Returns:
@@ -187,25 +181,19 @@ def evaluate(
             return table, loading, None
         if not found.dimension:
             return table, (*loading, "no change of these weights that keeps the function: no orbit"), None
-        shared = {
-            key: settings[key]
-            for key in (
-                "params", "rtol", "confidence", "certify", "budget", "probes", "device", "reproducible_sum", "logits",
-                "initial",
-            )
-        }  # fmt: skip
+        shared = (
+            "measures", "geometry", "params", "rtol", "confidence", "certify", "budget", "probes", "seed", "device",
+            "reproducible_sum", "logits", "initial",
+        )  # fmt: skip
         copies = attack(
             loaded.model,
             loaded.batches,
             loaded.loss,
-            measures=settings["measures"],
-            geometry=settings["geometry"],
             points=orbit,
             search=0,
-            seed=settings["seed"],
             symmetries=found,
             progress=not hidden,
-            **shared,
+            **{key: settings[key] for key in shared},
         )
         return table, loading, copies
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from isoflat.cli.terminal import console, interactive, say, step
+from isoflat.cli.terminal import console, interactive, say, step, write_json
 from isoflat.core.fitted import FittedTable, facts, item, literal
 
 if TYPE_CHECKING:
@@ -28,7 +27,9 @@ def measures(
         bool, typer.Option("--table", help="Attack every claim of invariance, and print what each edit does.")
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Cards and table as a page.")] = False,
-    bibtex: Annotated[bool, typer.Option("--bibtex", help="What they come from, as BibTeX entries.")] = False,
+    bibtex: Annotated[
+        bool, typer.Option("--bibtex", help="The works that measures are from, as BibTeX entries.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
 ) -> None:
     """List every measure with its formula, reference, units and invariances."""
@@ -48,7 +49,7 @@ def measures(
                 {"name": place.name, "title": place.title, "group": place.group, "version": place.version}
                 for place in catalogue.geometries().values()
             ]
-        sys.stdout.write(json.dumps(content, allow_nan=False) + "\n")
+        write_json(content)
         return
     screen = console()
     if name is not None:
@@ -88,7 +89,7 @@ def _show_table(chosen: Mapping[str, Measure], as_json: bool, markdown: bool) ->
             {"measure": name, "geometry": place, "drifts": {str(kind): vars(drift) for kind, drift in row.items()}}
             for (name, place), row in found.items()
         ]
-        sys.stdout.write(json.dumps({"table": rows}, allow_nan=False) + "\n")
+        write_json({"table": rows})
         return
     if markdown:
         sys.stdout.write(page(list(chosen.values()), list(geometries().values()), found))
@@ -120,7 +121,7 @@ def card(entry: Measure) -> dict[str, Any]:
 
 def _show_card(screen: Console, entry: Measure) -> None:
     content = card(entry) | {
-        "invariant_under": _in_words(entry),
+        "invariant_under": " | ".join(f"{place}: {group}" for place, group in _claims(entry).items()),
         "geometry": entry.geometry or "any",
         "options": ", ".join(f"{key} = {value:g}" for key, value in entry.options.items()) or "none",
         "loss_degree": "no power" if entry.loss_degree is None else f"{entry.loss_degree:g}",
@@ -136,10 +137,6 @@ def _claims(entry: Measure) -> dict[str, str]:
     if entry.own_claims is None:
         return {place: geometries()[place].group for place in places}
     return dict.fromkeys(places, ", ".join(sorted(entry.own_claims)))
-
-
-def _in_words(entry: Measure) -> str:
-    return " | ".join(f"{place}: {group}" for place, group in _claims(entry).items())
 
 
 def _briefly(measure: Measure) -> str:

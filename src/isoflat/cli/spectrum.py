@@ -117,11 +117,9 @@ def spectrum(
                 budget=budget,
                 logits=further.logits,
                 seed=compute.seed,
-                dtype=compute.dtype,
                 device=where,
-                progress=interactive() and not output.as_json and ranks.first,
-                check=compute.check,
-                reproducible_sum=compute.reproducible_sum,
+                progress=interactive() and not hidden,
+                **compute.precision(),
             )
     if not ranks.first:
         return

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +11,7 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.exits import DOES_NOT_HOLD, REFUSED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.terminal import complain, console
+from isoflat.cli.terminal import complain, console, write_json
 from isoflat.core.errors import IsoflatError
 from isoflat.core.fitted import facts, literal
 
@@ -82,7 +80,7 @@ def verify(
         except IsoflatError as error:
             found.append(VerifiedFile(path, (), str(error)))
     if output.as_json:
-        sys.stdout.write(f"{json.dumps({'files': [_plain(part) for part in found]}, allow_nan=False)}\n")
+        write_json({"files": [_plain(part) for part in found]})
     else:
         for part in found:
             _show(console(), part)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from isoflat.core import render
 from isoflat.core.errors import UsageError
-from isoflat.core.estimate import interval
+from isoflat.core.estimate import value_over_interval
 from isoflat.core.plain import attributes, check_schema, json_numbers
 from isoflat.core.record import SCHEMA, Record
 from isoflat.core.table import Table
@@ -372,7 +372,7 @@ class Comparison(render.Printed):
                     label,
                     f"{row.point.loss:.4g}",
                     "–" if accuracy is None else f"{accuracy:.4g}",
-                    f"{row.estimate}\n{interval(row.estimate)}{unreached}",
+                    f"{value_over_interval(row.estimate)}{unreached}",
                     *(("reference", "", "") if gap is None else _cells(gap)),
                 )
             )

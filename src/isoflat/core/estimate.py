@@ -191,6 +191,11 @@ def interval(estimate: Estimate) -> str:
     return render.bounds(estimate.lower, estimate.upper)
 
 
+def value_over_interval(estimate: Estimate) -> str:
+    """A value, and on the line below its interval, for a cell of a table."""
+    return f"{estimate}\n{interval(estimate)}"
+
+
 _KEYS = (
     "value", "lower", "upper", "confidence", "kind", "converged", "relative_width", "residual", "standard_error", "cost",
     "notes", "samples",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from isoflat.core import render
 from isoflat.core.errors import UsageError
-from isoflat.core.estimate import interval
+from isoflat.core.estimate import value_over_interval
 from isoflat.core.plain import attributes
 from isoflat.core.record import Record
 
@@ -142,7 +142,7 @@ def _cells(row: Record) -> tuple[str, ...]:
         row.label,
         row.measure,
         row.geometry,
-        f"{estimate}\n{interval(estimate)}",
+        value_over_interval(estimate),
         "yes" if estimate.converged else "no",
         "–" if ratio is None else f"{ratio:.2g}",
         f"{estimate.cost.products}, {estimate.cost.gradient_passes:.1f}",

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from isoflat.core.estimate import Estimate
+from isoflat.core.estimate import Estimate, interval
 from isoflat.core.record import Record
 from isoflat.core.render import visible
-from isoflat.core.table import Omission, interval
+from isoflat.core.table import Omission
 from isoflat.report import tables
 from isoflat.report.document import Definitions, Grid, Plate, Prose, Section
 from isoflat.report.drawing import markup
