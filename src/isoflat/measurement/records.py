@@ -205,7 +205,7 @@ class RecordWriter:
         self, point: EvaluationPoint, where: Point, ratio: float | None, used: MatrixProducts | None
     ) -> list[str]:
         chart = point.chart
-        notes = [*self.subject.notes, *warnings(where, point.survey)]
+        notes = [*self.subject.notes, *survey_warnings(where, point.survey)]
         if chart.unseen:
             reasons: dict[str, list[str]] = {}
             for name, why in chart.unseen:
@@ -296,7 +296,7 @@ def surveyed_point(state: State, survey: Survey) -> Point:
     )
 
 
-def warnings(where: Point, survey: Survey) -> tuple[str, ...]:
+def survey_warnings(where: Point, survey: Survey) -> tuple[str, ...]:
     """Warnings for the reader of a record: tensors without influence, and an accuracy at chance level."""
     notes = []
     if survey.unused:

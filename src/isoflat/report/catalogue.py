@@ -41,8 +41,8 @@ def page(
     """Cards of all measures and geometries, and the table of claims, as Markdown.
 
     Args:
-        measures: in the order of their cards.
-        geometries: that they may be measured in.
+        measures: the measures, in the order of their cards.
+        geometries: all geometries.
         found: drifts by measure and geometry.
     """
     parts = [INTRODUCTION, "## Geometries\n"]

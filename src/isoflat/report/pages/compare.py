@@ -32,8 +32,8 @@ def page(comparison: Comparison, subject: Mapping[str, Any]) -> Page:
     """Page of a comparison, ready to be rendered.
 
     Args:
-        comparison: what was found.
-        subject: what was compared, as in the JSON of `isoflat compare`.
+        comparison: the comparison.
+        subject: its networks, data and loss, as in the JSON of `isoflat compare`.
     """
     found = tamed(comparison)
     first, *others = found.sentences
@@ -87,7 +87,7 @@ def blocks(comparison: Comparison) -> list[Grid | Plate]:
     """The figure, then for each number its ranking and its differences.
 
     Args:
-        comparison: with texts that a page can show.
+        comparison: the comparison, with texts that a page can show (`tamed`).
     """
     made: list[Grid | Plate] = list(_figures(comparison))
     for number in comparison.numbers:
@@ -96,11 +96,11 @@ def blocks(comparison: Comparison) -> list[Grid | Plate]:
 
 
 def warnings(comparison: Comparison, subject: Mapping[str, Any]) -> tuple[Prose, ...]:
-    """Paragraphs to read before believing it."""
+    """Warnings to read before a comparison is believed."""
     loading = subject.get("notes")
     told = [*parts.unconverged(comparison.rows), *comparison.notes, *comparison.remarks]
     told += [brief(note, TEXT) for note in loading] if isinstance(loading, list) else []
-    return parts.warnings(told)
+    return parts.warning_blocks(told)
 
 
 def provenance(rows: Sequence[Record], subject: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
