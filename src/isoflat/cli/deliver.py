@@ -51,7 +51,7 @@ def deliver(
             show(console())
 
 
-def fill(
+def write_folder(
     folder: Path, content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], records: Iterable[Record], page: Page
 ) -> None:
     """Write the files of an experiment; earlier ones of the same names are replaced, nothing else is touched.

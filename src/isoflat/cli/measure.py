@@ -16,7 +16,7 @@ from isoflat.cli.exits import NOT_CONVERGED, sharing
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import interactive, notes, step
 from isoflat.core.errors import UsageError
-from isoflat.core.fitted import FittedTable, facts, literal
+from isoflat.core.fitted import FittedTable, fact_list, literal
 from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def measure(
             if ranks.first:
                 claim(out, force)
                 claim(beside, force, "--witness")
-        table, loading, over = evaluate(
+        table, loading, over = load_and_measure(
             inputs,
             orbit,
             initial,
@@ -101,9 +101,9 @@ def measure(
         content["orbit"] = over.to_dict()
     packed = b""
     if beside is not None:
-        from isoflat.measurement.witnesses import packed as pack
+        from isoflat.measurement.witnesses import packed_witnesses
 
-        packed = pack(kept)
+        packed = packed_witnesses(kept)
         content["witness"] = {"file": beside.name, "sha256": hashlib.sha256(packed).hexdigest()}
 
     def also() -> None:
@@ -138,7 +138,7 @@ def witness_path(out: Path | None, used: Sequence[Path | None]) -> Path:
     return beside
 
 
-def evaluate(
+def load_and_measure(
     inputs: Inputs, orbit: int = 0, initial: Path | None = None, hidden: bool = True, **settings: Any
 ) -> tuple[Table, tuple[str, ...], AttackResult | None]:
     """Load and measure.
@@ -213,11 +213,11 @@ def show(
         ),
         ("peak memory", f"{max(row.estimate.cost.peak_memory for row in table) / 2**20:.0f} MiB"),
     ]
-    screen.print(facts(listed))
+    screen.print(fact_list(listed))
     for number, row in enumerate(table):
         further = [] if orbit is None else [("over the orbit", _spread(orbit, number))]
         screen.print(literal(f"{row.measure} ({row.geometry})", style="bold"))
-        screen.print(facts([*_row(row), *further]))
+        screen.print(fact_list([*_row(row), *further]))
     notes(screen, (*loading, *(note for row in table for note in row.estimate.notes)))
 
 

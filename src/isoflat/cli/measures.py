@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from isoflat.cli.terminal import console, interactive, say, step, write_json
-from isoflat.core.fitted import FittedTable, facts, item, literal
+from isoflat.core.fitted import FittedTable, fact_list, item, literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,7 +126,7 @@ def _show_card(screen: Console, entry: Measure) -> None:
         "options": ", ".join(f"{key} = {value:g}" for key, value in entry.options.items()) or "none",
         "loss_degree": "no power" if entry.loss_degree is None else f"{entry.loss_degree:g}",
     }
-    screen.print(facts((key.replace("_", " "), value) for key, value in content.items() if value != ""))
+    screen.print(fact_list((key.replace("_", " "), value) for key, value in content.items() if value != ""))
 
 
 def _claims(entry: Measure) -> dict[str, str]:

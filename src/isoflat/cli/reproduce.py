@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
-from isoflat.cli.deliver import fill
+from isoflat.cli.deliver import write_folder
 from isoflat.cli.exits import DOES_NOT_HOLD, NOT_CONVERGED, sharing
 from isoflat.cli.options import ComputeOptions, OutputOptions, takes
 from isoflat.cli.terminal import console, say, write_json
@@ -158,7 +158,7 @@ def write(result: Reproduction, folder: Path, command: str) -> None:
     from isoflat.report.pages.reproduce import page
 
     content = {**result.to_dict(), "command": command}
-    fill(folder, content, result.rows(), result.records, page(result, command))
+    write_folder(folder, content, result.rows(), result.records, page(result, command))
 
 
 def listing(as_json: bool) -> None:

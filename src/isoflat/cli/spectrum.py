@@ -15,7 +15,7 @@ from isoflat.cli.exits import NOT_CONVERGED, sharing
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import interactive, step
 from isoflat.core.errors import UsageError
-from isoflat.core.fitted import facts, literal
+from isoflat.core.fitted import fact_list, literal
 from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
@@ -161,4 +161,4 @@ def show(screen: Console, inputs: Inputs, notes: tuple[str, ...], found: Spectru
     ]
     screen.print(literal(found.title, style="bold"))
     screen.print(*found.grids(), sep="\n")
-    screen.print(facts(listed))
+    screen.print(fact_list(listed))

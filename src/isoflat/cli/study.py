@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, final
 import typer
 
 from isoflat.cli import options
-from isoflat.cli.deliver import fill
+from isoflat.cli.deliver import write_folder
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import console, say, write_json
-from isoflat.core.fitted import FittedTable, literal
-from isoflat.core.fitted import facts as told
+from isoflat.core.fitted import FittedTable, fact_list, literal
 
 if TYPE_CHECKING:
     from isoflat.experiments.prediction import Prediction
@@ -196,13 +195,13 @@ def write(result: Prediction, folder: Path, command: str) -> None:
     from isoflat.report.pages.study import page
 
     content = {"command": command, "subject": result.subject, **result.to_dict()}
-    fill(folder, content, result.rows(), result.records, page(result, command, result.facts))
+    write_folder(folder, content, result.rows(), result.records, page(result, command, result.facts))
 
 
 def show(result: Prediction, folder: Path) -> None:
     """Tables and sentences on the terminal."""
     screen = console()
-    screen.print(told(result.facts))
+    screen.print(fact_list(result.facts))
     screen.print(_networks(result))
     screen.print(_relations(result))
     first, *others = result.sentences

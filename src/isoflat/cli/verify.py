@@ -13,7 +13,7 @@ from isoflat.cli.exits import DOES_NOT_HOLD, REFUSED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import complain, console, write_json
 from isoflat.core.errors import IsoflatError
-from isoflat.core.fitted import facts, literal
+from isoflat.core.fitted import fact_list, literal
 
 if TYPE_CHECKING:
     from isoflat.io.verify import VerifiedFile
@@ -62,16 +62,8 @@ def verify(
     from isoflat.io.verify import VerifiedFile, verify_named
 
     where = device_of(compute.device)
-    given = {
-        "loss": loss,
-        "params": wanted.params or None,
-        "weights_key": network.weights_key,
-        "strip_prefix": network.strip_prefix or None,
-        "transform": network.transform,
-        "split": network.split,
-        "examples": network.examples,
-        "batch_size": batch_size,
-    }
+    own = {"loss": loss, "params": wanted.params or None, "strip_prefix": network.strip_prefix or None}
+    given = network.reading() | own | {"batch_size": batch_size}
     settings = {"device": where, "seed": compute.seed, "check": compute.check}
     found: list[VerifiedFile] = []
     for path in files:
@@ -119,4 +111,4 @@ def _show(screen: Console, part: VerifiedFile) -> None:
             listed.append(("certain", f"an eigenvalue lies in [{low:.10g}, {high:.10g}], whatever is stored"))
             listed.append(("residual", f"{check.residual:.3g}"))
             listed.append(("two products reach", f"{check.reach:.10g}"))
-        screen.print(facts(listed))
+        screen.print(fact_list(listed))

@@ -298,6 +298,20 @@ class Comparison(render.Printed):
         first = [label for label, places in self.ranks(number).items() if places[0] == 1]
         return " ".join([f"{by}, none is called the flattest: it may be {render.enumerated(first, 'or')}.", *doubts])
 
+    def ranking(self, number: tuple[str, str]) -> list[Record]:
+        """The records of a number, flattest first.
+
+        Args:
+            number: measure and geometry.
+        """
+        places, sign = self.ranks(number), 1 if self.lower_is_flatter(number) else -1
+        rows = {row.label: row for row in self.rows if (row.measure, row.geometry) == number}
+        return sorted(rows.values(), key=lambda row: (*places[row.label], sign * row.estimate.value))
+
+    def lower_is_flatter(self, number: tuple[str, str]) -> bool:
+        """True where a lower value of this number means a flatter minimum."""
+        return self._of(number)[0].lower_is_flatter
+
     def _of(self, number: tuple[str, str]) -> list[Difference]:
         return [gap for gap in self.differences if (gap.measure, gap.geometry) == number]
 
@@ -340,9 +354,6 @@ class Comparison(render.Printed):
         notes = (literal(f"note: {note}", "yellow") for note in (*self.notes, *self.remarks))
         return Group(*parts[1:], literal(""), *notes)
 
-    def _title(self, number: tuple[str, str]) -> str:
-        return f"{number[0]} ({number[1]}), {'lower' if self._of(number)[0].lower_is_flatter else 'higher'} is flatter"
-
     def _grid(self, number: tuple[str, str]) -> FittedTable:
         """One line per network, flattest first."""
         from isoflat.core.fitted import FittedTable
@@ -359,11 +370,9 @@ class Comparison(render.Printed):
             "verdict",
         )
         places = self.ranks(number)
-        sign = 1 if self._of(number)[0].lower_is_flatter else -1
-        rows = {row.label: row for row in self.rows if (row.measure, row.geometry) == number}
         cells = []
-        for label in sorted(rows, key=lambda label: (*places[label], sign * rows[label].estimate.value)):
-            row, (best, worst) = rows[label], places[label]
+        for row in self.ranking(number):
+            label, (best, worst) = row.label, places[row.label]
             gap = None if label == other else self.between(label, other, number)
             accuracy, unreached = row.point.accuracy, "" if row.estimate.converged else "\nnot converged"
             cells.append(
@@ -376,7 +385,8 @@ class Comparison(render.Printed):
                     *(("reference", "", "") if gap is None else _cells(gap)),
                 )
             )
-        return FittedTable(heads, cells, self._title(number), words=2)
+        way = "lower" if self.lower_is_flatter(number) else "higher"
+        return FittedTable(heads, cells, f"{number[0]} ({number[1]}), {way} is flatter", words=2)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, with ranks and sentences."""

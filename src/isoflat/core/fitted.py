@@ -27,7 +27,7 @@ def literal(text: object, style: str = "") -> Text:
     return Text(visible(text), style=style)
 
 
-def facts(rows: Iterable[tuple[str, object]]) -> Grid:
+def fact_list(rows: Iterable[tuple[str, object]]) -> Grid:
     """Names and values in two columns."""
     grid = Grid.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -101,7 +101,7 @@ class FittedTable:
         parts = []
         for row in self.rows:
             texts = (str(cell).replace("\n", " ") for cell in row[1:])
-            parts += [_text(row[0]), Padding(facts(zip(self.heads[1:], texts, strict=True)), (0, 0, 0, 2))]
+            parts += [_text(row[0]), Padding(fact_list(zip(self.heads[1:], texts, strict=True)), (0, 0, 0, 2))]
         return Group(*parts)
 
 

@@ -77,9 +77,9 @@ class Spectrum(render.Printed):
         """Draw the outliers, the quantiles, and the facts below."""
         from rich.console import Group
 
-        from isoflat.core.fitted import facts, literal
+        from isoflat.core.fitted import fact_list, literal
 
-        return Group(literal(self.title, "bold"), *self.grids(), facts(self.facts()))
+        return Group(literal(self.title, "bold"), *self.grids(), fact_list(self.facts()))
 
     @property
     def title(self) -> str:

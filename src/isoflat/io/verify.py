@@ -19,7 +19,7 @@ from isoflat.core.plain import adapter
 from isoflat.core.record import Record
 from isoflat.io.inputs import Inputs, load, within_memory
 from isoflat.measurement.verify import RecordCheck, RecordVerdict, carried, verify_all
-from isoflat.measurement.witnesses import SealedWitness, seal, unpacked
+from isoflat.measurement.witnesses import SealedWitness, seal, unpacked_witnesses
 
 
 @final
@@ -268,4 +268,4 @@ def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[Seale
         raise UsageError(
             f"{beside} is not the file that was written with the result: its SHA-256 is {came}, the result's {expected}"
         )
-    return unpacked(content, records)
+    return unpacked_witnesses(content, records)

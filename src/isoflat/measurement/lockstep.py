@@ -147,7 +147,7 @@ def run_in_lockstep(
             _multiply(waiting, doubles, report)
 
 
-def outcomes(tasks: Sequence[Task], report: Callable[[str], None] = lambda _: None) -> list[Outcome]:
+def outcomes(tasks: Sequence[Task], report: Callable[[str], None]) -> list[Outcome]:
     """The outcomes of `run_in_lockstep` where each task must have one.
 
     Raises:

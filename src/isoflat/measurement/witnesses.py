@@ -35,14 +35,14 @@ class SealedWitness:
     seal: str
 
 
-def packed(rows: Sequence[tuple[Record, Tensor]]) -> bytes:
+def packed_witnesses(rows: Sequence[tuple[Record, Tensor]]) -> bytes:
     """Witnesses as a safetensors file, by measure and geometry; its metadata has the seals of their records."""
     vectors = {_key(record): vector.detach().cpu().clone() for record, vector in rows}
     return save(vectors, metadata={_key(record): seal(record) for record, _ in rows})
 
 
-def unpacked(content: bytes, records: Sequence[Record]) -> tuple[SealedWitness | None, ...]:
-    """Witness of each record, as `packed` wrote it for one of its name; None where there is none.
+def unpacked_witnesses(content: bytes, records: Sequence[Record]) -> tuple[SealedWitness | None, ...]:
+    """Witness of each record, as `packed_witnesses` wrote it for one of its name; None where there is none.
 
     Raises:
         UsageError: these are no witnesses, or not all of a file of them.
