@@ -51,7 +51,7 @@ def examine(inputs: Inputs, dtype: str | None = None, device: torch.device | Non
     exam = _Exam()
     loss = exam.check("loss is known", lambda: (find_loss(inputs.loss), inputs.loss))
     model = exam.check("model builds", lambda: _described(build(inputs.model, inputs.seed)))
-    exam.check("weights fit", lambda: (True, "; ".join(_filled(_sure(model), inputs)) or "every tensor, strictly"))
+    exam.check("weights fit", lambda: _filled(_sure(model), inputs))
     exam.check("mode is right", lambda: _mode(_sure(model)))
     data = exam.check("data can be read", lambda: _with_notes(inputs))
     exam.check("data is the same at a second pass", lambda: _same_twice(_sure(data)))
@@ -102,8 +102,9 @@ def _described(model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
     return model, f"{type(model).__name__} with {sum(p.numel() for p in model.parameters())} entries"
 
 
-def _filled(model: torch.nn.Module, inputs: Inputs) -> tuple[str, ...]:
-    return fill(model, inputs.weights, inputs.weights_key, inputs.strip_prefix, inputs.seed)
+def _filled(model: torch.nn.Module, inputs: Inputs) -> tuple[bool, str]:
+    notes = fill(model, inputs.weights, inputs.weights_key, inputs.strip_prefix, inputs.seed)
+    return True, "; ".join(notes) or "every tensor, strictly"
 
 
 def _with_notes(inputs: Inputs) -> tuple[Batches, str]:

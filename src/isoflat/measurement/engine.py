@@ -194,19 +194,23 @@ class Measurement:
 
     def _applying(self, answers: Answers) -> Measurement:
         """The measurement without measures that have been refused an answer."""
-        refused = {key for key, answer in answers.items() if isinstance(answer, IsoflatError)}
-        plan = ((m, g) for m, g in self.plan if not any((g, question) in refused for question in self.questions(m)))
-        return replace(self, plan=tuple(plan))
+
+        def refused(measure: Measure, geometry: Geometry) -> bool:
+            return any(isinstance(answers.get((geometry, q)), IsoflatError) for q in self.questions(measure))
+
+        return replace(self, plan=tuple(entry for entry in self.plan if not refused(*entry)))
 
 
 def generator_checks(point: EvaluationPoint) -> dict[tuple[Geometry, Question], Task]:
     """Tasks that check products: one product with a generator of the group, in each geometry that has one."""
     hessian = point.operator(Matrix.HESSIAN)
     plain = Pullback(hessian, Identity(hessian.n))
-    asked = {
-        g: SingleProduct(chart.identity.velocity) for g, chart in point.charts.items() if chart.identity is not None
-    }
-    return {(g, SolverQuery(probe)): Task.of(probe, plain, stream(point.settings.seed)) for g, probe in asked.items()}
+    checks: dict[tuple[Geometry, Question], Task] = {}
+    for geometry, chart in point.charts.items():
+        if chart.identity is not None:
+            probe = SingleProduct(chart.identity.velocity)
+            checks[geometry, SolverQuery(probe)] = Task.of(probe, plain, stream(point.settings.seed))
+    return checks
 
 
 def matrices_of(keys: Sequence[tuple[Geometry, Question]]) -> tuple[Matrix, ...]:

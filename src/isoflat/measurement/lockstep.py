@@ -226,7 +226,7 @@ def _sweep(group: Sequence[Task], report: Callable[[str], None]) -> None:
 
 
 def _evaluate(waiting: Sequence[Task], report: Callable[[str], None]) -> None:
-    """Losses and gradients at other weights: one pass over the data for all that share one with the first."""
+    """Evaluate losses and gradients at other weights, in one pass over the data for all that can share one with the first."""
     requests = {task: task.request for task in waiting if isinstance(task.request, AtWeights)}
     first = next(iter(requests.values()))
     group = {task: one for task, one in requests.items() if one is first or one.shares_a_pass_with(first)}

@@ -223,7 +223,15 @@ class RecordWriter:
     def _settings(self, used: MatrixProducts | None) -> dict[str, Any]:
         """Settings of the measurement; those of products only where there are any."""
         settings, state = self.settings, self.subject.state
-        made = {} if used is None else _ways(used)
+        products = {}
+        if used is not None:
+            products = {
+                "route": used.parts[0].route,
+                "second_order_rules": list(used.plan.rules),
+                "rows_at_a_time": used.rows,
+                "parts": [round(share, 6) for share in used.operator.shares],
+                "memory_forecast": used.plan.forecast,
+            }
         return {
             "rtol": settings.rtol,
             "certify": settings.certify,
@@ -235,23 +243,13 @@ class RecordWriter:
             "max_products": settings.budget.products,
             "dtype": str(state.dtype).removeprefix("torch."),
             "device": str(state.device),
-            **made,
+            **products,
             "autocast": str(settings.inside).removeprefix("torch.") if settings.inside else "off",
             "tf32": "off",
             "threads": torch.get_num_threads(),
             "processes": self.subject.risk.ranks.world,
             "reproducible_sum": self.subject.risk.ranks.ordered,
         }
-
-
-def _ways(used: MatrixProducts) -> dict[str, Any]:
-    return {
-        "route": used.parts[0].route,
-        "second_order_rules": list(used.plan.rules),
-        "rows_at_a_time": used.rows,
-        "parts": [round(share, 6) for share in used.operator.shares],
-        "memory_forecast": used.plan.forecast,
-    }
 
 
 def group_of(measure: Measure, chart: Chart) -> tuple[str, str]:

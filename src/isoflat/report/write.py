@@ -110,7 +110,7 @@ def write_report(
 
 
 def page_of(results: Results, command: str) -> tuple[Page | None, tuple[str, ...]]:
-    """The page of results, and what could not be read in them; no page where nothing could.
+    """The page of results, and warnings about what could not be read; no page where nothing could.
 
     A folder of `isoflat reproduce` or `study` has the page that these made of it.
 
@@ -118,18 +118,19 @@ def page_of(results: Results, command: str) -> tuple[Page | None, tuple[str, ...
         results: the results that were read.
         command: the command line that shows them.
     """
-    warnings = list(records.refusals(results))
-    again = [partial(_reproduced, results, each.content) for each in results.reproduced[:1]]
-    again += [partial(_studied, results, each.content) for each in results.studied[:1]]
-    for attempt in again:
-        made, told = attempt()
-        warnings += told
+    refused = records.refusals(results)
+    further: list[str] = []
+    rebuilds = [partial(_reproduced, results, each.content) for each in results.reproduced[:1]]
+    rebuilds += [partial(_studied, results, each.content) for each in results.studied[:1]]
+    for rebuild in rebuilds:
+        made, told = rebuild()
+        further += told
         if made is not None:
-            return records.with_warnings(made, warnings), tuple(warnings)
+            warnings = (*refused, *further)
+            return records.with_warnings(made, warnings), warnings
     if not results.found and not results.contests:
-        return None, tuple(warnings)
-    further = warnings[len(records.refusals(results)) :]
-    return records.with_warnings(records.page(results, command), further), tuple(warnings)
+        return None, (*refused, *further)
+    return records.with_warnings(records.page(results, command), further), (*refused, *further)
 
 
 def _at_hand(results: Table | Comparison | Iterable[Record], target: Path) -> Results:
