@@ -32,7 +32,7 @@ EXTRAS = {
     "transformers": None,
     "lightning": None,
 }
-"""Optional packages, and the extra of isoflat that brings each."""
+"""Optional packages, each with the extra of isoflat that installs it, if any."""
 
 FRAGILE = ("torchvision", "timm")
 """Packages that are often installed but broken, so that they are imported once, in a process of their own."""

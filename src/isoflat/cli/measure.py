@@ -201,7 +201,7 @@ def load_and_measure(
 def show(
     screen: Console, inputs: Inputs, table: Table, loading: tuple[str, ...], orbit: AttackResult | None = None
 ) -> None:
-    """Print values, then what is needed to trust them."""
+    """Print values, then what supports them: intervals, invariances, cost and notes."""
     screen.print(_values(table))
     notes(screen, (f"not measured: {part}" for part in table.omitted))
     point = table[0].point
@@ -209,7 +209,7 @@ def show(
         *inputs.facts(point),
         (
             "stationarity",
-            f"b = {point.stationarity:.4g}: zero at a minimum; bounds the difference to the covariant Hessian",
+            f"{point.stationarity:.4g}: zero at a minimum; bounds the difference to the covariant Hessian",
         ),
         ("peak memory", f"{max(row.estimate.cost.peak_memory for row in table) / 2**20:.0f} MiB"),
     ]
@@ -262,7 +262,7 @@ def _row(row: Record) -> list[tuple[str, str]]:
         ("interval", known),
         ("converged", f"{'yes' if estimate.converged else 'NO'} ({width})"),
         ("invariant to", row.group),
-        ("stationarity", "not defined here" if ratio is None else f"b is {ratio:.3g} of the value"),
+        ("stationarity", "not defined here" if ratio is None else f"{ratio:.3g} of the value"),
         (
             "cost",
             f"{cost.products} Hessian-vector products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s",

@@ -151,7 +151,7 @@ def _claim(out: Path | None, plot: Path | None, force: bool) -> None:
 
 
 def show(screen: Console, inputs: Inputs, notes: tuple[str, ...], found: Spectrum, plot: Path | None = None) -> None:
-    """Print outliers and quantiles, then what is needed to trust them."""
+    """Print outliers and quantiles, then what supports them: errors, cost and notes."""
     listed = [
         *inputs.facts(found.record.point),
         ("peak memory", f"{found.effective_rank.cost.peak_memory / 2**20:.0f} MiB"),

@@ -1,4 +1,4 @@
-"""`isoflat symmetries`: which changes of the weights keep the function?"""
+"""`isoflat symmetries`: finds the changes of the weights that keep the function."""
 
 from __future__ import annotations
 

@@ -51,12 +51,12 @@ def verify(
     compute: ComputeOptions,
     output: OutputOptions,
 ) -> None:
-    """Check stored numbers by their witnesses, with two products each instead of a measurement.
+    """Check stored eigenvalues by their eigenvectors: two Hessian-vector products each, instead of a measurement.
 
     Loss, precision and how the data was read are taken from the result; options that are given must agree with it.
 
-    Exit code 0: all numbers that have a witness hold. 5: a stored number does not hold. 2: refused, or nothing could be
-    checked.
+    Exit code 0: all numbers that were stored with an eigenvector hold. 5: a stored number does not hold. 2: refused, or
+    nothing could be checked.
     """
     from isoflat.io.inputs import device_of
     from isoflat.io.verify import VerifiedFile, verify_named
@@ -100,7 +100,7 @@ def _plain(part: VerifiedFile) -> dict[str, Any]:
 
 
 def _show(screen: Console, part: VerifiedFile) -> None:
-    """A file's verdicts, each with what it rests on."""
+    """Print the verdicts of a file, each with its grounds."""
     from isoflat.core.estimate import interval
 
     for check in part.checks:

@@ -118,7 +118,10 @@ class Spectrum(render.Printed):
             ("certainty", self._certainty),
             ("resolution", f"rounding and residuals move eigenvalues by at most {density.slack:.1e}"),
             ("invariant to", self.group),
-            ("cost", f"{cost.products:g} products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s"),
+            (
+                "cost",
+                f"{cost.products:g} Hessian-vector products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s",
+            ),
             *(("note", note) for note in self.effective_rank.notes),
         ]
 

@@ -487,4 +487,4 @@ def _done(label: str, table: Table, number: int, total: int) -> str:
     """A line that says that a network is measured, and at what cost."""
     products = sum(row.estimate.cost.products for row in table)
     seconds = sum(row.estimate.cost.seconds for row in table)
-    return f"{number} of {total}: {label}, loss {table[0].point.loss:.6g}, {products:g} products, {seconds:.1f} s"
+    return f"{number} of {total}: {label}, loss {table[0].point.loss:.6g}, {products:g} Hessian-vector products, {seconds:.1f} s"
