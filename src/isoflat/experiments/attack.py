@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import IsoflatError, UsageError
 from isoflat.core.estimate import Estimate, Kind
-from isoflat.core.plain import attributes, numbers, plain
+from isoflat.core.plain import attributes, json_numbers, plain
 from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.state import State
@@ -99,7 +99,7 @@ class Twin:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**attributes(self), **numbers(self, "output_change", "loss_change")}
+        return {**attributes(self), **json_numbers(self, "output_change", "loss_change")}
 
 
 @final
@@ -141,7 +141,7 @@ class AttackedNumber:
         return {
             **attributes(self.before, "measure", "geometry"),
             **attributes(self),
-            **numbers(self, "drift", "tolerance"),
+            **json_numbers(self, "drift", "tolerance"),
         }
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from isoflat.core.errors import IsoflatError, NonFinite, RankLost, RanksDiffer, UsageError
-from isoflat.core.plain import kinds, plain
+from isoflat.core.plain import adapter, plain
 from isoflat.core.rng import stream
 from isoflat.core.table import Omission, Table
 from isoflat.experiments import families
@@ -194,12 +194,12 @@ def train_and_measure(
 def assembled(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> MeasuredNetwork:
     """A network put together from its cells in the store; one that diverged has a training and no measurement."""
     if measured is None:
-        gone = kinds(_Diverged).validate_python(trained.result)
+        gone = adapter(_Diverged).validate_python(trained.result)
         training = Training(math.inf, reached=False, steps=0, epochs=0.0, seconds=gone.seconds)
         return MeasuredNetwork(task, training, None, None, None, Table(()), (), gone.seconds, gone.diverged)
-    there = kinds(_TrainingResult).validate_python(trained.result)
+    there = adapter(_TrainingResult).validate_python(trained.result)
     table, *moved = [Table.from_dict(rows) for rows in measured.result["points"]]
-    seconds = there.training.seconds + kinds(float).validate_python(measured.result["seconds"])
+    seconds = there.training.seconds + adapter(float).validate_python(measured.result["seconds"])
     errors = (there.train_error, there.test_error, there.test_loss)
     return MeasuredNetwork(task, there.training, *errors, table, tuple(moved), seconds)
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from isoflat.core.errors import DataError
-from isoflat.core.plain import kinds
+from isoflat.core.plain import adapter
 from isoflat.core.record import Record
 from isoflat.core.table import Omission, Table
 from isoflat.experiments import cells, checking
@@ -243,4 +243,4 @@ def _of(kind: Any, value: Any) -> Any:
     Raises:
         ValueError: the value is of another type.
     """
-    return kinds(kind).validate_python(value, strict=True)
+    return adapter(kind).validate_python(value, strict=True)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from isoflat.core.comparison import Comparison
 from isoflat.core.errors import DataError, IsoflatError, UsageError
-from isoflat.core.plain import first_fault, kinds
+from isoflat.core.plain import adapter, first_fault
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.store import Artifact, Refused, Store
@@ -207,7 +207,7 @@ def checked(record: Record) -> Record:
     Raises:
         ValueError: a part is of the wrong type, or cannot be written as text.
     """
-    sound = kinds(Record).validate_python(asdict(record))
+    sound = adapter(Record).validate_python(asdict(record))
     json.dumps(sound.to_dict(), allow_nan=False, ensure_ascii=False).encode()
     return sound
 
@@ -284,7 +284,7 @@ def _lines(text: bytes, path: Path, folder: Path) -> Iterator[Item]:
 
 def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> StoredComparison | Refused:
     try:
-        found = kinds(Comparison).validate_python(asdict(Comparison.from_dict(content)))
+        found = adapter(Comparison).validate_python(asdict(Comparison.from_dict(content)))
         rows = tuple(checked(row) for row in found.rows)
         json.dumps([found.sentences, content.get("subject")], ensure_ascii=False).encode()  # and every pair is there
         known = {(label, number) for label in found.networks for number in found.numbers}
@@ -298,7 +298,7 @@ def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> StoredComp
 
 def _study(content: Mapping[str, Any], path: Path, folder: Path) -> StoredStudy | Refused:
     try:
-        sentences = kinds(_Sentences).validate_python(content["sentences"])
+        sentences = adapter(_Sentences).validate_python(content["sentences"])
         gone = [f"{part['label']}: {part['reason']}" for part in content.get("left_out", ())]
         json.dumps([sentences, gone], ensure_ascii=False).encode()
     except MALFORMED as error:

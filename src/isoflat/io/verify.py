@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from isoflat.core.errors import IsoflatError, UsageError
-from isoflat.core.plain import first_fault, kinds
+from isoflat.core.plain import adapter, first_fault
 from isoflat.core.record import Record
 from isoflat.io.inputs import Inputs, load, within_memory
 from isoflat.measurement.verify import RecordCheck, RecordVerdict, carried, verify_all
-from isoflat.measurement.witnesses import Kept, seal, unpacked
+from isoflat.measurement.witnesses import SealedWitness, seal, unpacked_witnesses
 
 
 @final
@@ -230,7 +230,7 @@ def _record(row: Any) -> Record:
         UsageError: this is no record.
     """
     try:
-        record = kinds(Record).validate_python(asdict(Record.from_dict(row)))
+        record = adapter(Record).validate_python(asdict(Record.from_dict(row)))
         seal(record)  # refuses NaN and infinity, which JSON does not have
     except ValidationError as error:
         raise UsageError(f"it holds no valid record: {first_fault(error)}") from error
@@ -244,7 +244,7 @@ def _record(row: Any) -> Record:
     return record
 
 
-def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[Kept | None, ...]:
+def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[SealedWitness | None, ...]:
     """Read the witnesses from the file beside a result.
 
     Raises:
@@ -262,4 +262,4 @@ def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[Kept 
         raise UsageError(
             f"{beside} is not the file that was written with the result: its SHA-256 is {came}, the result's {expected}"
         )
-    return unpacked(content, records)
+    return unpacked_witnesses(content, records)

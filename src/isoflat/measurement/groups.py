@@ -21,60 +21,22 @@ from isoflat.symmetry.groups.declared import UnitScale
 
 
 def with_groups(plan: Plan, target: Subject, settings: Settings) -> Plan:
-    """The plan with geometries that need them knowing the network's symmetries, all of them proved.
+    """The plan, in which every geometry that needs the network's symmetries knows them; all are proved first.
 
     Args:
         plan: measures, each with the geometry it is measured in.
-        target: what is measured.
-        settings: of which `symmetries` and `seed` decide.
+        target: the subject of the measurement.
+        settings: the settings, of which `symmetries` and `seed` are used.
 
     Raises:
         SymmetryViolated: a symmetry that the user claims changes the output, or one that was found does.
         UsageError: symmetries were found on another network.
         UnsupportedModel: the network cannot be traced.
     """
-    found = settings.symmetries if isinstance(settings.symmetries, Found) else None
-    declared: Sequence[Symmetry] = () if found is not None else tuple(settings.symmetries or ())  # pyrefly: ignore
-    _verify(target, declared, settings.seed)
-    return _bound(plan, target, declared, found)
-
-
-def hashes(plan: Plan) -> dict[str, str]:
-    """The group of each geometry that knows the network's symmetries, by name."""
-    found = {place.name: place.found for _, place in plan if isinstance(place, Traced)}
-    return {f"group of {name}": group.hash for name, group in found.items() if group is not None}
-
-
-def symmetries_of(subject: Subject, declared: Sequence[Symmetry] = ()) -> Found:
-    """The symmetries of a subject's network, found by tracing it on its first batch, and proved there.
-
-    Args:
-        subject: what is measured.
-        declared: symmetries of the user's own; scalings of units join the group.
-
-    Raises:
-        UnsupportedModel: the network cannot be traced.
-        SymmetryViolated: what was found changes the output.
-    """
-    batch = next(iter(subject.risk.batches), None)
-    if batch is None:
-        raise DataError("the data is empty: the loader gave no batch")
-    module = subject.risk.network.module
-    dtype = next(iter(subject.risk.network.state().parameters.values())).dtype
-    recorder = _Recorder(module)
-    with torch.no_grad():
-        subject.risk.loss(recorder, move(batch, _device(module), dtype))
-    blind = isinstance(subject.risk.loss, TargetLoss) and _ignores_common_score(
-        subject.risk.loss, module, move(batch, _device(module), dtype)
-    )
-    args, kwargs = recorder.two_rows()
-    found = discover(module, args, kwargs, blind, declared=[s for s in declared if isinstance(s, UnitScale)])
-    found.verify()
-    return found
-
-
-def _bound(plan: Plan, target: Subject, declared: Sequence[Symmetry], known: Found | None) -> Plan:
-    """The plan with geometries that need them knowing the network's symmetries."""
+    known = settings.symmetries if isinstance(settings.symmetries, Found) else None
+    declared: Sequence[Symmetry] = () if known is not None else tuple(settings.symmetries or ())  # pyrefly: ignore
+    if declared:
+        _verify(target, declared, settings.seed)
     if not any(isinstance(geometry, Traced) and geometry.found is None for _, geometry in plan):
         return plan
     if known is not None:
@@ -88,10 +50,41 @@ def _bound(plan: Plan, target: Subject, declared: Sequence[Symmetry], known: Fou
     )
 
 
+def hashes(plan: Plan) -> dict[str, str]:
+    """The group of each geometry that knows the network's symmetries, by name."""
+    found = {place.name: place.found for _, place in plan if isinstance(place, Traced)}
+    return {f"group of {name}": group.hash for name, group in found.items() if group is not None}
+
+
+def symmetries_of(subject: Subject, declared: Sequence[Symmetry] = ()) -> Found:
+    """The symmetries of a subject's network, found by tracing it on its first batch, and proved there.
+
+    Args:
+        subject: the subject of a measurement.
+        declared: symmetries of the user's own; scalings of units join the group.
+
+    Raises:
+        UnsupportedModel: the network cannot be traced.
+        SymmetryViolated: what was found changes the output.
+    """
+    batch = next(iter(subject.risk.batches), None)
+    if batch is None:
+        raise DataError("the data is empty: the loader gave no batch")
+    module = subject.risk.network.module
+    dtype = next(iter(subject.risk.network.state().parameters.values())).dtype
+    moved = move(batch, next(module.parameters()).device, dtype)
+    recorder, loss = _Recorder(module), subject.risk.loss
+    with torch.no_grad():
+        loss(recorder, moved)
+    blind = isinstance(loss, TargetLoss) and _ignores_common_score(loss, module, moved)
+    args, kwargs = recorder.two_rows()
+    found = discover(module, args, kwargs, blind, declared=[s for s in declared if isinstance(s, UnitScale)])
+    found.verify()
+    return found
+
+
 def _verify(target: Subject, symmetries: Sequence[Symmetry], seed: int) -> None:
     """Prove the user's own symmetries on the first batch."""
-    if not symmetries:
-        return
     output = target.risk.outputs()
     for symmetry in symmetries:
         missing = symmetry.touches - set(target.state.tensors)
@@ -141,7 +134,3 @@ def _ignores_common_score(loss: TargetLoss, module: torch.nn.Module, batch: Any)
         before, after = loss.summed(scores, target), loss.summed(scores + shifts, target)
         size = float(before.abs() + scores.abs().sum())
     return abs(float(before - after)) <= 1e-12 * size
-
-
-def _device(module: torch.nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -43,8 +43,8 @@ def page(result: DemoResult, command: str) -> Page:
     """Page of the demonstration, ready to be rendered.
 
     Args:
-        result: what was found.
-        command: what was typed to find it.
+        result: the demonstration's result.
+        command: the command line that makes it.
     """
     plan = result.plan
     main = result.verdicts.get(CANONICAL.name)
@@ -226,8 +226,8 @@ def _numbers(result: DemoResult) -> tuple[Grid, ...]:
 
 def _warnings(result: DemoResult) -> tuple[Prose, ...]:
     told = [f"{network.label} missed the target loss: {network.training.loss:.4g}." for network in result.missed]
-    told += [*parts.unconverged(result.records), *tables.warnings(result.records)]
-    return parts.warnings(told, "every network reached the target, every number converged")
+    told += [*parts.unconverged(result.records), *tables.network_notes(result.records)]
+    return parts.warning_blocks(told, "every network reached the target, every number converged")
 
 
 def _provenance(result: DemoResult, command: str) -> parts.Pairs:

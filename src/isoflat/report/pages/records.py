@@ -48,8 +48,8 @@ def page(results: Results, command: str) -> Page:
     """Page of a folder, ready to be rendered.
 
     Args:
-        results: what was read.
-        command: what was typed to show it.
+        results: the results that were read.
+        command: the command line that shows them.
     """
     if len(results.comparisons) == 1 and not results.found:
         contest = results.comparisons[0]
@@ -68,7 +68,7 @@ def page(results: Results, command: str) -> Page:
             ("Numbers", str(numbers)),
             ("Converged", f"{numbers - open_ends} of {numbers}"),
             ("Data sets", str(len({record.data_hash for record in records}))),
-            ("Products", str(sum(record.estimate.cost.products for record in records))),
+            ("Hessian-vector products", str(sum(record.estimate.cost.products for record in records))),
             ("Time", f"{math.fsum(record.estimate.cost.seconds for record in records):.0f} s"),
         ),
         sections=(
@@ -101,7 +101,7 @@ def labelled(found: Sequence[StoredNumber]) -> list[str]:
 
 
 def measured(records: Sequence[Record]) -> tuple[Grid, ...]:
-    """Every number, those of other scores apart."""
+    """Tables of every number; numbers of normalised or scaled scores have tables of their own."""
     by_scores: dict[str, list[Record]] = {}
     for record in records:
         by_scores.setdefault(_key(record)[2], []).append(record)
@@ -132,7 +132,7 @@ def with_warnings(made: Page, texts: Sequence[str]) -> Page:
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
-    """One flat row for each number: what was asked for under `settings.`, what came out under `result.`."""
+    """One flat row for each number: inputs under `settings.`, the outcome under `result.`."""
     return [_row(number) for number in numbers_of(results)]
 
 
@@ -278,7 +278,7 @@ def _warnings(results: Results, records: Sequence[Record]) -> tuple[Prose, ...]:
         # The notes of numbers side by side, in few lines.
         remarks = Comparison(tuple(group), (), group[0].label).remarks
         told += _some([brief(f"{_words(key)}: {remark}", TEXT) for remark in remarks])
-    return parts.warnings(told, "every file could be read, every number converged")
+    return parts.warning_blocks(told, "every file could be read, every number converged")
 
 
 def _some(texts: Sequence[str]) -> tuple[str, ...]:

@@ -9,12 +9,12 @@ from isoflat.experiments.cells import MeasuredNetwork
 from isoflat.experiments.recipe import Asks
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.report import tables
-from isoflat.report.clouds import Cloud, clouds
 from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.drawing import markup
 from isoflat.report.figures import Panel, strips
 from isoflat.report.pages import parts
 from isoflat.report.pages.parts import INTERVAL, RANK_TEST
+from isoflat.report.scatter import ScatterPanel, scatter
 
 READING = (
     ("Mean ± standard error", "Over the networks of an arm that reached their target loss: how far the mean would move with "
@@ -30,8 +30,8 @@ def page(result: Reproduction, command: str) -> Page:
     """Page of an experiment, ready to be rendered.
 
     Args:
-        result: what was found.
-        command: what was typed to find it.
+        result: the experiment's result.
+        command: the command line that makes it.
     """
     recipe = result.recipe
     return Page(
@@ -48,7 +48,12 @@ def page(result: Reproduction, command: str) -> Page:
         sections=(
             Section(recipe.question, (*map(Prose, result.sentences), *_figures(result), _summaries(result))),
             Section("Every network", (_networks(result), *_moved(result))),
-            *parts.closing(READING, _numbers(result), _warnings(result), _provenance(result, command)),
+            *parts.closing(
+                READING,
+                tables.measurements([row for network in result.networks for row in network.table], "Networks"),
+                _warnings(result),
+                _provenance(result, command),
+            ),
         ),
         colophon=parts.COLOPHON,
     )
@@ -105,14 +110,14 @@ def _scatter(result: Reproduction) -> tuple[Plate, ...]:
             if known:
                 groups.append((arm.name, tuple(x for x, _ in known), tuple(y for _, y in known)))
         if groups and all(x > 0 for _, xs, _ in groups for x in xs):
-            panels.append(Cloud(number.words, "sharper →", "test error, %", tuple(groups)))
+            panels.append(ScatterPanel(number.words, "sharper →", "test error, %", tuple(groups)))
     if not panels:
         return ()
     return (
         Plate(
             caption="Every dot is a network: its number and its test error. Later arms are darker.",
             alternative=" ".join(result.sentences),
-            svg=markup(clouds(panels), "clouds"),
+            svg=markup(scatter(panels), "clouds"),
         ),
     )
 
@@ -174,10 +179,6 @@ def _moved(result: Reproduction) -> tuple[Grid, ...]:
     return (Grid(what, ("network", "point", *(number.words for number in result.numbers)), tuple(rows)),)
 
 
-def _numbers(result: Reproduction) -> list[Grid]:
-    return list(tables.measurements([row for network in result.networks for row in network.table], "Networks"))
-
-
 def _warnings(result: Reproduction) -> tuple[Prose, ...]:
     told = [f"{network.label} missed the target loss: {network.training.loss:.4g}." for network in result.missed]
     diverged = [network for network in result.networks if not math.isfinite(network.training.loss)]
@@ -185,8 +186,8 @@ def _warnings(result: Reproduction) -> tuple[Prose, ...]:
     told += parts.unconverged(result.records)
     tables_of = (table for network in result.networks for table in (network.table, *network.moved))
     told += parts.missing(part for table in tables_of for part in table.omitted)
-    told += tables.warnings(result.records)
-    return parts.warnings(told, "every network reached its target, every number converged")
+    told += tables.network_notes(result.records)
+    return parts.warning_blocks(told, "every network reached its target, every number converged")
 
 
 def _provenance(result: Reproduction, command: str) -> parts.Pairs:

@@ -9,11 +9,11 @@ from isoflat.experiments.statistics.relation import OutcomeRelation
 from isoflat.measures.base import Direction
 from isoflat.measures.catalogue import find_measure
 from isoflat.report import tables
-from isoflat.report.clouds import Cloud, clouds
 from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.drawing import markup
 from isoflat.report.pages import parts
 from isoflat.report.pages.parts import INTERVAL
+from isoflat.report.scatter import ScatterPanel, scatter
 
 SHADES = 8
 """Levels of a hyper-parameter that can be told apart by shade."""
@@ -49,8 +49,8 @@ def page(result: Prediction, command: str, facts: Facts) -> Page:
     """Page of a study, ready to be rendered.
 
     Args:
-        result: what was found.
-        command: what was typed to find it.
+        result: the study's result.
+        command: the command line that makes it.
         facts: names and values that say what was studied.
     """
     return Page(
@@ -88,7 +88,7 @@ def _figures(result: Prediction) -> tuple[Plate | Prose, ...]:
             if known:
                 drawn.append((name, tuple(x for x, _ in known), tuple(y for _, y in known)))
         if drawn and all(x > 0 for _, xs, _ in drawn for x in xs):
-            panels.append(Cloud(words(number), _axis(number), result.outcome, tuple(drawn)))
+            panels.append(ScatterPanel(words(number), _axis(number), result.outcome, tuple(drawn)))
         elif drawn:
             undrawn.append(words(number))
     blocks: list[Plate | Prose] = []
@@ -98,7 +98,7 @@ def _figures(result: Prediction) -> tuple[Plate | Prose, ...]:
             Plate(
                 caption=f"Every dot is a network: a number, and the {result.outcome}. {shades}",
                 alternative=" ".join(result.sentences),
-                svg=markup(clouds(panels), "clouds"),
+                svg=markup(scatter(panels), "clouds"),
             )
         )
     if undrawn:
@@ -211,7 +211,7 @@ def _told(network: ObservedNetwork, name: str) -> bool:
 def _warnings(result: Prediction) -> tuple[Prose, ...]:
     told = parts.unconverged(result.records)
     told += parts.missing(part for network in result.networks for part in network.table.omitted)
-    return parts.warnings([*told, *tables.warnings(result.records)])
+    return parts.warning_blocks([*told, *tables.network_notes(result.records)])
 
 
 def _provenance(result: Prediction, command: str, facts: Facts) -> tuple[tuple[str, str], ...]:
