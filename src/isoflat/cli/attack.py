@@ -57,11 +57,11 @@ def attack(
     Exit code 0: the attack ran, whatever survived. 2: refused, with the reason.
     """
     from isoflat.experiments.attack import attack as attacked
-    from isoflat.io.inputs import check, device_of, prepare, within_memory
+    from isoflat.io.inputs import check_names, device_of, prepare, within_memory
 
     seed, as_json = compute.seed, output.as_json
     effort = {key: value for key, value in wanted.effort(seed).items() if key != "sample"}
-    check(wanted.names, wanted.geometry, **effort)
+    check_names(wanted.names, wanted.geometry, **effort)
     params, where, inputs = wanted.params or None, device_of(compute.device), network.inputs(seed)
     loaded, _ = prepare(inputs, params, None, where)
     step(f"loaded {inputs.model} and {inputs.data}", as_json)

@@ -65,7 +65,7 @@ def compare(
     """
     from isoflat.core.errors import UsageError
     from isoflat.experiments.stored import holds_results
-    from isoflat.io.inputs import before, check, device_of, within_memory
+    from isoflat.io.inputs import check_names, device_of, load_initial, within_memory
     from isoflat.io.several import labels, load_several
     from isoflat.measurement.compare import compare as compared
 
@@ -75,7 +75,7 @@ def compare(
     if network.model is None or network.data is None:
         raise UsageError("weights need --model module:factory, and --data that they are measured on")
     inputs, effort, params = network.inputs(compute.seed), wanted.effort(compute.seed), wanted.params or None
-    check(wanted.names, wanted.geometry, **effort)
+    check_names(wanted.names, wanted.geometry, **effort)
     if len(checkpoints) < 2:
         raise UsageError(f"only {checkpoints[0]} was named: a comparison needs two checkpoints or more")
     files = dict(zip(labels(checkpoints), checkpoints, strict=True))
@@ -87,7 +87,7 @@ def compare(
         where = device_of(compute.device)
         with ranks.agreeing():
             loaded = load_several(inputs, files, {"params": params, "dtype": compute.dtype, "device": where})
-            start, further = before(inputs, wanted.initial)
+            start, further = load_initial(inputs, wanted.initial)
         loading = (*loaded.notes, *further)
         hidden = output.as_json or not ranks.first
         step(f"loaded {', '.join(files)}, and {inputs.data}", hidden)
@@ -138,7 +138,7 @@ def _stored(
 ) -> None:
     """Compare numbers that are measured already."""
     from isoflat.core.errors import UsageError
-    from isoflat.experiments.stored import Wanted, compared
+    from isoflat.experiments.stored import Wanted, compare_stored
     from isoflat.measures.catalogue import find_geometry, find_measure
 
     idle = {each.name: each.opts[0] for each in context.command.params if each.name and each.name not in STORED}
@@ -155,7 +155,7 @@ def _stored(
         tuple(find_geometry(place).name for place in places),
         wanted.logits or "raw",
     )
-    found, subject = compared(paths, asked, reference, partial(complain, prefix="warning"))
+    found, subject = compare_stored(paths, asked, reference, partial(complain, prefix="warning"))
 
     def shown(screen: Console) -> None:
         screen.print(found)

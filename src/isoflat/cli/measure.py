@@ -157,18 +157,18 @@ def load_and_measure(
         IsoflatError: something is refused; names and limits are checked before a file is opened.
     """
     from isoflat.experiments.attack import attack
-    from isoflat.io.inputs import before, check, device_of, prepare, within_memory
+    from isoflat.io.inputs import check_names, device_of, load_initial, prepare, within_memory
     from isoflat.measurement.groups import symmetries_of
     from isoflat.measurement.run import measure_all
     from isoflat.risk.ranks import Ranks
 
     effort = ("rtol", "confidence", "certify", "probes", "sample", "budget", "seed")
-    check(settings["measures"], settings["geometry"], **{key: settings[key] for key in effort})
+    check_names(settings["measures"], settings["geometry"], **{key: settings[key] for key in effort})
     settings["device"] = device_of(settings["device"])
     ranks = Ranks.here()
     with ranks.agreeing():
         loaded, target = prepare(inputs, settings["params"], settings["dtype"], settings["device"])
-        settings["initial"], further = before(inputs, initial)
+        settings["initial"], further = load_initial(inputs, initial)
     loading = (*loaded.notes, *further)
     hidden = hidden or not ranks.first
     step(f"loaded {inputs.model} and {inputs.data}", hidden)

@@ -113,9 +113,9 @@ def reproduce(
                 listing(output.as_json)
             return
         with ranks.agreeing():
-            stored = None if check is None else checking.read(check)
+            stored = None if check is None else checking.read_stored(check)
         result = followed(
-            name or "" if stored is None else checking.recipe(stored, name),
+            name or "" if stored is None else checking.stored_recipe(stored, name),
             asked.data,
             out=asked.out,
             scale=asked.scale,
@@ -134,7 +134,7 @@ def reproduce(
     if not ranks.first:
         return
     write(result, folder, _command(recipe, asked.data))
-    verdict = None if stored is None else checking.compared(stored, result)
+    verdict = None if stored is None else checking.check_against(stored, result)
     if output.as_json:
         extra = {} if verdict is None else {"check": verdict.to_dict()}
         write_json({**result.to_dict(), **extra})
@@ -163,9 +163,9 @@ def write(result: Reproduction, folder: Path, command: str) -> None:
 
 def listing(as_json: bool) -> None:
     """All recipes with their questions."""
-    from isoflat.experiments.recipe import read, recipes
+    from isoflat.experiments.recipe import read_recipe, recipes
 
-    found = [read(name) for name in recipes()]
+    found = [read_recipe(name) for name in recipes()]
     if as_json:
         write_json([recipe.model_dump(mode="json") for recipe in found])
         return
@@ -202,7 +202,7 @@ def _networks(result: Reproduction) -> FittedTable:
             elif not network.training.reached:
                 loss += " missed"
             error = "–" if network.test_error is None else f"{100 * network.test_error:.2f} %"
-            rows = [network.record(number) for number in result.numbers]
+            rows = [number.find(network.table) for number in result.numbers]
             cells = ["–" if row is None else value_over_interval(row.estimate) for row in rows]
             table.append((network.label, loss, epochs, error, *cells))
         sections.append(len(table) - 1)

@@ -124,12 +124,10 @@ def study(
     Exit code 0: done. 3: a number did not converge. 2: refused, with the reason; bad rows are all named, before anything
     is measured.
     """
-    from isoflat.core.errors import UsageError
     from isoflat.experiments.study import study as related
 
-    if (asked.networks is None) == (asked.grid is None):
-        raise UsageError("give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with")
-    _check_options(context, "grid" if asked.networks is not None else "networks")
+    if (asked.networks is None) != (asked.grid is None):  # neither or both: refused by the study itself
+        _check_options(context, "grid" if asked.grid is None else "networks")
     result = related(
         asked.networks,
         network.model,
@@ -213,12 +211,11 @@ def show(result: Prediction, folder: Path) -> None:
 
 def _networks(result: Prediction) -> FittedTable:
     """One line for each network."""
-    from isoflat.experiments.cells import found
     from isoflat.experiments.prediction import words
 
     table = []
     for network in result.networks:
-        rows = [found(network.table, number) for number in result.numbers]
+        rows = [number.find(network.table) for number in result.numbers]
         cells = ["–" if row is None else str(row.estimate) for row in rows]
         table.append((network.label, f"{network.outcome:.4g}", f"{network.loss:.4g}", *cells))
     return FittedTable(("network", result.outcome, "training loss", *map(words, result.numbers)), table, "Networks")

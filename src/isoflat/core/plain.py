@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from isoflat.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from pydantic import TypeAdapter
+    from pydantic import TypeAdapter, ValidationError
 
 
 @cache
@@ -21,6 +21,12 @@ def adapter(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault that pydantic found in a value: where, and what is wrong there."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'result'}: {first['msg']}"
 
 
 def plain(value: Any) -> Any:

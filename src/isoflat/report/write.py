@@ -15,7 +15,7 @@ from isoflat.core.record import Record
 from isoflat.core.table import Table
 from isoflat.experiments.rebuild import rebuild_reproduction, rebuild_study
 from isoflat.experiments.recipe import Recipe
-from isoflat.experiments.results import Contest, Results, StoredNumber, identity, read
+from isoflat.experiments.results import Results, StoredComparison, StoredNumber, identity, read_results
 from isoflat.integrations.tables import to_csv, to_parquet
 from isoflat.io.files import claim, save
 from isoflat.report.document import Page, Section
@@ -91,7 +91,7 @@ def write_report(
     files = {"out": target} | {name: Path(file) for name, file in (("csv", csv), ("parquet", parquet)) if file}
     if path is not None or (folder is not None and folder.is_dir()):  # else reading says what is wrong
         _claim(files, force)
-    found = _at_hand(results, target) if folder is None else read(folder)  # pyrefly: ignore
+    found = _at_hand(results, target) if folder is None else read_results(folder)  # pyrefly: ignore
     made, warnings = page_of(found, _command(folder, files))
     for text in warnings:
         warn(text)
@@ -128,14 +128,14 @@ def page_of(results: Results, command: str) -> tuple[Page | None, tuple[str, ...
         if made is not None:
             warnings = (*refused, *further)
             return records.with_warnings(made, warnings), warnings
-    if not results.found and not results.contests:
+    if not results.found and not results.comparisons:
         return None, (*refused, *further)
     return records.with_warnings(records.page(results, command), further), (*refused, *further)
 
 
 def _at_hand(results: Table | Comparison | Iterable[Record], target: Path) -> Results:
     """Results that no file holds; networks without a name are called so."""
-    contests = (Contest(results, {}, AT_HAND),) if isinstance(results, Comparison) else ()
+    contests = (StoredComparison(results, {}, AT_HAND),) if isinstance(results, Comparison) else ()
     rows = () if isinstance(results, Comparison) else tuple(results)
     found = tuple(StoredNumber(replace(row, label=row.label or "network"), AT_HAND) for row in rows)
     omitted = results.omitted if isinstance(results, Table) else ()

@@ -7,7 +7,7 @@ from statistics import median
 
 from isoflat.core.estimate import interval
 from isoflat.core.render import rounded
-from isoflat.experiments.demonstration import DemoArm, DemoLine, DemoResult, Trained
+from isoflat.experiments.demonstration import DemoArm, DemoLine, DemoNetwork, DemoResult
 from isoflat.experiments.ladders import Ladder
 from isoflat.experiments.numbers import CANONICAL, NUMBERS, PAPER
 from isoflat.report import tables
@@ -137,7 +137,7 @@ def _summary(result: DemoResult) -> Grid:
     )
 
 
-def _arm(networks: tuple[Trained, ...], arm: DemoArm) -> tuple[str, ...]:
+def _arm(networks: tuple[DemoNetwork, ...], arm: DemoArm) -> tuple[str, ...]:
     def spread(values: list[float], written: Callable[[float], str] = rounded) -> str:
         return f"{written(median(values))} ({written(min(values))}–{written(max(values))})"
 

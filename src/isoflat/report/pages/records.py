@@ -14,8 +14,8 @@ from isoflat.core.estimate import interval
 from isoflat.core.plain import attributes
 from isoflat.core.record import Record
 from isoflat.core.render import leading, rounded
-from isoflat.experiments.results import Contest, Results, StoredNumber
-from isoflat.io.strict import flat
+from isoflat.experiments.results import Results, StoredComparison, StoredNumber
+from isoflat.io.strict import flattened
 from isoflat.report import tables
 from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.figures import Panel
@@ -51,8 +51,8 @@ def page(results: Results, command: str) -> Page:
         results: the results that were read.
         command: the command line that shows them.
     """
-    if len(results.contests) == 1 and not results.found:
-        contest = results.contests[0]
+    if len(results.comparisons) == 1 and not results.found:
+        contest = results.comparisons[0]
         return with_warnings(compare_report.page(contest.comparison, contest.subject), refusals(results))
     records = tamed(numbers_of(results))
     numbers, networks = len(records), _networks(records)
@@ -72,7 +72,7 @@ def page(results: Results, command: str) -> Page:
             ("Time", f"{math.fsum(record.estimate.cost.seconds for record in records):.0f} s"),
         ),
         sections=(
-            *(_contest(contest) for contest in results.contests),
+            *(_contest(contest) for contest in results.comparisons),
             *([Section("What was measured", (*_figures(records), _summary(records)))] if records else []),
             *parts.closing(
                 READING, measured(records), _warnings(results, records), _provenance(results, records, command)
@@ -138,7 +138,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
 
 def numbers_of(results: Results) -> tuple[StoredNumber, ...]:
     """Every number, those that were compared included."""
-    compared = (StoredNumber(row, contest.source) for contest in results.contests for row in contest.comparison.rows)
+    compared = (StoredNumber(row, contest.source) for contest in results.comparisons for row in contest.comparison.rows)
     return (*results.found, *compared)
 
 
@@ -168,7 +168,7 @@ def _plain(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Flat values; lists as their JSON."""
     return {
         key: json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
-        for key, value in flat(values, name).items()
+        for key, value in flattened(values, name).items()
     }
 
 
@@ -240,11 +240,11 @@ def _summary(records: Sequence[Record]) -> Grid:
 def _told(results: Results) -> list[str]:
     """Sentences of studies and comparisons."""
     studied = [brief(sentence, SENTENCE) for study in results.studied for sentence in study.sentences]
-    contests = [compare_report.tamed(contest.comparison) for contest in results.contests]
+    contests = [compare_report.tamed(contest.comparison) for contest in results.comparisons]
     return [*studied, *(sentence for contest in contests for sentence in contest.sentences)]
 
 
-def _contest(contest: Contest) -> Section:
+def _contest(contest: StoredComparison) -> Section:
     found = compare_report.tamed(contest.comparison)
     told = compare_report.warnings(found, contest.subject)
     return Section(
@@ -307,7 +307,7 @@ def _listed(values: Sequence[str], most: int = 8) -> str:
 
 def _sources(results: Results) -> str:
     """The files that numbers come from; those of a store together."""
-    names = [part.source for part in (*results.studied, *results.contests, *results.found)]
+    names = [part.source for part in (*results.studied, *results.comparisons, *results.found)]
     cells = {number.source for number in results.found if number.cell}
     files = [brief(name) for name in names if name not in cells]
     return _listed([*files, *([_many(len(cells), "cell") + " of the store"] if cells else [])]) or "nothing"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from isoflat.core.estimate import interval
-from isoflat.experiments.cells import Measured, found
+from isoflat.experiments.cells import MeasuredNetwork
 from isoflat.experiments.recipe import Asks
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.report import tables
@@ -72,13 +72,13 @@ def _figures(result: Reproduction) -> tuple[Plate, ...]:
     panels = []
     for number in result.numbers:
         groups = [
-            (arm.name, tuple(row.estimate for network in networks if (row := network.record(number)) is not None))
+            (arm.name, tuple(row.estimate for network in networks if (row := number.find(network.table)) is not None))
             for arm, networks in arms
         ]
         groups += [
             (
                 f"{arm.name}, moved" if len(arms) == 1 else f"{arm.name}, other weights",
-                tuple(row.estimate for n in networks for table in n.moved if (row := found(table, number)) is not None),
+                tuple(row.estimate for n in networks for table in n.moved if (row := number.find(table)) is not None),
             )
             for arm, networks in arms
         ]
@@ -105,7 +105,7 @@ def _scatter(result: Reproduction) -> tuple[Plate, ...]:
             known = [
                 (row.estimate.value, 100 * network.test_error)
                 for network in result.arm(arm)
-                if (row := network.record(number)) is not None and network.test_error is not None
+                if (row := number.find(network.table)) is not None and network.test_error is not None
             ]
             if known:
                 groups.append((arm.name, tuple(x for x, _ in known), tuple(y for _, y in known)))
@@ -139,7 +139,7 @@ def _networks(result: Reproduction) -> Grid:
     rows = []
     for arm in result.recipe.arms:
         for network in result.arm(arm, all_of_them=True):
-            records = [network.record(number) for number in result.numbers]
+            records = [number.find(network.table) for number in result.numbers]
             rows.append(
                 (
                     network.label,
@@ -153,7 +153,7 @@ def _networks(result: Reproduction) -> Grid:
     return Grid("Every network, with the confidence intervals of its numbers.", heads, tuple(rows))
 
 
-def _loss(network: Measured) -> str:
+def _loss(network: MeasuredNetwork) -> str:
     if not math.isfinite(network.training.loss):
         return "diverged"
     return f"{network.training.loss:.5f}" + ("" if network.training.reached else " (missed)")
@@ -169,7 +169,7 @@ def _moved(result: Reproduction) -> tuple[Grid, ...]:
         (network.label, str(place + 1), *("–" if row is None else interval(row.estimate) for row in records))
         for network in result.networks
         for place, table in enumerate(network.moved)
-        for records in [[found(table, number) for number in result.numbers]]
+        for records in [[number.find(table) for number in result.numbers]]
     ]
     if not rows:
         return ()

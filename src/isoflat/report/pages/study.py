@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from isoflat.core.render import visible
-from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number
-from isoflat.experiments.prediction import NOTE, Facts, Observed, Prediction, words
-from isoflat.experiments.statistics.relation import Relation
+from isoflat.experiments.prediction import NOTE, Facts, ObservedNetwork, Prediction, words
+from isoflat.experiments.statistics.relation import OutcomeRelation
 from isoflat.measures.base import Direction
 from isoflat.measures.catalogue import find_measure
 from isoflat.report import tables
@@ -107,7 +106,7 @@ def _figures(result: Prediction) -> tuple[Plate | Prose, ...]:
     return tuple(blocks)
 
 
-def _groups(result: Prediction) -> tuple[str, list[tuple[str, list[Observed]]]]:
+def _groups(result: Prediction) -> tuple[str, list[tuple[str, list[ObservedNetwork]]]]:
     """Networks by the first hyper-parameter that differs, if its levels can be told apart; its name."""
     factor = next(iter(result.factors), "")
     levels = result.factors.get(factor, ())
@@ -154,7 +153,7 @@ def _relations(result: Prediction) -> tuple[Grid, ...]:
     )
 
 
-def line(relation: Relation) -> dict[str, str]:
+def line(relation: OutcomeRelation) -> dict[str, str]:
     """A relation's cells by column."""
     kendall, worst, partial = relation.kendall, relation.robust.worst, relation.partial
     return {
@@ -187,7 +186,7 @@ def _networks(result: Prediction) -> tuple[Grid, ...]:
     heads = ("network", *names, result.outcome, "training loss", *map(words, result.numbers))
     rows = []
     for network in result.networks:
-        records = [found(network.table, number) for number in result.numbers]
+        records = [number.find(network.table) for number in result.numbers]
         rows.append(
             (
                 network.label,
@@ -204,7 +203,7 @@ def _networks(result: Prediction) -> tuple[Grid, ...]:
     )
 
 
-def _told(network: Observed, name: str) -> bool:
+def _told(network: ObservedNetwork, name: str) -> bool:
     """True where the label says the level of a hyper-parameter, as the labels of a grid do."""
     return f"{name} {network.factors.get(name, 'none')}" in network.label
 
