@@ -12,12 +12,18 @@ from isoflat.testing import ARENAS, Invariance, batches, check, drifts, drifts_o
 
 SLOW = ("layerwise", "elementwise")
 
-KINDS = ("mean pooling", "convolutions, filters", "batch normalisation", "attention", "two linear maps")
+KINDS = ("mean pooling", "multilayer perceptron, units", "batch normalisation", "two linear maps")
 FEW = tuple(arena for arena in ARENAS if arena.name.startswith(KINDS))
-"""Some networks for each kind of edit, enough that every claim is tight."""
+"""A network or two for each kind of edit, enough that every claim is tight."""
 
 UNNORMALISED = ["relative_flatness(normalised=0)", "relative_flatness_max(normalised=0)"]
 BATCHES = [*batches(measures().values()), ("without normalisation", "euclidean", UNNORMALISED)]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Whatever is attacked meets some networks only, unless a test says otherwise."""
+    monkeypatch.setattr(testing, "ARENAS", FEW)
 
 
 @pytest.mark.parametrize(
