@@ -54,7 +54,10 @@ TRAINED = {
 
 UNTRAINED = set(NAMES) - TRAINED
 
-LONG = {"normless", "hugging-llama"}
+LONG = {
+    "normless", "hugging-llama", "torch-encoder-stack", "vision", "positioned-untied", "linear-chain-three", "rotary-halves",
+    "attention-separate",
+}  # fmt: skip
 """Made of what others have one of, and long to measure: attacked in the slow tests."""
 
 ONE_POINT = {
@@ -216,15 +219,15 @@ def test_geometry_by_name_finds_proves_and_agrees():
     assert any("generator identities hold" in note for note in est.notes)
 
 
-def test_a_hundred_layers():
+def test_fifty_layers():
     """Balance propagates through a deep chain: one point, from far away, to rounding."""
-    net = _dense(4, *[6] * 100, 3)
+    net = _dense(4, *[6] * 50, 3)
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.ndim == 2:
                 nn.init.kaiming_normal_(parameter)
     found = isoflat.symmetries(net, _data(4)[0])
-    assert found.scaling.dimension == 600
+    assert found.scaling.dimension == 300
     canon = isoflat.canonicalize(net, found)
     assert _distance(canon, isoflat.canonicalize(isoflat.reparametrize(net, found, seed=1), found)) <= 1e-10
     assert _distance(canon, isoflat.canonicalize(canon, found)) <= 1e-12
@@ -401,7 +404,7 @@ def test_zero_gain_and_offset_of_a_batch_normalisation():
         last.weight.zero_()
         last.bias.zero_()
     found = isoflat.symmetries(net, inputs, loss=nn.CrossEntropyLoss())
-    before = _auto(net, (inputs, targets))
+    before = _auto(net, (inputs, targets), symmetries=found)
     twin = isoflat.reparametrize(net, found, seed=1)
     assert _auto(twin, (inputs, targets), symmetries=replace(found, model=twin)).value == pytest.approx(
         before.value, rel=1e-8
