@@ -193,7 +193,7 @@ def test_another_number_trains_nothing(result, folder, monkeypatch):
 
 
 def test_several_jobs_give_the_same_bits(result, tmp_path):
-    other = _followed(parse(SMALL, "tiny", orbit=0, replicates=1), tmp_path, jobs=2)
+    other = _followed(parse_recipe(SMALL, "tiny", orbit=0, replicates=1), tmp_path, jobs=2)
     for a, b in zip(result.networks[:2], other.networks, strict=True):
         assert a.label == b.label
         assert [(r.model_hash, r.estimate.value) for r in a.table] == [
