@@ -29,7 +29,6 @@ from isoflat.risk.separability import (
     OfOutputs,
     Share,
     SumOverRows,
-    check_broadcast,
     distance,
     line_of,
     reraise_unrelated,
@@ -45,6 +44,9 @@ if TYPE_CHECKING:
 
 FEW = 16
 """Rows of an experiment."""
+
+TRIALS = 8
+"""Batches, at most, on which a rule of weights is looked for."""
 
 UNKNOWN = "the tensors of a batch do not agree on a number of rows"
 """Reason why nothing is known of rows."""
@@ -62,7 +64,7 @@ def settled(risk: EmpiricalRisk, state: State) -> EmpiricalRisk:
         UsageError: it is not known how to weigh several batches.
         DataError: the data comes in batches of a size that was asked for, and that would decide about the number.
     """
-    first = list(islice(risk.batches, 2))
+    first = list(islice(risk.batches, TRIALS if isinstance(risk.loss, ModelLoss) else 1))
     if not first:
         return risk
     if isinstance(risk.loss, ModelLoss):
@@ -223,38 +225,52 @@ def _share(term: Term) -> Share:
 
 def _weighed(risk: EmpiricalRisk, loss: ModelLoss, state: State, first: Sequence[Any]) -> EmpiricalRisk:
     """The risk of a model's own loss, weighed by the labels or rows that it proves to be a mean over."""
-    batch = first[0]
-    found = _rules(risk, state, batch)
+    found: list[LabelCount | None] = [*guesses(first[0], risk.network.module), None]
+    for batch in first:
+        found, told_apart = _rules(risk, state, batch, found)
+        if told_apart:
+            break
     if found:
         rule, *rivals = found
         note = loss.notes if rule is None else (f"the model's own mean loss is weighted by {rule}",)
         return replace(risk, loss=replace(loss, count=rule, rivals=tuple(rivals), notes=note))
-    why = UNKNOWN if leading(batch) is None else "it is a mean over neither rows nor labels that could be found"
+    why = UNKNOWN if leading(first[0]) is None else "it is a mean over neither rows nor labels that could be found"
     if len(first) > 1 and risk.batches.together is None:
         raise UsageError(_unweighed(f"of the model's own loss, {why}"))
     return replace(risk, batches=risk.batches.kept(f"of the model's own loss, {why}"), loss=replace(loss, notes=()))
 
 
-def _rules(risk: EmpiricalRisk, state: State, batch: Any) -> list[LabelCount | None]:
-    """Rules by which the losses of parts of a few rows add up to those of the rows; None stands for their number."""
+def _rules(
+    risk: EmpiricalRisk, state: State, batch: Any, left: list[LabelCount | None]
+) -> tuple[list[LabelCount | None], bool]:
+    """Rules by which the losses of parts of a few rows add up to those of the rows; None stands for their number.
+
+    Returns:
+        The rules, and whether those that are left count alike, or there is none.
+    """
     rows = leading(batch)
     if rows is None:
-        return []
-    left: list[LabelCount | None] = [*guesses(batch, risk.network.module), None]
+        return [], True
     names = {rule.name for rule in left if rule is not None}
+    masks = {rule.mask for rule in left if rule is not None and rule.mask is not None}
     # Fewer rows are repeated: unlike labels are ignored in each.
     places = torch.arange(min(rows, FEW) if rows > 3 else 4) % rows
     few = chosen(batch, places, rows)
-    trials = [few, thinned(few, names, len(places))] if isinstance(few, Mapping) and names else [few]
+    trials = [few]
+    if isinstance(few, Mapping):
+        trials += [thinned(few, one, len(places)) for one in (names, masks) if one]
+    alike = True
     for trial in trials:
         seen = _tried(risk, state, trial, len(places))
         if seen is None:
             if trial is few:
-                return []
+                return [], True
             continue
         dtype, whole, parts = seen
         left = [rule for rule in left if _fits(rule, whole, parts, tolerance(dtype))]
-    return left
+        counts = {whole.share(rule).weight for rule in left}
+        alike = len(counts) == 1 and 0.0 not in counts
+    return left, alike or not left
 
 
 @dataclass(frozen=True)
@@ -310,7 +326,7 @@ def _evaluated(risk: EmpiricalRisk, state: State, rows: Any) -> _Tried:
         for (name, leaf), part in zip(leaves.items(), slopes, strict=True):
             along = torch.randn(leaf.shape, generator=stream(0, "direction", name), dtype=torch.float64)
             slope += 0.0 if part is None else float((part.double().cpu() * along).sum())
-    return _Tried(rows, torch.tensor([float(mean), slope], dtype=torch.float64))
+    return _Tried(rows, torch.tensor([float(mean.detach()), slope], dtype=torch.float64))
 
 
 @final
@@ -400,11 +416,7 @@ class Proof:
             raise NoMeanOverRows("output and targets do not agree on a number of rows")
         if self.judge is None:
             self.judge = OfOutputs.of(loss.claimed_mean, rows, self.state.dtype).judge
-        try:
-            self.test.batch(index, rows, count, self.judge)
-        except NoMeanOverRows:
-            check_broadcast(loss.claimed_mean, output, target)
-            raise
+        self.test.batch(index, rows, count, self.judge)
 
     def _rows(self, index: int, batch: Any, term: Term) -> None:
         rows = leading(batch)

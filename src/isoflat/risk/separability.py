@@ -194,7 +194,7 @@ class MeanTest:
             NoMeanOverRows: the loss is no mean over them.
         """
         if rows > 1:
-            judge.compared(batch, rows, index, many=many)
+            _compared(judge, batch, rows, index, many=many)
         held = self.kept.setdefault(_form(batch, rows), [])
         held.append(spread(batch, rows, KEPT, index))
         if KEPT * len(held) >= GROUP:
@@ -224,12 +224,22 @@ class MeanTest:
             )
 
 
+def _compared(judge: Judge, batch: Any, rows: int, *labels: object, many: int = 2) -> None:
+    """Compare a batch with its parts; outputs that are compared with the targets of other rows are refused."""
+    try:
+        judge.compared(batch, rows, *labels, many=many)
+    except NoMeanOverRows:
+        if isinstance(judge.reckon, OfOutputs):
+            check_broadcast(judge.reckon.function, *batch[:2])
+        raise
+
+
 def _mixed(held: list[Any], judge: Judge) -> None:
     if len(held) < 2:
         return
     mixed = merged(held)
     try:
-        judge.compared(mixed, _rows(mixed), "mixed", len(held))
+        _compared(judge, mixed, _rows(mixed), "mixed", len(held))
     except SumOverRows:
         raise
     except NoMeanOverRows as found:

@@ -15,6 +15,9 @@ from isoflat.core.rng import stream
 IGNORED = -100
 """Label that counts for nothing, by the convention of torch.nn.CrossEntropyLoss."""
 
+BEYOND = 1 << 20
+"""Position that lies outside of any text."""
+
 _LABELS = re.compile(r"label|target|(start|end)_position", re.IGNORECASE)
 """Names of a batch's entries that hold what outputs are compared with."""
 
@@ -96,19 +99,22 @@ def guesses(batch: Any, model: Any) -> Iterator[LabelCount]:
 
 
 def thinned(batch: Mapping[str, Any], names: set[str], rows: int) -> dict[str, Any]:
-    """A batch with some labels of each row ignored, unlike numbers of them, so that rows have unlike weights.
+    """A batch with some entries of labels or masks blanked, unlike numbers of them in each row, so that weights differ.
 
     Args:
         batch: rows of data.
-        names: entries that hold labels.
+        names: entries that hold labels, or masks.
         rows: number of its rows.
     """
     made = dict(batch)
     for name in names:
-        labels = torch.as_tensor(batch[name])
-        if labels.ndim < 2 or labels.shape[1] < 2:
-            continue
-        drawn = torch.rand(labels.shape, generator=stream(0, "thinned", name)).to(labels.device)
-        share = torch.arange(rows, device=labels.device).view(-1, *[1] * (labels.ndim - 1)) / rows
-        made[name] = torch.where(drawn < share, IGNORED, labels)
+        held = torch.as_tensor(batch[name])
+        blank = 0 if "mask" in name else BEYOND if "position" in name else IGNORED
+        # Starts and ends are blanked together.
+        drawn = torch.rand(held.shape, generator=stream(0, "thinned", blank)).to(held.device)
+        share = torch.arange(rows, device=held.device).view(-1, *[1] * (held.ndim - 1)) / rows
+        hit = drawn < share
+        if "mask" in name:
+            hit[..., 0] = False
+        made[name] = torch.where(hit, torch.full_like(held, blank), held)
     return made
