@@ -27,6 +27,7 @@ from isoflat.measurement.subject import Subject
 from isoflat.measures.base import Findings, Measure, Question, SolverQuery
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint, MatrixProducts
 from isoflat.measures.settings import Settings
+from isoflat.risk import division
 from isoflat.risk.empirical import Survey
 from isoflat.risk.plan import peak_memory
 from isoflat.symmetry.found import VERSION as RULES
@@ -204,8 +205,12 @@ class RecordWriter:
     def _notes(
         self, point: EvaluationPoint, where: Point, ratio: float | None, used: MatrixProducts | None
     ) -> list[str]:
-        chart = point.chart
-        notes = [*self.subject.notes, *survey_warnings(where, point.survey)]
+        chart, seen = point.chart, point.survey
+        notes = [
+            *division.told(self.subject.notes, self.subject.risk.loss, point.risk.loss),
+            *division.notes(point.risk, seen.rows, len(seen.digests)),
+            *survey_warnings(where, seen),
+        ]
         if chart.unseen:
             reasons: dict[str, list[str]] = {}
             for name, why in chart.unseen:

@@ -17,6 +17,7 @@ from isoflat.geometry.base import Geometry
 from isoflat.measures.base import Measure
 from isoflat.measures.settings import Budget, Settings
 from isoflat.risk.batches import as_batches, digest
+from isoflat.risk.division import settled, told
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import Loss, TargetLoss, as_loss
 from isoflat.risk.network import Network, compiled, unwrapped
@@ -149,6 +150,17 @@ def _loss_named(logits: str) -> float | None:
     except ValueError:
         return None
     return named if 0 < named < math.inf else None
+
+
+def divided(target: Subject) -> Subject:
+    """The subject with what a few of its rows tell about cutting batches, and weighing them.
+
+    Raises:
+        UsageError: it is not known how to weigh several batches.
+        DataError: the data comes in batches of a size that would decide about the number.
+    """
+    risk = settled(target.risk, target.state)
+    return replace(target, risk=risk, notes=tuple(told(target.notes, target.risk.loss, risk.loss)))
 
 
 def at_equal_loss(target: Subject) -> Subject:
