@@ -6,6 +6,7 @@ the network, batches stay as they are, and their size and order are part of the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -80,7 +81,7 @@ def undivided(risk: EmpiricalRisk, found: NoMeanOverRows) -> EmpiricalRisk:
         UsageError: several batches cannot be weighed, or the loss is a sum.
         DataError: the data comes in batches of a size that was asked for.
     """
-    loss, why = risk.loss, str(found)
+    loss, why = risk.loss, re.sub(r"^rank \d+: ", "", str(found))  # where it was found out is no part of the reason
     batches = risk.batches.kept(why)
     several = len(list(islice(batches, 2))) > 1
     if isinstance(found, SumOverRows) and (several or isinstance(loss, TargetLoss)):
