@@ -7,8 +7,7 @@ batches, along which directions, on which process, and what is said about it.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
@@ -16,7 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from isoflat.core.errors import UnsupportedModel
+from isoflat.core.errors import IsoflatError, UnsupportedModel
 from isoflat.core.render import some
 from isoflat.core.rng import stream
 from isoflat.core.space import norm
@@ -29,13 +28,14 @@ from isoflat.linalg.solver import Outcome
 from isoflat.measurement.records import Answers
 from isoflat.measures.base import SolverQuery
 from isoflat.measures.point import EvaluationPoint
-from isoflat.risk.arrivals import Arrivals, arrivals
-from isoflat.risk.empirical import EmpiricalRisk, Survey
+from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.linearise import ProductCheck, linearise
-from isoflat.risk.own import OwnModel
+from isoflat.risk.own import beside, own_model
 from isoflat.risk.plan import ProductPlan
+from isoflat.risk.ranks import Ranks
+from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.guarded import first_line, is_out_of_memory
-from isoflat.risk.slopes import FOUND, Audit, Directions, Disagreement, Product, Verdict, held_rows
+from isoflat.risk.slopes import Audit, Directions, Disagreement, Product, Verdict, held_rows
 
 SHARE = 0.1
 """Largest share of a measurement that its check may cost, where data comes in more than one batch."""
@@ -73,73 +73,8 @@ class Audited:
     narrow: str = ""
 
 
-def without_gradient(risk: EmpiricalRisk, state: State, seen: Survey, check: ProductCheck) -> tuple[Survey, str]:
-    """The survey whose unused tensors are those that the loss was seen not to depend on, and a note.
-
-    Args:
-        risk: the empirical risk.
-        state: the point of the survey.
-        seen: the survey.
-        check: reaction to gradients that never arrive.
-
-    Raises:
-        UnsupportedModel: the loss changes with tensors that no gradient arrives at.
-    """
-    if not len(seen.gradient):
-        return seen, ""
-    blocks = state.space.block_norms(seen.gradient)
-    silent = tuple(name for name, size in zip(state.space.names, blocks.tolist(), strict=True) if size == 0)
-    if not silent:
-        return seen, ""
-    unknown = replace(seen, unused=())
-    if check is ProductCheck.SKIP:
-        return unknown, f"no gradient arrives at: {some(seen.unused)}" if seen.unused else ""
-    with risk.ranks.agreeing():
-        found, failed = _moved(risk, state, silent, seen.unused)
-    parts = risk.ranks.gather((found, failed))
-    missing = [name for name in silent if any(name in part.missing for part, _ in parts)]
-    moving = [name for name in silent if any(name in part.moving for part, _ in parts)]
-    if missing:
-        words = (
-            f"gradients never arrive at {some(missing)}: the loss changes when they are moved, and autograd says that it "
-            "does not (a block that recomputes itself in a backward of its own, an adjoint solver, no_grad, .data, weights "
-            "kept in a plain attribute)"
-        )
-        if check is ProductCheck.REFUSE:
-            raise UnsupportedModel(
-                f"{words}. Let autograd see them (torch.utils.checkpoint for recomputation, modules for weights)"
-            )
-        return replace(seen, unused=tuple(name for name in seen.unused if name not in missing)), words
-    why = next((why for _, why in parts if why), "")
-    if why:
-        return unknown, f"no gradient arrives at: {some(silent)}; whether the loss depends on them is not known ({why})"
-    return replace(seen, unused=tuple(name for name in seen.unused if name not in moving)), ""
-
-
-def _moved(
-    risk: EmpiricalRisk, state: State, silent: Sequence[str], unused: Sequence[str]
-) -> tuple[Arrivals, str]:
-    """What this process's batches say about tensors without a gradient, or why they say nothing."""
-    batches = [batch for index, batch in enumerate(risk.batches) if risk.ranks.owns(index)]
-    if not batches:
-        return Arrivals(), ""
-    own, failed = own_model(risk, state, batches[0])
-    return (Arrivals(), failed) if own is None else (arrivals(own, batches, silent, unused), "")
-
-
-def own_model(risk: EmpiricalRisk, state: State, batch: Any) -> tuple[OwnModel | None, str]:
-    """The user's own model in float64, or in the state's precision; and why not in float64, or not at all."""
-    why = ""
-    for dtype in dict.fromkeys((torch.float64, state.dtype)):
-        wide = state.to(dtype=dtype)
-        try:
-            own = OwnModel.of(risk, wide, batch)
-            Audit(own, risk, None).gradient(batch)
-        except Exception as error:  # noqa: BLE001 (whatever the user's code raises in a precision that it was not written for)
-            why = "memory ran out" if is_out_of_memory(error) else first_line(error)
-            continue
-        return own, why
-    return None, why
+Lead = Callable[[Audit], tuple[Tensor, float | None]]
+"""A function that gives the direction v of a check, of any length, and its curvature at unit length, where that is known."""
 
 
 def audited(
@@ -167,14 +102,48 @@ def audited(
         with risk.ranks.agreeing():
             mine = _at(risk, point, answers, seed, number)
         found = _joined(risk.ranks.gather(mine))
-        if found.found is not None:
-            words = said(found.found)
-            if check is ProductCheck.REFUSE:
-                raise UnsupportedModel(f"{words}. {REMEDY}")
-            notes.append(words)
-        else:
-            notes += _silence(found, Matrix.HESSIAN in point.products)
+        notes += _settled(found, check, Matrix.HESSIAN in point.products)
     return tuple(dict.fromkeys(notes))
+
+
+def first_look(risk: EmpiricalRisk, state: State, loss: float, route: type[Linearisation]) -> tuple[str, ...]:
+    """Compare slopes and curvature of the user's own loss with gradients and products, on the first batch at a point.
+
+    Args:
+        risk: the empirical risk.
+        state: the point.
+        loss: the loss there.
+        route: how products are made.
+
+    Returns:
+        Notes on what could not be seen.
+
+    Raises:
+        UnsupportedModel: they disagree.
+    """
+
+    def product(audit_state: State) -> Product:
+        return lambda one, vector: route(one, audit_state).products(vector[:, None].to(audit_state.dtype))[:, 0]
+
+    def lead(audit: Audit) -> tuple[Tensor, float | None]:
+        return (beside(audit.state, 1.0) - audit.state.vector).double(), None
+
+    found = _looked(replace(risk, ranks=Ranks()), state, frozenset({0}), product, lead, loss, 0)
+    return tuple(_settled(found, ProductCheck.REFUSE, True))
+
+
+def _settled(found: Audited, check: ProductCheck, curved: bool) -> list[str]:
+    """Notes on an outcome.
+
+    Raises:
+        UnsupportedModel: it is a disagreement, and that is to be refused.
+    """
+    if found.found is None:
+        return _silence(found, curved)
+    words = said(found.found)
+    if check is ProductCheck.REFUSE:
+        raise UnsupportedModel(f"{words}. {REMEDY}")
+    return [words]
 
 
 REMEDY = (
@@ -215,15 +184,30 @@ def _joined(parts: Sequence[Audited]) -> Audited:
     """What all processes have seen."""
     found = min((part.found for part in parts if part.found), key=lambda one: one.batch, default=None)
     spoke = frozenset[str]().union(*(part.spoke for part in parts))
-    failed, narrow = (next((why for why in whys if why), "") for whys in zip(*((p.failed, p.narrow) for p in parts)))
+    failed = next((part.failed for part in parts if part.failed), "")
+    narrow = next((part.narrow for part in parts if part.narrow), "")
     return Audited(found, spoke, failed, narrow)
 
 
 def _at(risk: EmpiricalRisk, point: EvaluationPoint, answers: Answers, seed: int, number: int) -> Audited:
     """The check at one point, on the batches of this process."""
     plan = point.products[Matrix.HESSIAN].plan if Matrix.HESSIAN in point.products else None
-    total = _count(risk, point)
-    chosen = _share(_spent(point, answers), point.state, plan is not None, total, stream(seed, "audit", "batches", number))
+    product = None if plan is None else lambda state: partial(_product, state, plan)
+    random = stream(seed, "audit", "batches", number)
+    chosen = _share(_spent(point, answers), point.state, plan is not None, _count(risk, point), random)
+    return _looked(risk, point.state, chosen, product, partial(_lead, point, answers, seed), point.survey.loss, seed)
+
+
+def _looked(
+    risk: EmpiricalRisk,
+    state: State,
+    chosen: frozenset[int],
+    product: Callable[[State], Product] | None,
+    lead: Lead,
+    loss: float,
+    seed: int,
+) -> Audited:
+    """The check on those of some batches that are this process's."""
     audit: Audit | None = None
     along: Directions | None = None
     seen: list[Verdict] = []
@@ -233,16 +217,17 @@ def _at(risk: EmpiricalRisk, point: EvaluationPoint, answers: Answers, seed: int
             continue
         try:
             if audit is None or along is None:
-                own, narrow = own_model(risk, point.state, batch)
+                own, narrow = own_model(risk, state, batch, differentiable=True)
                 if own is None:
                     return Audited(failed=narrow)
-                audit = Audit(own, risk, None if plan is None else partial(_product, own.state, plan))
-                along = _directions(audit, point, answers, batch, seed)
+                audit = Audit(own, risk, None if product is None else product(own.state))
+                along = _directions(audit, batch, lead, loss, seed)
             seen.append(audit.compare(index, batch, along))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return Audited(failed="memory ran out on a whole batch", narrow=narrow)
+        except IsoflatError:
+            raise
+        except Exception as error:  # noqa: BLE001 (whatever the user's code raises at weights close by)
+            why = "memory ran out on a whole batch" if is_out_of_memory(error) else first_line(error)
+            return Audited(failed=why, narrow=narrow)
         if seen[-1].found:
             break
     spoke = frozenset[str]().union(*(verdict.spoke for verdict in seen))
@@ -262,25 +247,28 @@ def _product(state: State, plan: ProductPlan, risk: EmpiricalRisk, vector: Tenso
     return linearise(risk, state, replace(plan, kept=False)).products(vector[:, None].to(state.dtype))[:, 0]
 
 
-def _directions(audit: Audit, point: EvaluationPoint, answers: Answers, batch: Any, seed: int) -> Directions:
-    """The direction that was found, or a random one in a geometry's units; and a random one in all entries."""
-    n = point.state.space.size
-    drawn = torch.randn(n, generator=stream(seed, "audit", "random"), dtype=torch.float64).to(point.state.device)
-    random = drawn * held_rows(audit.own.model, point.state)
-    v, value = found_direction(point, answers)
-    if v is None:
-        frame = point.chart.frame
-        inside = torch.randn(frame.columns, generator=stream(seed, "audit", "inside"), dtype=torch.float64)
-        v = frame.push(inside.to(point.state.device)[:, None])[:, 0].double()
-    v = v / norm(v) if norm(v) else random / norm(random)
+def _directions(audit: Audit, batch: Any, lead: Lead, loss: float, seed: int) -> Directions:
+    """The direction that leads, and a random one in all entries, with steps along them."""
+    state = audit.state
+    drawn = torch.randn(state.space.size, generator=stream(seed, "audit", "random"), dtype=torch.float64)
+    random = drawn.to(state.device) * held_rows(audit.own.model, state)
+    random /= norm(random) or 1.0
+    v, value = lead(audit)
+    v = v.to(state.device) / norm(v) if norm(v) else random
     if value is None and audit.product is not None:
-        term = audit.own.term(batch)
-        value = audit.curvature(batch, v)
-        loss = float(term.total.detach().double())
-    else:
-        value, loss = value or 0.0, point.survey.loss
-    step, far = audit.steps(value, loss)
-    return Directions(v, random / norm(random), step, far)
+        value, loss = audit.curvature(batch, v), audit.own.total(batch)
+    step, far = audit.steps(value or 0.0, loss)
+    return Directions(v, random, step, far)
+
+
+def _lead(point: EvaluationPoint, answers: Answers, seed: int, audit: Audit) -> tuple[Tensor, float | None]:
+    """The direction that was found; a random one in the geometry's units where there is none."""
+    v, value = found_direction(point, answers)
+    if v is not None:
+        return v, value
+    frame = point.chart.frame
+    inside = torch.randn(frame.columns, generator=stream(seed, "audit", "inside"), dtype=torch.float64)
+    return frame.push(inside.to(point.state.device)[:, None])[:, 0].double(), None
 
 
 def found_direction(point: EvaluationPoint, answers: Answers) -> tuple[Tensor | None, float | None]:
@@ -312,7 +300,9 @@ def _vector(result: Any) -> tuple[Tensor | None, float | None]:
 
 def _spent(point: EvaluationPoint, answers: Mapping[tuple[Geometry, Any], Any]) -> float:
     """Cost of the measurement at a point, in gradient passes."""
-    here = [found for (geometry, _), found in answers.items() if geometry in point.charts and isinstance(found, Outcome)]
+    here = [
+        found for (geometry, _), found in answers.items() if geometry in point.charts and isinstance(found, Outcome)
+    ]
     return SETUP + PRODUCTS * sum(outcome.products for outcome in here)
 
 

@@ -22,7 +22,7 @@ from isoflat.geometry.base import Geometry
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Pullback
 from isoflat.linalg.solver import SingleProduct
-from isoflat.measurement.audit import audited, without_gradient
+from isoflat.measurement.audit import audited
 from isoflat.measurement.groups import hashes, with_groups
 from isoflat.measurement.lockstep import Task, run_in_lockstep, tasks_of
 from isoflat.measurement.records import Answers, RecordWriter, Refusal, Result
@@ -30,6 +30,7 @@ from isoflat.measurement.subject import Plan, Subject, agreed, at_equal_loss
 from isoflat.measures.base import Measure, Question, SolverQuery
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint
 from isoflat.measures.settings import Settings
+from isoflat.risk.arrivals import without_gradient
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.linearise import Choice, check_gradient, choose, survey
 from isoflat.risk.network import exactly

@@ -25,10 +25,16 @@ from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.kinks import Kinks
 from isoflat.risk.losses import Loss, Term
 from isoflat.risk.network import compiled
+from isoflat.risk.ranks import Ranks
 from isoflat.risk.rebound import rebound
+from isoflat.risk.routes.base import gradient
+from isoflat.risk.routes.guarded import first_line, is_out_of_memory
 
 SAME = 1000
 """Roundings within which two evaluations at the same weights agree."""
+
+AWAY = 1e-3
+"""Relative distance from a point at which units do not sit on their kinks."""
 
 NARROW = 1e-2
 """Relative change of the loss beyond which casts inside a network do more than round."""
@@ -118,17 +124,35 @@ class OwnModel:
 
     def _kept_nothing(self, batch: Any) -> OwnModel:
         """The same, with a copy for each evaluation where a model that has run gives another loss at other weights."""
-        moved = self.state.space.unflatten(self._beside())
+        moved = self.state.space.unflatten(beside(self.state, torch.finfo(self.state.dtype).eps ** 0.25))
         used, unused = self.total(batch, moved), self._again().total(batch, moved)
         allowed = SAME * torch.finfo(self.state.dtype).eps * max(abs(used), abs(unused))
         return self if abs(used - unused) <= allowed else replace(self, fresh=True)
 
-    def _beside(self) -> Tensor:
-        """Trainable entries at other weights close by, all of them moved."""
-        center, space = self.state.vector, self.state.space
-        step = torch.finfo(center.dtype).eps ** 0.25 * typical(space, center)
-        drawn = torch.randn(space.size, generator=stream(0, "own", "beside"), dtype=torch.float64)
-        return center + (step * drawn.to(center.device)).to(center.dtype)
+
+def own_model(
+    risk: EmpiricalRisk, state: State, batch: Any, differentiable: bool = False
+) -> tuple[OwnModel | None, str]:
+    """The user's own model in float64, or in the state's precision; and why not in float64, or not at all.
+
+    Args:
+        risk: the empirical risk.
+        state: weights.
+        batch: a batch to try it on.
+        differentiable: flag that gradients must be computable in that precision too.
+    """
+    why = ""
+    for dtype in dict.fromkeys((torch.float64, state.dtype)):
+        wide = state.to(dtype=dtype)
+        try:
+            own = OwnModel.of(risk, wide, batch)
+            if differentiable:
+                gradient(replace(risk, ranks=Ranks()), wide, batch)
+        except Exception as error:  # noqa: BLE001 (whatever the user's code raises in a precision that it was not written for)
+            why = "memory ran out" if is_out_of_memory(error) else first_line(error)
+            continue
+        return own, why
+    return None, why
 
 
 def _copied(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
@@ -164,3 +188,15 @@ def typical(space: ParameterSpace, center: Tensor) -> Tensor:
     own = space.block_norms(center) / sizes
     whole = norm(center) / space.size**0.5
     return space.spread(torch.where(own > 0, own, whole or 1.0).to(center.device))
+
+
+def beside(state: State, distance: float) -> Tensor:
+    """Trainable entries close to a point, all of them moved: shape `(n,)`.
+
+    Args:
+        state: the point.
+        distance: how far, in units of each tensor's size.
+    """
+    center, space = state.vector, state.space
+    drawn = torch.randn(space.size, generator=stream(0, "own", "beside"), dtype=torch.float64)
+    return center + (distance * typical(space, center) * drawn.to(center.device)).to(center.dtype)

@@ -66,9 +66,11 @@ class _Turning:
             return value if owner is value.__self__ else MethodType(value.__func__, owner)
         if isinstance(value, partial):
             parts = self.turned((value.func, value.args, value.keywords), depth)
-            return partial(parts[0], *parts[1], **parts[2]) if parts[0] is not value.func or self._differ(
-                (value.args, value.keywords), parts[1:]
-            ) else value
+            return (
+                partial(parts[0], *parts[1], **parts[2])
+                if parts[0] is not value.func or self._differ((value.args, value.keywords), parts[1:])
+                else value
+            )
         if isinstance(value, list | tuple):
             made = [self.turned(item, depth) for item in value]
             if not self._differ(value, made):
@@ -106,9 +108,7 @@ class _Turning:
         changed = {}
         if (function.__module__ or "").partition(".")[0] not in _OTHERS:
             used = {name: globals_[name] for name in _names(function.__code__) if name in globals_}
-            changed = {
-                name: made for name, item in used.items() if (made := self.turned(item, depth)) is not item
-            }
+            changed = {name: made for name, item in used.items() if (made := self.turned(item, depth)) is not item}
         same = not self._differ(held, turned) and defaults is function.__defaults__ and named is function.__kwdefaults__
         if same and not changed:
             return function

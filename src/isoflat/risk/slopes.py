@@ -23,7 +23,7 @@ from isoflat.core.space import inner, norm
 from isoflat.core.state import State
 from isoflat.risk.batches import Batches
 from isoflat.risk.empirical import EmpiricalRisk, differentiate, leaf_state
-from isoflat.risk.own import OwnModel
+from isoflat.risk.own import AWAY, OwnModel, beside
 from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.base import joined
 
@@ -157,6 +157,8 @@ class Audit:
         third = abs(wide.odd - 2 * near.odd) * 2 / math.sqrt(10)
         fourth = abs(2 * wide.even - 8 * near.even + 6 * t0) / math.sqrt(70)
         noise = max(third, fourth, 2 * self.eps * abs(t0))
+        if not all(map(math.isfinite, (t0, *wide, *near))):
+            return Verdict(None, frozenset())
         spoke = set()
         for name, direction, step, words in (("v", v, h, FOUND), ("r", along.random, along.far, RANDOM)):
             ends = wide if name == "v" else self._ends(batch, direction, step)
@@ -166,7 +168,7 @@ class Audit:
                 doubt += abs(ends.even - t0) / step
             if name == "v":
                 doubt += abs(slope - near.odd / (step / 2))
-            if doubt > allowed and abs(slope - wanted) <= allowed + doubt:
+            if not math.isfinite(slope) or (doubt > allowed and abs(slope - wanted) <= allowed + doubt):
                 continue
             if abs(slope - wanted) <= allowed + doubt:
                 spoke.add(name)
@@ -177,7 +179,7 @@ class Audit:
             found = self._bent(index, batch, along, (t0, wide, near), noise)
             if found is not None:
                 spoke.add("curvature")
-                return Verdict(found or None, frozenset(spoke))
+                return Verdict(found if isinstance(found, Disagreement) else None, frozenset(spoke))
         return Verdict(None, frozenset(spoke))
 
     def gradient(self, batch: Any, state: State | None = None) -> Tensor:
@@ -229,12 +231,21 @@ class Audit:
         return abs(quotient(h) - second) <= room and abs(quotient(h / 100) - bent) <= room
 
     def _holds(self, batch: Any, direction: Tensor, step: float, slope: float, wanted: float) -> bool:
-        """Test of whether a slope that is not the gradient's is much the same at wider steps."""
+        """Test of whether a slope that is not the gradient's is much the same at wider steps, and another one beside the point.
+
+        At the point itself units may sit on their kinks, where a gradient is that of one side.
+        """
         for factor in WIDER[self.state.dtype]:
             wider = self._ends(batch, direction, factor * step).odd / (factor * step)
             if abs(wider - slope) > 0.5 * abs(slope - wanted):
                 return False
-        return True
+        if not self.own.kinked:
+            return True
+        near = self.state.replace(self.state.space.unflatten(beside(self.state, AWAY)))
+        g, ends = self.gradient(batch, near), self._ends(batch, direction, step, near.vector)
+        there, allowed = float(inner([direction], g)[0]), self._allowed(direction, g)
+        doubt = abs(ends.even - self.own.total(batch, near.parameters)) / step
+        return abs(ends.odd / step - there) > allowed + doubt
 
     def _allowed(self, direction: Tensor, gradient: Tensor) -> float:
         """Difference that a slope may have from the gradient's."""
@@ -260,13 +271,13 @@ class Audit:
     def _parts(self, vector: Tensor) -> Iterator[Tensor]:
         return iter(vector.split(self.state.space.sizes))
 
-    def _ends(self, batch: Any, direction: Tensor, step: float) -> _Ends:
-        ahead, behind = (self.own.total(batch, self._moved(direction, sign * step)) for sign in (1.0, -1.0))
+    def _ends(self, batch: Any, direction: Tensor, step: float, center: Tensor | None = None) -> _Ends:
+        ahead, behind = (self.own.total(batch, self._moved(direction, sign * step, center)) for sign in (1.0, -1.0))
         return _Ends((ahead - behind) / 2, (ahead + behind) / 2)
 
-    def _moved(self, direction: Tensor, step: float) -> Mapping[str, Tensor]:
-        moved = self.state.vector.double() + step * direction
-        return self.state.space.unflatten(moved.to(self.state.dtype))
+    def _moved(self, direction: Tensor, step: float, center: Tensor | None = None) -> Mapping[str, Tensor]:
+        start = self.state.vector if center is None else center
+        return self.state.space.unflatten((start.double() + step * direction).to(self.state.dtype))
 
     def _alone(self, batch: Any) -> EmpiricalRisk:
         """The summed loss of one batch as a risk, on this process."""
