@@ -45,6 +45,9 @@ STEADY = 0.002
 WIDER = {torch.float64: (10.0, 100.0), torch.float32: (3.0,)}
 """Factors of wider steps at which a disagreement must show as well, by precision."""
 
+NARROWER = (1e-2, 1e-4)
+"""Factors of smaller steps, as far as rounding leaves room for them."""
+
 EXPLAINED = 0.3
 """Share of a disagreement that may be left where kinks explain it."""
 
@@ -172,7 +175,7 @@ class Audit:
                 continue
             if abs(slope - wanted) <= allowed + doubt:
                 spoke.add(name)
-            elif self._holds(batch, direction, step, slope, wanted):
+            elif self._holds(batch, direction, step, slope, wanted, noise):
                 blamed = self._blamed(batch, direction, step, g)
                 return Verdict(Disagreement("gradient", words, index, slope, wanted, blamed), frozenset({*spoke, name}))
         if self.product is not None and self._smooth():
@@ -230,14 +233,17 @@ class Audit:
         room = EXPLAINED * abs(second - bent)
         return abs(quotient(h) - second) <= room and abs(quotient(h / 100) - bent) <= room
 
-    def _holds(self, batch: Any, direction: Tensor, step: float, slope: float, wanted: float) -> bool:
-        """Test of whether a slope that is not the gradient's is much the same at wider steps, and another one beside the point.
+    def _holds(self, batch: Any, direction: Tensor, step: float, slope: float, wanted: float, noise: float) -> bool:
+        """Test of whether a slope that is not the gradient's is much the same at other steps, and another one beside the point.
 
-        At the point itself units may sit on their kinks, where a gradient is that of one side.
+        A step may be too wide where tensors are of very different sizes. At the point itself units may sit on their kinks,
+        where a gradient is that of one side.
         """
-        for factor in WIDER[self.state.dtype]:
-            wider = self._ends(batch, direction, factor * step).odd / (factor * step)
-            if abs(wider - slope) > 0.5 * abs(slope - wanted):
+        room = 0.5 * abs(slope - wanted)
+        for factor in (*WIDER[self.state.dtype], *NARROWER):
+            if SURE * noise > room * factor * step:
+                continue
+            if abs(self._ends(batch, direction, factor * step).odd / (factor * step) - slope) > room:
                 return False
         if not self.own.kinked:
             return True
