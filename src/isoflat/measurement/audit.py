@@ -30,7 +30,7 @@ from isoflat.measures.base import SolverQuery
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.linearise import ProductCheck, linearise
-from isoflat.risk.own import beside, own_model
+from isoflat.risk.own import OwnModel, beside
 from isoflat.risk.plan import ProductPlan
 from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.base import Linearisation
@@ -207,31 +207,45 @@ def _looked(
     loss: float,
     seed: int,
 ) -> Audited:
-    """The check on those of some batches that are this process's."""
+    """The check on those of some batches that are this process's; in the state's precision where float64 fails."""
+    narrow = ""
+    for dtype in dict.fromkeys((torch.float64, state.dtype)):
+        try:
+            return replace(_compared(risk, state.to(dtype=dtype), chosen, product, lead, loss, seed), narrow=narrow)
+        except IsoflatError:
+            raise
+        except Exception as error:  # noqa: BLE001 (whatever the user's code raises in float64, or at weights close by)
+            narrow = "memory ran out on a whole batch" if is_out_of_memory(error) else first_line(error)
+    return Audited(failed=narrow)
+
+
+def _compared(
+    risk: EmpiricalRisk,
+    state: State,
+    chosen: frozenset[int],
+    product: Callable[[State], Product] | None,
+    lead: Lead,
+    loss: float,
+    seed: int,
+) -> Audited:
+    """The check in one precision; whatever the user's code raises passes."""
     audit: Audit | None = None
     along: Directions | None = None
     seen: list[Verdict] = []
-    narrow = ""
     for index, batch in enumerate(risk.batches):
         if not (risk.ranks.owns(index) and index in chosen):
             continue
-        try:
-            if audit is None or along is None:
-                own, narrow = own_model(risk, state, batch, differentiable=True)
-                if own is None:
-                    return Audited(failed=narrow)
-                audit = Audit(own, risk, None if product is None else product(own.state))
-                along = _directions(audit, batch, lead, loss, seed)
-            seen.append(audit.compare(index, batch, along))
-        except IsoflatError:
-            raise
-        except Exception as error:  # noqa: BLE001 (whatever the user's code raises at weights close by)
-            why = "memory ran out on a whole batch" if is_out_of_memory(error) else first_line(error)
-            return Audited(failed=why, narrow=narrow)
+        if audit is None or along is None:
+            own = OwnModel.of(risk, state, batch)
+            audit = Audit(own, risk, None if product is None else product(state))
+            along = _directions(audit, batch, lead, loss, seed)
+        # Where kinks silence one batch, they silence the others.
+        silenced = audit.own.kinked and any("curvature" not in verdict.spoke for verdict in seen)
+        seen.append(audit.compare(index, batch, along, curved=not silenced))
         if seen[-1].found:
             break
     spoke = frozenset[str]().union(*(verdict.spoke for verdict in seen))
-    return Audited(next((verdict.found for verdict in seen if verdict.found), None), spoke, narrow=narrow)
+    return Audited(next((verdict.found for verdict in seen if verdict.found), None), spoke)
 
 
 def _count(risk: EmpiricalRisk, point: EvaluationPoint) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, final
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,15 +18,17 @@ _KINKED = (
 _SMOOTH = ("softmax", "softmin")
 """Parts of names that contain one of the above by chance."""
 
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+"""Types that are narrower than float64."""
+
 _COMPARISONS = ("gt", "ge", "lt", "le")
 """Comparisons: where numbers are compared, something is chosen by them."""
 
 
 @final
 class Kinks(TorchDispatchMode):
-    """A block that notices operations with kinks on floating-point numbers.
+    """A block that notices operations with kinks on floating-point numbers, and numbers narrower than float64.
 
-    >>> import torch
     >>> with Kinks() as kinks:
     ...     _ = torch.tanh(torch.ones(2))
     >>> kinks.seen
@@ -39,6 +42,7 @@ class Kinks(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen = False
+        self.narrow = False
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -49,4 +53,6 @@ class Kinks(TorchDispatchMode):
             self.seen = name in _COMPARISONS or (
                 any(part in name for part in _KINKED) and not any(part in name for part in _SMOOTH)
             )
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        self.narrow = self.narrow or (isinstance(made, Tensor) and made.dtype in _NARROW)
+        return made

@@ -25,9 +25,7 @@ from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.kinks import Kinks
 from isoflat.risk.losses import Loss, Term
 from isoflat.risk.network import compiled
-from isoflat.risk.ranks import Ranks
 from isoflat.risk.rebound import rebound
-from isoflat.risk.routes.base import gradient
 from isoflat.risk.routes.guarded import first_line, is_out_of_memory
 
 SAME = 1000
@@ -84,7 +82,7 @@ class OwnModel:
         with Kinks() as kinks:
             first = own.total(batch)
         own = replace(own, kinked=kinks.seen)
-        if state.dtype == torch.float64:
+        if state.dtype == torch.float64 and kinks.narrow:
             own = own._without_casts(batch, first)
         return own._kept_nothing(batch)
 
@@ -130,24 +128,19 @@ class OwnModel:
         return self if abs(used - unused) <= allowed else replace(self, fresh=True)
 
 
-def own_model(
-    risk: EmpiricalRisk, state: State, batch: Any, differentiable: bool = False
-) -> tuple[OwnModel | None, str]:
+def own_model(risk: EmpiricalRisk, state: State, batch: Any) -> tuple[OwnModel | None, str]:
     """The user's own model in float64, or in the state's precision; and why not in float64, or not at all.
 
     Args:
         risk: the empirical risk.
         state: weights.
         batch: a batch to try it on.
-        differentiable: flag that gradients must be computable in that precision too.
     """
     why = ""
     for dtype in dict.fromkeys((torch.float64, state.dtype)):
         wide = state.to(dtype=dtype)
         try:
             own = OwnModel.of(risk, wide, batch)
-            if differentiable:
-                gradient(replace(risk, ranks=Ranks()), wide, batch)
         except Exception as error:  # noqa: BLE001 (whatever the user's code raises in a precision that it was not written for)
             why = "memory ran out" if is_out_of_memory(error) else first_line(error)
             continue

@@ -48,8 +48,11 @@ WIDER = {torch.float64: (10.0, 100.0), torch.float32: (3.0,)}
 NARROWER = (1e-2, 1e-4)
 """Factors of smaller steps, as far as rounding leaves room for them."""
 
+SHORT = 1e-2
+"""Step of a difference of gradients that hardly any kink lies in, in units of h."""
+
 EXPLAINED = 0.3
-"""Share of a disagreement that may be left where kinks explain it."""
+"""Share of a disagreement by which that difference may miss the product where kinks explain the disagreement."""
 
 Product = Callable[[EmpiricalRisk, Tensor], Tensor]
 """A function that gives the product of the Hessian of a risk with a vector, shape `(n,)`, float64."""
@@ -150,8 +153,15 @@ class Audit:
         assert self.product is not None
         return float(inner([direction], self.product(self._alone(batch), direction))[0])
 
-    def compare(self, index: int, batch: Any, along: Directions) -> Verdict:
-        """All comparisons on one batch."""
+    def compare(self, index: int, batch: Any, along: Directions, curved: bool = True) -> Verdict:
+        """All comparisons on one batch.
+
+        Args:
+            index: index of the batch.
+            batch: the batch.
+            along: directions and steps.
+            curved: flag that second differences are compared too.
+        """
         v, h = along.found, along.step
         t0 = self.own.total(batch)
         wide, near = self._ends(batch, v, h), self._ends(batch, v, h / 2)
@@ -178,7 +188,7 @@ class Audit:
             elif self._holds(batch, direction, step, slope, wanted, noise):
                 blamed = self._blamed(batch, direction, step, g)
                 return Verdict(Disagreement("gradient", words, index, slope, wanted, blamed), frozenset({*spoke, name}))
-        if self.product is not None and self._smooth():
+        if curved and self.product is not None and self._smooth():
             found = self._bent(index, batch, along, (t0, wide, near), noise)
             if found is not None:
                 spoke.add("curvature")
@@ -222,16 +232,12 @@ class Audit:
         return Disagreement("curvature", FOUND, index, coarse, bent, names)
 
     def _kinks_explain(self, batch: Any, v: Tensor, h: float, second: float, bent: float) -> bool:
-        """Test of whether gradients bend as the loss does at the step, and as the product says at a much smaller one."""
-
-        def quotient(step: float) -> float:
-            ahead, behind = (
-                self.gradient(batch, self.state.replace(self._moved(v, sign * step))) for sign in (1.0, -1.0)
-            )
-            return float(inner([v], ahead - behind)[0]) / (2 * step)
-
-        room = EXPLAINED * abs(second - bent)
-        return abs(quotient(h) - second) <= room and abs(quotient(h / 100) - bent) <= room
+        """Test of whether gradients bend as the product says, over a step that hardly any kink lies in."""
+        ahead, behind = (
+            self.gradient(batch, self.state.replace(self._moved(v, sign * h * SHORT))) for sign in (1.0, -1.0)
+        )
+        quotient = float(inner([v], ahead - behind)[0]) / (2 * h * SHORT)
+        return abs(quotient - bent) <= EXPLAINED * abs(second - bent)
 
     def _holds(self, batch: Any, direction: Tensor, step: float, slope: float, wanted: float, noise: float) -> bool:
         """Test of whether a slope that is not the gradient's is much the same at other steps, and another one beside the point.
