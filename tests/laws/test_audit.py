@@ -16,11 +16,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import isoflat
+from isoflat.cli import examine
 from isoflat.core.state import State
 from isoflat.measurement.audit import SKIPPED
+from isoflat.measurement.subject import subject
 from isoflat.risk.arrivals import arrivals
 from isoflat.risk.batches import as_batches
+from isoflat.risk.check import Compared
 from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.linearise import _fault, choose
 from isoflat.risk.losses import as_loss
 from isoflat.risk.network import Network
 from isoflat.risk.own import own_model
@@ -543,3 +547,26 @@ def test_the_state_of_the_copy_is_that_of_the_point():
     assert isinstance(own.state, State)
     assert own.kinked
     assert next(net.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["hook", "recomputed"])
+def test_doctor_checks_the_same(name):
+    build, data, loss = ELSEWHERE.get(name) or (NEVER[name][0], _data, CE)
+    right, wrong = (subject(_seeded(make, torch.float64), data(), loss) for make in (ORDINARY["tanh"], build))
+    seen, _ = examine._finite(right)
+    route, _ = examine._products(right)
+    assert examine._arrives(right, seen)[0]
+    assert "agree on the first batch" in examine._own(right, seen, route)[1]
+    with pytest.raises(isoflat.UnsupportedModel, match=r"never arrive|not that of the loss"):
+        examine._arrives(wrong, (seen := examine._finite(wrong)[0])), examine._own(wrong, seen, route)
+
+
+def test_a_product_that_is_not_symmetric_is_called_that():
+    """A dual forward pass differentiates the gradient as it is: here one whose derivative is not symmetric."""
+    net = _seeded(_Hooked, torch.float64)
+    risk = EmpiricalRisk(Network(net), as_loss(CE), as_batches(_data()))
+    with pytest.raises(isoflat.UnsupportedModel, match=r"not symmetric|differ by"):
+        choose(risk, risk.network.state())
+    assert "not symmetric" in _fault(Compared(1e-9, 0.1), differences=False)
+    assert "not symmetric" in _fault(Compared(1e-9, 0.1), differences=True)
+    assert not _fault(Compared(1e-9, 1e-12), differences=False)

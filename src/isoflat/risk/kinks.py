@@ -44,6 +44,11 @@ class Kinks(TorchDispatchMode):
         self.seen = False
         self.narrow = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch's compiler is not loaded for this, which takes a second."""
+        return False
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -35,7 +35,7 @@ def rebound(value: T, memo: Mapping[int, Any]) -> T:
     >>> net = nn.Linear(1, 1)
     >>> memo: dict[int, Any] = {}
     >>> twin = copy.deepcopy(net, memo)
-    >>> rebound(lambda: net, memo)() is twin
+    >>> rebound([net], memo)[0] is twin
     True
     """
     return _Turning(memo).turned(value, DEPTH)
