@@ -335,7 +335,7 @@ def outcome(case: Case) -> str:
     finally:
         assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     allowed = 1e-6 if case.dtype == torch.float64 else 1e-4
-    (norm, slope, _) = table.records
+    (norm, slope, _) = table.rows
     size = float(torch.linalg.matrix_norm(known.hessian, 2))
     assert abs(norm.point.loss - known.loss) <= allowed * abs(known.loss), (case, norm.point.loss, known.loss)
     assert abs(norm.point.gradient_norm - float(known.gradient.norm())) <= allowed * (

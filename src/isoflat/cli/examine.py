@@ -9,15 +9,19 @@ from typing import TypeVar, final
 import torch
 
 from isoflat.core.errors import DataError, IsoflatError, NondeterministicRisk, UnsupportedModel
+from isoflat.core.render import some
 from isoflat.core.space import norm
 from isoflat.io.inputs import Inputs, try_forward
 from isoflat.io.model import build, fill, find_loss
 from isoflat.io.named import reason
+from isoflat.measurement.audit import first_look
 from isoflat.measurement.subject import Subject, divided, subject
 from isoflat.measures.settings import Settings
+from isoflat.risk.arrivals import without_gradient
 from isoflat.risk.batches import Batches, digest
-from isoflat.risk.check import AGREEMENT, SYMMETRY, CheckedRows, asymmetry, disagreement
+from isoflat.risk.check import AGREEMENT, SYMMETRY, CheckedRows, asymmetry, compared
 from isoflat.risk.division import notes
+from isoflat.risk.empirical import Survey
 from isoflat.risk.linearise import ProductCheck, choose
 from isoflat.risk.linearise import survey as surveyed
 from isoflat.risk.network import Network, exactly
@@ -62,10 +66,15 @@ def examine(inputs: Inputs, dtype: str | None = None, device: torch.device | Non
         lambda: _runs(subject(_sure(model), _sure(data), loss, Settings(dtype=dtype, device=device))),
     )
     exam.check("loss is deterministic", lambda: _deterministic(_sure(target)))
-    target = exam.check("loss and gradient are finite", lambda: _finite(_sure(target)))
+    seen = exam.check("loss and gradient are finite", lambda: _finite(_sure(target)))
+    target = None if seen is None else seen[0]
+    exam.check("gradients arrive everywhere", lambda: _arrives(*_sure(seen)))
     route = exam.check("products can be made", lambda: _products(_sure(target)))
     exam.check("products are symmetric", lambda: _symmetric(_sure(target), _sure(route)))
     exam.check("products agree with differences of gradients", lambda: _agrees(_sure(target), _sure(route)))
+    exam.check(
+        "gradients and products are those of the loss", lambda: _own(_sure(target), _sure(seen)[1], _sure(route))
+    )
     return tuple(exam.checks)
 
 
@@ -150,14 +159,20 @@ def _deterministic(target: Subject) -> tuple[bool, str]:
     return True, "two evaluations agree"
 
 
-def _finite(target: Subject) -> tuple[Subject, str]:
+def _finite(target: Subject) -> tuple[tuple[Subject, Survey], str]:
     with exactly(target.state.device):
         target = divided(target)
         risk, survey = surveyed(target.risk, target.state)
     accuracy = "" if survey.accuracy is None else f", accuracy {survey.accuracy:.4g} (chance {survey.chance:.4g})"
     found = [f"loss {survey.loss:.6g}{accuracy}, gradient norm {norm(survey.gradient):.3g}"]
     found += notes(risk, survey.rows, len(survey.digests))
-    return replace(target, risk=risk), "; ".join(found)
+    return (replace(target, risk=risk), survey), "; ".join(found)
+
+
+def _arrives(target: Subject, seen: Survey) -> tuple[bool, str]:
+    with exactly(target.state.device):
+        unused = without_gradient(target.risk, target.state, seen, ProductCheck.REFUSE)[0].unused
+    return True, f"the loss does not depend on: {some(unused)}" if unused else "in every tensor that moves the loss"
 
 
 def _products(target: Subject) -> tuple[type[Linearisation], str]:
@@ -178,7 +193,7 @@ def _symmetric(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
 
 def _agrees(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
     sample = CheckedRows.of(target.risk, target.state)
-    worst = disagreement(sample, route)
+    worst = compared(sample, route).apart
     if worst > AGREEMENT:
         raise UnsupportedModel(
             f"Hessian products differ by {worst:.1e} from central differences of gradients: part of the network is cut out "
@@ -186,5 +201,11 @@ def _agrees(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
         )
     flat = all(not bool(sample.product(route, sample.direction(k)).any()) for k in range(2))
     found = f"relative difference at most {worst:.1e}" if worst else "no difference beyond rounding"
-    detail = f"{found} along two random directions"
+    detail = f"{found} along a random direction"
     return True, detail + ("; all products vanish: the loss has no curvature here" if flat else "")
+
+
+def _own(target: Subject, seen: Survey, route: type[Linearisation]) -> tuple[bool, str]:
+    with exactly(target.state.device):
+        notes = first_look(target.risk, target.state, seen.loss, route)
+    return True, "; ".join(notes) or "slopes and second differences of the user's own model agree on the first batch"

@@ -23,6 +23,7 @@ from isoflat.geometry.base import Geometry
 from isoflat.linalg.maps import Identity
 from isoflat.linalg.operator import Pullback
 from isoflat.linalg.solver import SingleProduct
+from isoflat.measurement.audit import audited
 from isoflat.measurement.groups import hashes, with_groups
 from isoflat.measurement.lockstep import Task, run_in_lockstep, tasks_of
 from isoflat.measurement.records import Answers, RecordWriter, Refusal, Result
@@ -30,6 +31,7 @@ from isoflat.measurement.subject import Plan, Subject, agreed, at_equal_loss, di
 from isoflat.measures.base import Measure, Question, SolverQuery
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint
 from isoflat.measures.settings import Settings
+from isoflat.risk.arrivals import without_gradient
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.linearise import Choice, check_gradient, choose, survey
 from isoflat.risk.network import exactly
@@ -105,13 +107,16 @@ class Measurement:
 
     def results(self) -> tuple[Result | Refusal, ...]:
         """One number, or why there is none, for each entry of the plan."""
-        chosen, points = self.routed(self.points())
+        arrived, points = self.arrived(self.points())
+        chosen, points = arrived.routed(points)
         planned = [point.with_products(matrices_of(chosen.asked(point))) for point in points]
         setup = time.monotonic() - self.started
         answers: Answers = {}
         for point in planned:
             answers |= chosen.answered(point)
-        return chosen.written(planned, answers, setup)
+        started = time.monotonic()
+        checked = chosen.audited(planned, answers)
+        return checked.written(planned, answers, setup + time.monotonic() - started)
 
     def points(self, first_pass: FirstPass = survey) -> list[EvaluationPoint]:
         """Every distinct point at which the plan's geometries measure, with its survey.
@@ -146,10 +151,32 @@ class Measurement:
         else:
             with risk.ranks.agreeing():
                 choice = Choice(Recomputed, check_gradient(risk, state, check))
-        subject = replace(self.subject, notes=(*self.subject.notes, *choice.notes))
         settings = self.settings if choice.exact else replace(self.settings, certify=False, sample=None)
         routed = [replace(point, settings=settings, route=choice.route) for point in points]
-        return replace(self, subject=subject, settings=settings), routed
+        return replace(self.noted(choice.notes), settings=settings), routed
+
+    def arrived(self, points: Sequence[EvaluationPoint]) -> tuple[Measurement, list[EvaluationPoint]]:
+        """Tensors that no gradient arrives at, looked at: notes, and points that name those the loss does not depend on."""
+        looked, notes = [], []
+        for point in points:
+            seen, note = without_gradient(self.subject.risk, point.state, point.survey, self.settings.check)
+            looked.append(replace(point, survey=seen))
+            notes += [note] * bool(note)
+        return self.noted(notes), looked
+
+    def audited(self, points: Sequence[EvaluationPoint], answers: Answers) -> Measurement:
+        """The user's own model, compared with what was measured: notes.
+
+        Raises:
+            UnsupportedModel: gradients or products are not those of its loss.
+        """
+        self.report("the user's own model")
+        return self.noted(audited(self.subject.risk, points, answers, self.settings.check, self.settings.seed))
+
+    def noted(self, notes: Sequence[str]) -> Measurement:
+        """The measurement with further notes beside each number, each once."""
+        subject = replace(self.subject, notes=tuple(dict.fromkeys((*self.subject.notes, *notes))))
+        return replace(self, subject=subject)
 
     def asked(self, point: EvaluationPoint) -> tuple[tuple[Geometry, Question], ...]:
         """Every question that the plan asks at a point, with its geometry, each once."""

@@ -116,7 +116,8 @@ class RecordWriter:
         point = self.points[geometry]
         chart, seen = point.chart, point.survey
         where = surveyed_point(subject.state, restricted(seen, point.state, subject.state))
-        findings = Findings(where, answers, settings, measure.options)
+        precise = replace(settings, dtype=settings.dtype or subject.state.dtype)
+        findings = Findings(where, answers, precise, measure.options)
         estimate = measure.evaluate(findings)
         if estimate.kind is Kind.EXACT:
             estimate = estimate.allowing(ALLOWANCE * torch.finfo(subject.state.dtype).eps)

@@ -137,9 +137,9 @@ def _results(measurement: Measurement) -> tuple[Result | Refusal, ...]:
         found.append(part)
     answers: Answers = {key: outcome for part in found for key, outcome in part.answers.items()}
     spent = sum(outcome.seconds for part in found for outcome in part.answers.values())
-    notes = (*chosen.subject.notes, *dict.fromkeys(part.note for part in found))
-    told = replace(chosen, subject=replace(chosen.subject, notes=notes))
-    return told.written([part.point for part in found], answers, time.monotonic() - measurement.started - spent)
+    told, points = chosen.noted([part.note for part in found]).arrived([part.point for part in found])
+    checked = told.audited(points, answers)
+    return checked.written(points, answers, time.monotonic() - measurement.started - spent)
 
 
 @final

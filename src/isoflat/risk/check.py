@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -169,18 +169,32 @@ def _drawn(size: int, label: str | int, device: torch.device) -> Tensor:
     return drawn.repeat(-(-size // DRAWN))[:size]
 
 
-def disagreement(sample: CheckedRows, route: Route) -> float:
-    """Worst relative difference between products and differences of gradients, along two random directions."""
-    worst = 0.0
-    for k in range(2):
-        direction = sample.direction(k)
-        worst = max(worst, sample.distance(direction, sample.product(route, direction), sample.gradient))
-    return worst
+class Compared(NamedTuple):
+    """A route beside differences of gradients, and beside itself.
+
+    Attributes:
+        apart: relative difference between a product and differences of gradients, along one random direction.
+        skew: `|⟨u, Hv⟩ − ⟨v, Hu⟩|` in units of `‖u‖ ‖Hv‖ + ‖v‖ ‖Hu‖`, for two random directions.
+    """
+
+    apart: float
+    skew: float
+
+
+def compared(sample: CheckedRows, route: Route) -> Compared:
+    """Both by two products."""
+    u, v = (sample.direction(k) for k in range(2))
+    hu, hv = (sample.product(route, direction) for direction in (u, v))
+    return Compared(sample.distance(u, hu, sample.gradient), _skew(u, hu, v, hv))
 
 
 def asymmetry(sample: CheckedRows, route: Route) -> float:
     """`|⟨u, Hv⟩ − ⟨v, Hu⟩|` in units of `‖u‖ ‖Hv‖ + ‖v‖ ‖Hu‖`, for two random directions."""
     u, v = (sample.direction(k) for k in range(2))
     hu, hv = (sample.product(route, direction) for direction in (u, v))
+    return _skew(u, hu, v, hv)
+
+
+def _skew(u: Tensor, hu: Tensor, v: Tensor, hv: Tensor) -> float:
     scale = norm(u) * norm(hv) + norm(v) * norm(hu)
     return abs(float(inner([u], hv)[0]) - float(inner([v], hu)[0])) / scale if scale else 0.0

@@ -12,7 +12,7 @@ from isoflat.core.errors import UnsupportedModel, UsageError
 from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.risk.batches import rows_of
-from isoflat.risk.check import AGREEMENT, ROWS, CheckedRows, disagreement
+from isoflat.risk.check import AGREEMENT, ROWS, CheckedRows, Compared, asymmetry, compared
 from isoflat.risk.division import undivided
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.plan import ProductPlan
@@ -74,41 +74,59 @@ def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
     for route in ROUTES:
         name = route(risk, state).route.partition(",")[0]
         if route is Differences and wrong and sample.slope(sample.direction(0)) > AGREEMENT:
-            raise UnsupportedModel(f"{wrong[0]}, and out of the first. {_REMEDY}")
+            raise UnsupportedModel(f"{wrong[0]}; gradients are not those of the loss either. {_REMEDY}")
         try:
-            worst = 0.0
+            seen = Compared(0.0, 0.0)
             if route is Differences:
-                worst = _unsettled(sample)
+                seen = Compared(_unsettled(sample), 0.0 if check is ProductCheck.SKIP else asymmetry(sample, route))
             elif check is ProductCheck.SKIP:
                 sample.product(route, sample.direction(0))
             else:
-                worst = disagreement(sample, route)
+                seen = compared(sample, route)
         except (RuntimeError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise
             failures.append(f"{name}: {first_line(error)}")
             continue
-        cut = (
-            f"Hessian products differ by {worst:.1e} from central differences of gradients: part of the network is cut out "
-            "of the second derivative (detach, no_grad, .item(), .data, rounding, or a custom backward)"
-        )
-        if route is not Differences and worst > AGREEMENT and check is ProductCheck.REFUSE:
-            wrong.append(cut)
-            failures.append(f"{name}: products differ by {worst:.1e} from differences of gradients")
+        fault = _fault(seen, differences=route is Differences)
+        if fault and check is ProductCheck.REFUSE:
+            if route is Differences:
+                raise UnsupportedModel(f"{fault}. {_REMEDY}")
+            wrong.append(fault)
+            failures.append(f"{name}: products differ by {max(seen):.1e} from differences of gradients")
             continue
         notes = [f"products by {route(risk, state).route}, because others fail ({'; '.join(failures)})"] * bool(
             failures
         )
         if route is Differences:
             notes.append(
-                f"uncertified: differences of gradients are off by about {worst:.0e} of a product, and know no kinks"
+                f"uncertified: differences of gradients are off by about {seen.apart:.0e} of a product, and know no kinks"
             )
-        elif worst > AGREEMENT:
-            notes.append(cut)
-        return Choice(route, tuple(notes))
+        return Choice(route, (*notes, *[fault] * bool(fault)))
     raise UnsupportedModel(
         f"the network cannot be differentiated twice by any route ({'; '.join(failures)}). Replace the operation named "
         "there by one with a second derivative (for fused kernels, their plain form)"
+    )
+
+
+def _fault(seen: Compared, differences: bool) -> str:
+    """The fault of products in words; empty where there is none.
+
+    Args:
+        seen: what was found about them.
+        differences: flag that they are differences themselves, whose own error is no fault.
+    """
+    cut = (
+        f"Hessian products differ by {seen.apart:.1e} from central differences of gradients: part of the network is cut out "
+        "of the second derivative (detach, no_grad, .item(), .data, rounding, or a custom backward)"
+    )
+    if seen.apart > AGREEMENT and not differences:
+        return cut
+    if seen.skew <= max(AGREEMENT, 10 * seen.apart):
+        return ""
+    return (
+        f"Hessian products are not symmetric: ⟨u, Hv⟩ and ⟨v, Hu⟩ differ by {seen.skew:.1e} of their scale, so that the "
+        "gradient is no loss's gradient (something is cut out of it, or a hook or a custom backward changes it)"
     )
 
 

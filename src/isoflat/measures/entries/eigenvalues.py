@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.curvature.matrix import Matrix
 from isoflat.linalg.eigen.extremes import REACHED, Extremes, Which
@@ -14,6 +16,9 @@ from isoflat.measures.settings import Settings
 
 CONFIDENCE = 1 - 1e-6
 """Default for eigenvalues: the number of products grows with the logarithm of the failure probability only."""
+
+ROUNDED = 1e-8
+"""Largest noise of a product, in units of the larger end of the spectrum, that rounding explains in float64."""
 
 
 def extremes(which: Which, covariant: bool = False, matrix: Matrix = Matrix.HESSIAN) -> Needs:
@@ -49,7 +54,7 @@ def eigenvalue(findings: Findings) -> Estimate:
         kind=Kind.ENCLOSURE if result.confidence else Kind.UNCERTIFIED,
         converged=result.reached,
         residual=end.residual,
-        notes=_notes(result, value),
+        notes=_notes(result, value, findings.settings.dtype in (torch.float64, "float64")),
     )
 
 
@@ -58,14 +63,20 @@ def curvature(findings: Findings) -> float:
     return abs(findings.answers[0].result.wanted.value)
 
 
-def _notes(result: Extremes, value: float) -> tuple[str, ...]:
+def _notes(result: Extremes, value: float, double: bool) -> tuple[str, ...]:
     notes = []
     if not result.confidence:
         notes.append("uncertified: a lower bound with a true residual; nothing is claimed about the upper end")
     if not result.reached:
         why = result.stopped
         if why == REACHED:
-            why = f"rounding noise of a product is {result.noise / value:.1e} of the value; try dtype=float64"
+            noise = result.noise / value
+            why = f"rounding noise of a product is {noise:.1e} of the value; try dtype=float64"
+            if double and result.noise > ROUNDED * max(abs(result.top.value), abs(result.bottom.value)):
+                why = (
+                    f"products differ by {noise:.1e} of the value from what a symmetric matrix gives, more than float64 "
+                    "rounds: they are not symmetric (isoflat doctor checks it)"
+                )
         notes.append(f"not converged: {why}")
     if result.which is Which.MAGNITUDE and result.wanted.value < 0:
         notes.append("the dominant eigenvalue is negative: not a minimum")
