@@ -282,7 +282,7 @@ def truth(case: Case, net: nn.Module, batches: list[Batch]) -> Truth:
     weights = list(exact.parameters())
     gradient = _flat(torch.autograd.grad(loss, weights, create_graph=True))
     rows = [_flat(torch.autograd.grad(entry, weights, retain_graph=True)) for entry in gradient]
-    return Truth(float(loss), gradient.detach(), torch.stack(rows))
+    return Truth(float(loss.detach()), gradient.detach(), torch.stack(rows))
 
 
 def _flat(tensors: tuple[Tensor, ...]) -> Tensor:
