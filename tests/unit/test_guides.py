@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
-RUNNABLE = ("own-measure", "python", "solvers", "symmetries")
+RUNNABLE = ("losses", "own-measure", "python", "solvers", "symmetries")
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
