@@ -15,6 +15,7 @@ from typing import Protocol, final
 from tqdm.auto import tqdm
 
 from isoflat.core.errors import IsoflatError
+from isoflat.core.private import untouched
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.curvature.matrix import Matrix
@@ -30,6 +31,7 @@ from isoflat.measures.base import Measure, Question, SolverQuery
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint
 from isoflat.measures.settings import Settings
 from isoflat.risk.empirical import EmpiricalRisk, Survey
+from isoflat.risk.habits import learned
 from isoflat.risk.linearise import Choice, check_gradient, choose, survey
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Ranks
@@ -66,6 +68,7 @@ def opened(
     with (
         tqdm(disable=hidden, unit=" passes", desc=label or "measuring", leave=False) as bar,
         exactly(target.state.device),
+        untouched(target.risk.network.module),
     ):
 
         def report(status: str) -> None:
@@ -74,6 +77,7 @@ def opened(
 
         started = time.monotonic()
         with ranks.agreeing() as facts:
+            target = replace(target, risk=learned(target.risk, target.state))
             bound = with_groups(plan, target, settings)
             facts |= hashes(bound)
         yield Measurement(at_equal_loss(target), settings, tuple(bound), label, report, started)
