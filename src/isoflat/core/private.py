@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -19,6 +19,8 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from isoflat.core.errors import UnsupportedModel
 
 Swap = Callable[[Tensor], Tensor]
 """Stand-in of a tensor that a module holds; itself where none is needed."""
@@ -126,21 +128,45 @@ class Copies:
         return frozenset(key for key, (one, made) in pairs if made._version or differs(made, one.to(made.dtype)))
 
 
+def registered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of all parts, under every name."""
+    for path, part in module.named_modules():
+        for own, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                yield f"{path}.{own}" if path else own, tensor
+
+
+def own_precision(module: nn.Module) -> torch.dtype:
+    """Narrowest floating-point type of a module's parameters."""
+    kinds = {tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()}
+    return min(kinds, key=lambda kind: kind.itemsize, default=torch.float64)
+
+
+def wider(module: nn.Module, dtype: torch.dtype) -> torch.dtype | None:
+    """The precision of a pass, where it is wider than the module's own and what the module holds has to follow."""
+    own = own_precision(module)
+    return dtype if own != dtype and own.itemsize <= dtype.itemsize else None
+
+
 def differs(one: Tensor, other: Tensor) -> bool:
     """Test of whether two tensors have different values; NaN is like NaN."""
     return one.shape != other.shape or bool(((one != other) & ~((one != one) & (other != other))).any())
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype | None, memory: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:
-    """A tensor of the same values and strides; its memory is copied whole, once."""
+    """A tensor of the same values; views of most of the same memory get views of one copy of it."""
     storage = tensor.untyped_storage()
-    key = (storage.data_ptr(), tensor.dtype)
-    if key not in memory:
-        count = storage.nbytes() // tensor.dtype.itemsize
-        flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (count,), (1,))
-        memory[key] = flat.clone() if dtype is None else flat.to(dtype)
-    made = memory[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-    return made.requires_grad_(tensor.requires_grad and tensor.is_leaf and made.is_floating_point())
+    size = tensor.numel() * tensor.dtype.itemsize
+    if torch._C._functorch.peek_interpreter_stack() is not None or not 0 < storage.nbytes() <= 2 * size:
+        made = tensor.detach().clone() if dtype is None else tensor.detach().to(dtype)
+    else:
+        key = (storage.data_ptr(), tensor.dtype)
+        if key not in memory:
+            count = storage.nbytes() // tensor.dtype.itemsize
+            flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (count,), (1,))
+            memory[key] = flat.clone() if dtype is None else flat.to(dtype)
+        made = memory[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return made.requires_grad_() if tensor.requires_grad and tensor.is_leaf else made
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -151,6 +177,15 @@ def _plain(tensor: Tensor) -> bool:
         and not tensor.is_quantized
         and not tensor.is_meta
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def writes_into(names: Sequence[str]) -> UnsupportedModel:
+    """Refusal of a network whose forward pass changes its own weights."""
+    return UnsupportedModel(
+        f"the forward pass writes into {', '.join(names[:5])}: the loss is no function of the weights. Take the update out "
+        "of the forward pass (max_norm=None, no clamp_ or renormalisation in place), after applying it once to the weights, "
+        "and call model.eval()"
     )
 
 

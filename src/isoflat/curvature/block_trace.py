@@ -80,7 +80,7 @@ def check_blocks(risk: EmpiricalRisk, state: State, names: Sequence[str]) -> Non
     """
     check_softmax(risk, state)
     with exactly(state.device):
-        _check_linear(risk, state.to(dtype=torch.float64), names)
+        _check_linear(risk, risk.network.widest(state), names)
 
 
 def _check_linear(risk: EmpiricalRisk, state: State, names: Sequence[str]) -> None:

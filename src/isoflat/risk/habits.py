@@ -16,14 +16,14 @@ import torch
 
 from isoflat.core.caches import Cache, stale
 from isoflat.core.errors import DataError, IsoflatError, UnsupportedModel
-from isoflat.core.private import differs
+from isoflat.core.private import differs, own_precision, registered, writes_into
 from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.risk.batches import alone, move, pieces
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import Loss, TargetLoss
-from isoflat.risk.network import Habits, Network, exactly, registered, writes_into
+from isoflat.risk.network import Habits, Network, exactly
 from isoflat.risk.routes.guarded import first_line, is_out_of_memory
 
 AWAY = 0.03
@@ -133,7 +133,7 @@ def _works(risk: EmpiricalRisk, state: State, batch: Any) -> tuple[_Trial, bool,
                     raise
                 failure = failure or (error if trial is trials[-1] else None)
     assert failure is not None
-    if state.dtype == torch.float64 and risk.network.own != torch.float64:
+    if state.dtype == torch.float64 and own_precision(risk.network.module) != torch.float64:
         try:
             trials[-1].run(state.to(dtype=torch.float32))
         except (IsoflatError, *_FAILURES):

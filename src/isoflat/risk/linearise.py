@@ -16,7 +16,7 @@ from isoflat.risk.check import AGREEMENT, ROWS, CheckedRows, disagreement
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.plan import ProductPlan
 from isoflat.risk.routes.base import Linearisation
-from isoflat.risk.routes.differences import STEP, Differences
+from isoflat.risk.routes.differences import Differences
 from isoflat.risk.routes.forward import Forward
 from isoflat.risk.routes.guarded import Grain, Guarded, first_line, is_out_of_memory
 from isoflat.risk.routes.reverse import Recomputed
@@ -71,7 +71,7 @@ def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
     wrong: list[str] = []
     for route in ROUTES:
         name = route(risk, state).route.partition(",")[0]
-        if route is Differences and wrong and sample.slope(sample.direction(0)) > AGREEMENT:
+        if route is Differences and wrong and sample.slope(sample.direction(0)) > sample.agreement:
             raise UnsupportedModel(f"{wrong[0]}, and out of the first. {_REMEDY}")
         try:
             worst = 0.0
@@ -90,7 +90,7 @@ def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
             f"Hessian products differ by {worst:.1e} from central differences of gradients: part of the network is cut out "
             "of the second derivative (detach, no_grad, .item(), .data, rounding, or a custom backward)"
         )
-        if route is not Differences and worst > AGREEMENT and check is ProductCheck.REFUSE:
+        if route is not Differences and worst > sample.agreement and check is ProductCheck.REFUSE:
             wrong.append(cut)
             failures.append(f"{name}: products differ by {worst:.1e} from differences of gradients")
             continue
@@ -101,7 +101,7 @@ def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
             notes.append(
                 f"uncertified: differences of gradients are off by about {worst:.0e} of a product, and know no kinks"
             )
-        elif worst > AGREEMENT:
+        elif worst > sample.agreement:
             notes.append(cut)
         return Choice(route, tuple(notes))
     raise UnsupportedModel(
@@ -119,13 +119,13 @@ def check_gradient(risk: EmpiricalRisk, state: State, check: ProductCheck = Prod
     Raises:
         UnsupportedModel: they disagree, and `check` refuses that.
     """
-    worst, grain = None if check is not ProductCheck.SKIP else 0.0, Grain(ROWS)
+    worst, allowed, grain = None if check is not ProductCheck.SKIP else 0.0, AGREEMENT, Grain(ROWS)
     while worst is None:
         with grain as rows:
             sample = CheckedRows.of(risk, state, rows)
             direction = sample.direction(0)
-            worst = sample.slope(direction) if bool(direction.any()) else 0.0
-    if worst <= AGREEMENT:
+            worst, allowed = sample.slope(direction) if bool(direction.any()) else 0.0, sample.agreement
+    if worst <= allowed:
         return ()
     cut = (
         f"gradients differ by {worst:.1e} from central differences of losses: part of the network is cut out of the first "
@@ -159,7 +159,7 @@ def linearise(risk: EmpiricalRisk, state: State, plan: ProductPlan) -> Guarded:
     """Products as planned; where memory runs out nevertheless, in smaller pieces."""
     grain = Grain(plan.rows)
     if plan.route is Differences:
-        state = state.to(dtype=torch.float64)
+        state = risk.network.widest(state)
     while True:
         # One process without room makes all of them cut finer, so that they go on cutting alike.
         with grain as rows, risk.ranks.agreeing():
@@ -174,5 +174,6 @@ def linearise(risk: EmpiricalRisk, state: State, plan: ProductPlan) -> Guarded:
 def _unsettled(sample: CheckedRows) -> float:
     """Relative difference between differences of gradients of two steps."""
     direction = sample.direction(0)[:, None]
-    near, far = (Differences(sample.risk, sample.state, step).products(direction) for step in (STEP, 4 * STEP))
+    step = torch.finfo(sample.state.dtype).eps ** (1 / 3)
+    near, far = (Differences(sample.risk, sample.state, h).products(direction) for h in (step, 4 * step))
     return norm(near - far) / (norm(near) or 1.0)

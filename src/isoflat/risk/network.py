@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -25,7 +25,7 @@ from torch.utils import checkpoint
 from isoflat.core.caches import Cache, emptied
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
 from isoflat.core.precision import unrounded
-from isoflat.core.private import Copies, Swap, private
+from isoflat.core.private import Copies, Swap, own_precision, private, registered, wider, writes_into
 from isoflat.core.state import State, everywhere
 
 Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | None
@@ -91,12 +91,14 @@ class Network:
         Raises:
             UnsupportedModel: the forward pass writes into trainable tensors.
         """
-        if self.habits is not None and self.habits.leaves and torch.is_grad_enabled():
+        if self.habits is not None and self.habits.leaves:
             state = replace(state, parameters={name: _leaf(tensor) for name, tensor in state.parameters.items()})
         versions = [tensor._version for tensor in state.parameters.values()]
         given = everywhere(self.module, {**state.tensors, **self._copied(state)})
         tensors = {f"model.{name}": tensor for name, tensor in given.items()}
         with ExitStack() as stack:
+            # Losses may differentiate by their inputs; weights that require no gradients cost no graph.
+            stack.enter_context(torch.enable_grad())
             stack.enter_context(private(self.module, self._swap(given, held or self.copies(state.dtype))))
             for name in state.parameters:
                 path, _, own = name.rpartition(".")
@@ -123,13 +125,7 @@ class Network:
 
     def following(self, state: State) -> AbstractContextManager[None]:
         """Precision of a pass, which whatever the network or a loss makes in it follows."""
-        return unrounded(state.dtype, self.own)
-
-    @property
-    def own(self) -> torch.dtype:
-        """Narrowest floating-point type of the module's own parameters."""
-        kinds = {tensor.dtype for tensor in self.module.parameters() if tensor.is_floating_point()}
-        return min(kinds, key=lambda kind: kind.itemsize, default=torch.float64)
+        return unrounded(state.dtype, own_precision(self.module))
 
     def widest(self, state: State) -> State:
         """The state in the precision of checks and last products: float64, unless the network does not run in that."""
@@ -150,8 +146,7 @@ class Network:
             every: flag that all are copied, not only those that a pass is known to write into.
         """
         known = None if every else self.habits
-        wider = dtype if self.own != dtype and self.own.itemsize <= dtype.itemsize else None
-        return Copies(lambda tensor: known is None or id(tensor) in known.held, wider)
+        return Copies(lambda tensor: known is None or id(tensor) in known.held, wider(self.module, dtype))
 
     def _swap(self, given: Mapping[str, Tensor], copies: Copies) -> Swap:
         """Stand-ins of tensors in plain attributes: those of the state where they are the module's own, else copies."""
@@ -215,23 +210,6 @@ class Network:
                 raise UnsupportedModel(
                     f"{where} drops at random in train mode, so no two products would agree. Call model.eval() first"
                 )
-
-
-def writes_into(names: Sequence[str]) -> UnsupportedModel:
-    """Refusal of a network whose forward pass changes its own weights."""
-    return UnsupportedModel(
-        f"the forward pass writes into {', '.join(names[:5])}: the loss is no function of the weights. Take the update out "
-        "of the forward pass (max_norm=None, no clamp_ or renormalisation in place), after applying it once to the weights, "
-        "and call model.eval()"
-    )
-
-
-def registered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of all parts, under every name."""
-    for path, part in module.named_modules():
-        for own, tensor in (*part._parameters.items(), *part._buffers.items()):
-            if tensor is not None:
-                yield f"{path}.{own}" if path else own, tensor
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -196,14 +196,13 @@ def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
     risk = replace(risk, network=replace(risk.network, inside=None))  # a coarser precision would blur the question
     few = next(pieces(batch, rows))
     try:
-        with torch.no_grad():
-            whole = risk.term(state, few)
-            one, other = (risk.term(state, part) for part in pieces(few, (rows + 1) // 2))
+        whole = risk.term(state, few)
+        one, other = (risk.term(state, part) for part in pieces(few, (rows + 1) // 2))
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
         if isinstance(risk.loss, TargetLoss):  # inputs and targets have rows, so this is no question of cutting
             raise
         return False
-    total, first, second = map(float, (whole.total, one.total, other.total))
+    total, first, second = (float(term.total.detach()) for term in (whole, one, other))
     tolerance = 100 * torch.finfo(state.dtype).eps
     counts = abs(whole.count - (one.count + other.count)) <= tolerance * abs(whole.count)
     return counts and abs(total - (first + second)) <= tolerance * (abs(first) + abs(second))

@@ -26,15 +26,15 @@ class Differences(Linearisation):
     taken for curvature.
 
     Attributes:
-        step: step h in units of ‖θ‖ / ‖v‖.
+        step: step h in units of ‖θ‖ / ‖v‖; None for the one that fits the precision (`STEP` in float64).
     """
 
-    step: float = STEP
+    step: float | None = None
 
     @property
     def route(self) -> str:
         """Name of the method, for the record."""
-        return "central differences of gradients, float64"
+        return f"central differences of gradients, {str(self.risk.network.widest(self.state).dtype).removeprefix('torch.')}"
 
     @property
     def exact(self) -> bool:
@@ -44,14 +44,15 @@ class Differences(Linearisation):
     def products(self, vectors: Tensor) -> Tensor:
         """Products by two gradients for each column."""
         state, center = self.state, self.state.vector.double()
-        reaches = [self.step * (norm(center) or 1.0) / (norm(vector) or 1.0) for vector in vectors.T]
+        step = torch.finfo(state.dtype).eps ** (1 / 3) if self.step is None else self.step
+        reaches = [step * (norm(center) or 1.0) / (norm(vector) or 1.0) for vector in vectors.T]
 
         def per_batch(index: int, batch: Any) -> BatchSum:
             made, count = [], 0.0
             for vector, reach in zip(vectors.T, reaches, strict=True):
                 ends = []
                 for sign in (1.0, -1.0):
-                    moved = state.replace(state.space.unflatten(center + sign * reach * vector))
+                    moved = state.replace(state.space.unflatten((center + sign * reach * vector).to(state.dtype)))
                     end = gradient(self.risk, moved, batch)
                     ends.append(end.total)
                     count = end.count
