@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, final
 
 import torch
@@ -16,7 +16,8 @@ from isoflat.io.named import reason
 from isoflat.measurement.subject import Subject, subject
 from isoflat.measures.settings import Settings
 from isoflat.risk.batches import Batches, digest
-from isoflat.risk.check import AGREEMENT, SYMMETRY, CheckedRows, asymmetry, disagreement
+from isoflat.risk.check import CheckedRows, asymmetry, disagreement
+from isoflat.risk.habits import learned
 from isoflat.risk.linearise import ProductCheck, choose
 from isoflat.risk.network import Network, exactly
 from isoflat.risk.routes.base import Linearisation
@@ -133,6 +134,7 @@ def _same_twice(batches: Batches) -> tuple[bool, str]:
 
 def _runs(target: Subject) -> tuple[Subject, str]:
     try_forward(target)
+    target = replace(target, risk=learned(target.risk, target.state))
     return target, f"in {str(target.state.dtype).removeprefix('torch.')} on {target.state.device}"
 
 
@@ -163,8 +165,9 @@ def _products(target: Subject) -> tuple[type[Linearisation], str]:
 
 
 def _symmetric(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
-    error = asymmetry(CheckedRows.of(target.risk, target.state), route)
-    allowed = SYMMETRY if route(target.risk, target.state).exact else AGREEMENT
+    sample = CheckedRows.of(target.risk, target.state)
+    error = asymmetry(sample, route)
+    allowed = sample.symmetry if route(target.risk, target.state).exact else sample.agreement
     if error > allowed:
         raise UnsupportedModel(
             f"⟨u, Hv⟩ and ⟨v, Hu⟩ differ by {error:.1e} of their scale: a custom backward is not the derivative of its "
@@ -176,7 +179,7 @@ def _symmetric(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
 def _agrees(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
     sample = CheckedRows.of(target.risk, target.state)
     worst = disagreement(sample, route)
-    if worst > AGREEMENT:
+    if worst > sample.agreement:
         raise UnsupportedModel(
             f"Hessian products differ by {worst:.1e} from central differences of gradients: part of the network is cut out "
             "of the second derivative (detach, no_grad, .item(), .data, or a custom backward). Make it differentiable twice"

@@ -92,6 +92,7 @@ def stale(
     known: Callable[[Tensor], bool],
     here: _Pass,
     away: _Pass,
+    apart: _Pass,
 ) -> tuple[Cache, ...]:
     """Caches that hold what the weights gave, by trying: each is emptied before a pass at other weights.
 
@@ -100,8 +101,9 @@ def stale(
     Args:
         module: the network.
         known: test of whether a tensor is a parameter or buffer.
-        here: runs a pass at the weights, with some caches emptied, and returns what a function reads at its end.
+        here: runs a pass at the weights, trainable ones of which require gradients.
         away: the same at other weights.
+        apart: the same where trainable weights are other ones, and all else is as it is.
 
     Raises:
         UnsupportedModel: a cache holds what other weights gave, or what is kept cannot be made anew.
@@ -115,11 +117,11 @@ def stale(
         before = {member: _tensors(module, *member) for member in members}
         if not _kept(before, away((), lambda members=members: {m: _tensors(module, *m) for m in members})):
             continue  # made anew in every pass as it is
-        found += _tried(module, before, here, away)
+        found += _tried(module, before, here, away, apart)
     return tuple(found)
 
 
-def _tried(module: nn.Module, before: _Group, here: _Pass, away: _Pass) -> tuple[Cache, ...]:
+def _tried(module: nn.Module, before: _Group, here: _Pass, away: _Pass, apart: _Pass) -> tuple[Cache, ...]:
     """Members of a group of attributes that are caches of the weights."""
 
     def read() -> _Group:
@@ -140,7 +142,9 @@ def _tried(module: nn.Module, before: _Group, here: _Pass, away: _Pass) -> tuple
             cache for cache in caches if _differ(before[cache.path, cache.name], there[cache.path, cache.name])
         )
         if made:
-            _check_present(made, before, here(made, read))
+            now = here(made, read)
+            _check_present(made, before, now)
+            _check_arrives(made, now, apart(made, read))
         if made or how != "mode":
             return made
     _check_constant(before)
@@ -158,6 +162,21 @@ def _check_present(caches: tuple[Cache, ...], before: _Group, now: _Group) -> No
             raise UnsupportedModel(
                 f"'{cache}' holds what other weights gave, and the forward pass takes it for a constant: empty it "
                 "(usually model.train(), then model.eval()), and measure again"
+            )
+
+
+def _check_arrives(caches: tuple[Cache, ...], now: _Group, apart: _Group) -> None:
+    """Check that the gradient finds its way through caches that trainable weights enter.
+
+    Raises:
+        UnsupportedModel: it does not.
+    """
+    for cache in caches:
+        member = cache.path, cache.name
+        if not any(tensor.requires_grad for tensor in now[member].values()) and _differ(now[member], apart[member]):
+            raise UnsupportedModel(
+                f"'{cache}' is computed from the weights without a gradient (no_grad, detach, .data), so that the loss's "
+                "gradient is not that of the loss: compute it with gradients enabled"
             )
 
 

@@ -105,8 +105,9 @@ def learned(risk: EmpiricalRisk, state: State) -> EmpiricalRisk:
             caches = stale(
                 risk.network.module,
                 lambda tensor: id(tensor) in known,
-                lambda caches, read: trial.run(state, caches, read, leaves)[0],
+                lambda caches, read: trial.run(state, caches, read, leaves=True)[0],
                 lambda caches, read: trial.run(away, caches, read, leaves)[0],
+                lambda caches, read: trial.run(replace(away, frozen=state.frozen), caches, read, leaves)[0],
             )
         written, held = (frozenset[Any]().union(*parts) for parts in zip(*writes, strict=True))
         habits = Habits(written, held, caches, _single(trial, state, leaves), leaves)

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import final
 
-import torch
-
 from isoflat.core.errors import UnsupportedModel
 from isoflat.core.space import norm
 from isoflat.core.state import State
@@ -16,7 +14,7 @@ from isoflat.risk.check import AGREEMENT, ROWS, CheckedRows, disagreement
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.plan import ProductPlan
 from isoflat.risk.routes.base import Linearisation
-from isoflat.risk.routes.differences import Differences
+from isoflat.risk.routes.differences import Differences, step_in
 from isoflat.risk.routes.forward import Forward
 from isoflat.risk.routes.guarded import Grain, Guarded, first_line, is_out_of_memory
 from isoflat.risk.routes.reverse import Recomputed
@@ -62,7 +60,10 @@ def choose(risk: EmpiricalRisk, state: State, check: ProductCheck = ProductCheck
     grain = Grain(ROWS)
     while True:
         with grain as rows:
-            return _chosen(CheckedRows.of(risk, state, rows), check)
+            sample = CheckedRows.of(risk, state, rows)
+            choice = _chosen(sample, check)
+            notes = () if sample.precise else (_in_single(sample, choice.route),)
+            return replace(choice, notes=(*choice.notes, *notes))
 
 
 def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
@@ -107,6 +108,19 @@ def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
     raise UnsupportedModel(
         f"the network cannot be differentiated twice by any route ({'; '.join(failures)}). Replace the operation named "
         "there by one with a second derivative (for fused kernels, their plain form)"
+    )
+
+
+def _in_single(sample: CheckedRows, route: type[Linearisation]) -> str:
+    """Note on a network that runs in float32 only."""
+    u, v = (sample.direction(k) for k in range(2))
+    whole, one, other = (sample.product(route, direction) for direction in (u + v, u, v))
+    noise = norm(whole - one - other) / (norm(whole) or 1.0)
+    habits = sample.risk.network.habits
+    why = None if habits is None else habits.single
+    return (
+        f"products, their check and the last product are in float32, where they carry rounding of about {noise:.0e} of a "
+        f"product: the network does not run in float64 ({why})"
     )
 
 
@@ -174,6 +188,6 @@ def linearise(risk: EmpiricalRisk, state: State, plan: ProductPlan) -> Guarded:
 def _unsettled(sample: CheckedRows) -> float:
     """Relative difference between differences of gradients of two steps."""
     direction = sample.direction(0)[:, None]
-    step = torch.finfo(sample.state.dtype).eps ** (1 / 3)
+    step = step_in(sample.state.dtype)
     near, far = (Differences(sample.risk, sample.state, h).products(direction) for h in (step, 4 * step))
     return norm(near - far) / (norm(near) or 1.0)

@@ -13,8 +13,10 @@ from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.base import Linearisation, gradient
 
-STEP = torch.finfo(torch.float64).eps ** (1 / 3)
-"""Relative step: rounding (ε / h) and the third derivative (h²) are then of one size."""
+
+def step_in(dtype: torch.dtype) -> float:
+    """Relative step in a precision: rounding (ε / h) and the third derivative (h²) are then of one size."""
+    return torch.finfo(dtype).eps ** (1 / 3)
 
 
 @final
@@ -26,7 +28,7 @@ class Differences(Linearisation):
     taken for curvature.
 
     Attributes:
-        step: step h in units of ‖θ‖ / ‖v‖; None for the one that fits the precision (`STEP` in float64).
+        step: step h in units of ‖θ‖ / ‖v‖; None for the one that fits the precision (`step_in`).
     """
 
     step: float | None = None
@@ -44,7 +46,7 @@ class Differences(Linearisation):
     def products(self, vectors: Tensor) -> Tensor:
         """Products by two gradients for each column."""
         state, center = self.state, self.state.vector.double()
-        step = torch.finfo(state.dtype).eps ** (1 / 3) if self.step is None else self.step
+        step = step_in(state.dtype) if self.step is None else self.step
         reaches = [step * (norm(center) or 1.0) / (norm(vector) or 1.0) for vector in vectors.T]
 
         def per_batch(index: int, batch: Any) -> BatchSum:

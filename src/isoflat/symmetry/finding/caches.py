@@ -31,16 +31,17 @@ def caches_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         UnsupportedModel: its forward pass writes into its parameters, or takes for a constant what other weights gave.
     """
     own = {id(tensor) for _, tensor in registered(model)}
+    parameters = dict(model.named_parameters())
+    trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
 
     def run(tensors: Mapping[str, Tensor], caches: tuple[Cache, ...], read: Callable[[], Any]) -> Any:
-        copied = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        copied = {name: tensor.detach().clone().requires_grad_(name in trainable) for name, tensor in tensors.items()}
         copies = Copies(lambda tensor: True)
         call = _Forward(model, caches, read)
         with private(model, lambda tensor: tensor if id(tensor) in own else copies(tensor)), torch.enable_grad():
             swapped = {f"model.{name}": tensor for name, tensor in everywhere(model, copied).items()}
             found = torch.func.functional_call(call, swapped, args, dict(kwargs), tie_weights=False)
-        names = [name for name, _ in model.named_parameters()]
-        if written := [name for name in names if copied[name]._version or differs(copied[name], tensors[name])]:
+        if written := [name for name in parameters if copied[name]._version or differs(copied[name], tensors[name])]:
             raise writes_into(written)
         return found
 
@@ -48,15 +49,14 @@ def caches_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     run(here, (), lambda: None)
     if not any(filled(model, lambda tensor: id(tensor) in own)):
         return ()
-    away = {
-        name: _moved(name, tensor) if name in dict(model.named_parameters()) else tensor
-        for name, tensor in here.items()
-    }
+    away = {name: _moved(name, tensor) if name in parameters else tensor for name, tensor in here.items()}
+    apart = {name: (away if name in trainable else here)[name] for name in here}
     return stale(
         model,
         lambda tensor: id(tensor) in own,
         lambda caches, read: run(here, caches, read),
         lambda caches, read: run(away, caches, read),
+        lambda caches, read: run(apart, caches, read),
     )
 
 
