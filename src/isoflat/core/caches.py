@@ -129,7 +129,9 @@ def _tried(module: nn.Module, before: _Group, here: _Pass, away: _Pass, apart: _
 
     members = list(before)
     part, name = module.get_submodule(members[0][0]), members[0][1]
-    ways = () if name in part._buffers else ("empty",) if hasattr(vars(part)[name], "clear") else ("none", "absent")
+    ways = (
+        () if name in part._buffers else (*(("empty",) if hasattr(vars(part)[name], "clear") else ()), "none", "absent")
+    )
     for how in (*ways, "mode") if _changes(part) else ways:
         caches = tuple(Cache(path, name, how) for path, name in members)
         try:

@@ -7,12 +7,15 @@ with the same contents, however the pass ended.
 
 from __future__ import annotations
 
+import copy
 import operator
 import random
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
+from functools import cache
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, final
 
@@ -73,6 +76,26 @@ def untouched(module: nn.Module) -> Iterator[None]:
                 array[...] = values
 
 
+def twin(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a module, apart from tensors that torch refuses to copy: what an earlier pass has left behind.
+
+    Args:
+        module: the module.
+        shared: objects that the copy has as well, by identity.
+
+    >>> net = nn.Linear(2, 1)
+    >>> net.last = net(torch.ones(2))
+    >>> twin(net).last.requires_grad
+    False
+    """
+    memo: dict[int, Any] = dict(shared or {})
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name not in STANDARD and type(value) not in _FIXED:
+                memo |= {id(tensor): tensor.detach() for _, tensor in held_tensors(value) if not tensor.is_leaf}
+    return copy.deepcopy(module, memo)
+
+
 @contextmanager
 def private(module: nn.Module, swap: Swap = lambda tensor: tensor) -> Iterator[None]:
     """Attributes as they are, in a single pass, and back to that after it.
@@ -90,11 +113,21 @@ def private(module: nn.Module, swap: Swap = lambda tensor: tensor) -> Iterator[N
     ([1], False)
     """
     held = _Held(module)
-    try:
+    with ExitStack() as stack:
+        stack.callback(held.restore)
+        for owner, name in {pair for part in module.modules() for pair in _remembering(type(part))}:
+            remembering = vars(owner)[name]
+            stack.callback(setattr, owner, name, remembering)
+            setattr(owner, name, remembering.__wrapped__)
         held.install(swap)
         yield
-    finally:
-        held.restore()
+
+
+@cache
+def _remembering(kind: type[nn.Module]) -> tuple[tuple[type, str], ...]:
+    """Methods that remember their results (`functools.lru_cache`), also those for other weights: the class, and the name."""
+    own = [owner for owner in kind.__mro__ if owner.__module__.partition(".")[0] not in ("torch", "builtins")]
+    return tuple((owner, name) for owner in own for name, held in vars(owner).items() if hasattr(held, "cache_clear"))
 
 
 @final
@@ -126,6 +159,17 @@ class Copies:
         """Identities of tensors whose copies are not what they were."""
         pairs = self._made.items()
         return frozenset(key for key, (one, made) in pairs if made._version or differs(made, one.to(made.dtype)))
+
+
+def held_fixed(tensor: Tensor) -> Tensor:
+    """A tensor that stands for a parameter without gradient: modules take nothing but parameters in the place of one."""
+    return nn.Parameter(tensor, requires_grad=False) if _plain(tensor) and not tensor.requires_grad else tensor
+
+
+def reassigned(error: TypeError) -> UnsupportedModel | None:
+    """Refusal of a forward pass that assigned a tensor in the place of a parameter; None for other errors."""
+    found = re.search(r"cannot assign .* as parameter '(.+?)'", str(error))
+    return None if found is None else writes_into([found[1]])
 
 
 def registered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from isoflat.geometry.traced import Traced
 from isoflat.measurement.subject import Plan, Subject
 from isoflat.measures.settings import Settings
 from isoflat.risk.batches import move
+from isoflat.risk.habits import learned
 from isoflat.risk.losses import Loss, TargetLoss, call, split
 from isoflat.risk.network import Network
 from isoflat.symmetry.finding.caches import traceable
@@ -63,7 +64,8 @@ def symmetries_of(subject: Subject, declared: Sequence[Symmetry] = ()) -> Found:
     batch = next(iter(subject.risk.batches), None)
     if batch is None:
         raise DataError("the data is empty: the loader gave no batch")
-    network = replace(subject.risk.network, inside=None)
+    risk = subject.risk if subject.risk.network.habits is not None else learned(subject.risk, subject.state)
+    network = replace(risk.network, inside=None)
     state = network.state()
     batch = move(batch, state.device, state.dtype)
     recorder = network(state, lambda model: _Recorder.during(model, subject.risk.loss, batch))

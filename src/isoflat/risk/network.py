@@ -25,7 +25,17 @@ from torch.utils import checkpoint
 from isoflat.core.caches import Cache, emptied
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
 from isoflat.core.precision import unrounded
-from isoflat.core.private import Copies, Swap, own_precision, private, registered, wider, writes_into
+from isoflat.core.private import (
+    Copies,
+    Swap,
+    held_fixed,
+    own_precision,
+    private,
+    reassigned,
+    registered,
+    wider,
+    writes_into,
+)
 from isoflat.core.state import State, everywhere
 
 Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | None
@@ -94,7 +104,8 @@ class Network:
         if self.habits is not None and self.habits.leaves:
             state = replace(state, parameters={name: _leaf(tensor) for name, tensor in state.parameters.items()})
         versions = [tensor._version for tensor in state.parameters.values()]
-        given = everywhere(self.module, {**state.tensors, **self._copied(state)})
+        copied = {**state.tensors, **self._copied(state)}
+        given = everywhere(self.module, {**copied, **{name: held_fixed(copied[name]) for name in state.frozen}})
         tensors = {f"model.{name}": tensor for name, tensor in given.items()}
         with ExitStack() as stack:
             # Losses may differentiate by their inputs; weights that require no gradients cost no graph.
@@ -116,7 +127,10 @@ class Network:
                 # cuDNN's recurrent kernels have no second derivative.
                 stack.enter_context(settings((torch.backends.cudnn, "enabled", False)))
             caches, put = () if self.habits is None else self.habits.caches, dict(tensors)
-            result = torch.func.functional_call(_Use(self.module, use, caches), tensors, (), tie_weights=False)
+            try:
+                result = torch.func.functional_call(_Use(self.module, use, caches), tensors, (), tie_weights=False)
+            except TypeError as error:
+                raise reassigned(error) or error from None
         now = zip(state.parameters.items(), versions, strict=True)
         replaced = [name for name in state.parameters if tensors[f"model.{name}"] is not put[f"model.{name}"]]
         if written := [name for (name, tensor), before in now if tensor._version != before] + replaced:

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import SymmetryViolated
 from isoflat.core.precision import unrounded
-from isoflat.core.private import Copies, own_precision, private, registered, wider
+from isoflat.core.private import Copies, held_fixed, own_precision, private, registered, wider
 from isoflat.core.rng import stream
 from isoflat.core.state import State, everywhere, fingerprint
 from isoflat.symmetry.finding.constraints import Constraints
@@ -195,7 +195,7 @@ class Found:
         own = {id(tensor) for _, tensor in registered(network)}
         # A forward pass may write into buffers, and may differentiate by its inputs; weights cost no graph.
         given = {name: t.detach() if t.requires_grad else t for name, t in state.tensors.items()}
-        given |= {name: given[name].clone() for name in state.buffers}
+        given |= {name: given[name].clone() for name in state.buffers} | {n: held_fixed(given[n]) for n in state.frozen}
         with (
             torch.enable_grad(),
             private(network, lambda tensor: tensor if id(tensor) in own else copies(tensor)),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from isoflat.core.caches import Cache, emptied, filled, stale
 from isoflat.core.errors import UnsupportedModel
-from isoflat.core.private import Copies, differs, private, registered, untouched, writes_into
+from isoflat.core.private import Copies, differs, held_fixed, private, reassigned, registered, untouched, writes_into
 from isoflat.core.rng import stream
 from isoflat.core.state import everywhere
 
@@ -38,18 +38,30 @@ def caches_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         copied = {name: tensor.detach().clone().requires_grad_(name in trainable) for name, tensor in tensors.items()}
         copies = Copies(lambda tensor: True)
         call = _Forward(model, caches, read)
-        with private(model, lambda tensor: tensor if id(tensor) in own else copies(tensor)), torch.enable_grad():
-            swapped = {f"model.{name}": tensor for name, tensor in everywhere(model, copied).items()}
-            found = torch.func.functional_call(call, swapped, args, dict(kwargs), tie_weights=False)
+        with (
+            private(model, lambda tensor: tensor if id(tensor) in own else copies(tensor)),
+            torch.random.fork_rng(devices=[]),
+            torch.enable_grad(),
+        ):
+            given = {name: held_fixed(t) if name in parameters else t for name, t in copied.items()}
+            swapped = {f"model.{name}": tensor for name, tensor in everywhere(model, given).items()}
+            put = dict(swapped)
+            try:
+                found = torch.func.functional_call(call, swapped, args, dict(kwargs), tie_weights=False)
+            except TypeError as error:
+                raise reassigned(error) or error from None
+        if replaced := [name for name in parameters if swapped[f"model.{name}"] is not put[f"model.{name}"]]:
+            raise writes_into(replaced)
         if written := [name for name in parameters if copied[name]._version or differs(copied[name], tensors[name])]:
             raise writes_into(written)
         return found
 
     here = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    run(here, (), lambda: None)
+    away = {name: _moved(name, tensor) if name in parameters else tensor for name, tensor in here.items()}
+    for tensors in (here, away):
+        run(tensors, (), lambda: None)
     if not any(filled(model, lambda tensor: id(tensor) in own)):
         return ()
-    away = {name: _moved(name, tensor) if name in parameters else tensor for name, tensor in here.items()}
     apart = {name: (away if name in trainable else here)[name] for name in here}
     return stale(
         model,
