@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import isoflat
-from isoflat.core import private as keeping
-from isoflat.core.private import Copies, private, untouched
+from isoflat.modules import private as keeping
+from isoflat.modules.private import Copies, private, untouched
 
 LOSS = nn.CrossEntropyLoss()
 EUCLIDEAN = {"measure": "hessian_spectral_norm", "geometry": "euclidean"}

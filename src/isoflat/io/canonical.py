@@ -11,10 +11,10 @@ from safetensors.torch import save as pack
 from torch import Tensor, nn
 
 from isoflat.core.errors import SymmetryViolated, UsageError
-from isoflat.core.private import twin
 from isoflat.core.render import some
 from isoflat.io.inputs import Loaded
 from isoflat.measurement.subject import subject
+from isoflat.modules.private import twin
 from isoflat.risk.network import exactly
 from isoflat.symmetry.canonical.representative import Epsilon, canonical, install
 from isoflat.symmetry.found import TOLERANCE, VERSION, Found

@@ -15,7 +15,6 @@ from typing import Protocol, final
 from tqdm.auto import tqdm
 
 from isoflat.core.errors import IsoflatError
-from isoflat.core.private import untouched
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.curvature.matrix import Matrix
@@ -30,6 +29,7 @@ from isoflat.measurement.subject import Plan, Subject, agreed, at_equal_loss
 from isoflat.measures.base import Measure, Question, SolverQuery
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint
 from isoflat.measures.settings import Settings
+from isoflat.modules.private import untouched
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.habits import learned
 from isoflat.risk.linearise import Choice, check_gradient, choose, survey

@@ -1,6 +1,6 @@
-"""What a network does beside computing its output, found out by trying before anything is measured.
+"""Habits of a network beside computing its output, found out by trying before anything is measured.
 
-Every forward pass begins with the attributes that the module was given with, and ends with them (`core.private`), so that
+Every forward pass begins with the attributes that the module was given with, and ends with them (`modules.private`), so that
 most of what a network keeps between passes cannot matter. What remains is tried on copies: which tensors it writes into,
 which constants it has made of its weights before, whether it runs in float64, and whether its loss differentiates by the
 weights.
@@ -14,12 +14,12 @@ from typing import Any, final
 
 import torch
 
-from isoflat.core.caches import Cache, stale
 from isoflat.core.errors import DataError, IsoflatError, UnsupportedModel
-from isoflat.core.private import differs, own_precision, registered, writes_into
 from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
+from isoflat.modules.caches import Cache, stale
+from isoflat.modules.private import differs, own_precision, registered, writes_into
 from isoflat.risk.batches import alone, move, pieces
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import Loss, TargetLoss

@@ -1,6 +1,6 @@
 """A user's module as a pure function of named tensors: out of its wrappers, without checkpoints, in full precision.
 
-The module itself is never changed: what a forward pass writes goes into copies (`core.private`).
+The module itself is never changed: what a forward pass writes goes into copies (`modules.private`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import checkpoint
 
-from isoflat.core.caches import Cache, emptied
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
 from isoflat.core.precision import unrounded
-from isoflat.core.private import (
+from isoflat.core.state import State, everywhere
+from isoflat.modules.caches import Cache, emptied
+from isoflat.modules.private import (
     Copies,
     Swap,
     held_fixed,
@@ -36,7 +37,6 @@ from isoflat.core.private import (
     wider,
     writes_into,
 )
-from isoflat.core.state import State, everywhere
 
 Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | None
 

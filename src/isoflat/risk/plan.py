@@ -227,7 +227,7 @@ def weigh(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph] = Gra
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):
             raise
-        with _Made() as made:  # a transform of torch.func inside lets nobody look at what is saved
+        with _Allocated() as made:  # a transform of torch.func inside lets nobody look at what is saved
             graph = kind.build(risk, state, batch)
         return Weighed(made.size, made.size, graph.rules)
     sizes = {storage.data_ptr(): storage.nbytes() for _, storage in saved if storage.data_ptr() not in own}
@@ -237,7 +237,7 @@ def weigh(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph] = Gra
 
 
 @final
-class _Made(TorchDispatchMode):
+class _Allocated(TorchDispatchMode):
     """Bytes of everything that operations make: no less than what a graph of them holds."""
 
     supports_higher_order_operators = True

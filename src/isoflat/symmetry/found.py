@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import SymmetryViolated
 from isoflat.core.precision import unrounded
-from isoflat.core.private import Copies, held_fixed, own_precision, private, registered, wider
 from isoflat.core.rng import stream
 from isoflat.core.state import State, everywhere, fingerprint
+from isoflat.modules.private import Copies, held_fixed, own_precision, private, registered, wider
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.gains import kept
 from isoflat.symmetry.finding.solve import effective, scaling

@@ -21,11 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from isoflat.core.caches import Cache, emptied
 from isoflat.core.errors import UsageError
-from isoflat.core.private import twin
 from isoflat.core.rng import stream
 from isoflat.core.state import State
+from isoflat.modules.caches import Cache, emptied
+from isoflat.modules.private import twin
 from isoflat.symmetry.canonical.balance import Change, cut, principal
 from isoflat.symmetry.canonical.gain_folding import fold_gains
 from isoflat.symmetry.canonical.joint import balance

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isoflat.core.caches import Cache, emptied, filled, stale
 from isoflat.core.errors import UnsupportedModel
-from isoflat.core.private import Copies, differs, held_fixed, private, reassigned, registered, untouched, writes_into
 from isoflat.core.rng import stream
 from isoflat.core.state import everywhere
+from isoflat.modules.caches import Cache, emptied, filled, stale
+from isoflat.modules.private import Copies, differs, held_fixed, private, reassigned, registered, untouched, writes_into
 
 AWAY = 0.03
 """Relative distance of the other weights at which a network is tried."""
@@ -37,7 +37,7 @@ def caches_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     def run(tensors: Mapping[str, Tensor], caches: tuple[Cache, ...], read: Callable[[], Any]) -> Any:
         copied = {name: tensor.detach().clone().requires_grad_(name in trainable) for name, tensor in tensors.items()}
         copies = Copies(lambda tensor: True)
-        call = _Forward(model, caches, read)
+        call = _EmptiedForward(model, caches, read)
         with (
             private(model, lambda tensor: tensor if id(tensor) in own else copies(tensor)),
             torch.random.fork_rng(devices=[]),
@@ -89,7 +89,7 @@ def traceable(model: nn.Module, caches: tuple[Cache, ...]) -> Iterator[None]:
         yield
 
 
-class _Forward(nn.Module):
+class _EmptiedForward(nn.Module):
     """A forward pass with some caches emptied before it, after which something is read."""
 
     def __init__(self, model: nn.Module, caches: tuple[Cache, ...], read: Callable[[], Any]) -> None:

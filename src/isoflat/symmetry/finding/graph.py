@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import UnsupportedModel
-from isoflat.core.private import twin
+from isoflat.modules.private import twin
 from isoflat.symmetry.finding.values import Known, StoredTensor, Value, shifted_only
 
 

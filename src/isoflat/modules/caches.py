@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isoflat.core.errors import IsoflatError, UnsupportedModel
-from isoflat.core.private import STANDARD, held_tensors
+from isoflat.modules.private import STANDARD, held_tensors
 
 SAME = 1e-2
 """Relative difference up to which what was kept is what the weights give: it may have been kept in half precision."""
@@ -46,7 +46,7 @@ _Pass = Callable[[tuple[Cache, ...], Callable[[], Any]], Any]
 
 
 def emptied(module: nn.Module, caches: Iterable[Cache]) -> None:
-    """Empty caches; what was in them comes back at the end of the pass (`core.private`)."""
+    """Empty caches; what was in them comes back at the end of the pass (`modules.private`)."""
     for cache in caches:
         part = module.get_submodule(cache.path)
         held = part.__dict__

@@ -376,7 +376,7 @@ def _restore(now: Any, before: dict[Any, Any]) -> None:
 
 
 def _streams(value: Any) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    """How to read and set the state of a stream of random numbers."""
+    """Reading and setting the state of a stream of random numbers."""
     if isinstance(value, torch.Generator | np.random.RandomState):
         yield value.get_state, value.set_state
     elif isinstance(value, np.random.Generator):
