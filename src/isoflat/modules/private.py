@@ -115,7 +115,7 @@ def private(module: nn.Module, swap: Swap = lambda tensor: tensor) -> Iterator[N
     held = _Held(module)
     with ExitStack() as stack:
         stack.callback(held.restore)
-        for owner, name in {pair for part in module.modules() for pair in _remembering(type(part))}:
+        for owner, name in {pair for kind in held.kinds for pair in _remembering(kind)}:
             remembering = vars(owner)[name]
             stack.callback(setattr, owner, name, remembering)
             setattr(owner, name, remembering.__wrapped__)
@@ -186,9 +186,8 @@ def own_precision(module: nn.Module) -> torch.dtype:
     return min(kinds, key=lambda kind: kind.itemsize, default=torch.float64)
 
 
-def wider(module: nn.Module, dtype: torch.dtype) -> torch.dtype | None:
-    """The precision of a pass, where it is wider than the module's own and what the module holds has to follow."""
-    own = own_precision(module)
+def wider(own: torch.dtype, dtype: torch.dtype) -> torch.dtype | None:
+    """The precision of a pass, where it is wider than a module's own and what the module holds has to follow."""
     return dtype if own != dtype and own.itemsize <= dtype.itemsize else None
 
 
@@ -254,6 +253,7 @@ class _Held:
         found: further containers, with what is in them.
         plain: attributes of modules that hold tensors or containers.
         others: generators and arrays in them.
+        kinds: classes of the parts.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -261,8 +261,10 @@ class _Held:
         self.found: list[tuple[Any, Any]] = []
         self.plain: list[tuple[dict[str, Any], str, Any]] = []
         self.others: list[Any] = []
+        self.kinds: set[type[nn.Module]] = set()
         self._seen: set[int] = set()
         for part in module.modules():
+            self.kinds.add(type(part))
             self._part(part)
 
     def _part(self, part: nn.Module) -> None:
@@ -270,7 +272,7 @@ class _Held:
         self._seen.add(id(own))
         self.registers.append((own, own.copy()))
         for name in _REGISTERS:
-            self.registers.append((own[name], own[name].copy()))
+            self.registers.append((own[name], own[name].copy() if own[name] else _EMPTY))
         for name, value in own.items():
             if name not in STANDARD and type(value) not in _FIXED:
                 if isinstance(value, Tensor | tuple):
@@ -326,6 +328,8 @@ class _Held:
                     now.clear()
                     (now.update if isinstance(now, set) else now.extend)(before)
 
+
+_EMPTY: dict[str, Any] = {}
 
 _REGISTERS = ("_parameters", "_buffers", "_modules")
 

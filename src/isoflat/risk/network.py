@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, final
 
@@ -139,7 +139,12 @@ class Network:
 
     def following(self, state: State) -> AbstractContextManager[None]:
         """Precision of a pass, which whatever the network or a loss makes in it follows."""
-        return unrounded(state.dtype, own_precision(self.module))
+        return unrounded(state.dtype, self._own)
+
+    @cached_property
+    def _own(self) -> torch.dtype:
+        """Precision of the module itself."""
+        return own_precision(self.module)
 
     def widest(self, state: State) -> State:
         """The state in the precision of checks and last products: float64, unless the network does not run in that."""
@@ -160,13 +165,15 @@ class Network:
             every: flag that all are copied, not only those that a pass is known to write into.
         """
         known = None if every else self.habits
-        return Copies(lambda tensor: known is None or id(tensor) in known.held, wider(self.module, dtype))
+        return Copies(lambda tensor: known is None or id(tensor) in known.held, wider(self._own, dtype))
 
     def _swap(self, given: Mapping[str, Tensor], copies: Copies) -> Swap:
         """Stand-ins of tensors in plain attributes: those of the state where they are the module's own, else copies."""
-        names = {id(tensor): name for name, tensor in registered(self.module)}
+        names: dict[int, str] = {}
 
         def swap(tensor: Tensor) -> Tensor:
+            if not names:  # most modules hold nothing of the kind
+                names.update({id(tensor): name for name, tensor in registered(self.module)})
             name = names.get(id(tensor))
             return copies(tensor) if name is None else given.get(name, tensor)
 

@@ -191,7 +191,7 @@ class Found:
         inputs = [_cast(value, dtype) for value in (self.args if args is None else args)]
         named = {key: _cast(value, dtype) for key, value in (self.kwargs if kwargs is None else kwargs).items()}
         network = self.skeleton
-        copies = Copies(lambda tensor: True, wider(network, dtype))
+        copies = Copies(lambda tensor: True, wider(own_precision(network), dtype))
         own = {id(tensor) for _, tensor in registered(network)}
         # A forward pass may write into buffers, and may differentiate by its inputs; weights cost no graph.
         given = {name: t.detach() if t.requires_grad else t for name, t in state.tensors.items()}
