@@ -19,9 +19,10 @@ from isoflat.measurement.subject import Subject, divided, subject
 from isoflat.measures.settings import Settings
 from isoflat.risk.arrivals import without_gradient
 from isoflat.risk.batches import Batches, digest
-from isoflat.risk.check import AGREEMENT, SYMMETRY, CheckedRows, asymmetry, compared
+from isoflat.risk.check import CheckedRows, asymmetry, compared
 from isoflat.risk.division import notes
 from isoflat.risk.empirical import Survey
+from isoflat.risk.habits import learned
 from isoflat.risk.linearise import ProductCheck, choose
 from isoflat.risk.linearise import survey as surveyed
 from isoflat.risk.network import Network, exactly
@@ -142,6 +143,7 @@ def _same_twice(batches: Batches) -> tuple[bool, str]:
 
 def _runs(target: Subject) -> tuple[Subject, str]:
     try_forward(target)
+    target = replace(target, risk=learned(target.risk, target.state))
     return target, f"in {str(target.state.dtype).removeprefix('torch.')} on {target.state.device}"
 
 
@@ -181,8 +183,9 @@ def _products(target: Subject) -> tuple[type[Linearisation], str]:
 
 
 def _symmetric(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
-    error = asymmetry(CheckedRows.of(target.risk, target.state), route)
-    allowed = SYMMETRY if route(target.risk, target.state).exact else AGREEMENT
+    sample = CheckedRows.of(target.risk, target.state)
+    error = asymmetry(sample, route)
+    allowed = sample.symmetry if route(target.risk, target.state).exact else sample.agreement
     if error > allowed:
         raise UnsupportedModel(
             f"⟨u, Hv⟩ and ⟨v, Hu⟩ differ by {error:.1e} of their scale: a custom backward is not the derivative of its "
@@ -194,7 +197,7 @@ def _symmetric(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
 def _agrees(target: Subject, route: type[Linearisation]) -> tuple[bool, str]:
     sample = CheckedRows.of(target.risk, target.state)
     worst = compared(sample, route).apart
-    if worst > AGREEMENT:
+    if worst > sample.agreement:
         raise UnsupportedModel(
             f"Hessian products differ by {worst:.1e} from central differences of gradients: part of the network is cut out "
             "of the second derivative (detach, no_grad, .item(), .data, or a custom backward). Make it differentiable twice"

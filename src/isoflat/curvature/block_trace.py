@@ -27,6 +27,9 @@ from isoflat.risk.rows import MEMORY
 LINEAR = 1e-8
 """Largest second derivative of the output along a direction in a tensor, in units of the first, in float64."""
 
+SINGLE = 1e-4
+"""The same in float32, where the network runs in nothing wider."""
+
 ROWS = 64
 """Number of rows on which linearity is checked."""
 
@@ -80,7 +83,7 @@ def check_blocks(risk: EmpiricalRisk, state: State, names: Sequence[str]) -> Non
     """
     check_softmax(risk, state)
     with exactly(state.device):
-        _check_linear(risk, state.to(dtype=torch.float64), names)
+        _check_linear(risk, risk.network.widest(state), names)
 
 
 def _check_linear(risk: EmpiricalRisk, state: State, names: Sequence[str]) -> None:
@@ -92,11 +95,11 @@ def _check_linear(risk: EmpiricalRisk, state: State, names: Sequence[str]) -> No
     for name in names:
         tensor = state.parameters[name]
         drawn = torch.randn(tensor.shape, generator=stream(0, "linear", name), dtype=torch.float64).to(state.device)
-        direction = drawn * ((norm(tensor) or 1.0) / (norm(drawn) or 1.0))
+        direction = (drawn * ((norm(tensor) or 1.0) / (norm(drawn) or 1.0))).to(tensor.dtype)
         step = torch.zeros((), dtype=torch.float64, device=state.device, requires_grad=True)
         first = _derivative(output_of(risk.term(state.replace({name: tensor + step * direction}), few)), step)
         second = _derivative(first, step)
-        if norm(second.detach()) > LINEAR * norm(first.detach()):
+        if norm(second.detach()) > (LINEAR if tensor.dtype == torch.float64 else SINGLE) * norm(first.detach()):
             bent.append(name)
     if bent:
         raise UnsupportedModel(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from importlib import metadata
 from typing import Any
@@ -15,6 +14,7 @@ from isoflat.core.errors import SymmetryViolated, UsageError
 from isoflat.core.render import some
 from isoflat.io.inputs import Loaded
 from isoflat.measurement.subject import subject
+from isoflat.modules.private import twin
 from isoflat.risk.network import exactly
 from isoflat.symmetry.canonical.representative import Epsilon, canonical, install
 from isoflat.symmetry.found import TOLERANCE, VERSION, Found
@@ -33,7 +33,7 @@ def canonical_file(loaded: Loaded, found: Found, epsilon: Epsilon) -> tuple[dict
     """
     model = loaded.model
     state = canonical(found, found.state(model), epsilon).state
-    precise = copy.deepcopy(model).double()
+    precise = twin(model).double()
     moved, rounded = install(precise, state), install(model, state)
     change = _change(found, model, moved)
     if not change <= TOLERANCE:

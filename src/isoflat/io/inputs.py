@@ -208,7 +208,7 @@ def try_forward(target: Subject) -> None:
     if batch is None:
         raise DataError("the data is empty: it gave no batch")
     try:
-        with exactly(target.state.device), torch.no_grad():
+        with exactly(target.state.device):
             target.risk.term(target.state, batch)
     except IsoflatError:
         raise

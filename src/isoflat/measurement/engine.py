@@ -31,8 +31,10 @@ from isoflat.measurement.subject import Plan, Subject, agreed, at_equal_loss, di
 from isoflat.measures.base import Measure, Question, SolverQuery
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint
 from isoflat.measures.settings import Settings
+from isoflat.modules.private import untouched
 from isoflat.risk.arrivals import without_gradient
 from isoflat.risk.empirical import EmpiricalRisk, Survey
+from isoflat.risk.habits import learned
 from isoflat.risk.linearise import Choice, check_gradient, choose, survey
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Ranks
@@ -69,9 +71,10 @@ def opened(
     with (
         tqdm(disable=hidden, unit=" passes", desc=label or "measuring", leave=False) as bar,
         exactly(target.state.device),
+        untouched(target.risk.network.module),
     ):
         with ranks.agreeing():
-            target = divided(target)
+            target = divided(replace(target, risk=learned(target.risk, target.state)))
 
         def report(status: str) -> None:
             bar.set_postfix_str(status, refresh=False)

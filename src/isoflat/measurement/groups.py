@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from isoflat.core.errors import DataError, SymmetryViolated, UnsupportedModel, UsageError
 from isoflat.core.rng import stream
+from isoflat.core.state import State
 from isoflat.geometry.traced import Traced
 from isoflat.measurement.subject import Plan, Subject
 from isoflat.measures.settings import Settings
 from isoflat.risk.batches import move
-from isoflat.risk.losses import TargetLoss, call, split
+from isoflat.risk.habits import learned
+from isoflat.risk.losses import Loss, TargetLoss, call, split
+from isoflat.risk.network import Network
+from isoflat.symmetry.finding.caches import traceable
 from isoflat.symmetry.finding.discover import discover, inputs_of
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups.base import Symmetry, verify
@@ -70,15 +75,16 @@ def symmetries_of(subject: Subject, declared: Sequence[Symmetry] = ()) -> Found:
     batch = next(iter(subject.risk.batches), None)
     if batch is None:
         raise DataError("the data is empty: the loader gave no batch")
-    module = subject.risk.network.module
-    dtype = next(iter(subject.risk.network.state().parameters.values())).dtype
-    moved = move(batch, next(module.parameters()).device, dtype)
-    recorder, loss = _Recorder(module), subject.risk.loss
-    with torch.no_grad():
-        loss(recorder, moved)
-    blind = isinstance(loss, TargetLoss) and _ignores_common_score(loss, module, moved)
+    risk = subject.risk if subject.risk.network.habits is not None else learned(subject.risk, subject.state)
+    network, loss = replace(risk.network, inside=None), risk.loss
+    state = network.state()
+    moved = move(batch, state.device, state.dtype)
+    recorder = network(state, lambda model: _Recorder.during(model, loss, moved))
+    blind = isinstance(loss, TargetLoss) and _ignores_common_score(loss, network, state, moved)
     args, kwargs = recorder.two_rows()
-    found = discover(module, args, kwargs, blind, declared=[s for s in declared if isinstance(s, UnitScale)])
+    with traceable(network.module, () if network.habits is None else network.habits.caches):
+        units = [symmetry for symmetry in declared if isinstance(symmetry, UnitScale)]
+        found = discover(network.module, args, kwargs, blind, declared=units)
     found.verify()
     return found
 
@@ -99,6 +105,13 @@ class _Recorder:
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    @staticmethod
+    def during(module: torch.nn.Module, loss: Loss, batch: Any) -> _Recorder:
+        """Recorder of the call that a loss makes."""
+        recorder = _Recorder(module)
+        loss(recorder, batch)
+        return recorder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._call is not None:
@@ -121,11 +134,11 @@ class _Recorder:
         return both[: len(args)], dict(zip(kwargs, both[len(args) :], strict=True))
 
 
-def _ignores_common_score(loss: TargetLoss, module: torch.nn.Module, batch: Any) -> bool:
+def _ignores_common_score(loss: TargetLoss, network: Network, state: State, batch: Any) -> bool:
     """Test whether adding a constant to all scores of an example leaves the loss alone, on the real targets."""
     inputs, target = split(batch)
-    with torch.no_grad():
-        scores = call(module, inputs).double()
+    scores = network(state, lambda model: call(model, inputs)).detach().double()
+    with network.following(state.to(dtype=torch.float64)):
         if scores.ndim < 2 or (target.is_floating_point() and target.shape == scores.shape[:1]):
             return False
         target = target.double() if target.is_floating_point() else target

@@ -1,4 +1,4 @@
-"""Check of products against differences of gradients, on a few rows, in float64."""
+"""Check of products against differences of gradients, on a few rows, in float64; in float32 where there is no other."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ AGREEMENT = 1e-4
 STEPS = (1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 """Relative steps of the differences: the first that agrees is enough, since a network of ReLUs has kinks on the way."""
 
+COARSE_STEPS = (1e-2, 3e-3, 1e-3, 3e-4)
+"""Relative steps in float32, where rounding hides differences over shorter ones."""
+
+COARSE = 1e-2
+"""Largest relative difference between a product and a central difference of gradients, and `SYMMETRY`, in float32."""
+
 SURE = 4.0
 """Class scores are brought this close to their mean: where a network is surer of its classes, slopes are differences of
 numbers next to 1, and differences of slopes are rounding. What lies before the scores is the same."""
@@ -51,7 +57,7 @@ DRAWN = 1_000_003
 @final
 @dataclass(frozen=True)
 class CheckedRows:
-    """The risk of a few rows close to a point, in float64.
+    """The risk of a few rows close to a point, in float64, or in float32 where the network runs in nothing wider.
 
     Close to it, not at it: units that are dead, or zero biases behind them, sit on kinks there, where products and
     differences are of two minds though both are right.
@@ -76,14 +82,14 @@ class CheckedRows:
         if isinstance(risk.loss, TargetLoss) and risk.batches.whole is None:
             batch = next(pieces(batch, rows))
         alone = replace(risk, batches=Batches(partial(iter, [batch]), volatile=False), ranks=Ranks())
-        wide = state.to(dtype=torch.float64)
+        wide = risk.network.widest(state)
         space, center = wide.space, wide.vector
         sizes = torch.tensor(space.sizes, dtype=torch.float64).sqrt()
         typical = space.block_norms(center) / sizes.clamp(min=1)
         typical = torch.where(typical > 0, typical, (norm(center) or 1.0) / space.size**0.5)
         scales = space.spread(typical.to(center.device))
         beside = center + AWAY * scales * _drawn(space.size, "beside", center.device)
-        moved = wide.replace(space.unflatten(beside))
+        moved = wide.replace(space.unflatten(beside.to(wide.dtype)))
         sample = CheckedRows(_unsure(alone, moved, batch), moved, scales)
         # What fails here is no question of routes.
         gradient = sample.gradient(beside)
@@ -125,27 +131,42 @@ class CheckedRows:
         center = self.state.vector
         scale = (norm(center) or 1.0) / norm(direction)
         best = float("inf")
-        for step in STEPS:
+        for step in STEPS if self.precise else COARSE_STEPS:
             reach = step * scale
             ahead, behind = function(center + reach * direction), function(center - reach * direction)
-            rounding = 10 * torch.finfo(torch.float64).eps * max(norm(ahead), norm(behind)) / reach
+            rounding = 10 * torch.finfo(self.state.dtype).eps * max(norm(ahead), norm(behind)) / reach
             quotient = ahead.sub_(behind).div_(2 * reach)
             size = max(norm(derivative), norm(quotient))
             excess = max(norm(derivative - quotient) - rounding, 0.0)
             best = min(best, excess / size if size else 0.0)
-            if best <= AGREEMENT:
+            if best <= self.agreement:
                 break
         return best
 
+    @property
+    def precise(self) -> bool:
+        """Flag that the rows are in float64."""
+        return self.state.dtype == torch.float64
+
+    @property
+    def agreement(self) -> float:
+        """Largest relative difference between a product and a central difference of gradients."""
+        return AGREEMENT if self.precise else COARSE
+
+    @property
+    def symmetry(self) -> float:
+        """Largest asymmetry of a product (`SYMMETRY`)."""
+        return SYMMETRY if self.precise else COARSE
+
     def loss(self, vector: Tensor) -> Tensor:
         """The rows' risk where the trainable tensors have these values, shape `(1,)`."""
-        moved = self.state.replace(self.state.space.unflatten(vector))
+        moved = self.state.replace(self.state.space.unflatten(vector.to(self.state.dtype)))
         with exactly(moved.device):
             return torch.tensor([self.risk.value(moved)], dtype=torch.float64, device=moved.device)
 
     def gradient(self, vector: Tensor) -> Tensor:
         """Gradient of the rows' risk, where the trainable tensors have these values."""
-        moved = self.state.replace(self.state.space.unflatten(vector))
+        moved = self.state.replace(self.state.space.unflatten(vector.to(self.state.dtype)))
         with exactly(moved.device):
             return self.risk.accumulate(lambda _, batch: gradient(self.risk, moved, batch), vector)
 
@@ -155,10 +176,11 @@ def _unsure(risk: EmpiricalRisk, state: State, batch: Any) -> EmpiricalRisk:
     loss = risk.loss
     if not isinstance(loss, TargetLoss) or loss.classes is None or loss.gain is None:
         return risk
-    with torch.no_grad(), exactly(state.device):
+    with exactly(state.device):
         z = risk.term(state, batch).z
     if z is None:
         return risk
+    z = z.detach()
     apart = largest(z - z.mean(class_axis(z), keepdim=True))
     return replace(risk, loss=loss.scaled(loss.gain * SURE / apart)) if SURE < apart < math.inf else risk
 

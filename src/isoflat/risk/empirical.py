@@ -11,7 +11,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
-from isoflat.core.errors import DataError, NondeterministicRisk, NonFinite, UnsupportedModel, UsageError
+from isoflat.core.errors import DataError, NondeterministicRisk, NonFinite, UsageError
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.risk.batches import Batches, Weighted, alone, digest, move, rows_of
@@ -78,13 +78,17 @@ class EmpiricalRisk:
 
     def term(self, state: State, batch: Any) -> Term:
         """One batch's summed loss, as a function of the state's tensors; rows count by their weights, if they have any."""
+        return self.network(state, self._of_model(state, batch))
+
+    def _of_model(self, state: State, batch: Any) -> Callable[[Any], Term]:
+        """One batch's summed loss, as a function of the model."""
         moved = move(alone(batch), state.device, state.dtype)
         loss = self.loss
         if isinstance(batch, Weighted):
             if not isinstance(loss, TargetLoss):
                 raise UsageError("rows have weights in losses of output and target only")
             loss = loss.weighted(batch.weights)
-        return self.network(state, partial(loss, batch=moved))
+        return partial(loss, batch=moved)
 
     def target(self, state: State, batch: Any) -> Any:
         """Target that the loss compares the output of a batch with; None where the model computes its own loss."""
@@ -126,8 +130,7 @@ class EmpiricalRisk:
         """The empirical risk at a state."""
 
         def per_batch(index: int, batch: Any) -> BatchSum:
-            with torch.no_grad():
-                term = self.term(state, batch)
+            term = self.term(state, batch)
             return BatchSum(term.total.detach().reshape(1).double(), term.count)
 
         return float(self.accumulate(per_batch, _shape(1, state)))
@@ -138,8 +141,7 @@ class EmpiricalRisk:
 
         def output(state: State) -> Tensor:
             moved = move(inputs, state.device, state.dtype)
-            with torch.no_grad():
-                return self.network(state, partial(call, inputs=moved))
+            return self.network(state, partial(call, inputs=moved)).detach()
 
         return output
 
@@ -154,7 +156,7 @@ class EmpiricalRisk:
             DataError: there is nothing to measure on.
             NonFinite: loss or gradient is NaN or infinite in some batch.
             NondeterministicRisk: the loss of one batch is random.
-            UnsupportedModel: the forward pass writes into parameters or buffers.
+            UnsupportedModel: the forward pass writes into trainable tensors.
             NoMeanOverRows: the loss is no weighted mean over rows, though it was taken for one.
         """
         self._probe(state)
@@ -191,15 +193,15 @@ class EmpiricalRisk:
 
         def per_batch(index: int, batch: Any) -> BatchSum:
             inputs, target = split(move(alone(batch), state.device, state.dtype))
-            with torch.no_grad():
-                output = self.network(state, partial(call, inputs=inputs, scores=loss.scores))
+            output = self.network(state, partial(call, inputs=inputs, scores=loss.scores))
             z = output.detach().requires_grad_(True)
             if z.ndim == 0 or len(z) != rows_of(batch):
                 raise UsageError(
                     f"sample='auto' needs one row of output for each example, got shape {tuple(z.shape)} for "
                     f"{rows_of(batch)} examples: leave sample out"
                 )
-            term = loss.of(z, target, len(z))
+            with self.network.following(state):
+                term = loss.of(z, target, len(z))
             tally.hardness[index] = importance(term.total, z, stream(0, "importance", index))
             if proof is not None:
                 proof.batch(index, batch, term, z)
@@ -221,28 +223,30 @@ class EmpiricalRisk:
         return tally.survey(mean, time.monotonic() - started)
 
     def _probe(self, state: State) -> None:
-        """Check the first batch twice, under different random streams, with an eye on what the forward pass writes."""
+        """Check the first batch twice, under different random streams.
+
+        The second time the model has what it kept from the first: a loss that depends on that is none of the weights.
+        """
         with self.ranks.agreeing() as facts:
             batch = next(iter(self.batches), None)
             if batch is None:
                 raise DataError("the data is empty: the loader gave no batch")
-            before = {name: tensor._version for name, tensor in state.tensors.items()}
-            losses = []
-            with torch.no_grad():
+            loss = self._of_model(state, batch)
+
+            def twice(model: Any) -> list[float]:
+                found = []
                 for seed in (1, 2):
                     torch.manual_seed(seed)
-                    losses.append(float(self.term(state, batch).total))
-            written = [name for name, tensor in state.tensors.items() if tensor._version != before[name]]
-            if written:
-                raise UnsupportedModel(
-                    f"the forward pass writes into {', '.join(written[:5])}: the loss is no function of the weights. "
-                    "Call model.eval(), or remove the in-place update"
-                )
+                    found.append(float(loss(model).total.detach()))
+                return found
+
+            losses = self.network(state, twice)
             tolerance = 1000 * torch.finfo(state.dtype).eps * abs(losses[0])
             if abs(losses[0] - losses[1]) > tolerance:
                 raise NondeterministicRisk(
                     f"the loss of batch 0 is random: {losses[0]:.8g}, then {losses[1]:.8g} on the same data and weights. "
-                    "Call model.eval() and switch off dropout, noise and sampling in the forward pass"
+                    "Call model.eval() and switch off dropout, noise and sampling in the forward pass, and whatever it keeps "
+                    "from one call for the next"
                 )
             facts["loss of the first batch"] = f"{losses[0]:.4g}"
 

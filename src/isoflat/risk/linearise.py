@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import final
 
-import torch
-
 from isoflat.core.errors import UnsupportedModel, UsageError
 from isoflat.core.space import norm
 from isoflat.core.state import State
@@ -17,7 +15,7 @@ from isoflat.risk.division import undivided
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.plan import ProductPlan
 from isoflat.risk.routes.base import Linearisation
-from isoflat.risk.routes.differences import STEP, Differences
+from isoflat.risk.routes.differences import Differences, step_in
 from isoflat.risk.routes.forward import Forward
 from isoflat.risk.routes.guarded import Grain, Guarded, first_line, is_out_of_memory
 from isoflat.risk.routes.reverse import Recomputed
@@ -64,7 +62,10 @@ def choose(risk: EmpiricalRisk, state: State, check: ProductCheck = ProductCheck
     grain = Grain(ROWS)
     while True:
         with grain as rows:
-            return _chosen(CheckedRows.of(risk, state, rows), check)
+            sample = CheckedRows.of(risk, state, rows)
+            choice = _chosen(sample, check)
+            notes = () if sample.precise else (_in_single(sample, choice.route),)
+            return replace(choice, notes=(*choice.notes, *notes))
 
 
 def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
@@ -73,7 +74,7 @@ def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
     wrong: list[str] = []
     for route in ROUTES:
         name = route(risk, state).route.partition(",")[0]
-        if route is Differences and wrong and sample.slope(sample.direction(0)) > AGREEMENT:
+        if route is Differences and wrong and sample.slope(sample.direction(0)) > sample.agreement:
             raise UnsupportedModel(f"{wrong[0]}; gradients are not those of the loss either. {_REMEDY}")
         try:
             seen = Compared(0.0, 0.0)
@@ -88,7 +89,7 @@ def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
                 raise
             failures.append(f"{name}: {first_line(error)}")
             continue
-        fault = _fault(seen, differences=route is Differences)
+        fault = _fault(seen, sample.agreement, differences=route is Differences)
         if fault and check is ProductCheck.REFUSE:
             if route is Differences:
                 raise UnsupportedModel(f"{fault}. {_REMEDY}")
@@ -109,24 +110,38 @@ def _chosen(sample: CheckedRows, check: ProductCheck) -> Choice:
     )
 
 
-def _fault(seen: Compared, differences: bool) -> str:
+def _fault(seen: Compared, allowed: float, differences: bool) -> str:
     """The fault of products in words; empty where there is none.
 
     Args:
         seen: what was found about them.
+        allowed: largest difference that counts as rounding (`CheckedRows.agreement`).
         differences: flag that they are differences themselves, whose own error is no fault.
     """
     cut = (
         f"Hessian products differ by {seen.apart:.1e} from central differences of gradients: part of the network is cut out "
         "of the second derivative (detach, no_grad, .item(), .data, rounding, or a custom backward)"
     )
-    if seen.apart > AGREEMENT and not differences:
+    if seen.apart > allowed and not differences:
         return cut
-    if seen.skew <= max(AGREEMENT, 10 * seen.apart):
+    if seen.skew <= max(allowed, 10 * seen.apart):
         return ""
     return (
         f"Hessian products are not symmetric: ⟨u, Hv⟩ and ⟨v, Hu⟩ differ by {seen.skew:.1e} of their scale, so that the "
         "gradient is no loss's gradient (something is cut out of it, or a hook or a custom backward changes it)"
+    )
+
+
+def _in_single(sample: CheckedRows, route: type[Linearisation]) -> str:
+    """Note on a network that runs in float32 only."""
+    u, v = (sample.direction(k) for k in range(2))
+    whole, one, other = (sample.product(route, direction) for direction in (u + v, u, v))
+    noise = norm(whole - one - other) / (norm(whole) or 1.0)
+    habits = sample.risk.network.habits
+    why = None if habits is None else habits.single
+    return (
+        f"products, their check and the last product are in float32, where they carry rounding of about {noise:.0e} of a "
+        f"product: the network does not run in float64 ({why})"
     )
 
 
@@ -139,13 +154,13 @@ def check_gradient(risk: EmpiricalRisk, state: State, check: ProductCheck = Prod
     Raises:
         UnsupportedModel: they disagree, and `check` refuses that.
     """
-    worst, grain = None if check is not ProductCheck.SKIP else 0.0, Grain(ROWS)
+    worst, allowed, grain = None if check is not ProductCheck.SKIP else 0.0, AGREEMENT, Grain(ROWS)
     while worst is None:
         with grain as rows:
             sample = CheckedRows.of(risk, state, rows)
             direction = sample.direction(0)
-            worst = sample.slope(direction) if bool(direction.any()) else 0.0
-    if worst <= AGREEMENT:
+            worst, allowed = sample.slope(direction) if bool(direction.any()) else 0.0, sample.agreement
+    if worst <= allowed:
         return ()
     cut = (
         f"gradients differ by {worst:.1e} from central differences of losses: part of the network is cut out of the first "
@@ -206,7 +221,7 @@ def linearise(risk: EmpiricalRisk, state: State, plan: ProductPlan) -> Guarded:
     """Products as planned; where memory runs out nevertheless, in smaller pieces."""
     grain = Grain(plan.rows)
     if plan.route is Differences:
-        state = state.to(dtype=torch.float64)
+        state = risk.network.widest(state)
     while True:
         # One process without room makes all of them cut finer, so that they go on cutting alike.
         with grain as rows, risk.ranks.agreeing():
@@ -221,5 +236,6 @@ def linearise(risk: EmpiricalRisk, state: State, plan: ProductPlan) -> Guarded:
 def _unsettled(sample: CheckedRows) -> float:
     """Relative difference between differences of gradients of two steps."""
     direction = sample.direction(0)[:, None]
-    near, far = (Differences(sample.risk, sample.state, step).products(direction) for step in (STEP, 4 * STEP))
+    step = step_in(sample.state.dtype)
+    near, far = (Differences(sample.risk, sample.state, h).products(direction) for h in (step, 4 * step))
     return norm(near - far) / (norm(near) or 1.0)

@@ -88,8 +88,7 @@ def _on_batch(request: AtWeights) -> Moved:
 def _terms(request: AtWeights, batch: Any) -> tuple[Tensor, float]:
     """Summed loss of a batch, and the entries of its gradient behind it, float64; and the count."""
     if not request.gradient:
-        with torch.no_grad():
-            term = request.risk.term(request.state, batch)
+        term = request.risk.term(request.state, batch)
         return term.total.detach().reshape(1).double(), term.count
     leaves = leaf_state(request.state)
     term = request.risk.term(leaves, batch)

@@ -1,17 +1,17 @@
 """A user's module as a pure function of named tensors: out of its wrappers, without checkpoints, in full precision.
 
-The module itself is never changed.
+The module itself is never changed: what a forward pass writes goes into copies (`modules.private`).
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, final
 
@@ -25,8 +25,41 @@ from torch.utils import checkpoint
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
 from isoflat.core.precision import unrounded
 from isoflat.core.state import State, everywhere
+from isoflat.modules.caches import Cache, emptied
+from isoflat.modules.private import (
+    Copies,
+    Swap,
+    held_fixed,
+    own_precision,
+    private,
+    reassigned,
+    registered,
+    wider,
+    writes_into,
+)
 
 Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | None
+
+
+@final
+@dataclass(frozen=True)
+class Habits:
+    """Facts about a network that trying it out has told (`risk.habits`).
+
+    Attributes:
+        written: names of buffers and frozen parameters that a forward pass writes into.
+        held: identities of further tensors that it writes into, which the module holds as plain attributes.
+        caches: attributes that were filled from the weights before, and are filled anew in each pass.
+        single: why the network does not run in float64; None if it does.
+        leaves: flag that the loss differentiates by the weights, so that these need gradients even where only its value is
+            asked for.
+    """
+
+    written: frozenset[str] = frozenset()
+    held: frozenset[int] = frozenset()
+    caches: tuple[Cache, ...] = ()
+    single: str | None = None
+    leaves: bool = False
 
 
 @final
@@ -37,6 +70,7 @@ class Network:
     Attributes:
         module: module of the user.
         inside: precision that torch's autocast may use inside a float32 pass; None for float32 throughout.
+        habits: what trying it out has told; None before that, when every buffer is copied for each pass.
 
     >>> network = Network(nn.Linear(2, 1, bias=False))
     >>> state = network.state().replace({"weight": torch.tensor([[1.0, 2.0]])})
@@ -46,20 +80,37 @@ class Network:
 
     module: nn.Module
     inside: torch.dtype | None = None
+    habits: Habits | None = None
 
     def __post_init__(self) -> None:
         """Refuse anything but a module."""
         if not isinstance(self.module, nn.Module):
             raise UsageError(f"expected a torch.nn.Module as the model, got {type(self.module).__name__}")
 
-    def __call__(self, state: State, use: Callable[[nn.Module], Any]) -> Any:
+    def __call__(self, state: State, use: Callable[[nn.Module], Any], held: Copies | None = None) -> Any:
         """Result of `use(model)` where the model's tensors are those of the state.
 
         Running means among the parameters are differentiated by as well, which torch's batch normalisation does not do:
         moving one is moving its input the other way.
+
+        Args:
+            state: weights and buffers.
+            use: function of the model.
+            held: stand-ins of tensors that modules hold otherwise; None for those that trying it out has told.
+
+        Raises:
+            UnsupportedModel: the forward pass writes into trainable tensors.
         """
-        tensors = {f"model.{name}": tensor for name, tensor in everywhere(self.module, state.tensors).items()}
+        if self.habits is not None and self.habits.leaves:
+            state = replace(state, parameters={name: _leaf(tensor) for name, tensor in state.parameters.items()})
+        versions = [tensor._version for tensor in state.parameters.values()]
+        copied = {**state.tensors, **self._copied(state)}
+        given = everywhere(self.module, {**copied, **{name: held_fixed(copied[name]) for name in state.frozen}})
+        tensors = {f"model.{name}": tensor for name, tensor in given.items()}
         with ExitStack() as stack:
+            # Losses may differentiate by their inputs; weights that require no gradients cost no graph.
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(private(self.module, self._swap(given, held or self.copies(state.dtype))))
             for name in state.parameters:
                 path, _, own = name.rpartition(".")
                 if own == "running_mean" and isinstance(module := self.module.get_submodule(path), _BatchNorm):
@@ -67,7 +118,7 @@ class Network:
                     stack.callback(module.register_forward_pre_hook(_moved_by(state.parameters[name])).remove)
             if compiled(self.module):  # what torch.compile makes has no second derivative
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(unrounded(state.dtype))
+            stack.enter_context(self.following(state))
             stack.enter_context(without_checkpoints())
             if self.inside is not None and state.dtype == torch.float32:
                 # Casts of leaves must not outlive a pass: every pass has leaves of its own.
@@ -75,7 +126,58 @@ class Network:
             if state.device.type == "cuda" and any(isinstance(part, nn.RNNBase) for part in self.module.modules()):
                 # cuDNN's recurrent kernels have no second derivative.
                 stack.enter_context(settings((torch.backends.cudnn, "enabled", False)))
-            return torch.func.functional_call(_Use(self.module, use), tensors, (), tie_weights=False)
+            caches, put = () if self.habits is None else self.habits.caches, dict(tensors)
+            try:
+                result = torch.func.functional_call(_Use(self.module, use, caches), tensors, (), tie_weights=False)
+            except TypeError as error:
+                raise reassigned(error) or error from None
+        now = zip(state.parameters.items(), versions, strict=True)
+        replaced = [name for name in state.parameters if tensors[f"model.{name}"] is not put[f"model.{name}"]]
+        if written := [name for (name, tensor), before in now if tensor._version != before] + replaced:
+            raise writes_into(written)
+        return result
+
+    def following(self, state: State) -> AbstractContextManager[None]:
+        """Precision of a pass, which whatever the network or a loss makes in it follows."""
+        return unrounded(state.dtype, self._own)
+
+    @cached_property
+    def _own(self) -> torch.dtype:
+        """Precision of the module itself."""
+        return own_precision(self.module)
+
+    def widest(self, state: State) -> State:
+        """The state in the precision of checks and last products: float64, unless the network does not run in that."""
+        single = self.habits is not None and self.habits.single is not None
+        return state.to(dtype=torch.float32 if single else torch.float64)
+
+    def _copied(self, state: State) -> dict[str, Tensor]:
+        """Copies of tensors that a pass may write into."""
+        known = self.habits
+        names = state.buffers if known is None else known.written
+        return {name: state.tensors[name].clone() for name in names if name in state.tensors}
+
+    def copies(self, dtype: torch.dtype, every: bool = False) -> Copies:
+        """Stand-ins of tensors in plain attributes, in the precision of a pass where the network's own is less.
+
+        Args:
+            dtype: precision of the pass.
+            every: flag that all are copied, not only those that a pass is known to write into.
+        """
+        known = None if every else self.habits
+        return Copies(lambda tensor: known is None or id(tensor) in known.held, wider(self._own, dtype))
+
+    def _swap(self, given: Mapping[str, Tensor], copies: Copies) -> Swap:
+        """Stand-ins of tensors in plain attributes: those of the state where they are the module's own, else copies."""
+        names: dict[int, str] = {}
+
+        def swap(tensor: Tensor) -> Tensor:
+            if not names:  # most modules hold nothing of the kind
+                names.update({id(tensor): name for name, tensor in registered(self.module)})
+            name = names.get(id(tensor))
+            return copies(tensor) if name is None else given.get(name, tensor)
+
+        return swap
 
     def state(self, params: Selector = None) -> State:
         """The module's tensors; those that require gradients and match `params` are trainable.
@@ -131,15 +233,21 @@ class Network:
                 )
 
 
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_(True)
+
+
 class _Use(nn.Module):
     """Lets `functional_call` swap tensors for any use of a model, not its forward only."""
 
-    def __init__(self, model: nn.Module, use: Callable[[nn.Module], Any]) -> None:
+    def __init__(self, model: nn.Module, use: Callable[[nn.Module], Any], caches: tuple[Cache, ...]) -> None:
         super().__init__()
         self.model = model
         self.use = use
+        self.caches = caches
 
     def forward(self) -> Any:
+        emptied(self.model, self.caches)
         return self.use(self.model)
 
 

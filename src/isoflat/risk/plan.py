@@ -9,12 +9,14 @@ first that carry most of the curvature: nothing that is measured depends on whet
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import psutil
 import torch
 from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoflat.core.errors import UsageError
 from isoflat.core.state import State
@@ -203,14 +205,13 @@ def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
     risk = replace(risk, network=replace(risk.network, inside=None))  # a coarser precision would blur the question
     few = next(pieces(batch, rows))
     try:
-        with torch.no_grad():
-            whole = risk.term(state, few)
-            one, other = (risk.term(state, part) for part in pieces(few, (rows + 1) // 2))
+        whole = risk.term(state, few)
+        one, other = (risk.term(state, part) for part in pieces(few, (rows + 1) // 2))
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
         if isinstance(risk.loss, TargetLoss):  # inputs and targets have rows, so this is no question of cutting
             raise
         return False
-    total, first, second = map(float, (whole.total, one.total, other.total))
+    total, first, second = (float(term.total.detach()) for term in (whole, one, other))
     tolerance = 100 * torch.finfo(state.dtype).eps
     counts = abs(whole.count - (one.count + other.count)) <= tolerance * abs(whole.count)
     return counts and abs(total - (first + second)) <= tolerance * (abs(first) + abs(second))
@@ -227,12 +228,38 @@ def weigh(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph] = Gra
         saved.append((weakref.ref(held), held.tensor.untyped_storage()))
         return held
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        graph = kind.build(risk, state, batch)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            graph = kind.build(risk, state, batch)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        with _Allocated() as made:  # a transform of torch.func inside lets nobody look at what is saved
+            graph = kind.build(risk, state, batch)
+        return Weighed(made.size, made.size, graph.rules)
     sizes = {storage.data_ptr(): storage.nbytes() for _, storage in saved if storage.data_ptr() not in own}
     alive = {storage.data_ptr() for reference, storage in saved if reference() is not None}
     held = sum(size for place, size in sizes.items() if place in alive)
     return Weighed(held, sum(sizes.values()), graph.rules)
+
+
+@final
+class _Allocated(TorchDispatchMode):
+    """Bytes of everything that operations make: no less than what a graph of them holds."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The operation, with what it makes counted."""
+        found = func(*args, **(kwargs or {}))
+        self.size += sum(tensor.nbytes for tensor in tensors(found))
+        return found
 
 
 @final

@@ -62,7 +62,7 @@ def derivative(risk: EmpiricalRisk, state: State, batch: Any, *directions: Tenso
 
     def losses(parameters: Tensors) -> Tensor:
         moved = State(parameters, state.frozen, state.buffers, state.constants)
-        return loss.by_row(risk.network(moved, partial(call, inputs=inputs, scores=loss.scores)), target)
+        return risk.network(moved, lambda model: loss.by_row(call(model, inputs, loss.scores), target))
 
     made: Callable[[Tensors], Tensor] = losses
     for direction in directions:

@@ -72,7 +72,7 @@ class _Prior(DataStatistic):
                 f"log_prior_volume takes the determinant of a matrix with a row for each example, at a cost that grows with "
                 f"their cube: give a fixed part of the data, at most {MOST} of the {point.survey.rows} examples"
             )
-        state = point.state.to(dtype=torch.float64)
+        state = point.risk.network.widest(point.state)
         with exactly(state.device), torch.no_grad():
             scores = _scores(point, point.risk.network, state)
             kernels = torch.zeros(GROUPS, len(scores), len(scores), dtype=torch.float64, device=state.device)
@@ -81,8 +81,8 @@ class _Prior(DataStatistic):
             random = stream(point.settings.seed, "prior")
             for draw in range(self.draws):
                 point.report(f"draw {draw + 1} of {self.draws}")
-                drawn = _drawn(twin, random).to(device=state.device)
-                outputs = _scores(point, replace(point.risk.network, module=twin), drawn)
+                drawn = _drawn(twin, random).to(device=state.device, dtype=state.dtype)
+                outputs = _scores(point, replace(point.risk.network, module=twin), drawn).double()
                 kernels[draw % GROUPS] += outputs @ outputs.T / (self.draws / GROUPS)
         return PriorKernels(kernels, scores.argmax(1), scores.shape[1])
 

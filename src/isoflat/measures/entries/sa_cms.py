@@ -38,12 +38,12 @@ class _Losses(Question):
 
     def steps(self, point: EvaluationPoint, *found: Any) -> Steps[Tensor]:
         """A forward pass for each draw: shape `(draws,)`, float64, on the CPU."""
-        state = point.state.to(dtype=torch.float64)
+        state = point.risk.network.widest(point.state)
         weights, losses = state.vector, []
         random = stream(point.settings.seed, "scale-adaptive noise")
         for draw in range(self.draws):
             noise = torch.randn(len(weights), generator=random, dtype=torch.float64).to(state.device)
-            moved = state.replace(state.space.unflatten(weights + self.sigma * weights * noise))
+            moved = state.replace(state.space.unflatten((weights + self.sigma * weights * noise).to(state.dtype)))
             loss = (yield AtWeights(point.risk, moved, status=f"draw {draw + 1} of {self.draws}")).loss
             if not math.isfinite(loss):
                 raise NonFinite(f"the loss is {loss} under noise of sa_cms: lower its sigma")

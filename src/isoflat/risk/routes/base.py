@@ -71,8 +71,8 @@ class Linearisation(ABC):
         return replace(self, risk=risk)
 
     def double(self) -> Linearisation:
-        """The same in float64, with the memory of one batch."""
-        return replace(self, state=self.state.to(dtype=torch.float64))
+        """The same in float64, with the memory of one batch; in float32 where the network runs in nothing wider."""
+        return replace(self, state=self.risk.network.widest(self.state))
 
 
 def columns(space: ParameterSpace, vectors: Tensor) -> list[list[Tensor]]:

@@ -13,8 +13,10 @@ from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.base import Linearisation, gradient
 
-STEP = torch.finfo(torch.float64).eps ** (1 / 3)
-"""Relative step: rounding (ε / h) and the third derivative (h²) are then of one size."""
+
+def step_in(dtype: torch.dtype) -> float:
+    """Relative step in a precision: rounding (ε / h) and the third derivative (h²) are then of one size."""
+    return torch.finfo(dtype).eps ** (1 / 3)
 
 
 @final
@@ -26,15 +28,15 @@ class Differences(Linearisation):
     taken for curvature.
 
     Attributes:
-        step: step h in units of ‖θ‖ / ‖v‖.
+        step: step h in units of ‖θ‖ / ‖v‖; None for the one that fits the precision (`step_in`).
     """
 
-    step: float = STEP
+    step: float | None = None
 
     @property
     def route(self) -> str:
         """Name of the method, for the record."""
-        return "central differences of gradients, float64"
+        return f"central differences of gradients, {str(self.risk.network.widest(self.state).dtype).removeprefix('torch.')}"
 
     @property
     def exact(self) -> bool:
@@ -44,14 +46,15 @@ class Differences(Linearisation):
     def products(self, vectors: Tensor) -> Tensor:
         """Products by two gradients for each column."""
         state, center = self.state, self.state.vector.double()
-        reaches = [self.step * (norm(center) or 1.0) / (norm(vector) or 1.0) for vector in vectors.T]
+        step = step_in(state.dtype) if self.step is None else self.step
+        reaches = [step * (norm(center) or 1.0) / (norm(vector) or 1.0) for vector in vectors.T]
 
         def per_batch(index: int, batch: Any) -> BatchSum:
             made, count = [], 0.0
             for vector, reach in zip(vectors.T, reaches, strict=True):
                 ends = []
                 for sign in (1.0, -1.0):
-                    moved = state.replace(state.space.unflatten(center + sign * reach * vector))
+                    moved = state.replace(state.space.unflatten((center + sign * reach * vector).to(state.dtype)))
                     end = gradient(self.risk, moved, batch)
                     ends.append(end.total)
                     count = end.count

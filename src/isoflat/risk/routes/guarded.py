@@ -87,8 +87,8 @@ class Guarded(Linearisation):
         return Guarded(risk, self.state, [self.inner[0].on(risk)], self.grain)
 
     def double(self) -> Guarded:
-        """Route in float64, cut as finely as this one is by then."""
-        return Guarded(self.risk, self.state.to(dtype=torch.float64), [self.inner[0].double()], self.grain)
+        """Route in float64, if the network runs in that, cut as finely as this one is by then."""
+        return Guarded(self.risk, self.risk.network.widest(self.state), [self.inner[0].double()], self.grain)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

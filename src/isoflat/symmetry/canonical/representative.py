@@ -9,7 +9,6 @@ Derivation: docs/concepts/canonical.md, "Definition, in the order of the code".
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -25,11 +24,14 @@ from torch import Tensor, nn
 from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.core.state import State
+from isoflat.modules.caches import Cache, emptied
+from isoflat.modules.private import twin
 from isoflat.symmetry.canonical.balance import Change, cut, principal
 from isoflat.symmetry.canonical.gain_folding import fold_gains
 from isoflat.symmetry.canonical.joint import balance
 from isoflat.symmetry.canonical.potential import Mass, Vector, close, dead, distinct_factors, masses, minimise, touched
 from isoflat.symmetry.canonical.shift_gauge import AbsorbedShift, fix_shift_gauge
+from isoflat.symmetry.finding.caches import caches_of
 from isoflat.symmetry.finding.gains import bent
 from isoflat.symmetry.finding.solve import effective, scaling
 from isoflat.symmetry.found import Found
@@ -140,7 +142,8 @@ def canonicalize(
     >>> [round(p.item(), 5) for p in balanced.parameters()]
     [4.0, 4.0]
     """
-    return install(model, canonical(found, found.state(model), Epsilon(epsilon), Gauge(gauge)).state)
+    caches = caches_of(model, found.args, found.kwargs)
+    return install(model, canonical(found, found.state(model), Epsilon(epsilon), Gauge(gauge)).state, caches)
 
 
 def reparametrize(model: nn.Module, found: Found, *, seed: int = 0, spread: float = 3.0) -> nn.Module:
@@ -154,17 +157,22 @@ def reparametrize(model: nn.Module, found: Found, *, seed: int = 0, spread: floa
     """
     state = found.state(model).to(dtype=torch.float64)
     element = found.element(stream(seed, "reparametrize"), spread, state)
-    return install(model, found.act(state, element))
+    return install(model, found.act(state, element), caches_of(model, found.args, found.kwargs))
 
 
-def install(model: nn.Module, state: State) -> nn.Module:
+def install(model: nn.Module, state: State, caches: Sequence[Cache] = ()) -> nn.Module:
     """A copy of the network that holds a state's tensors and constants.
+
+    Args:
+        model: the network.
+        state: tensors and constants.
+        caches: what it has made of its own tensors before, which the copy makes anew.
 
     Raises:
         UsageError: the state is not this network's.
     """
-    twin = copy.deepcopy(model)
-    own = dict((*twin.named_parameters(), *twin.named_buffers()))
+    made = twin(model)
+    own = dict((*made.named_parameters(), *made.named_buffers()))
     if unknown := set(state.tensors) - set(own):
         raise UsageError(f"these symmetries are another network's: it has no tensor {', '.join(sorted(unknown)[:4])}")
     with torch.no_grad():
@@ -172,8 +180,9 @@ def install(model: nn.Module, state: State) -> nn.Module:
             own[name].copy_(tensor)
     for path, value in state.constants.items():
         place, _, name = path.rpartition(".")
-        setattr(twin.get_submodule(place), name, value)
-    return twin
+        setattr(made.get_submodule(place), name, value)
+    emptied(made, caches)
+    return made
 
 
 def _scale(found: Found, given: State, exact: tuple[Form, ...]) -> Representative:

@@ -20,6 +20,7 @@ from isoflat.symmetry.finding.axes import Readers
 from isoflat.symmetry.finding.bases.accept import accepted
 from isoflat.symmetry.finding.bases.families import families, scales
 from isoflat.symmetry.finding.bases.propagate import propagate_bases
+from isoflat.symmetry.finding.caches import caches_of, traceable
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.declared import declare
 from isoflat.symmetry.finding.gains import foldable
@@ -71,8 +72,9 @@ def symmetries(
     3
     """
     args, kwargs = inputs_of(example)
-    blind = loss is not None and ignores_common_score(model, args, kwargs, loss)
-    found = discover(model, args, kwargs, blind, further_rules, declared)
+    with torch.random.fork_rng(devices=[]), traceable(model, caches_of(model, args, kwargs)):
+        blind = loss is not None and ignores_common_score(skeleton(model), args, kwargs, loss)
+        found = discover(model, args, kwargs, blind, further_rules, declared)
     if verify:
         found.verify()
     return found
@@ -135,7 +137,8 @@ def discover(
         {},
         blind,
     )
-    basis = accepted(basis, found.state(), found.output)
+    if basis.families:
+        basis = accepted(basis, found.state().to(dtype=found.precision), found.output)
     return replace(found, basis=basis, blocks=blocks(graph, basis))
 
 
@@ -235,13 +238,13 @@ def ignores_common_score(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> bool:
     """Test whether a loss of scores and classes is the same when a constant is added to all scores of each example."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         scores = model(*args, **kwargs)
         scores = getattr(scores, "logits", scores)
         if not isinstance(scores, Tensor) or scores.ndim < 2 or not scores.is_floating_point():
             return False
-        scores = scores.double()
+        scores = scores.detach().double()
         targets = torch.randint(scores.shape[1], (scores.shape[0], *scores.shape[2:]), device=scores.device)
         shifts = torch.randn(scores.shape[0], 1, *scores.shape[2:], dtype=torch.float64).to(scores.device)
         try:

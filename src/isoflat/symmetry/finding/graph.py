@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from torch.fx.node import map_arg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import UnsupportedModel
+from isoflat.modules.private import twin
 from isoflat.symmetry.finding.values import Known, StoredTensor, Value, shifted_only
 
 
@@ -86,7 +86,7 @@ def skeleton(module: nn.Module) -> nn.Module:
     A cache of keys and values (Hugging Face's `config.use_cache`) is no part of the function: it is switched off.
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    made = copy.deepcopy(module, shared).eval()
+    made = twin(module, shared).eval()
     for part in made.modules():
         config: Any = getattr(part, "config", None)
         if getattr(config, "use_cache", None) is True:

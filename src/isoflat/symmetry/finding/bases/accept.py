@@ -19,6 +19,9 @@ from isoflat.symmetry.groups.basis import BasisChange, Family
 TOLERANCE = 1e-9
 """Derivative along an accepted change, relative to that along what it writes alone."""
 
+SINGLE_TOLERANCE = 1e-4
+"""The same in float32, for networks that run in nothing wider."""
+
 
 Output = Callable[[State], Tensor]
 """A network's output, in float64, as a function of its tensors."""
@@ -31,12 +34,12 @@ def accepted(basis: BasisChange, given: State, output: Output) -> BasisChange:
 
     Args:
         basis: candidates.
-        given: the network's tensors, whose sizes random weights have.
+        given: the network's tensors, whose sizes random weights have, in the precision of the proof.
         output: the network's output.
     """
     if not basis.families:
         return basis
-    state = _random(given.to(dtype=torch.float64))
+    state = _random(given)
     if _vanishes(basis, state, output):
         return basis
     return BasisChange(tuple(f for f in basis.families if _vanishes(BasisChange((f,)), state, output)))
@@ -46,7 +49,8 @@ def _vanishes(basis: BasisChange, state: State, output: Output) -> bool:
     rates = basis.sample(stream(0, "accept"), 1.0)
     along = _derivative(output, state, basis.velocity(state, rates))
     alone = _derivative(output, state, BasisChange(tuple(map(_writing, basis.families))).velocity(state, rates))
-    return float(along.abs().max()) <= TOLERANCE * float(alone.abs().max())
+    allowed = TOLERANCE if state.dtype == torch.float64 else SINGLE_TOLERANCE
+    return float(along.abs().max()) <= allowed * float(alone.abs().max())
 
 
 def _writing(family: Family) -> Family:
@@ -64,7 +68,7 @@ def _derivative(output: Output, state: State, moving: dict[str, Tensor]) -> Tens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         point = tuple(state.tensors[name] for name in names)
-        return torch.func.jvp(moved, point, tuple(moving[name] for name in names))[1]
+        return torch.func.jvp(moved, point, tuple(moving[name].to(state.dtype) for name in names))[1]
 
 
 def _random(state: State) -> State:
@@ -73,5 +77,5 @@ def _random(state: State) -> State:
     made = {}
     for name, tensor in (*state.parameters.items(), *state.frozen.items()):
         size = float(tensor.square().mean().sqrt()) or max(1, tensor[0].numel() if tensor.ndim else 1) ** -0.5
-        made[name] = size * torch.randn(tensor.shape, generator=random, dtype=torch.float64).to(tensor.device)
+        made[name] = size * torch.randn(tensor.shape, generator=random, dtype=torch.float64).to(tensor)
     return state.replace(made)
