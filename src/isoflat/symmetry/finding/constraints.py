@@ -101,6 +101,12 @@ class Constraints:
             if entry.absorbed is not None:
                 self.shifts.pin(entry.absorbed.shift, f"'{name}' is added in two ways")
 
+    def added(self, found: Additive) -> Tensor:
+        """Write down how a tensor may be shifted; the unknowns that stand for it here, in the shape they were given."""
+        self.add_to(found.name, found)
+        known = self.additives[found.name].shift
+        return known if known.shape == found.shift.shape else found.shift
+
     def entries(self, stored: StoredTensor) -> Tensor:
         """Log-scales of a tensor entry by entry, shape of the tensor; of its last axis only where it has too many."""
         count = math.prod(stored.shape)
@@ -135,11 +141,10 @@ class Constraints:
                 return shifted_only(value.shape)
             if count > ENTRYWISE:
                 last = len(value.shape) - 1
-                self.add_to(value.name, Additive(value.name, last, self.shifts.fresh(value.shape[-1])))
-                return Activation(scale, self.additives[value.name].shift.expand(value.shape))
-            shift = self.shifts.fresh(count)
-            self.add_to(value.name, Additive(value.name, None, shift))
-            return Activation(scale, self.additives[value.name].shift.view(value.shape))
+                own = self.added(Additive(value.name, last, self.shifts.fresh(value.shape[-1])))
+                return Activation(scale, own.expand(value.shape))
+            own = self.added(Additive(value.name, None, self.shifts.fresh(count)))
+            return Activation(scale, own.view(value.shape))
         content = value.value if isinstance(value, Known) else value
         tensor = torch.as_tensor(content)
         scale = torch.where(tensor == 0, 1, 0)  # a literal zero has every scale

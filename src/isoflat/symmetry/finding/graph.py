@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import UnsupportedModel
+from isoflat.symmetry.finding.masks import Masks
 from isoflat.symmetry.finding.values import Known, StoredTensor, Value, shifted_only
 
 
@@ -137,13 +138,14 @@ def trace(
     constants = {**program.constants, **program.state_dict}
     lifted = signature.inputs_to_lifted_tensor_constants
     inputs: dict[Node, Value] = {}
+    masks = Masks()
     for node in program.graph.nodes:
         if node.op != "placeholder":
             continue
         if node.name in stored and stored[node.name] in tensors:
             tensor = tensors[stored[node.name]]
-            floating = tensor.is_floating_point()
-            inputs[node] = StoredTensor(canonical[id(tensor)], tensor.shape) if floating else Known(tensor)
+            fixed = not tensor.is_floating_point() or masks.is_constant(node, tensor)
+            inputs[node] = Known(tensor) if fixed else StoredTensor(canonical[id(tensor)], tensor.shape)
         elif node.name in lifted or node.name in stored:
             inputs[node] = Known(constants[lifted[node.name] if node.name in lifted else stored[node.name]])
         else:

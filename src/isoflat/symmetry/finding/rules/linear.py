@@ -261,8 +261,8 @@ def _shift(
         return _offset(constraints, node, out, bias)
     _scaled_like(constraints, bias, out)
     shift = constraints.shifts.fresh(out.numel())
-    constraints.add_to(bias.name, Additive(bias.name, None, shift, Absorbed(weight.name, view, entering, turned)))
-    return constraints.additives[bias.name].shift.view(out.shape)
+    absorbed = Absorbed(weight.name, view, entering, turned)
+    return constraints.added(Additive(bias.name, None, shift, absorbed)).view(out.shape)
 
 
 def _offset(constraints: Constraints, node: Node, out: Tensor, bias: Value) -> Tensor:
@@ -274,8 +274,7 @@ def _offset(constraints: Constraints, node: Node, out: Tensor, bias: Value) -> T
         constraints.scales.tie(out.reshape(-1), value.scale)
         return value.shift.expand(out.numel()).reshape(out.shape)
     _scaled_like(constraints, bias, out)
-    constraints.add_to(bias.name, Additive(bias.name, None, constraints.shifts.fresh(out.numel())))
-    return constraints.additives[bias.name].shift.view(out.shape)
+    return constraints.added(Additive(bias.name, None, constraints.shifts.fresh(out.numel()))).view(out.shape)
 
 
 def _scaled_like(constraints: Constraints, bias: StoredTensor, out: Tensor) -> None:
