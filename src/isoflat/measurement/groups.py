@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from isoflat.core.errors import DataError, SymmetryViolated, UnsupportedModel, UsageError
 from isoflat.core.rng import stream
 from isoflat.geometry.traced import Traced
+from isoflat.measurement.counted import counted, first_rows
 from isoflat.measurement.subject import Plan, Subject
 from isoflat.measures.settings import Settings
-from isoflat.risk.batches import move
-from isoflat.risk.losses import TargetLoss, call, split
-from isoflat.symmetry.finding.discover import discover, inputs_of
-from isoflat.symmetry.found import Found
+from isoflat.risk.batches import alone, move
+from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.losses import TargetLoss, split
+from isoflat.symmetry.finding.discover import discover, inputs_of, searching
+from isoflat.symmetry.found import Counted, Found
 from isoflat.symmetry.groups.base import Symmetry, verify
 from isoflat.symmetry.groups.declared import UnitScale
 
@@ -56,21 +61,84 @@ def symmetries_of(subject: Subject, declared: Sequence[Symmetry] = ()) -> Found:
         UnsupportedModel: the network cannot be traced.
         SymmetryViolated: what was found changes the output.
     """
-    batch = next(iter(subject.risk.batches), None)
+    risk = subject.risk
+    batch = next(iter(risk.batches), None)
     if batch is None:
         raise DataError("the data is empty: the loader gave no batch")
-    module = subject.risk.network.module
-    dtype = next(iter(subject.risk.network.state().parameters.values())).dtype
-    recorder = _Recorder(module)
-    with torch.no_grad():
-        subject.risk.loss(recorder, move(batch, _device(module), dtype))
-    blind = isinstance(subject.risk.loss, TargetLoss) and _ignores_common_score(
-        subject.risk.loss, module, move(batch, _device(module), dtype)
-    )
-    args, kwargs = recorder.two_rows()
-    found = discover(module, args, kwargs, blind, declared=[s for s in declared if isinstance(s, UnitScale)])
+    seen = _look(risk, batch)
+    args, kwargs = seen.two_rows()
+    rows = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim))
+    units = [s for s in declared if isinstance(s, UnitScale)]
+    with searching(risk.network.module):
+        blind = isinstance(risk.loss, TargetLoss) and _ignores_common_score(risk.loss, seen.output, seen.batch)
+        counts = first_rows(seen.counted, seen.rows, rows)
+        found = discover(risk.network.module, args, kwargs, blind, declared=units, counted=counts)
+    found = _on_every_batch(found, risk)
     found.verify()
     return found
+
+
+def _on_every_batch(found: Found, risk: EmpiricalRisk) -> Found:
+    """The symmetries without those that hold only where attention leaves every row a key, unless all batches do."""
+    averages = found.constraints.averages
+    if not averages:
+        return found
+    always = any(average.varies for average in averages)
+    traced = _shapes(found.args, found.kwargs)
+    for batch in risk.batches:
+        seen = _look(risk, batch)
+        if (always or _shapes(*seen.inputs) != traced) and not found.averages_hold(*seen.inputs, seen.counted):
+            return found.without_averages()
+    return found
+
+
+def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Size | None]:
+    """Shapes of all inputs but for their rows."""
+    return [value.shape[1:] if isinstance(value, Tensor) else None for value in (*args, *kwargs.values())]
+
+
+@final
+@dataclass(frozen=True)
+class _SeenCall:
+    """The network as a loss calls it on a batch.
+
+    Attributes:
+        inputs: positional and keyword inputs.
+        output: what it gave.
+        counted: entries of it that the loss looks at; None for all.
+        batch: the batch, where the network is.
+    """
+
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    output: Any
+    counted: Counted | None
+    batch: Any
+
+    @property
+    def rows(self) -> int:
+        """Rows of the output that the loss looks at."""
+        return 0 if self.counted is None else len(self.counted[1])
+
+    def two_rows(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's inputs, cut to two rows."""
+        args, kwargs = self.inputs
+        both = inputs_of((*args, *kwargs.values()))[0]
+        return both[: len(args)], dict(zip(kwargs, both[len(args) :], strict=True))
+
+
+def _look(risk: EmpiricalRisk, batch: Any) -> _SeenCall:
+    """Evaluate the loss of a batch once, and see how it calls the network; nothing that this writes is the user's."""
+    state = risk.network.state()
+    moved = move(alone(batch), state.device, state.dtype)
+
+    def use(model: torch.nn.Module) -> _SeenCall:
+        recorder = _Recorder(model)
+        with torch.no_grad():
+            risk.loss(recorder, moved)
+        inputs, output = recorder.call()
+        return _SeenCall(inputs, output, counted(risk.loss, model, output, moved), moved)
+
+    return risk.network(state, use)
 
 
 def _bound(plan: Plan, target: Subject, declared: Sequence[Symmetry], known: Found | None) -> Plan:
@@ -81,7 +149,7 @@ def _bound(plan: Plan, target: Subject, declared: Sequence[Symmetry], known: Fou
         if known.model is not target.risk.network.module:
             raise UsageError("these symmetries were found on another network: call isoflat.symmetries on this one")
         known.verify()
-    found = known or symmetries_of(target, declared)
+    found = symmetries_of(target, declared) if known is None else _on_every_batch(known, target.risk)
     return tuple(
         (measure, place.on(found) if isinstance(place, Traced) and place.found is None else place)
         for measure, place in plan
@@ -101,47 +169,46 @@ def _verify(target: Subject, symmetries: Sequence[Symmetry], seed: int) -> None:
 
 
 class _Recorder:
-    """Stands for the model while a loss is evaluated, and keeps what the model was called with."""
+    """Stands for the model while a loss is evaluated, and keeps what the model was called with and what it gave."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._seen: tuple[tuple[tuple[Any, ...], dict[str, Any]], Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._call is not None:
+        if self._seen is not None:
             raise UnsupportedModel(
                 "the loss calls the model several times per batch, so that its symmetries cannot be told from one trace; "
                 "geometry='layerwise' needs none"
             )
-        self._call = (args, kwargs)
-        return self._module(*args, **kwargs)
+        output = self._module(*args, **kwargs)
+        self._seen = ((args, kwargs), output)
+        return output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
-    def two_rows(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's inputs, cut to two rows."""
-        if self._call is None:
+    def call(self) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Any]:
+        """The call's inputs and output."""
+        if self._seen is None:
             raise UnsupportedModel("the loss never calls the model: what it measures is not this network's function")
-        args, kwargs = self._call
-        both = inputs_of((*args, *kwargs.values()))[0]
-        return both[: len(args)], dict(zip(kwargs, both[len(args) :], strict=True))
+        return self._seen
 
 
-def _ignores_common_score(loss: TargetLoss, module: torch.nn.Module, batch: Any) -> bool:
+def _ignores_common_score(loss: TargetLoss, output: Any, batch: Any) -> bool:
     """Test whether adding a constant to all scores of an example leaves the loss alone, on the real targets."""
-    inputs, target = split(batch)
+    target = split(batch)[1]
     with torch.no_grad():
-        scores = call(module, inputs).double()
+        scores = getattr(output, "logits", output)
+        if not isinstance(scores, Tensor) or not isinstance(target, Tensor):
+            return False
+        scores = scores.double()
         if scores.ndim < 2 or (target.is_floating_point() and target.shape == scores.shape[:1]):
             return False
         target = target.double() if target.is_floating_point() else target
         shifts = torch.randn(scores.shape[0], 1, *scores.shape[2:], generator=stream(0, "scores"), dtype=torch.float64)
         shifts = shifts.to(scores.device)
         before, after = loss.summed(scores, target), loss.summed(scores + shifts, target)
-        size = float(before.abs() + scores.abs().sum())
-    return abs(float(before - after)) <= 1e-12 * size
-
-
-def _device(module: torch.nn.Module) -> torch.device:
-    return next(module.parameters()).device
+        # Classes that are switched off have scores of minus infinity, which say nothing about the size of the others.
+        size = float(before.abs() + scores.masked_fill(~scores.isfinite(), 0.0).abs().sum())
+    return math.isfinite(size) and abs(float(before - after)) <= 1e-12 * size

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from isoflat.symmetry.finding.values import Activation, Known, StoredTensor, Value, shifted_only
-from isoflat.symmetry.motions import Absorbed, Additive, Field, Norm, Running
+from isoflat.symmetry.motions import Absorbed, Additive, Average, Field, Norm, Running
 from isoflat.symmetry.relations import ANY, ZERO, Relations, distinct, is_all
 
 ENTRYWISE = 1 << 18
@@ -41,6 +41,8 @@ class Constraints:
         forgets: whether everything that reads a node is blind to a constant along an axis.
         gains: vectors that multiply what a normalisation gives.
         normalised: nodes that hold what a normalisation written by hand gives.
+        averages: constants that pass attention where every row keeps a key.
+        varies: whether a node's value hangs on the network's input, and not on its shape alone.
     """
 
     scales: Relations = field(default_factory=Relations)
@@ -59,6 +61,8 @@ class Constraints:
     forgets: Callable[[Node, int], bool] = lambda node, axis: False
     gains: set[str] = field(default_factory=set)
     normalised: set[Node] = field(default_factory=set)
+    averages: list[Average] = field(default_factory=list)
+    varies: Callable[[Node], bool] = lambda node: True
 
     def scale_by(self, name: str, found: Field) -> None:
         """Write down how a tensor scales; where it has been seen before, both must hold."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -14,27 +16,29 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from isoflat.core.errors import UsageError
+from isoflat.core.errors import IsoflatError, UsageError
 from isoflat.core.state import State
 from isoflat.symmetry.finding.axes import Readers
-from isoflat.symmetry.finding.bases.accept import accepted
+from isoflat.symmetry.finding.bases.accept import accepted, unproved
 from isoflat.symmetry.finding.bases.families import families, scales
 from isoflat.symmetry.finding.bases.propagate import propagate_bases
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.declared import declare
 from isoflat.symmetry.finding.gains import foldable
-from isoflat.symmetry.finding.graph import TracedGraph, arguments, skeleton, trace
+from isoflat.symmetry.finding.graph import TracedGraph, arguments, aside, skeleton, trace
 from isoflat.symmetry.finding.logical import blocks
 from isoflat.symmetry.finding.means import means
 from isoflat.symmetry.finding.rules import Rule, rules
 from isoflat.symmetry.finding.rules.elementwise import nonlinear
-from isoflat.symmetry.finding.solve import effective, scaling, translation
+from isoflat.symmetry.finding.solve import effective, movable_offsets, scaling, translation
+from isoflat.symmetry.finding.untraceable import UNFORESEEN, unsupported
 from isoflat.symmetry.finding.values import Activation, Known, StoredTensor, Value
-from isoflat.symmetry.found import Found
+from isoflat.symmetry.found import Counted, Found, split_example
 from isoflat.symmetry.groups.basis import BasisChange, Family
 from isoflat.symmetry.groups.declared import UnitScale
 from isoflat.symmetry.groups.translation import common
 from isoflat.symmetry.relations import Form, Solution
+from isoflat.symmetry.report import UNCLAIMED, SymmetryLine
 
 
 def symmetries(
@@ -63,7 +67,10 @@ def symmetries(
 
     Raises:
         UnsupportedModel: the network cannot be traced.
+        UsageError: the example has no rows, or a rule of the user's own fails.
         SymmetryViolated: a symmetry that was found changes the output: a wrong rule.
+        NondeterministicRisk: the output is random.
+        NonFinite: no output is a number.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> found = symmetries(net, torch.randn(5, 4))
@@ -71,11 +78,29 @@ def symmetries(
     3
     """
     args, kwargs = inputs_of(example)
-    blind = loss is not None and ignores_common_score(model, args, kwargs, loss)
-    found = discover(model, args, kwargs, blind, further_rules, declared)
+    with searching(model):
+        blind = loss is not None and ignores_common_score(model, args, kwargs, loss)
+        found = discover(model, args, kwargs, blind, further_rules, declared)
+        if found.constraints.averages and not found.averages_hold(*split_example(example)):
+            found = found.without_averages()
     if verify:
         found.verify()
     return found
+
+
+@contextmanager
+def searching(model: nn.Module) -> Iterator[None]:
+    """Whatever goes wrong while symmetries are looked for, said in one line.
+
+    Raises:
+        UnsupportedModel: something did that isoflat does not refuse on purpose.
+    """
+    try:
+        yield
+    except IsoflatError:
+        raise
+    except Exception as error:
+        raise unsupported("the network's symmetries cannot be found", error, model) from error
 
 
 def discover(
@@ -85,6 +110,7 @@ def discover(
     blind: bool = False,
     further: Mapping[str, Rule] | None = None,
     declared: Sequence[UnitScale] = (),
+    counted: Counted | None = None,
 ) -> Found:
     """Trace, propagate units, solve; nothing is proved yet.
 
@@ -95,11 +121,13 @@ def discover(
         blind: whether the loss ignores a constant added to all scores of an example.
         further: rules beside those of the package.
         declared: symmetries of the user's own.
+        counted: entries of the output that the loss looks at; None for all.
 
     Raises:
         UnsupportedModel: the network cannot be traced.
     """
-    known = {**rules(), **(further or {})}
+    own = further or {}
+    known = {**rules(), **{name: _of_user(name, rule) for name, rule in own.items()}}
     graph = trace(model, args, kwargs, known.__contains__)
     readers = Readers(graph, blind)
     constraints, values = propagate(graph, known, readers)
@@ -117,7 +145,7 @@ def discover(
         constraints, solution, families(tensor_axes.settle(), tensor_axes.by_region, tensor_axes.gains), shapes
     )
     shifts = translation(constraints)
-    movable = {offset.entry.name for offset in shifts.offsets if bool((np.diff(offset.own.indptr) > 0).all())}
+    movable = movable_offsets(shifts)
     lost = (
         mean for mean in means(graph, readers) if {mean.gain} <= {None, *folded} and {mean.offset} <= {None, *movable}
     )
@@ -134,9 +162,18 @@ def discover(
         basis,
         {},
         blind,
+        counted,
     )
-    basis = accepted(basis, found.state(), found.output)
-    return replace(found, basis=basis, blocks=blocks(graph, basis))
+    left = accepted(basis, found.state(), found.output)
+    return replace(
+        found,
+        basis=left,
+        blocks=blocks(graph, left),
+        left_out=tuple(
+            SymmetryLine(UNCLAIMED, f.count * f.freedom, f.names, ("outputs at random weights are no numbers",))
+            for f in unproved(basis, left, found.state(), found.output)
+        ),
+    )
 
 
 def _diagonals_too(
@@ -191,7 +228,13 @@ def propagate(graph: TracedGraph, known: Mapping[str, Rule], readers: Readers) -
             return None
         return f"{first[id(graph.module.get_submodule(path))]}{dot}{name}" if name else None
 
-    constraints = Constraints(where=graph.where, epsilon_of=epsilon_of, centred=graph.centred, forgets=readers.subtract)
+    constraints = Constraints(
+        where=graph.where,
+        epsilon_of=epsilon_of,
+        centred=graph.centred,
+        forgets=readers.subtract,
+        varies=graph.varies,
+    )
     values: dict[Node, Value] = dict(graph.inputs)
     for node in graph.nodes:
         if node.op == "get_attr":  # a branch of a control-flow operation
@@ -237,7 +280,7 @@ def ignores_common_score(
     """Test whether a loss of scores and classes is the same when a constant is added to all scores of each example."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        scores = model(*args, **kwargs)
+        scores = aside(model)(*args, **kwargs)
         scores = getattr(scores, "logits", scores)
         if not isinstance(scores, Tensor) or scores.ndim < 2 or not scores.is_floating_point():
             return False
@@ -250,8 +293,9 @@ def ignores_common_score(
                 before, after = loss(scores, targets), loss(scores + shifts, targets)
         except (RuntimeError, ValueError, TypeError, IndexError, UserWarning):
             return False  # no loss of scores and class indices
-    scale = float(before.abs().max() + scores.abs().max())
-    return bool((before - after).abs().max() <= 1e-12 * scale)
+    # Classes that are switched off have scores of minus infinity, which say nothing about the size of the others.
+    scale = float(before.abs().max() + scores.masked_fill(~scores.isfinite(), 0.0).abs().max())
+    return math.isfinite(scale) and bool((before - after).abs().max() <= 1e-12 * scale)
 
 
 def _step(constraints: Constraints, node: Node, known: Mapping[str, Rule], values: Mapping[Node, Value]) -> Value:
@@ -265,7 +309,32 @@ def _step(constraints: Constraints, node: Node, known: Mapping[str, Rule], value
     if not _any_unknown((args, list(kwargs.values()))) and torch.Tag.nondeterministic_seeded not in node.target.tags:
         return Known(node.target(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()}))
     rule = known.get(name, nonlinear)
-    return rule(constraints, node, *args, **kwargs)
+    try:
+        return rule(constraints, node, *args, **kwargs)
+    except IsoflatError:
+        raise
+    except UNFORESEEN as error:
+        # What a rule has written down by now only ties or holds more; what goes in is held, and the report says so.
+        if rule is nonlinear:
+            raise
+        reason = f"{constraints.where(node)}: no rule for this use of it ({type(error).__name__})"
+        constraints.pin([*args, *kwargs.values()], reason)
+        return nonlinear(constraints, node)
+
+
+def _of_user(name: str, rule: Rule) -> Rule:
+    """A rule of the user's own, whose errors are his."""
+
+    def called(constraints: Constraints, node: Node, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return rule(constraints, node, *args, **kwargs)
+        except Exception as error:
+            raise UsageError(
+                f"the rule given for {name} failed on {constraints.where(node)} ({type(error).__name__}: {error}): a rule is "
+                "called with constraints, node and the operation's own arguments, and returns a value (isoflat.symmetry.rules)"
+            ) from error
+
+    return called
 
 
 def _any_unknown(part: Any) -> bool:
