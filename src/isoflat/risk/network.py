@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import checkpoint
 
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
+from isoflat.core.kernels import InDouble, stacked
 from isoflat.core.precision import unrounded
 from isoflat.core.state import State, everywhere
 
@@ -69,6 +70,8 @@ class Network:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(unrounded(state.dtype))
             stack.enter_context(without_checkpoints())
+            if state.dtype == torch.float64 and stacked(self.module):
+                stack.enter_context(InDouble())
             if self.inside is not None and state.dtype == torch.float32:
                 # Casts of leaves must not outlive a pass: every pass has leaves of its own.
                 stack.enter_context(torch.autocast(state.device.type, self.inside, cache_enabled=False))

@@ -13,6 +13,7 @@ import scipy
 import torch
 from torch import Tensor, nn
 
+from isoflat.core.kernels import InDouble
 from isoflat.core.precision import unrounded
 from isoflat.core.rng import stream
 from isoflat.core.state import State, everywhere, fingerprint
@@ -192,7 +193,7 @@ class Found:
         buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
         swapped = everywhere(self.skeleton, {**state.tensors, **buffers})
         devices = [state.device] if state.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), unrounded(dtype), plain_attention():
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), unrounded(dtype), plain_attention(), InDouble():
             torch.manual_seed(0)
             try:
                 result = torch.func.functional_call(self.skeleton, swapped, tuple(inputs), named, tie_weights=False)
