@@ -26,6 +26,7 @@ from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
 from isoflat.core.kernels import InDouble, stacked
 from isoflat.core.precision import unrounded
 from isoflat.core.state import State, everywhere
+from isoflat.risk.dense import dense_tables
 
 Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | None
 
@@ -70,6 +71,7 @@ class Network:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(unrounded(state.dtype))
             stack.enter_context(without_checkpoints())
+            stack.enter_context(dense_tables())
             if state.dtype == torch.float64 and stacked(self.module):
                 stack.enter_context(InDouble())
             if self.inside is not None and state.dtype == torch.float32:
