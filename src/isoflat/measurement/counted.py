@@ -35,13 +35,6 @@ def counted(loss: Loss, model: nn.Module, output: Any, batch: Any) -> Counted | 
     return (places[0], mask) if len(places) == 1 else None
 
 
-def first_rows(found: Counted | None, scores_rows: int, rows: int) -> Counted | None:
-    """The same for the first rows of a batch."""
-    if found is None or len(found[1]) != scores_rows:
-        return None
-    return found[0], found[1][:rows]
-
-
 def _ignoring(target: Any) -> bool:
     """Test whether a target holds classes, and negative ones that stand for none."""
     return isinstance(target, Tensor) and _whole(target) and bool((target < 0).any())

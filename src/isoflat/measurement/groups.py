@@ -13,13 +13,13 @@ from torch import Tensor
 from isoflat.core.errors import DataError, SymmetryViolated, UnsupportedModel, UsageError
 from isoflat.core.rng import stream
 from isoflat.geometry.traced import Traced
-from isoflat.measurement.counted import counted, first_rows
+from isoflat.measurement.counted import counted
 from isoflat.measurement.subject import Plan, Subject
 from isoflat.measures.settings import Settings
 from isoflat.risk.batches import alone, move
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import TargetLoss, split
-from isoflat.symmetry.finding.discover import discover, inputs_of, searching
+from isoflat.symmetry.finding.discover import discover, on_few_rows, searching
 from isoflat.symmetry.found import Counted, Found
 from isoflat.symmetry.groups.base import Symmetry, verify
 from isoflat.symmetry.groups.declared import UnitScale
@@ -66,13 +66,21 @@ def symmetries_of(subject: Subject, declared: Sequence[Symmetry] = ()) -> Found:
     if batch is None:
         raise DataError("the data is empty: the loader gave no batch")
     seen = _look(risk, batch)
-    args, kwargs = seen.two_rows()
-    rows = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim))
     units = [s for s in declared if isinstance(s, UnitScale)]
+
+    def find(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Found:
+        return discover(
+            risk.network.module,
+            args,
+            kwargs,
+            blind,
+            declared=units,
+            counted=_first_rows(seen, (*args, *kwargs.values())),
+        )
+
     with searching(risk.network.module):
         blind = isinstance(risk.loss, TargetLoss) and _ignores_common_score(risk.loss, seen.output, seen.batch)
-        counts = first_rows(seen.counted, seen.rows, rows)
-        found = discover(risk.network.module, args, kwargs, blind, declared=units, counted=counts)
+        found = on_few_rows(*seen.inputs, find)
     found = _on_every_batch(found, risk)
     found.verify()
     return found
@@ -83,6 +91,8 @@ def _on_every_batch(found: Found, risk: EmpiricalRisk) -> Found:
     averages = found.constraints.averages
     if not averages:
         return found
+    if not found.averages_hold(found.args, found.kwargs, found.counted):
+        return found.without_averages()
     always = any(average.varies for average in averages)
     traced = _shapes(found.args, found.kwargs)
     for batch in risk.batches:
@@ -114,16 +124,17 @@ class _SeenCall:
     counted: Counted | None
     batch: Any
 
-    @property
-    def rows(self) -> int:
-        """Rows of the output that the loss looks at."""
-        return 0 if self.counted is None else len(self.counted[1])
 
-    def two_rows(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's inputs, cut to two rows."""
-        args, kwargs = self.inputs
-        both = inputs_of((*args, *kwargs.values()))[0]
-        return both[: len(args)], dict(zip(kwargs, both[len(args) :], strict=True))
+def _first_rows(seen: _SeenCall, inputs: tuple[Any, ...]) -> Counted | None:
+    """Entries of the output that the loss looks at, for inputs that are cut to their first rows."""
+    if seen.counted is None:
+        return None
+    before, now = (
+        next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 0)
+        for values in ((*seen.inputs[0], *seen.inputs[1].values()), inputs)
+    )
+    place, mask = seen.counted
+    return (place, mask[:now]) if len(mask) == before else None
 
 
 def _look(risk: EmpiricalRisk, batch: Any) -> _SeenCall:

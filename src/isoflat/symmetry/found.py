@@ -12,7 +12,9 @@ from typing import Any, final
 import scipy
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from isoflat.core.errors import UnsupportedModel
 from isoflat.core.kernels import InDouble
 from isoflat.core.precision import unrounded
 from isoflat.core.rng import stream
@@ -202,6 +204,11 @@ class Found:
                     f"the network does not run in {dtype}, in which its symmetries are proved", error, self.skeleton
                 ) from error
         tensors = [t.double() for t in output_tensors(result)]
+        if not tensors:
+            raise UnsupportedModel(
+                f"the network gives {type(result).__name__} without a floating-point tensor, so that nothing can be proved on "
+                "it: wrap it in a module that returns its scores as a tensor; geometry='layerwise' needs no tracing"
+            )
         if self.blind and len(tensors) == 1 and tensors[0].ndim > 1:
             tensors = [tensors[0] - _common(tensors[0])]
         if counted is not None:
@@ -340,7 +347,8 @@ def _common(scores: Tensor) -> Tensor:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    """Inputs whose floating-point tensors have another type, also inside of lists and records."""
+    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, value)
 
 
 def split_example(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

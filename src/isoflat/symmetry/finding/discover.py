@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
-from isoflat.core.errors import IsoflatError, UsageError
+from isoflat.core.errors import IsoflatError, UnsupportedModel, UsageError
 from isoflat.core.state import State
 from isoflat.symmetry.finding.axes import Readers
 from isoflat.symmetry.finding.bases.accept import accepted, unproved
@@ -77,15 +78,54 @@ def symmetries(
     >>> found.scaling.dimension
     3
     """
-    args, kwargs = inputs_of(example)
-    with searching(model):
+
+    def find(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Found:
         blind = loss is not None and ignores_common_score(model, args, kwargs, loss)
-        found = discover(model, args, kwargs, blind, further_rules, declared)
+        return discover(model, args, kwargs, blind, further_rules, declared)
+
+    with searching(model):
+        found = on_few_rows(*split_example(example), find)
         if found.constraints.averages and not found.averages_hold(*split_example(example)):
             found = found.without_averages()
     if verify:
         found.verify()
     return found
+
+
+def on_few_rows(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], find: Callable[[tuple[Any, ...], Mapping[str, Any]], Found]
+) -> Found:
+    """Whatever is found on two rows of the inputs; on all of them where rows cannot be cut or the network needs them all.
+
+    Args:
+        args: positional inputs.
+        kwargs: keyword inputs.
+        find: finds symmetries on inputs.
+
+    Raises:
+        UsageError: no input holds a tensor.
+        UnsupportedModel: the network cannot be traced on all rows either.
+    """
+    if not any(isinstance(part, Tensor) for part in tree_leaves((args, dict(kwargs)))):
+        raise UsageError(
+            f"expected an input with rows as the example, got {', '.join(type(v).__name__ for v in (*args, *kwargs.values()))}"
+        )
+    try:
+        both = inputs_of((*args, *kwargs.values()))[0]
+    except UsageError:  # lists and records of tensors
+        return find(args, kwargs)
+    cut = both[: len(args)], dict(zip(kwargs, both[len(args) :], strict=True))
+    try:
+        return find(*cut)
+    except UnsupportedModel:
+        # A graph's nodes, or a table of pairs: a part of it is no example.
+        if all(a is b or _alike(a, b) for a, b in zip(both, (*args, *kwargs.values()), strict=True)):
+            raise
+        return find(args, kwargs)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return not isinstance(a, Tensor) or a.shape == b.shape
 
 
 @contextmanager
