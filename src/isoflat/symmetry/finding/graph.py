@@ -120,7 +120,11 @@ def skeleton(module: nn.Module) -> nn.Module:
 
 
 def aside(module: nn.Module) -> Callable[..., Any]:
-    """The module's function in evaluation mode, for a look at its output: nothing that a forward pass writes is the user's."""
+    """The module's function in evaluation mode, for a look at its output: nothing that a forward pass writes is the user's.
+
+    Raises:
+        UnsupportedModel: the module cannot be copied, or (when it is called) does not run.
+    """
     apart = skeleton(module)
     parameters = {name: parameter.detach() for name, parameter in apart.named_parameters()}
     buffers = {name: buffer.detach() for name, buffer in apart.named_buffers()}
@@ -128,7 +132,10 @@ def aside(module: nn.Module) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
         own = {name: buffer.clone() for name, buffer in buffers.items()}
         swapped = everywhere(apart, {**parameters, **own})
-        return torch.func.functional_call(apart, swapped, args, kwargs, tie_weights=False)
+        try:
+            return torch.func.functional_call(apart, swapped, args, kwargs, tie_weights=False)
+        except Exception as error:  # whatever the user's forward raises
+            raise unsupported("the network does not run on the example", error, apart) from error
 
     return function
 
