@@ -161,6 +161,15 @@ class Whole(OfRecords):
         return self.a(x).argmax(1)
 
 
+class Fields(dict):
+    """A mapping of a class of its own, which torch.export does not take apart."""
+
+
+class OfFields(OfRecords):
+    def forward(self, x):
+        return Fields(scores=self.a(x))
+
+
 class Raising(OfRecords):
     def forward(self, x):
         raise KeyError("no such thing")
@@ -173,16 +182,18 @@ class Raising(OfRecords):
         (OfRecords(), Record(torch.randn(4, 5)), "example"),
         (OfRecords(), (Record(torch.randn(4, 5)), torch.randn(4, 5)), "layerwise"),
         (Whole(), torch.randn(4, 5), "wrap it in a module that returns its scores"),
+        (OfFields(), torch.randn(4, 5), r"Fields'> in output.*returns a tensor"),
         (Raising(), torch.randn(4, 5), r"Raising \(test_untraceable"),
         (nn.Linear(5, 3), torch.randn(4, 6), "layerwise"),
         (nn.Linear(5, 3), 3, "example"),
     ],
-    ids=["branch", "record", "two inputs", "integers", "raises", "shape", "no tensor"],
+    ids=["branch", "record", "two inputs", "integers", "fields", "raises", "shape", "no tensor"],
 )
 def test_what_cannot_be_traced_is_named(net, example, told):
     with pytest.raises(isoflat.IsoflatError, match=told) as refused:
         isoflat.symmetries(net, example)
     assert "\n" not in str(refused.value)
+    assert "github" not in str(refused.value)
 
 
 def test_a_network_whose_rows_belong_together_is_traced_on_all_of_them():

@@ -26,7 +26,6 @@ def counted(loss: Loss, model: nn.Module, output: Any, batch: Any) -> Counted | 
         mask = _of_targets(loss, scores, target) if isinstance(scores, Tensor) and _ignoring(target) else None
     elif isinstance(loss, ModelLoss) and isinstance(batch, Mapping) and _ignoring(batch.get("labels")):
         scores, mask = _of_labels(model, batch)
-        output = output if mask is None else dict(output)
     else:
         return None
     if mask is None or bool(mask.all()):

@@ -17,7 +17,7 @@ from isoflat.measurement.counted import counted
 from isoflat.measurement.subject import Plan, Subject
 from isoflat.measures.settings import Settings
 from isoflat.risk.batches import alone, move
-from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.empirical import EmpiricalRisk, leaf_state
 from isoflat.risk.losses import TargetLoss, split
 from isoflat.symmetry.finding.discover import discover, on_few_rows, searching
 from isoflat.symmetry.found import Counted, Found
@@ -149,7 +149,7 @@ def _look(risk: EmpiricalRisk, batch: Any) -> _SeenCall:
         inputs, output = recorder.call()
         return _SeenCall(inputs, output, counted(risk.loss, model, output, moved), moved)
 
-    return risk.network(state, use)
+    return risk.network(leaf_state(state), use)
 
 
 def _bound(plan: Plan, target: Subject, declared: Sequence[Symmetry], known: Found | None) -> Plan:

@@ -287,7 +287,9 @@ class Found:
         )
         lost = self.translation.dimension + self.common.dimension - fewer.dimension - common_.dimension
         where = ", ".join(dict.fromkeys(average.where for average in averages))
-        names = tuple(sorted((self.translation.touches | self.common.touches) - (fewer.touches | common_.touches)))
+        now = {offset.entry.name: offset.own for offset in fewer.offsets}
+        freed = [o.entry.name for o in self.translation.offsets if _moving(o.own) > _moving(now[o.entry.name])]
+        names = tuple(sorted({*freed, *(self.common.touches - common_.touches)}))
         line = SymmetryLine(
             UNCLAIMED, lost, names, (f"{where}: rows are masked whole, which gives zeros and no average",)
         )
@@ -344,6 +346,11 @@ def _common(scores: Tensor) -> Tensor:
         return scores.mean(1, keepdim=True)
     count = finite.sum(1, keepdim=True).clamp(min=1)
     return torch.where(finite, scores, 0.0).sum(1, keepdim=True) / count
+
+
+def _moving(rows: scipy.sparse.csr_matrix) -> int:
+    """Number of rows that something moves."""
+    return int((rows.getnnz(axis=1) > 0).sum())
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from traceback import walk_tb
 
@@ -57,6 +58,10 @@ def _first_line(error: BaseException) -> str:
     """The first line of a message that says something, cut to a readable length."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[0] if lines else type(error).__name__
+    # Where to report it to torch is nothing that its user can act on.
+    line = re.split(
+        r"(?<=[.;:])\s+(?=[^.]*(?:https?://|file an? (?:issue|bug)|report a bug))", line, flags=re.IGNORECASE
+    )[0]
     return line if len(line) <= 200 else f"{line[:197]}..."
 
 
