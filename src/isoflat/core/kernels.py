@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -33,20 +32,6 @@ class InDouble(TorchFunctionMode):
         if func in _GROUPED and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             return _grouped(*args, **named)
         return func(*args, **named)
-
-
-def stacked(module: nn.Module) -> bool:
-    """Test whether a part of a network holds several matrices in one weight, as mixtures of experts do.
-
-    >>> stacked(nn.Conv1d(2, 2, 3)), stacked(nn.ParameterList([torch.ones(2, 3, 3)]))
-    (False, True)
-    """
-    return any(
-        weight is not None and weight.ndim == 3 and len(weight) > 1
-        for part in module.modules()
-        if not isinstance(part, _ConvNd)
-        for weight in part._parameters.values()
-    )
 
 
 _GROUPED = {

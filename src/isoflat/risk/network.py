@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import checkpoint
 
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
-from isoflat.core.kernels import InDouble, stacked
+from isoflat.core.kernels import InDouble
 from isoflat.core.precision import unrounded
 from isoflat.core.state import State, everywhere
 from isoflat.risk.dense import dense_tables
@@ -182,6 +183,20 @@ def compiled(module: nn.Module) -> bool:
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     return compiler is not None and any(
         part._compiled_call_impl is not None or isinstance(part, compiler.OptimizedModule) for part in module.modules()
+    )
+
+
+def stacked(module: nn.Module) -> bool:
+    """Test whether a part of a network holds several matrices in one weight, as mixtures of experts do.
+
+    >>> stacked(nn.Conv1d(2, 2, 3)), stacked(nn.ParameterList([torch.ones(2, 3, 3)]))
+    (False, True)
+    """
+    return any(
+        weight is not None and weight.ndim == 3 and len(weight) > 1
+        for part in module.modules()
+        if not isinstance(part, _ConvNd)
+        for weight in part._parameters.values()
     )
 
 
