@@ -16,7 +16,7 @@ from isoflat.report.pages.demo import curves
 
 result = demonstrate(MlpPlan(), progress=True)
 climbs = [Climb(f"{ladder.title}, the same function", ladder.name, curves(ladder)) for ladder in result.ladders[:2]]
-Path(__file__).with_name("attack.png").write_bytes(picture(ladders(climbs, "relative change of the number"), 200))
+Path(__file__).with_name("attack.png").write_bytes(picture(ladders(climbs, "relative change of the number")))
 for number in NUMBERS:
     for arm in result.setting.arms:
         values = [network.estimate(number).value for network in result.arm(arm)]

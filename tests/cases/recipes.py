@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from cases.group import Answer, attempt
-from isoflat.experiments.recipe import parse
+from isoflat.experiments.recipe import parse_recipe
 from isoflat.experiments.reproduce import reproduce
 from isoflat.risk.ranks import Ranks
 
 
 def reproduced(text: str, folder: str) -> list:
     """A recipe followed by all processes: labels, divergences, and hashes and values of what was measured."""
-    result = reproduce(parse(text, "tiny"), out=Path(folder))
+    result = reproduce(parse_recipe(text, "tiny"), out=Path(folder))
     told = [(n.label, n.diverged, [(r.model_hash, r.estimate.value) for r in n.table]) for n in result.networks]
     assert Ranks.here().gather(told) == [told] * Ranks.here().world
     return told
@@ -18,4 +18,4 @@ def reproduced(text: str, folder: str) -> list:
 
 def given_workers(text: str, folder: str) -> Answer:
     """What becomes of a recipe that is to have workers where several processes share every network."""
-    return attempt(lambda: reproduce(parse(text, "tiny"), out=Path(folder), jobs=2))
+    return attempt(lambda: reproduce(parse_recipe(text, "tiny"), out=Path(folder), jobs=2))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from cases import recipes
 from cases.group import run
 from isoflat.cli.main import app
-from isoflat.experiments.recipe import parse
+from isoflat.experiments.recipe import parse_recipe
 from isoflat.experiments.reproduce import reproduce
 
 REPRODUCE = ["reproduce", "synthetic-invariance", "--replicates", "1"]
@@ -28,7 +28,8 @@ network = { family = "mlp", widths = [64, 12, 8, 10], bias = false }
 training = { optimizer = "adam", rate = 0.01, target = 0.3, epochs = 200 }
 arms = [{ name = "small batch", batch = 8 }, { name = "steep", optimizer = "sgd", rate = 1e6 }]
 replicates = 1
-numbers = [{ measure = "quotient_spectral_norm" }]
+orbit = 0
+numbers = [{ measure = "quotient_spectral_norm", geometry = "layerwise" }]
 """
 
 
@@ -74,7 +75,7 @@ def test_two_processes_find_what_one_finds_and_write_it_once(tmp_path):
 
 
 def test_what_trains_has_the_weights_of_one_process_and_what_diverges_does_so_for_all(tmp_path):
-    reproduce(parse(RECIPE, "tiny"), out=tmp_path / "one", jobs=1)
+    reproduce(parse_recipe(RECIPE, "tiny"), out=tmp_path / "one", jobs=1)
     answers = run(2, recipes.reproduced, RECIPE, str(tmp_path / "two"))
     assert all(answer is not None and not answer.error for answer in answers), answers
     one, two = _cells(tmp_path / "one"), _cells(tmp_path / "two")

@@ -14,7 +14,7 @@ from isoflat.cli import reproduce
 from isoflat.cli.main import app
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.record import Point, Record
-from isoflat.experiments.recipe import parse
+from isoflat.experiments.recipe import parse_recipe
 from isoflat.experiments.reproduce import reproduce as follow
 
 ASKED = ("--model", "stored_nets:build", "--data", "digits", "--examples", "60", "--rtol", "0.25")
@@ -89,7 +89,7 @@ def test_stored_numbers_are_compared_as_the_networks_are(nets):
 
 
 def test_networks_of_an_experiment_are_compared_at_their_own_weights():
-    recipe = parse(
+    recipe = parse_recipe(
         """
 title = "Tiny"
 question = "Are large-batch minima sharper?"

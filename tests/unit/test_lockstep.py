@@ -13,7 +13,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.curvature.sweeps import Pass
 from isoflat.geometry.base import Invariance
 from isoflat.measurement import engine
-from isoflat.measures.base import DataStatistic, Direction, Measure, Question
+from isoflat.measures.base import DataStatistic, Measure, Question
 from isoflat.risk.moved import AtWeights
 
 
@@ -118,8 +118,8 @@ class Walk(Question):
 
 def named(name, reading, value=float):
     return Measure(
-        name=name, formula="m", definition="A mean.", reference="none", units="none", direction=Direction.LOWER_IS_FLATTER,
-        loss_degree=None, needs=lambda settings, options: (reading,), geometry="euclidean", claims=frozenset(Invariance),
+        name=name, formula="m", definition="A mean.", reference="none", units="none", loss_degree=None,
+        needs=(reading,), geometry="euclidean", claims=frozenset(Invariance),
         evaluate=lambda findings: Estimate.exact(value(findings.answers[0].result)),
     )  # fmt: skip
 

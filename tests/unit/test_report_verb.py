@@ -22,9 +22,9 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Cost, Estimate, Kind
 from isoflat.core.record import Point, Record
 from isoflat.core.table import Table
-from isoflat.experiments.recipe import parse
+from isoflat.experiments.recipe import parse_recipe
 from isoflat.experiments.reproduce import reproduce as follow
-from isoflat.experiments.results import read
+from isoflat.experiments.results import read_results
 from isoflat.experiments.store import Store
 from isoflat.measurement.compare import contrast
 from isoflat.report.html import POLICY, render
@@ -121,7 +121,7 @@ EDITED = f"{TINY}\nedit = {{ weights = [2.0, 0.5], biases = [2.0, 1.0] }}\n".rep
 
 def reproduce_in(folder, text):
     """A folder of `reproduce` with four networks that take no time."""
-    recipe = parse(text, "tiny")
+    recipe = parse_recipe(text, "tiny")
     result = follow(recipe, out=folder, jobs=1)
     reproduce.write(result, folder, f"isoflat reproduce tiny --scale small --replicates 2 --seed {recipe.seed}")
     return folder
@@ -199,7 +199,7 @@ def test_a_table_of_everything_parses_back_bit_for_bit(tmp_path):
     with (tmp_path / "all.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     columns = parquet.read_table(tmp_path / "all.parquet").to_pylist()
-    for line, column, row in zip(lines, columns, read(tmp_path).found, strict=True):
+    for line, column, row in zip(lines, columns, read_results(tmp_path).found, strict=True):
         estimate = row.record.estimate
         expected = (
             estimate.value,
@@ -378,7 +378,7 @@ def test_any_part_of_a_record_may_be_wrong(tmp_path, data, leaf):
     (tmp_path / "result.json").write_text(json.dumps({"rows": [content, record("sound").to_dict()]}))
     if data.draw(st.booleans()):
         (tmp_path / "result.json").write_text(json.dumps(content))
-    results = read(tmp_path)
+    results = read_results(tmp_path)
     assert results.found or results.refused
     if results.found:
         render(page(results, "isoflat report")).encode()

@@ -25,9 +25,9 @@ from isoflat.core.table import Omission, Table
 from isoflat.experiments import listed
 from isoflat.experiments.listed import read_listing
 from isoflat.experiments.numbers import Number
-from isoflat.experiments.prediction import Observed, Prediction
+from isoflat.experiments.prediction import ObservedNetwork, Prediction
 from isoflat.experiments.rebuild import rebuild_study
-from isoflat.experiments.recipe import Quantity
+from isoflat.experiments.recipe import NumberSpec
 from isoflat.experiments.study import quantities
 from isoflat.measurement.run import measure_all
 from isoflat.report.html import render
@@ -478,7 +478,7 @@ def studied(folder, norms):
 
 
 def _number(measure="gradient_norm", geometry="auto"):
-    return Quantity(measure=measure, geometry=geometry).number
+    return NumberSpec(measure=measure, geometry=geometry).number
 
 
 def _network(label, outcome, values, group="g", **factors):
@@ -486,7 +486,7 @@ def _network(label, outcome, values, group="g", **factors):
         Record(number.measure, number.geometry, "", group, Estimate.exact(value), POINT, settings={"logits": "raw"})
         for number, value in values.items()
     )
-    return Observed(label, Table(rows, (Omission("fisher_rao_norm", "euclidean", "no"),)), outcome, 0.1, factors)
+    return ObservedNetwork(label, Table(rows, (Omission("fisher_rao_norm", "euclidean", "no"),)), outcome, 0.1, factors)
 
 
 def _prediction(networks, *numbers: Number):

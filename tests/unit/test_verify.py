@@ -21,7 +21,7 @@ from isoflat.core.rng import stream
 from isoflat.linalg.eigen.recheck import Recheck
 from isoflat.linalg.operator import Dense
 from isoflat.measurement.verify import RecordVerdict, verify, verify_all
-from isoflat.measurement.witnesses import packed, seal, unpacked
+from isoflat.measurement.witnesses import packed_witnesses, seal, unpacked_witnesses
 
 EIGENVALUES = (
     "quotient_spectral_norm", "quotient_largest_eigenvalue", "quotient_smallest_eigenvalue", "hessian_spectral_norm",
@@ -242,14 +242,14 @@ def test_records_that_no_measurement_writes_are_refused():
 
 def test_witnesses_come_back_bit_for_bit_and_cut_files_do_not():
     record, vector = _one(_net())
-    content = packed([(record, vector)])
-    kept, missing = unpacked(content, [record, replace(record, measure="hessian_trace")])
+    content = packed_witnesses([(record, vector)])
+    kept, missing = unpacked_witnesses(content, [record, replace(record, measure="hessian_trace")])
     assert torch.equal(kept.vector, vector)
     assert kept.seal == seal(record) != seal(_stored(record, converged=False))
     assert missing is None
     for bad in (content[:-1], content[:20], b"", b"{}", json.dumps({"rows": []}).encode()):
         with pytest.raises(UsageError, match="cannot be read"):
-            unpacked(bad, [record])
+            unpacked_witnesses(bad, [record])
 
 
 NETS = """

@@ -12,6 +12,7 @@ from isoflat.cli.deliver import deliver
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import notes, say, step
 from isoflat.core.fitted import FittedTable, literal
+from isoflat.core.render import enumerated
 
 if TYPE_CHECKING:
     from isoflat.experiments.attack import AttackResult
@@ -56,11 +57,11 @@ def attack(
     Exit code 0: the attack ran, whatever survived. 2: refused, with the reason.
     """
     from isoflat.experiments.attack import attack as attacked
-    from isoflat.io.inputs import check, device_of, prepare, within_memory
+    from isoflat.io.inputs import check_names, device_of, prepare, within_memory
 
     seed, as_json = compute.seed, output.as_json
     effort = {key: value for key, value in wanted.effort(seed).items() if key != "sample"}
-    check(wanted.names, wanted.geometry, **effort)
+    check_names(wanted.names, wanted.geometry, **effort)
     params, where, inputs = wanted.params or None, device_of(compute.device), network.inputs(seed)
     loaded, _ = prepare(inputs, params, None, where)
     step(f"loaded {inputs.model} and {inputs.data}", as_json)
@@ -118,13 +119,9 @@ def verdict_of(orbit: AttackResult) -> str:
     """Sentence that names the numbers that survive, and those that moved."""
     alive = [row.name for row in orbit.rows if row.survives]
     moved = [row.name for row in orbit.rows if not row.survives]
-    kept = f"Survives: {_listed(alive)}." if alive else "Nothing survives."
-    return f"{kept} Moved, though the function stayed the same: {_listed(moved)}." if moved else kept
+    kept = f"Survives: {enumerated(alive)}." if alive else "Nothing survives."
+    return f"{kept} Moved, though the function stayed the same: {enumerated(moved)}." if moved else kept
 
 
 def _copies(count: int) -> str:
     return "1 copy" if count == 1 else f"{count} copies"
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +9,9 @@ import typer
 from rich.console import Console
 
 from isoflat.cli import options
+from isoflat.cli.deliver import deliver
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.terminal import console, notes
+from isoflat.cli.terminal import entry, notes
 from isoflat.core.errors import UsageError
 from isoflat.core.fitted import literal
 from isoflat.core.render import WIDTH
@@ -57,11 +56,8 @@ def canonicalize(
     loaded, target = prepare(inputs)
     facts, content = canonical_file(loaded, symmetries_of(target), Epsilon.FIXED if fixed_epsilon else Epsilon.MOVED)
     save(out, content, output.force)
-    if output.as_json:
-        described = {"subject": inputs.described() | {"notes": list(loaded.notes)}, "out": str(out), **facts}
-        sys.stdout.write(json.dumps(described, allow_nan=False) + "\n")
-    else:
-        show(console(), out, facts, loaded.notes)
+    result = {"subject": inputs.described() | {"notes": list(loaded.notes)}, "out": str(out), **facts}
+    deliver(result, lambda screen: show(screen, out, facts, loaded.notes), output.as_json)
 
 
 def show(screen: Console, out: Path, facts: dict[str, Any], loading: tuple[str, ...]) -> None:
@@ -78,7 +74,7 @@ def show(screen: Console, out: Path, facts: dict[str, Any], loading: tuple[str, 
         ("group", f"{facts['group_hash']}, rules {facts['rules']}"),
     ]
     for head, text in lines:
-        screen.print(literal(f"{head:<9}", style="dim") + literal(text), soft_wrap=screen.width >= WIDTH)
+        entry(screen, head, text, 9)
     if facts["epsilons"]:
         screen.print(
             literal(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from isoflat.io.inputs import Inputs
 
 STORED = ("checkpoints", "reference", "names", "geometry", "logits", "out", "report", "force", "as_json")
-"""Arguments that have a meaning where nothing is measured."""
+"""Arguments that count where numbers are measured already; the others are refused there."""
 
 
 @takes(NetworkOptions, "network", without=("weights",), model=None, data=None)
@@ -65,8 +65,7 @@ def compare(
     """
     from isoflat.core.errors import UsageError
     from isoflat.experiments.stored import holds_results
-    from isoflat.io.inputs import before, device_of, within_memory
-    from isoflat.io.inputs import check as known
+    from isoflat.io.inputs import check_names, device_of, load_initial, within_memory
     from isoflat.io.several import labels, load_several
     from isoflat.measurement.compare import compare as compared
 
@@ -76,7 +75,7 @@ def compare(
     if network.model is None or network.data is None:
         raise UsageError("weights need --model module:factory, and --data that they are measured on")
     inputs, effort, params = network.inputs(compute.seed), wanted.effort(compute.seed), wanted.params or None
-    known(wanted.names, wanted.geometry, **effort)
+    check_names(wanted.names, wanted.geometry, **effort)
     if len(checkpoints) < 2:
         raise UsageError(f"only {checkpoints[0]} was named: a comparison needs two checkpoints or more")
     files = dict(zip(labels(checkpoints), checkpoints, strict=True))
@@ -88,7 +87,7 @@ def compare(
         where = device_of(compute.device)
         with ranks.agreeing():
             loaded = load_several(inputs, files, {"params": params, "dtype": compute.dtype, "device": where})
-            start, further = before(inputs, wanted.initial)
+            start, further = load_initial(inputs, wanted.initial)
         loading = (*loaded.notes, *further)
         hidden = output.as_json or not ranks.first
         step(f"loaded {', '.join(files)}, and {inputs.data}", hidden)
@@ -104,11 +103,9 @@ def compare(
                 logits=wanted.logits,
                 initial=start,
                 params=params,
-                dtype=compute.dtype,
-                check=compute.check,
                 device=where,
-                progress=interactive() and not output.as_json and ranks.first,
-                reproducible_sum=compute.reproducible_sum,
+                progress=interactive() and not hidden,
+                **compute.precision(),
                 **effort,
             )
     if not ranks.first:
@@ -139,12 +136,13 @@ def _stored(
     output: OutputOptions,
     reference: str | None,
 ) -> None:
-    """Compare what is measured already."""
+    """Compare numbers that are measured already."""
     from isoflat.core.errors import UsageError
-    from isoflat.experiments.stored import Wanted, compared
+    from isoflat.experiments.stored import Wanted, compare_stored
     from isoflat.measures.catalogue import find_geometry, find_measure
 
-    other = [each.opts[0] for each in context.command.params if each.name and _idle(context, each.name)]
+    idle = {each.name: each.opts[0] for each in context.command.params if each.name and each.name not in STORED}
+    other = [option for name, option in idle.items() if options.typed(context, name)]
     if other:
         raise UsageError(
             f"{', '.join(other)}: {', '.join(map(str, paths))} holds numbers that are measured already; leave it out"
@@ -157,18 +155,13 @@ def _stored(
         tuple(find_geometry(place).name for place in places),
         wanted.logits or "raw",
     )
-    found, subject = compared(paths, asked, reference, partial(complain, prefix="warning"))
+    found, subject = compare_stored(paths, asked, reference, partial(complain, prefix="warning"))
 
     def shown(screen: Console) -> None:
         screen.print(found)
         notes(screen, subject["notes"])
 
     _deliver(found, subject, output, shown)
-
-
-def _idle(context: typer.Context, name: str) -> bool:
-    """True for an option that was typed and has no meaning for stored numbers."""
-    return name not in STORED and options.typed(context, name)
 
 
 def _chosen(reference: str | None, files: Mapping[str, Path]) -> str | None:
@@ -206,7 +199,7 @@ def written(comparison: Comparison, subject: Mapping[str, Any]) -> str:
 
 
 def show(screen: Console, inputs: Inputs, comparison: Comparison, loading: Sequence[str]) -> None:
-    """Print what was compared, then who is flatter, then how it was loaded."""
+    """Print network and data, then which is flatter, then notes on how they were loaded."""
     point = comparison.rows[0].point
     screen.print(literal(f"network  {inputs.model}, {point.parameters} trainable entries"))
     screen.print(literal(f"data     {inputs.data}, {point.examples} examples; loss {inputs.loss}"))

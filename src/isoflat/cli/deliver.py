@@ -1,4 +1,4 @@
-"""A result where it was asked for: printed, and written to files."""
+"""Delivery of a result: printed, and written to the files that were asked for."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def deliver(
     force: bool = False,
     also: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a result where it was asked for, and print it.
+    """Write a result to the files that were asked for, and print it.
 
     Args:
         content: the result, as JSON.
         show: prints it for people.
         as_json: print the JSON instead.
         out: a file for the JSON; None for none.
-        force: whether an existing file may be replaced.
-        also: writes what else there is.
+        force: True to replace an existing file.
+        also: writes further files.
 
     Raises:
         UsageError: the disk refuses; the result has been printed all the same.
@@ -51,13 +51,13 @@ def deliver(
             show(console())
 
 
-def fill(
+def write_folder(
     folder: Path, content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], records: Iterable[Record], page: Page
 ) -> None:
     """Write the files of an experiment; earlier ones of the same names are replaced, nothing else is touched.
 
     Args:
-        folder: where; it exists.
+        folder: an existing folder.
         content: the result, as JSON.
         rows: a flat row for each network and number.
         records: every number.

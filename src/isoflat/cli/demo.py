@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isoflat.cli.terminal import console, say
+from isoflat.cli.terminal import console, say, write_json
 from isoflat.core.fitted import FittedTable, literal
 
 if TYPE_CHECKING:
-    from isoflat.core.estimate import Estimate
     from isoflat.experiments.demonstration import DemoResult
     from isoflat.experiments.ladders import Ladder
 
@@ -56,7 +53,7 @@ def demo(
     which = "" if network == NETWORKS[0] else f" --network {network}"
     report = write(result, out, f"isoflat demo{which} --seeds {seeds} --seed {seed} --optimizer {optimizer}")
     if as_json:
-        sys.stdout.write(json.dumps({**result.to_dict(), "report": str(report)}, allow_nan=False) + "\n")
+        write_json({**result.to_dict(), "report": str(report)})
     else:
         show(result, report)
 
@@ -65,9 +62,9 @@ def write(result: DemoResult, folder: Path, command: str) -> Path:
     """Write the report and the records; earlier ones of the same names are replaced, nothing else is touched.
 
     Args:
-        result: what was found.
-        folder: where; it exists.
-        command: what was typed.
+        result: the demonstration's result.
+        folder: an existing folder for the files.
+        command: the command line that was typed.
 
     Returns:
         The report's path.
@@ -111,6 +108,7 @@ def show(result: DemoResult, report: Path) -> None:
 
 def networks(result: DemoResult) -> FittedTable:
     """One line per network: every number over its interval."""
+    from isoflat.core.estimate import value_over_interval
     from isoflat.experiments.numbers import NUMBERS
 
     rows, sections = [], []
@@ -119,7 +117,7 @@ def networks(result: DemoResult) -> FittedTable:
             sections.append(place - 1)
         loss = f"{network.training.loss:.5f}" + ("" if network.training.reached else " missed")
         slope = f"{network.table[0].point.gradient_norm:.2g}"
-        cells = [enclosed(network.estimate(number)) for number in NUMBERS]
+        cells = [value_over_interval(network.estimate(number)) for number in NUMBERS]
         rows.append((network.label, loss, slope, f"{network.test_accuracy:.3f}", *cells))
     heads = ("network", "training loss", "|gradient|", "test accuracy", *(number.words for number in NUMBERS))
     return FittedTable(heads, rows, "Minima at equal training loss", sections=frozenset(sections))
@@ -127,11 +125,12 @@ def networks(result: DemoResult) -> FittedTable:
 
 def rungs(ladder: Ladder) -> FittedTable:
     """One line per amount of an edit: every number over its interval."""
+    from isoflat.core.estimate import value_over_interval
     from isoflat.experiments.numbers import NUMBERS
 
     rows = []
     for rung in ladder.rungs:
-        cells = [enclosed(rung.records[number.name].estimate) for number in NUMBERS]
+        cells = [value_over_interval(rung.records[number.name].estimate) for number in NUMBERS]
         rows.append((f"{rung.amount:g}", f"{rung.output_change:.0e}" if rung.output_change else "0", *cells))
     heads = (ladder.name, "outputs change by", *(number.words for number in NUMBERS))
     return FittedTable(heads, rows, f"{ladder.title}, the same function ({ladder.label})", words=0)
@@ -139,6 +138,7 @@ def rungs(ladder: Ladder) -> FittedTable:
 
 def everything(result: DemoResult) -> FittedTable:
     """One line per network, as trained or edited: every number over its interval, and how far the edit moved it."""
+    from isoflat.core.estimate import value_over_interval
     from isoflat.experiments.numbers import NUMBERS
 
     rows, sections = [], []
@@ -146,7 +146,7 @@ def everything(result: DemoResult) -> FittedTable:
         for line in group:
             moved = "" if line.output_change is None else f"{line.output_change:.0e}"
             cells = [
-                enclosed(line.records[number.name].estimate)
+                value_over_interval(line.records[number.name].estimate)
                 + (f"\nchanges by {line.changes[number.name]:.0e}" if line.changes else "")
                 for number in NUMBERS
             ]
@@ -155,10 +155,3 @@ def everything(result: DemoResult) -> FittedTable:
     title = "Minima at equal training loss; then two of them edited by random symmetries (changes relative to before)"
     heads = ("network", "training loss", "outputs change by", *(number.words for number in NUMBERS))
     return FittedTable(heads, rows, title, sections=frozenset(sections))
-
-
-def enclosed(estimate: Estimate) -> str:
-    """A value, and its interval below."""
-    from isoflat.core.estimate import interval
-
-    return f"{estimate}\n{interval(estimate)}"

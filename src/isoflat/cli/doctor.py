@@ -16,6 +16,7 @@ from rich.console import Console
 from isoflat.cli.deliver import deliver
 from isoflat.cli.exits import REFUSED
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
+from isoflat.cli.terminal import entry
 from isoflat.core.errors import UsageError
 from isoflat.core.fitted import literal
 from isoflat.core.render import WIDTH
@@ -31,7 +32,7 @@ EXTRAS = {
     "transformers": None,
     "lightning": None,
 }
-"""Optional packages, and the extra of isoflat that brings each."""
+"""Optional packages, each with the extra of isoflat that installs it, if any."""
 
 FRAGILE = ("torchvision", "timm")
 """Packages that are often installed but broken, so that they are imported once, in a process of their own."""
@@ -118,5 +119,4 @@ def _show(screen: Console, found: dict[str, Any], checks: tuple[Finding, ...]) -
             soft_wrap=screen.width >= WIDTH,
         )
     for check in checks:
-        line = literal(f"{check.outcome:<8}", style=_COLOURS[check.outcome])
-        screen.print(line + literal(f"{check.name}: {check.detail}"), soft_wrap=screen.width >= WIDTH)
+        entry(screen, check.outcome, f"{check.name}: {check.detail}", 8, _COLOURS[check.outcome])

@@ -30,9 +30,9 @@ class Finding:
     """One check.
 
     Attributes:
-        name: what was checked.
+        name: the statement that was checked.
         outcome: "ok", "fail", or "skipped" because an earlier one failed.
-        detail: what was found; for a failure, what to do is in it.
+        detail: the finding; for a failure, with its remedy.
     """
 
     name: str
@@ -41,22 +41,19 @@ class Finding:
 
 
 def examine(inputs: Inputs, dtype: str | None = None, device: torch.device | None = None) -> tuple[Finding, ...]:
-    """Every check, in an order in which each needs the earlier ones only.
+    """All checks, in an order in which each needs the earlier ones only.
 
     Args:
-        inputs: what the user named.
+        inputs: the network, its weights, its data and its loss, as the user named them.
         dtype: precision of the loss; the products are always checked in float64.
-        device: where to compute; None for where the weights are.
+        device: device that computes; None for that of the weights.
     """
     exam = _Exam()
     loss = exam.check("loss is known", lambda: (find_loss(inputs.loss), inputs.loss))
     model = exam.check("model builds", lambda: _described(build(inputs.model, inputs.seed)))
-    exam.check("weights fit", lambda: (True, "; ".join(_filled(_sure(model), inputs)) or "every tensor, strictly"))
+    exam.check("weights fit", lambda: _filled(_sure(model), inputs))
     exam.check("mode is right", lambda: _mode(_sure(model)))
-    data = exam.check(
-        "data can be read",
-        lambda: _with_notes(inputs),
-    )
+    data = exam.check("data can be read", lambda: _with_notes(inputs))
     exam.check("data is the same at a second pass", lambda: _same_twice(_sure(data)))
     target = exam.check(
         "network runs on the data",
@@ -77,12 +74,12 @@ class _Exam:
         self.checks: list[Finding] = []
 
     def check(self, name: str, run: Callable[[], tuple[T, str]]) -> T | None:
-        """Run one check; its product, for later ones."""
+        """Run one check; the value it made, for later ones."""
         if any(check.outcome == "fail" for check in self.checks):
             self.checks.append(Finding(name, "skipped", "an earlier check failed"))
             return None
         try:
-            product, detail = run()
+            made, detail = run()
         except IsoflatError as error:
             self.checks.append(Finding(name, "fail", str(error)))
             return None
@@ -92,11 +89,11 @@ class _Exam:
             )
             return None
         self.checks.append(Finding(name, "ok", detail))
-        return product
+        return made
 
 
 def _sure(value: T | None) -> T:
-    """Product of an earlier check; later ones do not run without it."""
+    """The value that an earlier check made; later ones do not run without it."""
     assert value is not None
     return value
 
@@ -105,8 +102,9 @@ def _described(model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
     return model, f"{type(model).__name__} with {sum(p.numel() for p in model.parameters())} entries"
 
 
-def _filled(model: torch.nn.Module, inputs: Inputs) -> tuple[str, ...]:
-    return fill(model, inputs.weights, inputs.weights_key, inputs.strip_prefix, inputs.seed)
+def _filled(model: torch.nn.Module, inputs: Inputs) -> tuple[bool, str]:
+    notes = fill(model, inputs.weights, inputs.weights_key, inputs.strip_prefix, inputs.seed)
+    return True, "; ".join(notes) or "every tensor, strictly"
 
 
 def _with_notes(inputs: Inputs) -> tuple[Batches, str]:

@@ -54,7 +54,7 @@ def sharing(device: str | None, timeout: float) -> Iterator[Ranks]:
     rank 0 may be the lost one.
 
     Args:
-        device: as given by the user.
+        device: the device that the user named; None for the default.
         timeout: seconds that a process waits for the others.
 
     Raises:

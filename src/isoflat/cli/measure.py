@@ -16,7 +16,7 @@ from isoflat.cli.exits import NOT_CONVERGED, sharing
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import interactive, notes, step
 from isoflat.core.errors import UsageError
-from isoflat.core.fitted import FittedTable, facts, literal
+from isoflat.core.fitted import FittedTable, fact_list, literal
 from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
@@ -66,16 +66,12 @@ def measure(
     inputs, (out, force, initial) = network.inputs(compute.seed), (output.out, output.force, wanted.initial)
     beside = witness_path(out, (network.weights, initial)) if witness else None
     kept: list[tuple[Record, Tensor]] = []
-
-    def keep(record: Record, vector: Tensor) -> None:
-        kept.append((record, vector))
-
     with sharing(compute.device, compute.timeout) as ranks:
         with ranks.agreeing():
             if ranks.first:
                 claim(out, force)
                 claim(beside, force, "--witness")
-        table, loading, over = evaluate(
+        table, loading, over = load_and_measure(
             inputs,
             orbit,
             initial,
@@ -85,12 +81,10 @@ def measure(
             params=wanted.params or None,
             **wanted.effort(compute.seed),
             logits=wanted.logits,
-            dtype=compute.dtype,
-            check=compute.check,
+            **compute.precision(),
             device=compute.device,
             progress=interactive() and not output.as_json and ranks.first,
-            reproducible_sum=compute.reproducible_sum,
-            keep=keep if witness else None,
+            keep=(lambda *row: kept.append(row)) if witness else None,
         )
     if not ranks.first:
         return
@@ -107,9 +101,9 @@ def measure(
         content["orbit"] = over.to_dict()
     packed = b""
     if beside is not None:
-        from isoflat.measurement.witnesses import packed as pack
+        from isoflat.measurement.witnesses import packed_witnesses
 
-        packed = pack(kept)
+        packed = packed_witnesses(kept)
         content["witness"] = {"file": beside.name, "sha256": hashlib.sha256(packed).hexdigest()}
 
     def also() -> None:
@@ -144,16 +138,16 @@ def witness_path(out: Path | None, used: Sequence[Path | None]) -> Path:
     return beside
 
 
-def evaluate(
+def load_and_measure(
     inputs: Inputs, orbit: int = 0, initial: Path | None = None, hidden: bool = True, **settings: Any
 ) -> tuple[Table, tuple[str, ...], AttackResult | None]:
     """Load and measure.
 
     Args:
-        inputs: what is measured.
-        orbit: how many copies with the same function are measured too.
+        inputs: the network, its data and its loss, as the user named them.
+        orbit: number of copies with the same function that are measured too.
         initial: a file with the weights before training.
-        hidden: show no progress.
+        hidden: True to show no progress.
         **settings: as for `isoflat.measure_all`.
 
     Returns:
@@ -163,18 +157,18 @@ def evaluate(
         IsoflatError: something is refused; names and limits are checked before a file is opened.
     """
     from isoflat.experiments.attack import attack
-    from isoflat.io.inputs import before, check, device_of, prepare, within_memory
+    from isoflat.io.inputs import check_names, device_of, load_initial, prepare, within_memory
     from isoflat.measurement.groups import symmetries_of
     from isoflat.measurement.run import measure_all
     from isoflat.risk.ranks import Ranks
 
     effort = ("rtol", "confidence", "certify", "probes", "sample", "budget", "seed")
-    check(settings["measures"], settings["geometry"], **{key: settings[key] for key in effort})
+    check_names(settings["measures"], settings["geometry"], **{key: settings[key] for key in effort})
     settings["device"] = device_of(settings["device"])
     ranks = Ranks.here()
     with ranks.agreeing():
         loaded, target = prepare(inputs, settings["params"], settings["dtype"], settings["device"])
-        settings["initial"], further = before(inputs, initial)
+        settings["initial"], further = load_initial(inputs, initial)
     loading = (*loaded.notes, *further)
     hidden = hidden or not ranks.first
     step(f"loaded {inputs.model} and {inputs.data}", hidden)
@@ -187,25 +181,19 @@ def evaluate(
             return table, loading, None
         if not found.dimension:
             return table, (*loading, "no change of these weights that keeps the function: no orbit"), None
-        shared = {
-            key: settings[key]
-            for key in (
-                "params", "rtol", "confidence", "certify", "budget", "probes", "device", "reproducible_sum", "logits",
-                "initial",
-            )
-        }  # fmt: skip
+        shared = (
+            "measures", "geometry", "params", "rtol", "confidence", "certify", "budget", "probes", "seed", "device",
+            "reproducible_sum", "logits", "initial",
+        )  # fmt: skip
         copies = attack(
             loaded.model,
             loaded.batches,
             loaded.loss,
-            measures=settings["measures"],
-            geometry=settings["geometry"],
             points=orbit,
             search=0,
-            seed=settings["seed"],
             symmetries=found,
             progress=not hidden,
-            **shared,
+            **{key: settings[key] for key in shared},
         )
         return table, loading, copies
 
@@ -213,7 +201,7 @@ def evaluate(
 def show(
     screen: Console, inputs: Inputs, table: Table, loading: tuple[str, ...], orbit: AttackResult | None = None
 ) -> None:
-    """Print values, then what is needed to trust them."""
+    """Print values, then what supports them: intervals, invariances, cost and notes."""
     screen.print(_values(table))
     notes(screen, (f"not measured: {part}" for part in table.omitted))
     point = table[0].point
@@ -221,15 +209,15 @@ def show(
         *inputs.facts(point),
         (
             "stationarity",
-            f"b = {point.stationarity:.4g}: zero at a minimum; bounds the difference to the covariant Hessian",
+            f"{point.stationarity:.4g}: zero at a minimum; bounds the difference to the covariant Hessian",
         ),
         ("peak memory", f"{max(row.estimate.cost.peak_memory for row in table) / 2**20:.0f} MiB"),
     ]
-    screen.print(facts(listed))
+    screen.print(fact_list(listed))
     for number, row in enumerate(table):
         further = [] if orbit is None else [("over the orbit", _spread(orbit, number))]
         screen.print(literal(f"{row.measure} ({row.geometry})", style="bold"))
-        screen.print(facts([*_row(row), *further]))
+        screen.print(fact_list([*_row(row), *further]))
     notes(screen, (*loading, *(note for row in table for note in row.estimate.notes)))
 
 
@@ -274,7 +262,7 @@ def _row(row: Record) -> list[tuple[str, str]]:
         ("interval", known),
         ("converged", f"{'yes' if estimate.converged else 'NO'} ({width})"),
         ("invariant to", row.group),
-        ("stationarity", "not defined here" if ratio is None else f"b is {ratio:.3g} of the value"),
+        ("stationarity", "not defined here" if ratio is None else f"{ratio:.3g} of the value"),
         (
             "cost",
             f"{cost.products} Hessian-vector products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s",

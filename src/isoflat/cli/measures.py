@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from isoflat.cli.terminal import console, interactive, say, step
-from isoflat.core.fitted import FittedTable, facts, item, literal
+from isoflat.cli.terminal import console, interactive, say, step, write_json
+from isoflat.core.fitted import FittedTable, fact_list, item, literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +27,9 @@ def measures(
         bool, typer.Option("--table", help="Attack every claim of invariance, and print what each edit does.")
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Cards and table as a page.")] = False,
-    bibtex: Annotated[bool, typer.Option("--bibtex", help="What they come from, as BibTeX entries.")] = False,
+    bibtex: Annotated[
+        bool, typer.Option("--bibtex", help="The works that measures are from, as BibTeX entries.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
 ) -> None:
     """List every measure with its formula, reference, units and invariances."""
@@ -48,7 +49,7 @@ def measures(
                 {"name": place.name, "title": place.title, "group": place.group, "version": place.version}
                 for place in catalogue.geometries().values()
             ]
-        sys.stdout.write(json.dumps(content, allow_nan=False) + "\n")
+        write_json(content)
         return
     screen = console()
     if name is not None:
@@ -88,7 +89,7 @@ def _show_table(chosen: Mapping[str, Measure], as_json: bool, markdown: bool) ->
             {"measure": name, "geometry": place, "drifts": {str(kind): vars(drift) for kind, drift in row.items()}}
             for (name, place), row in found.items()
         ]
-        sys.stdout.write(json.dumps({"table": rows}, allow_nan=False) + "\n")
+        write_json({"table": rows})
         return
     if markdown:
         sys.stdout.write(page(list(chosen.values()), list(geometries().values()), found))
@@ -120,12 +121,12 @@ def card(entry: Measure) -> dict[str, Any]:
 
 def _show_card(screen: Console, entry: Measure) -> None:
     content = card(entry) | {
-        "invariant_under": _in_words(entry),
+        "invariant_under": " | ".join(f"{place}: {group}" for place, group in _claims(entry).items()),
         "geometry": entry.geometry or "any",
         "options": ", ".join(f"{key} = {value:g}" for key, value in entry.options.items()) or "none",
         "loss_degree": "no power" if entry.loss_degree is None else f"{entry.loss_degree:g}",
     }
-    screen.print(facts((key.replace("_", " "), value) for key, value in content.items() if value != ""))
+    screen.print(fact_list((key.replace("_", " "), value) for key, value in content.items() if value != ""))
 
 
 def _claims(entry: Measure) -> dict[str, str]:
@@ -133,17 +134,13 @@ def _claims(entry: Measure) -> dict[str, str]:
     from isoflat.measures.catalogue import geometries
 
     places = [entry.geometry] if entry.geometry else list(geometries())
-    if entry.own is None:
+    if entry.own_claims is None:
         return {place: geometries()[place].group for place in places}
-    return dict.fromkeys(places, ", ".join(sorted(entry.own)))
-
-
-def _in_words(entry: Measure) -> str:
-    return " | ".join(f"{place}: {group}" for place, group in _claims(entry).items())
+    return dict.fromkeys(places, ", ".join(sorted(entry.own_claims)))
 
 
 def _briefly(measure: Measure) -> str:
     """Invariances in a line; where a geometry decides, the list below the measures says what it is invariant to."""
-    if measure.own is not None:
-        return f"invariant to: {', '.join(sorted(measure.own)) or 'nothing that is claimed'}"
+    if measure.own_claims is not None:
+        return f"invariant to: {', '.join(sorted(measure.own_claims)) or 'nothing that is claimed'}"
     return f"as invariant as {measure.geometry or 'the geometry it is measured in'}, below"

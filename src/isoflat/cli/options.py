@@ -186,10 +186,10 @@ class NetworkOptions:
     ] = 500
 
     def inputs(self, seed: int) -> Inputs:
-        """The same choices, as loading takes them.
+        """The same choices as `Inputs`, which can be loaded.
 
         Args:
-            seed: for weights that the factory draws.
+            seed: seed of the weights that the factory draws.
 
         Raises:
             UsageError: the network or the data is not named.
@@ -198,19 +198,19 @@ class NetworkOptions:
 
         if self.model is None or self.data is None:
             raise UsageError("name the network with --model module:factory, and its data with --data")
-        return Inputs(
-            model=self.model,
-            data=self.data,
-            weights=self.weights,
-            weights_key=self.weights_key,
-            strip_prefix=tuple(self.strip_prefix or ()),
-            split=self.split,
-            transform=self.transform,
-            examples=self.examples,
-            batch_size=self.batch_size,
-            loss=self.loss,
-            seed=seed,
-        )
+        return Inputs(model=self.model, data=self.data, weights=self.weights, seed=seed, **self.reading())
+
+    def reading(self) -> dict[str, Any]:
+        """Keywords that say how weights and data are read, and which loss is taken."""
+        return {
+            "loss": self.loss,
+            "weights_key": self.weights_key,
+            "strip_prefix": tuple(self.strip_prefix or ()),
+            "transform": self.transform,
+            "split": self.split,
+            "examples": self.examples,
+            "batch_size": self.batch_size,
+        }
 
 
 @final
@@ -265,7 +265,7 @@ class MeasureOptions:
         bool,
         typer.Option(
             "--certify/--no-certify",
-            help="Give an interval that contains the true value; or a value only, in fewer products.",
+            help="Give an interval that contains the true value; or only a value, with fewer Hessian-vector products.",
             rich_help_panel=HOW,
         ),
     ] = True
@@ -315,7 +315,7 @@ class MeasureOptions:
 
     @property
     def budget(self) -> Budget:
-        """Limits of one number."""
+        """Limits of the measurement of one number."""
         from isoflat.measures.settings import Budget
 
         return Budget(self.max_products, self.seconds, bytes_of(self.memory))
@@ -324,7 +324,7 @@ class MeasureOptions:
         """Keywords of `isoflat.measure` that say how closely to measure.
 
         Args:
-            seed: of all random numbers.
+            seed: seed of all random numbers.
         """
         return {
             "rtol": self.rtol,
@@ -386,6 +386,10 @@ class ComputeOptions:
             rich_help_panel=SHARED,
         ),
     ] = 600.0
+
+    def precision(self) -> dict[str, Any]:
+        """Keywords of `isoflat.measure` that say in which precision products are made, checked and added."""
+        return {"dtype": self.dtype, "check": self.check, "reproducible_sum": self.reproducible_sum}
 
 
 @final

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from isoflat.cli.terminal import complain, console, say
+from isoflat.cli.terminal import complain, console, say, write_json
 from isoflat.core.fitted import literal
 
 TOLD = 20
-"""Refused files that are named on the standard error; the page names more."""
+"""Refused files that are named on standard error; the page names more."""
 
 
 def report(  # noqa: PLR0913
@@ -67,7 +65,7 @@ def report(  # noqa: PLR0913
             "warnings": list(written.warnings),
             "files": {name: str(path) for name, path in written.files.items()},
         }
-        sys.stdout.write(f"{json.dumps(content, allow_nan=False)}\n")
+        write_json(content)
     else:
         screen = console()
         screen.print(literal(written.headline))

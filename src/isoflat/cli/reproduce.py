@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
-from isoflat.cli.deliver import fill
+from isoflat.cli.deliver import write_folder
 from isoflat.cli.exits import DOES_NOT_HOLD, NOT_CONVERGED, sharing
 from isoflat.cli.options import ComputeOptions, OutputOptions, takes
-from isoflat.cli.terminal import console, say
+from isoflat.cli.terminal import console, say, write_json
 from isoflat.core.fitted import FittedTable, item, literal
 
 if TYPE_CHECKING:
@@ -115,9 +113,9 @@ def reproduce(
                 listing(output.as_json)
             return
         with ranks.agreeing():
-            stored = None if check is None else checking.read(check)
+            stored = None if check is None else checking.read_stored(check)
         result = followed(
-            name or "" if stored is None else checking.recipe(stored, name),
+            name or "" if stored is None else checking.stored_recipe(stored, name),
             asked.data,
             out=asked.out,
             scale=asked.scale,
@@ -136,10 +134,10 @@ def reproduce(
     if not ranks.first:
         return
     write(result, folder, _command(recipe, asked.data))
-    verdict = None if stored is None else checking.compared(stored, result)
+    verdict = None if stored is None else checking.check_against(stored, result)
     if output.as_json:
         extra = {} if verdict is None else {"check": verdict.to_dict()}
-        sys.stdout.write(json.dumps({**result.to_dict(), **extra}, allow_nan=False) + "\n")
+        write_json({**result.to_dict(), **extra})
     else:
         show(result, folder)
         if verdict is not None:
@@ -160,16 +158,16 @@ def write(result: Reproduction, folder: Path, command: str) -> None:
     from isoflat.report.pages.reproduce import page
 
     content = {**result.to_dict(), "command": command}
-    fill(folder, content, result.rows(), result.records, page(result, command))
+    write_folder(folder, content, result.rows(), result.records, page(result, command))
 
 
 def listing(as_json: bool) -> None:
     """All recipes with their questions."""
-    from isoflat.experiments.recipe import read, recipes
+    from isoflat.experiments.recipe import read_recipe, recipes
 
-    found = [read(name) for name in recipes()]
+    found = [read_recipe(name) for name in recipes()]
     if as_json:
-        sys.stdout.write(json.dumps([recipe.model_dump(mode="json") for recipe in found], allow_nan=False) + "\n")
+        write_json([recipe.model_dump(mode="json") for recipe in found])
         return
     screen = console()
     for recipe in found:
@@ -193,7 +191,7 @@ def show(result: Reproduction, folder: Path) -> None:
 
 def _networks(result: Reproduction) -> FittedTable:
     """One line for each network: every number over its interval."""
-    from isoflat.cli.demo import enclosed
+    from isoflat.core.estimate import value_over_interval
 
     table, sections = [], []
     for arm in result.recipe.arms:
@@ -204,8 +202,8 @@ def _networks(result: Reproduction) -> FittedTable:
             elif not network.training.reached:
                 loss += " missed"
             error = "–" if network.test_error is None else f"{100 * network.test_error:.2f} %"
-            rows = [network.record(number) for number in result.numbers]
-            cells = ["–" if row is None else enclosed(row.estimate) for row in rows]
+            rows = [number.find(network.table) for number in result.numbers]
+            cells = ["–" if row is None else value_over_interval(row.estimate) for row in rows]
             table.append((network.label, loss, epochs, error, *cells))
         sections.append(len(table) - 1)
     heads = ("network", "training loss", "epochs", "test error", *(number.words for number in result.numbers))

@@ -15,7 +15,7 @@ from isoflat.cli.exits import NOT_CONVERGED, sharing
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
 from isoflat.cli.terminal import interactive, step
 from isoflat.core.errors import UsageError
-from isoflat.core.fitted import facts, literal
+from isoflat.core.fitted import fact_list, literal
 from isoflat.io.files import claim, save
 
 if TYPE_CHECKING:
@@ -117,11 +117,9 @@ def spectrum(
                 budget=budget,
                 logits=further.logits,
                 seed=compute.seed,
-                dtype=compute.dtype,
                 device=where,
-                progress=interactive() and not output.as_json and ranks.first,
-                check=compute.check,
-                reproducible_sum=compute.reproducible_sum,
+                progress=interactive() and not hidden,
+                **compute.precision(),
             )
     if not ranks.first:
         return
@@ -153,7 +151,7 @@ def _claim(out: Path | None, plot: Path | None, force: bool) -> None:
 
 
 def show(screen: Console, inputs: Inputs, notes: tuple[str, ...], found: Spectrum, plot: Path | None = None) -> None:
-    """Print outliers and quantiles, then what is needed to trust them."""
+    """Print outliers and quantiles, then what supports them: errors, cost and notes."""
     listed = [
         *inputs.facts(found.record.point),
         ("peak memory", f"{found.effective_rank.cost.peak_memory / 2**20:.0f} MiB"),
@@ -163,4 +161,4 @@ def show(screen: Console, inputs: Inputs, notes: tuple[str, ...], found: Spectru
     ]
     screen.print(literal(found.title, style="bold"))
     screen.print(*found.grids(), sep="\n")
-    screen.print(facts(listed))
+    screen.print(fact_list(listed))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, final
@@ -12,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, final
 import typer
 
 from isoflat.cli import options
-from isoflat.cli.deliver import fill
+from isoflat.cli.deliver import write_folder
 from isoflat.cli.exits import NOT_CONVERGED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.terminal import console, say
-from isoflat.core.fitted import FittedTable, literal
-from isoflat.core.fitted import facts as told
+from isoflat.cli.terminal import console, say, write_json
+from isoflat.core.fitted import FittedTable, fact_list, literal
 
 if TYPE_CHECKING:
     from isoflat.experiments.prediction import Prediction
@@ -127,12 +124,10 @@ def study(
     Exit code 0: done. 3: a number did not converge. 2: refused, with the reason; bad rows are all named, before anything
     is measured.
     """
-    from isoflat.core.errors import UsageError
     from isoflat.experiments.study import study as related
 
-    if (asked.networks is None) == (asked.grid is None):
-        raise UsageError("give either --networks, a list of checkpoints, or --grid, hyper-parameters to train with")
-    _check_options(context, "grid" if asked.networks is not None else "networks")
+    if (asked.networks is None) != (asked.grid is None):  # neither or both: refused by the study itself
+        _check_options(context, "grid" if asked.grid is None else "networks")
     result = related(
         asked.networks,
         network.model,
@@ -154,17 +149,11 @@ def study(
         params=wanted.params or None,
         dtype=compute.dtype,
         check=compute.check,
-        loss=network.loss,
-        weights_key=network.weights_key,
-        strip_prefix=tuple(network.strip_prefix or ()),
-        transform=network.transform,
-        split=network.split,
-        examples=network.examples,
-        batch_size=network.batch_size,
+        **network.reading(),
     )
     write(result, out, _command(context))
     if output.as_json:
-        sys.stdout.write(json.dumps({"subject": result.subject, **result.to_dict()}, allow_nan=False) + "\n")
+        write_json({"subject": result.subject, **result.to_dict()})
     else:
         show(result, out)
     if any(not record.estimate.converged for record in result.records):
@@ -172,10 +161,10 @@ def study(
 
 
 def _check_options(context: typer.Context, other: str) -> None:
-    """Refuse options that would be ignored.
+    """Refuse options that would be ignored, because they belong to the other way in.
 
     Args:
-        context: what was typed.
+        context: the command line that was typed.
         other: the way in that was not taken.
     """
     from isoflat.core.errors import UsageError
@@ -204,13 +193,13 @@ def write(result: Prediction, folder: Path, command: str) -> None:
     from isoflat.report.pages.study import page
 
     content = {"command": command, "subject": result.subject, **result.to_dict()}
-    fill(folder, content, result.rows(), result.records, page(result, command, result.facts))
+    write_folder(folder, content, result.rows(), result.records, page(result, command, result.facts))
 
 
 def show(result: Prediction, folder: Path) -> None:
     """Tables and sentences on the terminal."""
     screen = console()
-    screen.print(told(result.facts))
+    screen.print(fact_list(result.facts))
     screen.print(_networks(result))
     screen.print(_relations(result))
     first, *others = result.sentences
@@ -222,12 +211,11 @@ def show(result: Prediction, folder: Path) -> None:
 
 def _networks(result: Prediction) -> FittedTable:
     """One line for each network."""
-    from isoflat.experiments.cells import found
     from isoflat.experiments.prediction import words
 
     table = []
     for network in result.networks:
-        rows = [found(network.table, number) for number in result.numbers]
+        rows = [number.find(network.table) for number in result.numbers]
         cells = ["–" if row is None else str(row.estimate) for row in rows]
         table.append((network.label, f"{network.outcome:.4g}", f"{network.loss:.4g}", *cells))
     return FittedTable(("network", result.outcome, "training loss", *map(words, result.numbers)), table, "Networks")

@@ -1,4 +1,4 @@
-"""`isoflat symmetries`: which changes of the weights keep the function?"""
+"""`isoflat symmetries`: finds the changes of the weights that keep the function."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from rich.tree import Tree
 
 from isoflat.cli.deliver import deliver
 from isoflat.cli.options import ComputeOptions, NetworkOptions, OutputOptions, takes
+from isoflat.cli.terminal import entry
 from isoflat.core.fitted import literal
-from isoflat.core.render import WIDTH, leading
+from isoflat.core.render import leading
 
 if TYPE_CHECKING:
     from isoflat.symmetry.found import Found
@@ -82,7 +83,7 @@ def show(screen: Console, name: str, found: Found, content: dict[str, Any]) -> N
         facts.append(("loss", "ignores a constant added to all scores of an example"))
     facts.append(("group", f"{content['group_hash']}, rules {content['rules']}"))
     for head, text in facts:
-        screen.print(literal(f"{head:<10}", style="dim") + literal(text), soft_wrap=screen.width >= WIDTH)
+        entry(screen, head, text, 10)
 
 
 def _line(line: SymmetryLine, width: int) -> Text:

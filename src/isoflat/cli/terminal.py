@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console
 
@@ -19,6 +21,16 @@ def console() -> Console:
 def say(screen: Console, text: object, style: str = "") -> None:
     """Print a sentence: wrapped at words where there is a width, in one line where a program may read it."""
     screen.print(literal(text, style), soft_wrap=screen.width >= WIDTH)
+
+
+def entry(screen: Console, head: str, text: str, width: int, style: str = "dim") -> None:
+    """Print a head in a column of this width and a text beside it, in one line where a program may read it."""
+    screen.print(literal(f"{head:<{width}}", style) + literal(text), soft_wrap=screen.width >= WIDTH)
+
+
+def write_json(content: Any) -> None:
+    """Write strict JSON on standard output, in one line."""
+    sys.stdout.write(f"{json.dumps(content, allow_nan=False)}\n")
 
 
 def notes(screen: Console, texts: Iterable[str]) -> None:
@@ -38,11 +50,11 @@ def interactive() -> bool:
 
 
 def step(text: str, hidden: bool = False) -> None:
-    """Say what is done now; at once, and not on a terminal, where a bar says it.
+    """Say at once which step begins; not on a terminal, where a bar says it.
 
     Args:
-        text: what is done.
-        hidden: say nothing.
+        text: the step that begins.
+        hidden: True to say nothing.
     """
     if not hidden and not interactive():
         sys.stderr.write(f"{visible(text)}\n")

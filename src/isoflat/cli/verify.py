@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +11,9 @@ from rich.console import Console
 from isoflat.cli import options
 from isoflat.cli.exits import DOES_NOT_HOLD, REFUSED
 from isoflat.cli.options import ComputeOptions, MeasureOptions, NetworkOptions, OutputOptions, takes
-from isoflat.cli.terminal import complain, console
+from isoflat.cli.terminal import complain, console, write_json
 from isoflat.core.errors import IsoflatError
-from isoflat.core.fitted import facts, literal
+from isoflat.core.fitted import fact_list, literal
 
 if TYPE_CHECKING:
     from isoflat.io.verify import VerifiedFile
@@ -53,27 +51,19 @@ def verify(
     compute: ComputeOptions,
     output: OutputOptions,
 ) -> None:
-    """Check stored numbers by their witnesses, with two products each instead of a measurement.
+    """Check stored eigenvalues by their eigenvectors: two Hessian-vector products each, instead of a measurement.
 
     Loss, precision and how the data was read are taken from the result; options that are given must agree with it.
 
-    Exit code 0: all numbers that have a witness hold. 5: a stored number does not hold. 2: refused, or nothing could be
-    checked.
+    Exit code 0: all numbers that were stored with an eigenvector hold. 5: a stored number does not hold. 2: refused, or
+    nothing could be checked.
     """
     from isoflat.io.inputs import device_of
     from isoflat.io.verify import VerifiedFile, verify_named
 
     where = device_of(compute.device)
-    given = {
-        "loss": loss,
-        "params": wanted.params or None,
-        "weights_key": network.weights_key,
-        "strip_prefix": network.strip_prefix or None,
-        "transform": network.transform,
-        "split": network.split,
-        "examples": network.examples,
-        "batch_size": batch_size,
-    }
+    own = {"loss": loss, "params": wanted.params or None, "strip_prefix": network.strip_prefix or None}
+    given = network.reading() | own | {"batch_size": batch_size}
     settings = {"device": where, "seed": compute.seed, "check": compute.check}
     found: list[VerifiedFile] = []
     for path in files:
@@ -82,7 +72,7 @@ def verify(
         except IsoflatError as error:
             found.append(VerifiedFile(path, (), str(error)))
     if output.as_json:
-        sys.stdout.write(f"{json.dumps({'files': [_plain(part) for part in found]}, allow_nan=False)}\n")
+        write_json({"files": [_plain(part) for part in found]})
     else:
         for part in found:
             _show(console(), part)
@@ -110,7 +100,7 @@ def _plain(part: VerifiedFile) -> dict[str, Any]:
 
 
 def _show(screen: Console, part: VerifiedFile) -> None:
-    """A file's verdicts, each with what it rests on."""
+    """Print the verdicts of a file, each with its grounds."""
     from isoflat.core.estimate import interval
 
     for check in part.checks:
@@ -121,4 +111,4 @@ def _show(screen: Console, part: VerifiedFile) -> None:
             listed.append(("certain", f"an eigenvalue lies in [{low:.10g}, {high:.10g}], whatever is stored"))
             listed.append(("residual", f"{check.residual:.3g}"))
             listed.append(("two products reach", f"{check.reach:.10g}"))
-        screen.print(facts(listed))
+        screen.print(fact_list(listed))

@@ -1,4 +1,4 @@
-"""Which network is flatter: numbers side by side, and intervals for their differences."""
+"""Comparison of networks: numbers side by side, intervals for their differences, and sentences that say which is flatter."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from isoflat.core import render
 from isoflat.core.errors import UsageError
-from isoflat.core.estimate import interval
-from isoflat.core.plain import attributes, numbers
+from isoflat.core.estimate import value_over_interval
+from isoflat.core.plain import attributes, check_schema, json_numbers
 from isoflat.core.record import SCHEMA, Record
 from isoflat.core.table import Table
 
@@ -82,7 +82,7 @@ class Ratio:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; infinities become strings."""
-        return numbers(self, *_ENDS)
+        return json_numbers(self, *_ENDS)
 
 
 @final
@@ -93,17 +93,17 @@ class Difference:
     Attributes:
         measure: catalogue name.
         geometry: name of the metric.
-        lower_is_flatter: which way the number points.
+        lower_is_flatter: True where a lower number means a flatter minimum.
         first: label of the network whose number comes with a plus.
         second: label of the one whose number is taken away.
         value: the difference of the values.
         lower: lower end of the interval it lies in; −∞ where nothing is known.
         upper: upper end; ∞ where nothing is known.
         confidence: probability that the interval holds.
-        basis: what the interval rests on.
-        standard_error: of the mean difference, for the same probes.
+        basis: ground on which the interval rests.
+        standard_error: standard error of the mean difference; None unless both numbers have the same probes.
         ratio: first over second; None where one of them is not positive.
-        remedy: what would decide a tie, in words; empty where it is decided.
+        remedy: advice on what would decide a tie; empty where it is decided.
 
     >>> gap = Difference("quotient_trace", "auto", True, "b", "a", -3.0, -4.0, -2.5, 0.95, Basis.PROBES)
     >>> gap.verdict, gap.flatter, str(gap)
@@ -170,7 +170,7 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, with the verdict."""
-        own = {**attributes(self), **numbers(self, *_ENDS)}
+        own = {**attributes(self), **json_numbers(self, *_ENDS)}
         return own | {"verdict": str(self.verdict), "flatter": self.flatter}
 
     @staticmethod
@@ -195,7 +195,7 @@ class Comparison(render.Printed):
         differences: every pair in every number. The reference is never the first of a pair; of two others, the later
             one is.
         reference: label of the network that the others are printed against.
-        notes: what to know before believing it.
+        notes: warnings to read before it is believed.
     """
 
     rows: tuple[Record, ...]
@@ -279,7 +279,7 @@ class Comparison(render.Printed):
         return first if first and any(gap.flatter for gap in self._against(first, number)) else None
 
     def sentence(self, number: tuple[str, str] | None = None) -> str:
-        """Who is flatter by a number, and where nobody can tell, what would decide it.
+        """Sentence that says which network is flatter by a number or, where that is not known, what would decide it.
 
         Args:
             number: measure and geometry; the first of `numbers` by default.
@@ -296,7 +296,21 @@ class Comparison(render.Printed):
         if len(self.networks) == 2:
             return " ".join([f"{by}, neither is called flatter.", *doubts])
         first = [label for label, places in self.ranks(number).items() if places[0] == 1]
-        return " ".join([f"{by}, none is called the flattest: it may be {_either(first)}.", *doubts])
+        return " ".join([f"{by}, none is called the flattest: it may be {render.enumerated(first, 'or')}.", *doubts])
+
+    def ranking(self, number: tuple[str, str]) -> list[Record]:
+        """The records of a number, flattest first.
+
+        Args:
+            number: measure and geometry.
+        """
+        places, sign = self.ranks(number), 1 if self.lower_is_flatter(number) else -1
+        rows = {row.label: row for row in self.rows if (row.measure, row.geometry) == number}
+        return sorted(rows.values(), key=lambda row: (*places[row.label], sign * row.estimate.value))
+
+    def lower_is_flatter(self, number: tuple[str, str]) -> bool:
+        """True where a lower value of this number means a flatter minimum."""
+        return self._of(number)[0].lower_is_flatter
 
     def _of(self, number: tuple[str, str]) -> list[Difference]:
         return [gap for gap in self.differences if (gap.measure, gap.geometry) == number]
@@ -307,14 +321,14 @@ class Comparison(render.Printed):
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """One for each number."""
+        """One `sentence` for each number."""
         return tuple(self.sentence(number) for number in self.numbers)
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Notes of the estimates in few lines: those that differ in numbers only become one, with their ranges.
+        """Notes of the estimates in few lines: those that differ in numbers only become one, with the numbers' ranges.
 
-        What is not about all networks says whose it is.
+        A line that is not about all networks begins with the labels of those that it is about.
         """
         kinds: dict[str, dict[str, list[str]]] = {}
         for row in self.rows:
@@ -340,9 +354,6 @@ class Comparison(render.Printed):
         notes = (literal(f"note: {note}", "yellow") for note in (*self.notes, *self.remarks))
         return Group(*parts[1:], literal(""), *notes)
 
-    def _title(self, number: tuple[str, str]) -> str:
-        return f"{number[0]} ({number[1]}), {'lower' if self._of(number)[0].lower_is_flatter else 'higher'} is flatter"
-
     def _grid(self, number: tuple[str, str]) -> FittedTable:
         """One line per network, flattest first."""
         from isoflat.core.fitted import FittedTable
@@ -359,11 +370,9 @@ class Comparison(render.Printed):
             "verdict",
         )
         places = self.ranks(number)
-        sign = 1 if self._of(number)[0].lower_is_flatter else -1
-        rows = {row.label: row for row in self.rows if (row.measure, row.geometry) == number}
         cells = []
-        for label in sorted(rows, key=lambda label: (*places[label], sign * rows[label].estimate.value)):
-            row, (best, worst) = rows[label], places[label]
+        for row in self.ranking(number):
+            label, (best, worst) = row.label, places[row.label]
             gap = None if label == other else self.between(label, other, number)
             accuracy, unreached = row.point.accuracy, "" if row.estimate.converged else "\nnot converged"
             cells.append(
@@ -372,11 +381,12 @@ class Comparison(render.Printed):
                     label,
                     f"{row.point.loss:.4g}",
                     "–" if accuracy is None else f"{accuracy:.4g}",
-                    f"{row.estimate}\n{interval(row.estimate)}{unreached}",
+                    f"{value_over_interval(row.estimate)}{unreached}",
                     *(("reference", "", "") if gap is None else _cells(gap)),
                 )
             )
-        return FittedTable(heads, cells, self._title(number), words=2)
+        way = "lower" if self.lower_is_flatter(number) else "higher"
+        return FittedTable(heads, cells, f"{number[0]} ({number[1]}), {way} is flatter", words=2)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, with ranks and sentences."""
@@ -409,8 +419,7 @@ class Comparison(render.Printed):
         Raises:
             UsageError: it was written by another schema version.
         """
-        if data.get("schema") != SCHEMA:
-            raise UsageError(f"expected a comparison of schema {SCHEMA}, got {data.get('schema')!r}; compare again")
+        check_schema(data, "comparison", SCHEMA, "compare again")
         return Comparison(
             rows=tuple(Record.from_dict(row) for row in data["rows"]),
             differences=tuple(Difference.from_dict(difference) for difference in data["differences"]),
@@ -468,17 +477,8 @@ def _doubts(gaps: Sequence[Difference]) -> list[str]:
     return sentences
 
 
-def _either(labels: list[str]) -> str:
-    """One of several.
-
-    >>> _either(["a", "b", "c"])
-    'a, b or c'
-    """
-    return " or ".join([", ".join(labels[:-1]), labels[-1]]) if len(labels) > 1 else labels[0]
-
-
 def _range(numbers: Sequence[str]) -> str:
-    """The smallest and the largest.
+    """The range of some numbers, given as texts.
 
     >>> _range(["2e-09", "8e-06", "2e-09"])
     '2e-09 to 8e-06'

@@ -102,7 +102,7 @@ class Density:
     """The spectrum of a symmetric matrix, seen by a few random probes, between two spectra that enclose it.
 
     With probability `confidence` over the probes, *all* of this holds at once: the i-th eigenvalue lies between the i-th
-    of `low` and the i-th of `high`, for every i. Whatever follows from it holds on the same event: the enclosures of
+    of `low` and the i-th of `high`, for every i. Whatever follows from it holds on the same event: the intervals of
     the distribution function, of quantiles, of counts, of ranks, and the distance of the estimate from the truth.
 
     Attributes:
@@ -111,11 +111,11 @@ class Density:
         outliers: eigenvalues that were taken out beforehand, ascending; each is one of the n.
         low: spectrum that lies below the true one, eigenvalue by eigenvalue.
         high: spectrum that lies above it.
-        confidence: probability of the enclosure.
+        confidence: probability that all eigenvalues lie between `low` and `high`.
         slack: largest shift of an eigenvalue by rounding and by residuals of the outliers; `low` and `high` include it.
         products: number of products used.
-        exact: flag that it was computed from the whole matrix, so that nothing is random.
-        reached: flag that all probes and steps were taken that were asked for.
+        exact: True where it was computed from the whole matrix, so that nothing is random.
+        reached: True where all probes and steps were taken that were asked for.
         stopped: reason for the end of the run, in words.
 
     >>> nodes = Quadrature((0.0, 1.0), (0.5, 0.5), square=2.0)
@@ -139,7 +139,7 @@ class Density:
     def __post_init__(self) -> None:
         """Refuse what is no spectrum of n eigenvalues."""
         if not self.low.n == self.high.n == self.n or len(self.outliers) > self.n:
-            raise UsageError(f"expected {self.n} eigenvalues, got enclosures of {self.low.n} and {self.high.n}")
+            raise UsageError(f"expected {self.n} eigenvalues, got bounds for {self.low.n} and {self.high.n}")
         ends = (*self.low.points, *self.high.points, *(outlier.value for outlier in self.outliers))
         if not all(map(math.isfinite, ends)):
             raise NonFinite("eigenvalues must be finite")
@@ -275,7 +275,7 @@ class Density:
         return self._enclosed(seen, min(least, float(self.n)), most)
 
     def _enclosed(self, value: float, lower: float, upper: float) -> Estimate:
-        """An estimate with its enclosure; where it lies outside, the nearest end."""
+        """An estimate with its interval; a value outside is moved to the nearest end."""
         return Estimate(
             value=min(max(value, float(lower)), float(upper)),
             lower=float(lower),

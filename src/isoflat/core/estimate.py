@@ -1,4 +1,4 @@
-"""A number that states its own enclosure, cost and convergence."""
+"""A number with its interval, its cost and whether it converged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, final
 
 from isoflat.core import render
 from isoflat.core.errors import NonFinite, UsageError
-from isoflat.core.plain import attributes, numbers
+from isoflat.core.plain import attributes, json_numbers
 
 
 class Kind(StrEnum):
@@ -57,12 +57,12 @@ class Estimate:
         lower: lower end of the interval.
         upper: upper end of the interval; infinite when uncertified.
         confidence: probability, over the solver's random start, that the interval contains the exact number.
-        kind: what the interval means.
+        kind: meaning of the interval.
         converged: whether the requested tolerance was reached.
         cost: products, gradient passes, seconds, memory.
-        residual: for eigenvalues `‖A x − ρ x‖`, from a product of its own, never from the recurrence.
-        standard_error: for stochastic estimates, the standard error of the mean.
-        notes: what a reader must know, in words.
+        residual: `‖A x − ρ x‖` of an eigenvalue, from a product of its own, never from the recurrence; else None.
+        standard_error: standard error of the mean of a stochastic estimate; else None.
+        notes: remarks and warnings for the reader, in words.
         samples: one value per random probe, in order, of which `value` is the mean; empty for everything else. Two
             networks measured with the same probes are compared probe by probe.
 
@@ -160,7 +160,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; infinities become strings."""
-        return {**attributes(self, *_KEYS), **numbers(self, "value", "lower", "upper", "relative_width")}
+        return {**attributes(self, *_KEYS), **json_numbers(self, "value", "lower", "upper", "relative_width")}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Estimate:
@@ -189,6 +189,11 @@ def interval(estimate: Estimate) -> str:
     if estimate.kind is Kind.UNCERTIFIED:
         return f"residual {estimate.residual:.1e}" if estimate.residual is not None else "none"
     return render.bounds(estimate.lower, estimate.upper)
+
+
+def value_over_interval(estimate: Estimate) -> str:
+    """A value, and on the line below its interval, for a cell of a table."""
+    return f"{estimate}\n{interval(estimate)}"
 
 
 _KEYS = (

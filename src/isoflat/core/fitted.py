@@ -27,7 +27,7 @@ def literal(text: object, style: str = "") -> Text:
     return Text(visible(text), style=style)
 
 
-def facts(rows: Iterable[tuple[str, object]]) -> Grid:
+def fact_list(rows: Iterable[tuple[str, object]]) -> Grid:
     """Names and values in two columns."""
     grid = Grid.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -43,10 +43,10 @@ class FittedTable:
     """A table as wide as the terminal: lines break between words, and where even that needs more room, rows become lists.
 
     Attributes:
-        heads: of the columns.
+        heads: heads of the columns.
         rows: cells, one per column; `Text` keeps its style.
-        title: what stands above.
-        words: how many leading columns hold words; the others hold numbers and are set flush right.
+        title: line above the table.
+        words: number of leading columns that hold words; the others hold numbers and are set flush right.
         sections: rows after which a line is drawn.
     """
 
@@ -101,7 +101,7 @@ class FittedTable:
         parts = []
         for row in self.rows:
             texts = (str(cell).replace("\n", " ") for cell in row[1:])
-            parts += [_text(row[0]), Padding(facts(zip(self.heads[1:], texts, strict=True)), (0, 0, 0, 2))]
+            parts += [_text(row[0]), Padding(fact_list(zip(self.heads[1:], texts, strict=True)), (0, 0, 0, 2))]
         return Group(*parts)
 
 
@@ -116,5 +116,5 @@ def _text(cell: str | Text) -> Text:
 
 
 def item(head: str, *lines: str) -> Group:
-    """A name, and what is to be said of it below."""
+    """A name, and lines about it below."""
     return Group(literal(head, "bold"), *(Padding(literal(line), (0, 0, 0, 2)) for line in lines if line))

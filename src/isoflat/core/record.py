@@ -6,9 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
-from isoflat.core.plain import attributes
+from isoflat.core.plain import attributes, check_schema
 
 SCHEMA = 1
 """Version of the JSON layout; raised whenever a field changes its meaning."""
@@ -26,7 +25,7 @@ class Point:
         stationarity: `b = max_i ‖W_i‖ ‖∇_i L‖`, invariant to layer-wise rescaling: `D H D` differs from the
             covariant Hessian by at most b.
         examples: rows of data.
-        targets: what the risk divides by: counted targets, or their weights.
+        targets: divisor of the risk: number of counted targets, or sum of their weights.
         parameters: number of trainable entries.
         chance: accuracy of always predicting the most frequent class, where accuracy is defined.
     """
@@ -44,7 +43,7 @@ class Point:
 @final
 @dataclass(frozen=True)
 class Record:
-    """One row of a result: the estimate, what it is of, and its provenance.
+    """A measured number: the estimate, its measure and geometry, and its provenance.
 
     Attributes:
         measure: catalogue name.
@@ -54,7 +53,7 @@ class Record:
         estimate: the number.
         point: loss, accuracy and gradient there.
         stationarity_ratio: `b / ‖D H D‖`, small at a minimum; None where the measure's unit is not the metric's.
-        label: what the user calls this network.
+        label: the user's name of the network.
         settings: seed, tolerance, dtype, device, product route and further choices.
         versions: isoflat, torch, Python, measure and rules.
         model_hash: fingerprint of weights and buffers.
@@ -89,8 +88,7 @@ class Record:
         Raises:
             UsageError: the record was written by another schema version.
         """
-        if data.get("schema") != SCHEMA:
-            raise UsageError(f"expected a record of schema {SCHEMA}, got {data.get('schema')!r}; measure again")
+        check_schema(data, "record", SCHEMA)
         read: dict[str, Any] = {"estimate": Estimate.from_dict(data["estimate"]), "point": Point(**data["point"])}
         return Record(**{key: data[key] for key in _KEYS} | read)
 

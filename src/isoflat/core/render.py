@@ -61,6 +61,15 @@ def leading(texts: Sequence[str], most: int = 6, more: str = "more") -> str:
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} {more}" if len(texts) > most else "")
 
 
+def enumerated(names: Sequence[str], last: str = "and") -> str:
+    """All names in a row, as a sentence has them.
+
+    >>> enumerated(["a", "b", "c"], "or"), enumerated(["a"])
+    ('a, b or c', 'a')
+    """
+    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def concise(value: float, lower: float, upper: float) -> str:
     """A value with the uncertainty of its last digit in brackets, from the interval it is known to lie in.
 

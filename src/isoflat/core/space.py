@@ -1,4 +1,4 @@
-"""Named tensors as one flat vector, and every inner product there is.
+"""Named tensors as one flat vector, and every inner product of vectors.
 
 All sums of squares and inner products of the library go through `inner`, `norm` and `ParameterSpace.block_norms`, in
 float64 whatever the vectors are stored in, so that sharded vectors would need a change here only.
@@ -85,8 +85,8 @@ def inner(rows: Sequence[Tensor], vector: Tensor) -> Tensor:
     return total
 
 
-def rough(rows: Sequence[Tensor], vector: Tensor, size: float) -> Tensor:
-    """Inner products as the precision of long rows has them, which is faster than `inner`; shape `(k,)`, float64.
+def rough_inner(rows: Sequence[Tensor], vector: Tensor, size: float) -> Tensor:
+    """Inner products in the precision of the rows where these are long, which is faster than `inner`; shape `(k,)`, float64.
 
     Args:
         rows: k vectors of shape `(n,)`.
@@ -103,8 +103,8 @@ def rough(rows: Sequence[Tensor], vector: Tensor, size: float) -> Tensor:
     return total / scale
 
 
-def sweep(vector: Tensor, coefficients: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    """`vector −= Σ_j coefficients_j rows_j` in place, in float64, and the inner products of what is left with each row.
+def subtract_combination(vector: Tensor, coefficients: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Subtract `Σ_j coefficients_j rows_j` from a vector in place, in float64; the inner products of what is left with each row.
 
     One pass over the rows does both.
     """

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from isoflat.core import render
 from isoflat.core.density import Density
-from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
-from isoflat.core.plain import attributes
+from isoflat.core.plain import attributes, check_schema
 from isoflat.core.record import Record
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ class Spectrum(render.Printed):
     """The spectrum of a curvature in a geometry.
 
     Attributes:
-        record: what was measured and where; its estimate is the effective rank `(tr A)²/‖A‖_F²`.
-        density: the spectrum between two others that enclose it, with every quantity that follows from it.
+        record: provenance; its estimate is the effective rank `(tr A)²/‖A‖_F²`.
+        density: the spectrum, known to lie between two others, with every quantity that follows from it.
     """
 
     record: Record
@@ -57,14 +56,14 @@ class Spectrum(render.Printed):
 
     @property
     def effective_rank(self) -> Estimate:
-        """`(tr A)²/‖A‖_F²` with its enclosure and the cost of it all."""
+        """`(tr A)²/‖A‖_F²` with its interval and the cost of the whole spectrum."""
         return self.record.estimate
 
     def soft_rank(self, mu: float | None = None) -> Estimate:
         """`Σ λ/(λ + μ)` over the positive eigenvalues.
 
         Args:
-            mu: in the units of the eigenvalues; None for `NEAR` times the largest magnitude.
+            mu: μ, in the units of the eigenvalues; None for `NEAR` times the largest magnitude.
         """
         # Of zeros the soft rank is zero, whatever the unit.
         return self.density.soft_rank((self.threshold or 1.0) if mu is None else mu)
@@ -78,9 +77,9 @@ class Spectrum(render.Printed):
         """Draw the outliers, the quantiles, and the facts below."""
         from rich.console import Group
 
-        from isoflat.core.fitted import facts, literal
+        from isoflat.core.fitted import fact_list, literal
 
-        return Group(literal(self.title, "bold"), *self.grids(), facts(self.facts()))
+        return Group(literal(self.title, "bold"), *self.grids(), fact_list(self.facts()))
 
     @property
     def title(self) -> str:
@@ -119,7 +118,10 @@ class Spectrum(render.Printed):
             ("certainty", self._certainty),
             ("resolution", f"rounding and residuals move eigenvalues by at most {density.slack:.1e}"),
             ("invariant to", self.group),
-            ("cost", f"{cost.products:g} products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s"),
+            (
+                "cost",
+                f"{cost.products:g} Hessian-vector products, {cost.gradient_passes:.1f} gradient passes, {cost.seconds:.2f} s",
+            ),
             *(("note", note) for note in self.effective_rank.notes),
         ]
 
@@ -147,8 +149,7 @@ class Spectrum(render.Printed):
         Raises:
             UsageError: it was written by another schema version.
         """
-        if data.get("schema") != SCHEMA:
-            raise UsageError(f"expected a spectrum of schema {SCHEMA}, got {data.get('schema')!r}; measure again")
+        check_schema(data, "spectrum", SCHEMA)
         return Spectrum(Record.from_dict(data["record"]), Density.from_dict(data["density"]))
 
     @staticmethod
@@ -158,7 +159,7 @@ class Spectrum(render.Printed):
 
 
 def ends(found: Estimate, unit: int = 1) -> str:
-    """The ends of an enclosure in some unit, rounded outwards.
+    """The ends of an interval in some unit, rounded outwards.
 
     >>> from isoflat.core.estimate import Kind
     >>> ends(Estimate(0.5, 0.12345, 0.98765, 0.95, Kind.ENCLOSURE, True))
@@ -171,15 +172,15 @@ def ends(found: Estimate, unit: int = 1) -> str:
 
 
 def number(found: Estimate) -> str:
-    """A number with the ends of its enclosure."""
+    """A number with the ends of its interval."""
     return f"{_value(found)} {ends(found)}"
 
 
 def percent(found: Estimate) -> str:
-    """A share with the ends of its enclosure, in per cent."""
+    """A share with the ends of its interval, in per cent."""
     return f"{_value(found, 100)} % {ends(found, 100)}"
 
 
 def _value(found: Estimate, unit: int = 1) -> str:
-    """A number with four significant digits, or more where its enclosure is narrower than they tell."""
+    """A number with four significant digits, or more where its interval is narrower than four digits can say."""
     return render.significant(found.value, found.lower, found.upper, 4, unit)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from isoflat.core import render
 from isoflat.core.errors import UsageError
-from isoflat.core.estimate import interval
+from isoflat.core.estimate import value_over_interval
 from isoflat.core.plain import attributes
 from isoflat.core.record import Record
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class Omission:
-    """A number that is not there.
+    """A number that was asked for and could not be measured.
 
     Attributes:
         measure: catalogue name.
         geometry: name of the metric.
         reason: why, and what to do about it.
-        label: what the user calls the network.
+        label: the user's name of the network.
     """
 
     measure: str
@@ -36,7 +36,7 @@ class Omission:
     label: str = ""
 
     def __str__(self) -> str:
-        """A line."""
+        """Measure, geometry and reason in a line."""
         return f"{self.measure} ({self.geometry}): {self.reason}"
 
 
@@ -46,8 +46,8 @@ class Table(render.Printed):
     """One row per measured number; prints itself on a terminal and in a notebook.
 
     Attributes:
-        rows: what was measured.
-        omitted: what was asked for and does not apply.
+        rows: the measured numbers.
+        omitted: numbers that were asked for and could not be measured.
     """
 
     rows: tuple[Record, ...]
@@ -142,7 +142,7 @@ def _cells(row: Record) -> tuple[str, ...]:
         row.label,
         row.measure,
         row.geometry,
-        f"{estimate}\n{interval(estimate)}",
+        value_over_interval(estimate),
         "yes" if estimate.converged else "no",
         "–" if ratio is None else f"{ratio:.2g}",
         f"{estimate.cost.products}, {estimate.cost.gradient_passes:.1f}",

@@ -1,4 +1,4 @@
-"""Copies of a network with other weights and the same function: how far can a number be moved?"""
+"""Attacks on numbers by copies of a network with other weights and the same function: how far does a number move?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import IsoflatError, UsageError
 from isoflat.core.estimate import Estimate, Kind
-from isoflat.core.plain import attributes, numbers, plain
+from isoflat.core.plain import attributes, json_numbers, plain
 from isoflat.core.record import Record
 from isoflat.core.rng import stream
 from isoflat.core.state import State
@@ -29,7 +29,7 @@ from isoflat.symmetry.canonical.representative import install
 from isoflat.symmetry.found import TOLERANCE, Found
 
 SLACK = 1e-8
-"""Relative change of a number in float64 that counts as rounding, beside the widths of its enclosures."""
+"""Relative change of a number in float64 that counts as rounding, beside the widths of its confidence intervals."""
 
 STEP = 1 / 3
 """Spread of a step of the search, in units of that of a random copy: factors that add up stay within float64."""
@@ -44,13 +44,13 @@ class AttackPlan:
     """Settings of an attack.
 
     Attributes:
-        measures: names in the catalogue.
-        geometries: names of metrics.
-        points: random copies.
-        search: steps that try to move each number further.
+        measures: names of measures in the catalogue.
+        geometries: names of geometries in the catalogue.
+        points: number of random copies.
+        search: number of steps that try to move each number further.
         spread: standard deviation of the logarithms of the factors.
-        seed: of all randomness.
-        settings: further ones for `measure_all`.
+        seed: seed of all random numbers.
+        settings: further settings of `measure_all`.
     """
 
     measures: tuple[str, ...] = MEASURES
@@ -81,14 +81,14 @@ class AttackPlan:
 @final
 @dataclass(frozen=True)
 class Twin:
-    """One copy.
+    """A copy of the attacked network, with other weights and the same function.
 
     Attributes:
-        label: how it was come by.
+        label: name that says how the copy was found, such as "random copy 1".
         output_change: largest change of an output on the traced rows, relative to the largest output.
-        loss_change: of the loss on all the data, relative to it; None where it was not measured.
-        estimates: one for each attacked number, in order; none where it was not measured.
-        refused: why it was not measured; empty where it was.
+        loss_change: relative change of the loss on all the data; None where the copy was not measured.
+        estimates: one for each attacked number, in order; empty where the copy was not measured.
+        refused: reason why the copy was not measured; empty where it was.
     """
 
     label: str
@@ -99,7 +99,7 @@ class Twin:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**attributes(self), **numbers(self, "output_change", "loss_change")}
+        return {**attributes(self), **json_numbers(self, "output_change", "loss_change")}
 
 
 @final
@@ -108,12 +108,12 @@ class AttackedNumber:
     """The outcome of an attack for one number.
 
     Attributes:
-        before: at the weights as given, in float64.
-        lowest: value seen, the one before included.
-        highest: value seen, the one before included.
+        before: record at the weights as given, in float64.
+        lowest: lowest value seen, that at the weights as given included.
+        highest: highest value seen, that at the weights as given included.
         drift: largest `|value − before| / |before|`; absolute where the value before is zero.
-        worst: label of the copy where it was seen.
-        tolerance: drift that the enclosures' relative widths and rounding explain there.
+        worst: label of the copy with the largest drift, or with one beyond its tolerance.
+        tolerance: drift of that copy that rounding and the relative widths of confidence intervals explain.
         survives: whether the drift of every copy is within its tolerance.
     """
 
@@ -127,12 +127,12 @@ class AttackedNumber:
 
     @property
     def name(self) -> str:
-        """Measure and geometry."""
+        """Name of the number: measure and geometry."""
         return f"{self.before.measure} ({self.before.geometry})"
 
     @property
     def deviation(self) -> float:
-        """Largest distance from the value before."""
+        """Largest distance of a value from that at the weights as given."""
         value = self.before.estimate.value
         return max(self.highest - value, value - self.lowest)
 
@@ -141,7 +141,7 @@ class AttackedNumber:
         return {
             **attributes(self.before, "measure", "geometry"),
             **attributes(self),
-            **numbers(self, "drift", "tolerance"),
+            **json_numbers(self, "drift", "tolerance"),
         }
 
 
@@ -151,9 +151,9 @@ class AttackResult:
     """The outcome of an attack for all numbers.
 
     Attributes:
-        plan: what was asked.
-        dimension: of the exact groups that were used.
-        group_hash: of the group.
+        plan: settings of the attack.
+        dimension: dimension of the exact groups that were used.
+        group_hash: hash of the group.
         blind: whether a constant added to all scores, which the loss ignores, does not count as a change of outputs.
         rows: one for each number.
         twins: every copy, in order.
@@ -168,22 +168,22 @@ class AttackResult:
 
     @property
     def measured(self) -> tuple[Twin, ...]:
-        """Copies that gave numbers."""
+        """Copies that were measured."""
         return tuple(twin for twin in self.twins if not twin.refused)
 
     @property
     def refused(self) -> tuple[Twin, ...]:
-        """Copies that gave none."""
+        """Copies that were not measured."""
         return tuple(twin for twin in self.twins if twin.refused)
 
     @property
     def output_change(self) -> float:
-        """Largest of all measured copies."""
+        """Largest change of an output over all measured copies, relative to the largest output."""
         return max(twin.output_change for twin in self.measured)
 
     @property
     def loss_change(self) -> float:
-        """Largest of all measured copies."""
+        """Largest relative change of the loss over all measured copies."""
         return max(twin.loss_change or 0.0 for twin in self.measured)
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,17 +219,18 @@ def attack(  # noqa: PLR0913
 
     Args:
         model: the network.
-        data: as for `isoflat.measure`.
-        loss: as for `isoflat.measure`.
-        measures: names in the catalogue.
-        geometry: names of metrics.
-        points: random copies.
-        search: steps that try to move each number further.
+        data: inputs and targets, or batches of them, as for `isoflat.measure`.
+        loss: loss function, as for `isoflat.measure`.
+        measures: names of measures in the catalogue.
+        geometry: names of geometries in the catalogue.
+        points: number of random copies.
+        search: number of steps that try to move each number further.
         spread: standard deviation of the logarithms of the factors.
-        seed: seed of all randomness.
+        seed: seed of all random numbers.
         symmetries: the network's symmetries; None to find and prove them.
-        progress: show a line on the standard error.
-        **settings: as for `isoflat.measure_all`: `params`, `device`, `rtol`, `confidence`, `certify`, `probes`, `budget`.
+        progress: whether a line of progress is shown on the standard error.
+        **settings: further settings of `isoflat.measure_all`: `params`, `device`, `rtol`, `confidence`, `certify`, `probes`,
+            `budget`.
 
     Raises:
         UsageError: there is nothing to attack with, or no copy could be measured.
@@ -255,24 +256,19 @@ def attack(  # noqa: PLR0913
         )
     with bar(plan.work, not progress) as line:
         hunt = _Hunt(copy.deepcopy(model).double(), data, loss, found, plan, line)
-        _visit_all(hunt, found, plan)
+        for k in range(points):
+            hunt.visit(f"random copy {k + 1}", found.element(stream(seed, "orbit", k), spread))
+        for row, record in enumerate(hunt.before):
+            name = f"{record.measure} ({record.geometry})"
+            for step in range(search):
+                move = found.element(stream(seed, "search", name, step), STEP * spread)
+                element = tuple(a + b for a, b in zip(hunt.furthest(row), move, strict=True))
+                hunt.visit(f"search for {name}, step {step + 1}", element)
     twins = tuple(twin for twin, _ in hunt.visited)
     if all(twin.refused for twin in twins):
         raise UsageError(f"none of {len(twins)} copies could be measured ({twins[0].refused}): try a smaller spread")
     rows = tuple(_row(record, row, twins) for row, record in enumerate(hunt.before))
     return AttackResult(plan, found.dimension, found.hash, found.blind, rows, twins)
-
-
-def _visit_all(hunt: _Hunt, found: Found, plan: AttackPlan) -> None:
-    """Measure random copies first; then search for each number by itself."""
-    for k in range(plan.points):
-        hunt.visit(f"random copy {k + 1}", found.element(stream(plan.seed, "orbit", k), plan.spread))
-    for row, record in enumerate(hunt.before):
-        name = f"{record.measure} ({record.geometry})"
-        for step in range(plan.search):
-            move = found.element(stream(plan.seed, "search", name, step), STEP * plan.spread)
-            element = tuple(a + b for a, b in zip(hunt.furthest(row), move, strict=True))
-            hunt.visit(f"search for {name}, step {step + 1}", element)
 
 
 class _Hunt:
@@ -335,7 +331,7 @@ class _Hunt:
 
 
 def _row(record: Record, row: int, twins: Sequence[Twin]) -> AttackedNumber:
-    """The range of one number, and the copy that speaks most against it."""
+    """The range of one number over all copies, and the copy that speaks most against its invariance."""
     before = record.estimate
     seen = [(twin.label, twin.estimates[row]) for twin in twins if not twin.refused]
     values = [before.value, *(after.value for _, after in seen)]

@@ -1,4 +1,4 @@
-"""One network of an experiment: trained once, measured once for every question, and kept.
+"""Training and measuring of one network of an experiment; each is done once, and its result kept in a cell of the store.
 
 A cell of either kind is addressed by everything that its result depends on. Training knows nothing of what is measured, and
 a measurement knows the training it is of, so that asking for another number trains nothing anew.
@@ -6,9 +6,10 @@ a measurement knows the training it is of, so that asking for another number tra
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from isoflat.core.errors import IsoflatError, NonFinite, RankLost, RanksDiffer, UsageError
-from isoflat.core.plain import kinds, plain
-from isoflat.core.record import Record
+from isoflat.core.plain import adapter, plain
 from isoflat.core.rng import stream
 from isoflat.core.table import Omission, Table
 from isoflat.experiments import families
@@ -27,7 +27,7 @@ from isoflat.experiments.checkpoint import Checkpoint
 from isoflat.experiments.data import Split
 from isoflat.experiments.loop import VERSION, Training, accuracy, full_loss, train
 from isoflat.experiments.numbers import Number
-from isoflat.experiments.progress import Report
+from isoflat.experiments.progress import Report, shares
 from isoflat.experiments.recipe import Arm, Recipe
 from isoflat.experiments.store import Artifact, Store, address
 from isoflat.measurement.run import measure_all
@@ -40,17 +40,17 @@ from isoflat.symmetry.found import VERSION as RULES
 T = TypeVar("T")
 
 POINTS = 2
-"""Raised whenever other points of the orbit are drawn."""
+"""Version of the points of an orbit; raised whenever others are drawn."""
 
 EPOCHS = 10
-"""Between two checkpoints of a training."""
+"""Number of epochs between two checkpoints of a training."""
 
 TRAINING = 0.7
 """Share of a cell's time that training is taken to need, for the progress bar."""
 
 FEW_ROWS, ROWS = 250, 2000
-"""Rows per batch while measuring: on a processor, whose allocator keeps small pieces from one product to the next; and on other
-devices, which want large ones."""
+"""Rows per batch while measuring: on a processor, whose allocator keeps small pieces from one Hessian-vector product to the
+next; and on accelerators, which want large ones."""
 
 
 @final
@@ -59,9 +59,9 @@ class NetworkTask:
     """A network to train and measure.
 
     Attributes:
-        recipe: of the experiment.
-        arm: how it is trained.
-        replicate: its number within the arm; networks of the same number start from the same weights.
+        recipe: recipe of the experiment.
+        arm: way of training.
+        replicate: position within the arm; networks of the same position start from the same weights.
     """
 
     recipe: Recipe
@@ -70,11 +70,11 @@ class NetworkTask:
 
     @property
     def label(self) -> str:
-        """Arm and number."""
+        """Name of the network: its arm and its replicate."""
         return f"{self.arm.name} {self.replicate}"
 
     def training(self, data: Split) -> dict[str, Any]:
-        """Everything that its weights depend on."""
+        """Settings of the training cell: everything that the trained weights depend on."""
         recipe = self.recipe
         return {
             "kind": "training",
@@ -90,7 +90,7 @@ class NetworkTask:
         }
 
     def measurement(self, data: Split, numbers: Sequence[Number]) -> dict[str, Any]:
-        """Everything that its numbers depend on."""
+        """Settings of the measurement cell: everything that the numbers depend on."""
         recipe = self.recipe
         return {
             "kind": "measurement",
@@ -114,19 +114,19 @@ class NetworkTask:
 
 @final
 @dataclass(frozen=True)
-class Measured:
-    """A trained and measured network.
+class MeasuredNetwork:
+    """A network of an experiment, trained and measured.
 
     Attributes:
-        task: how it was made.
-        training: how that went; of one that diverged the loss is infinite, and steps and epochs are not known: 0.
-        train_error: share of the training rows, as labelled in training, that it gets wrong; None where it diverged.
-        test_error: share of the held-out rows; NaN-free: None where nothing is held out.
-        test_loss: mean cross-entropy there.
-        table: every number at the weights as trained; what cannot be measured of this network is omitted, with the reason.
-        moved: the same at other weights with the same function: random points of the orbit, or after the recipe's edit.
-        seconds: that training and measuring took when they were done.
-        diverged: what was said when its training diverged, and then there are no numbers; empty where it did not.
+        task: recipe, arm and replicate of the network.
+        training: outcome of the training; where it diverged the loss is infinite, and steps and epochs are 0.
+        train_error: share of the training rows, as labelled in training, that it gets wrong; None where training diverged.
+        test_error: share of the held-out rows that it gets wrong; None where nothing is held out, or training diverged.
+        test_loss: mean cross-entropy on the held-out rows; None where nothing is held out, or training diverged.
+        table: every number at the weights as trained; numbers that cannot be measured are omitted, with the reason.
+        moved: every number at other weights with the same function: at random points of the orbit, or after an edit.
+        seconds: seconds that training and measuring took when they were done.
+        diverged: message of the error with which training diverged; empty where it did not.
     """
 
     task: NetworkTask
@@ -141,22 +141,12 @@ class Measured:
 
     @property
     def label(self) -> str:
-        """Arm and number."""
+        """Name of the network: its arm and its replicate."""
         return self.task.label
-
-    def record(self, number: Number) -> Record | None:
-        """One of its numbers, if it applies."""
-        return found(self.table, number)
-
-
-def found(table: Table, number: Number) -> Record | None:
-    """A number in a table, if it applies."""
-    key = (number.measure, number.geometry, number.logits or "raw")
-    return next((row for row in table if (row.measure, row.geometry, row.settings["logits"]) == key), None)
 
 
 def decided(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Outcome of what the first of several processes does alone; all go on with its outcome, or raise its error.
+    """Let the first of several processes do some work alone; all go on with its outcome, or raise its error.
 
     >>> decided(Ranks(), lambda: 3)
     3
@@ -166,21 +156,23 @@ def decided(ranks: Ranks, work: Callable[[], T]) -> T:
     return ranks.from_first(outcome)[0]
 
 
-def run(task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store, report: Report) -> Measured | None:
-    """Train and measure, or read what was done before.
+def train_and_measure(
+    task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store, report: Report
+) -> MeasuredNetwork | None:
+    """Train and measure a network, or read from the store what was done before.
 
     In a process group every process trains the same, all go on with the weights of the first, and share the measurement;
     the first alone uses the store. A training that diverges, and a number that cannot be measured, are results as well.
 
     Args:
-        task: which network.
-        data: what to train and measure on.
-        numbers: what to measure.
-        store: where results are kept.
-        report: told what is going on.
+        task: recipe, arm and replicate of the network.
+        data: rows to train and measure on.
+        numbers: numbers to measure.
+        store: store for the results.
+        report: function that is told what is going on.
 
     Returns:
-        The network's numbers; None where another process is at it.
+        The measured network; None where another process is working on it.
 
     Raises:
         DataError: a cell of the store is damaged.
@@ -196,26 +188,26 @@ def run(task: NetworkTask, data: Split, numbers: Sequence[Number], store: Store,
             there = decided(ranks, lambda: store.get(address(wanted)))
             measured = there or _measured(task, data, numbers, trained, store, report)
     report(f"{task.label} is there", 0.0)
-    return read(task, trained, measured)
+    return assembled(task, trained, measured)
 
 
-def read(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> Measured:
-    """Put a network together from its cells in the store; one that diverged has a training and no measurement."""
+def assembled(task: NetworkTask, trained: Artifact, measured: Artifact | None) -> MeasuredNetwork:
+    """A network put together from its cells in the store; one that diverged has a training and no measurement."""
     if measured is None:
-        gone = kinds(_Diverged).validate_python(trained.result)
+        gone = adapter(_Diverged).validate_python(trained.result)
         training = Training(math.inf, reached=False, steps=0, epochs=0.0, seconds=gone.seconds)
-        return Measured(task, training, None, None, None, Table(()), (), gone.seconds, gone.diverged)
-    there = kinds(_TrainingResult).validate_python(trained.result)
-    table, *moved = [_table(rows) for rows in measured.result["points"]]
-    seconds = there.training.seconds + kinds(float).validate_python(measured.result["seconds"])
+        return MeasuredNetwork(task, training, None, None, None, Table(()), (), gone.seconds, gone.diverged)
+    there = adapter(_TrainingResult).validate_python(trained.result)
+    table, *moved = [Table.from_dict(rows) for rows in measured.result["points"]]
+    seconds = there.training.seconds + adapter(float).validate_python(measured.result["seconds"])
     errors = (there.train_error, there.test_error, there.test_loss)
-    return Measured(task, there.training, *errors, table, tuple(moved), seconds)
+    return MeasuredNetwork(task, there.training, *errors, table, tuple(moved), seconds)
 
 
 @final
 @dataclass(frozen=True)
 class _TrainingResult:
-    """The result of a training cell."""
+    """The result of a cell whose training went well."""
 
     training: Training
     train_error: float
@@ -226,13 +218,13 @@ class _TrainingResult:
 @final
 @dataclass(frozen=True)
 class _Diverged:
-    """The result of a training cell whose training diverged."""
+    """The result of a cell whose training diverged."""
 
     diverged: str
     seconds: float
 
 
-def network(task: NetworkTask, data: Split) -> nn.Module:
+def initial_network(task: NetworkTask, data: Split) -> nn.Module:
     """Build the network of a task with its initial weights."""
     recipe = task.recipe
     given: dict[str, Any] = {
@@ -254,13 +246,9 @@ def network(task: NetworkTask, data: Split) -> nn.Module:
 def _trained(task: NetworkTask, data: Split, store: Store, report: Report) -> Artifact:
     recipe, arm = task.recipe, task.arm
     settings = task.training(data)
-    model, noisy = network(task, data), labelled(data, arm.training.noise, recipe.seed)
-    ranks, reached, started = Ranks.here(), 0.0, time.monotonic()
-
-    def progress(share: float) -> None:
-        nonlocal reached
-        report(f"training {task.label}", TRAINING * max(0.0, share - reached))
-        reached = max(reached, share)
+    model, noisy = initial_network(task, data), labelled(data, arm.training.noise, recipe.seed)
+    ranks, started = Ranks.here(), time.monotonic()
+    progress = shares(report, f"training {task.label}", TRAINING)
 
     def trained(checkpoint: Checkpoint | None) -> dict[str, Any]:
         if recipe.edit is None:
@@ -289,7 +277,7 @@ def _trained(task: NetworkTask, data: Split, store: Store, report: Report) -> Ar
 
 
 def _checkpoint(task: NetworkTask, where: str, store: Store, ranks: Ranks) -> Checkpoint | None:
-    """Written by the first process; the others only read it, where they see its folder, so as not to fall behind."""
+    """The checkpoint of a training: the first process writes it, the others only resume from it, so as not to fall behind."""
     folder = decided(ranks, lambda: store.scratch(where))
     if not folder.is_dir():
         return None
@@ -300,13 +288,13 @@ def _measured(
     task: NetworkTask, data: Split, numbers: Sequence[Number], trained: Artifact, store: Store, report: Report
 ) -> Artifact:
     recipe, ranks = task.recipe, Ranks.here()
-    model = network(task, data)
+    model = initial_network(task, data)
     model.load_state_dict(decided(ranks, trained.tensors))
     model.eval().to(getattr(torch, recipe.dtype))
     rows = slice(recipe.data.measured)
     inputs, targets = (part[rows] for part in labelled(data, task.arm.training.noise, recipe.seed))
     inputs = inputs.to(getattr(torch, recipe.dtype)) if inputs.is_floating_point() else inputs
-    before = network(task, data) if any(find_measure(number.measure).prior for number in numbers) else None
+    before = initial_network(task, data) if any(find_measure(number.measure).prior for number in numbers) else None
     started = time.monotonic()
     twins: Sequence[nn.Module] = ()
     lost: list[Table] = []
@@ -325,7 +313,7 @@ def _measured(
 
 
 def _twins(task: NetworkTask, model: nn.Module, inputs: Tensor) -> Sequence[nn.Module]:
-    """The same function with other weights: after the recipe's edit, or at random points of the orbit."""
+    """Copies with other weights and the same function: after the recipe's edit, or at random points of the orbit."""
     recipe = task.recipe
     if recipe.edit is not None:
         return [edited(model, recipe.edit.weights, recipe.edit.biases)]
@@ -340,10 +328,8 @@ def edited(model: nn.Module, weights: Sequence[float], biases: Sequence[float]) 
     """A copy with the weight and bias of each linear layer multiplied by its own factors.
 
     Raises:
-        UsageError: there are other numbers of layers and factors.
+        UsageError: the numbers of layers and of factors differ.
     """
-    import copy
-
     twin = copy.deepcopy(model)
     layers = [module for module in twin.modules() if isinstance(module, nn.Linear)]
     if not len(layers) == len(weights) == len(biases):
@@ -359,7 +345,7 @@ def edited(model: nn.Module, weights: Sequence[float], biases: Sequence[float]) 
 
 
 def labelled(data: Split, noise: float, seed: int) -> tuple[Tensor, Tensor]:
-    """The training rows, a share of whose labels is drawn anew, uniformly over the classes there are.
+    """Training rows, with a share of the labels drawn anew, uniformly over the classes there are.
 
     More noise keeps the labels that less noise has drawn.
     """
@@ -389,7 +375,7 @@ def _numbers(
     batches = list(zip(data[0].split(rows), data[1].split(rows), strict=True))
 
     def measured(chosen: Sequence[Number]) -> Table:
-        """Together; where that is refused each by itself, and what is refused then is omitted."""
+        """Measure numbers together; where that is refused each by itself, and what is still refused is omitted."""
         try:
             return measure_all(
                 model,
@@ -426,9 +412,3 @@ def _joined(tables: Iterable[Table]) -> Table:
 
 def _omission(number: Number, error: IsoflatError, label: str) -> Omission:
     return Omission(number.measure, number.geometry, str(error), label)
-
-
-def _table(stored: Mapping[str, Any]) -> Table:
-    return Table(
-        tuple(Record.from_dict(row) for row in stored["rows"]), tuple(Omission(**part) for part in stored["omitted"])
-    )

@@ -1,4 +1,4 @@
-"""A training saved on its way: whole or not at all, and taken up by nothing but the same training."""
+"""Checkpoints of a training: written whole or not at all, and resumed by the same training only."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Checkpoint:
     """Place where a training is saved on its way, so that it survives being killed.
 
     Attributes:
-        path: of the file; its folder must exist. It is left there when the training ends.
-        every: epochs between two savings.
+        path: path of the file; its folder must exist. The file is left there when the training ends.
+        every: number of epochs between two savings.
     """
 
     path: Path
@@ -38,8 +38,17 @@ class Checkpoint:
 
 @final
 @dataclass
-class Way:
-    """Progress of a training: the loss at the start and at the last look, and what has been counted."""
+class TrainingProgress:
+    """Progress of a training.
+
+    Attributes:
+        first: loss before the first step.
+        loss: loss when it was last evaluated.
+        steps: number of steps taken.
+        seen: number of rows seen.
+        seconds: wall-clock time spent.
+        history: epochs with the loss after each.
+    """
 
     first: float
     loss: float
@@ -55,12 +64,12 @@ class Keeper:
     """Saves everything that a training depends on from here on, and puts it back.
 
     Attributes:
-        checkpoint: where.
-        identity: of the training; a file of another one is refused.
-        model: that is trained.
-        optimizer: its momenta and steps.
-        schedule: the epochs it has counted.
-        shuffling: the order of rows to come.
+        checkpoint: file to save to, and how often.
+        identity: everything that tells this training from others; a file of another training is refused.
+        model: the network that is trained.
+        optimizer: the optimizer, with its momenta and steps.
+        schedule: the schedule of learning rates, with the epochs it has counted.
+        shuffling: generator that draws the order of the rows.
     """
 
     checkpoint: Checkpoint
@@ -74,8 +83,8 @@ class Keeper:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def save(self, way: Way) -> None:
-        """Save in one step: whoever is killed meanwhile leaves the checkpoint before."""
+    def save(self, way: TrainingProgress) -> None:
+        """Save in one step: a process that is killed meanwhile leaves the previous checkpoint whole."""
         device = self._device
         content = {
             "of": dict(self.identity),
@@ -90,11 +99,11 @@ class Keeper:
         packed = io.BytesIO()
         torch.save(content, packed)
         path = self.checkpoint.path
-        with files.told(path, "saving a checkpoint"):
+        with files.as_usage_errors(path, "saving a checkpoint"):
             files.write(path, packed.getvalue(), alone=True)
 
-    def resume(self) -> Way | None:
-        """Put back what is saved; None where nothing is."""
+    def resume(self) -> TrainingProgress | None:
+        """Restore what was saved, and return the progress; None where nothing is saved."""
         path = self.checkpoint.path
         if not path.parent.is_dir():
             raise UsageError(f"checkpoint {path}: the folder {path.parent} does not exist; create it first")
@@ -116,7 +125,7 @@ class Keeper:
         torch.set_rng_state(content["dropout"])
         if content["card"] is not None:
             torch.cuda.set_rng_state(content["card"], self._device)
-        return Way(**content["way"])
+        return TrainingProgress(**content["way"])
 
 
 def _unpacked(path: Path) -> Any:

@@ -22,7 +22,7 @@ TOPICS = ("while", "for", "with", "try")
 """Pages of Python's `help()` on statements: a dictionary of strings, there with every CPython, also under -OO."""
 
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz ,.")
-"""What is kept of a text, in lower case."""
+"""Characters that are kept of a text in lower case."""
 
 
 @final
@@ -31,10 +31,10 @@ class Split:
     """Training and test rows, each a pair of inputs (float32, or int64 if they are characters) and class targets (int64).
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         train: rows to train on.
         test: rows that are held out.
-        vocabulary: what the classes are, where they are characters.
+        vocabulary: the character that each class stands for; empty where classes are no characters.
     """
 
     name: str
@@ -51,7 +51,11 @@ class Split:
         )
 
     def first(self, train: int | None, test: int | None) -> Split:
-        """Its first rows.
+        """The same data set with its first rows only.
+
+        Args:
+            train: number of training rows; None for all.
+            test: number of held-out rows; None for all.
 
         Raises:
             DataError: there are fewer.
@@ -100,8 +104,8 @@ def characters(windows: int = 48, context: int = 32) -> Split:
     held out. The text is the same wherever the version of Python is, and changes little between versions.
 
     Args:
-        windows: how many to train on.
-        context: characters in a window.
+        windows: number of windows to train on.
+        context: number of characters in a window.
 
     Raises:
         UsageError: a window without characters, or none to train on.
@@ -128,7 +132,7 @@ def characters(windows: int = 48, context: int = 32) -> Split:
 
 
 def _help() -> str:
-    """The pages one after the other, reduced to few characters.
+    """The text of Python's help pages, reduced to few characters.
 
     Raises:
         DataError: they are missing.
@@ -148,15 +152,15 @@ FILES = {
     "cifar10": "CIFAR-10 as Parquet files with images and labels (a folder or glob whose file names tell train and test), "
     "or as a .npz file with x_train, y_train, x_test and y_test",
 }
-"""Data that does not come with isoflat."""
+"""Data sets that do not come with isoflat, and the files that hold them."""
 
 
 def load_split(spec: DataSpec, source: str | None) -> Split:
     """Load the rows that a recipe is trained and measured on.
 
     Args:
-        spec: the recipe's.
-        source: a path where the data does not come with isoflat; None for none.
+        spec: description of the data in the recipe.
+        source: path of the data, where it does not come with isoflat; None for none.
 
     Raises:
         UsageError: a path is missing, or given where there is none to give.
@@ -182,7 +186,7 @@ def load_split(spec: DataSpec, source: str | None) -> Split:
 
 
 def _pair(rows: Rows, spec: DataSpec) -> tuple[Tensor, Tensor]:
-    """Inputs as the recipe wants them."""
+    """Inputs and targets in the form that the recipe wants."""
     if rows.targets.is_floating_point():
         raise DataError("the targets of this data are no classes")
     inputs = convert(rows.inputs)

@@ -15,7 +15,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.rng import stream
 from isoflat.experiments import transformer
 from isoflat.experiments.data import Split, characters, digits
-from isoflat.experiments.demonstration import DemoArm, DemoResult, Setting, train_arms, verdicts
+from isoflat.experiments.demonstration import DemoArm, DemoResult, DemoSetting, train_arms
 from isoflat.experiments.families import mlp, normed
 from isoflat.experiments.ladders import Victim, rescale_layers, rescale_units, shift_constants
 from isoflat.experiments.loop import Regime, one_thread, train
@@ -31,14 +31,14 @@ class MlpPlan:
     """Settings of the demonstration on digits.
 
     Attributes:
-        seeds: networks per arm.
-        seed: all randomness follows from it.
-        optimizer: see `Regime`.
+        seeds: number of networks per arm.
+        seed: seed of all random numbers.
+        optimizer: name of the optimizer, as in `Regime`.
         target: training loss at which networks are compared.
-        widths: of the fully connected network, without biases.
-        factors: how strongly the attacks rescale.
-        shifts: constants that the last attack moves about.
-        max_epochs: see `Regime`.
+        widths: widths of the fully connected network's layers, the input first; it has no biases.
+        factors: factors by which the two rescaling attacks multiply; the first, 1, changes nothing.
+        shifts: constants that the last attack adds to biases; the first, 0, changes nothing.
+        max_epochs: epochs after which a training stops anyway, as in `Regime`.
     """
 
     seeds: int = 5
@@ -63,9 +63,9 @@ class MlpPlan:
         return 2.0 * 2 * self.seeds + 2 + len(self.factors) * 2 + len(self.shifts)
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> DemoSetting:
         """Properties of this demonstration: architecture, arms, question and sentences."""
-        return Setting(
+        return DemoSetting(
             network=f"{'–'.join(map(str, self.widths))}, ReLU, no biases",
             arms=(SMALL, LARGE),
             question="Are large-batch minima sharper?",
@@ -80,40 +80,35 @@ def demonstrate(plan: MlpPlan | transformer.TransformerPlan, progress: bool = Fa
     """Run a demonstration on data that comes with isoflat or with Python.
 
     Args:
-        plan: which demonstration, and how.
-        progress: show a line on the standard error.
+        plan: settings of one of the two demonstrations.
+        progress: whether a line of progress is shown on the standard error.
     """
     with bar(plan.work, not progress) as report:
         if isinstance(plan, transformer.TransformerPlan):
-            return transformer.run(characters(plan.windows, plan.context), plan, report)
-        return run(digits(), plan, report)
+            return transformer.run_transformer(characters(plan.windows, plan.context), plan, report)
+        return run_mlp(digits(), plan, report)
 
 
-def run(data: Split, plan: MlpPlan, report: Report = silent) -> DemoResult:
-    """Train, measure, compare, attack.
+def run_mlp(data: Split, plan: MlpPlan, report: Report = silent) -> DemoResult:
+    """Train and measure the networks of both arms on digits, compare them, and attack one of them and a normalised one.
 
     Args:
-        data: what to train on.
-        plan: how.
-        report: told what is going on.
+        data: rows to train on, and rows that are held out.
+        plan: settings of the demonstration.
+        report: function that is told what is going on.
     """
     started = time.monotonic()
     setting = plan.setting
-
-    def attacking(text: str) -> None:
-        report(text, 1.0)
-
     with one_thread():
         networks = train_arms(
             data, plan, setting.arms, lambda seed: mlp.build(plan.widths, bias=False, seed=seed), report
         )
         victim = Victim.prepare(networks[0].model, data.train, networks[0].label)
-        ladders = [climb(victim, plan.factors, plan.seed, attacking) for climb in (rescale_layers, rescale_units)]
+        ladders = [climb(victim, plan.factors, plan.seed, report) for climb in (rescale_layers, rescale_units)]
         model = _normed(data, plan, report)
         other = Victim.prepare(model, data.train, "batch-normalised")
-        ladders.append(shift_constants(other, normed.pairs(model), plan.shifts, plan.seed, attacking))
-    found = verdicts(networks, setting.arms)
-    return DemoResult(setting, plan, data.name, networks, found, tuple(ladders), time.monotonic() - started)
+        ladders.append(shift_constants(other, normed.pairs(model), plan.shifts, plan.seed, report))
+    return DemoResult(setting, plan, data.name, networks, tuple(ladders), time.monotonic() - started)
 
 
 def _normed(data: Split, plan: MlpPlan, report: Report) -> nn.Sequential:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, final
 
 from torch import nn
@@ -17,7 +18,7 @@ from isoflat.experiments.data import Split
 from isoflat.experiments.ladders import Ladder
 from isoflat.experiments.loop import Regime, Training, accuracy, train
 from isoflat.experiments.numbers import CANONICAL, GEOMETRIES, MEASURES, NUMBERS, Number
-from isoflat.experiments.progress import Report
+from isoflat.experiments.progress import Report, shares
 from isoflat.experiments.verdict import GroupVerdict, compare
 from isoflat.measurement.run import measure_all
 
@@ -27,17 +28,17 @@ class DemoPlan(Protocol):
 
     @property
     def seeds(self) -> int:
-        """Networks per arm."""
+        """Number of networks per arm."""
         ...
 
     @property
     def seed(self) -> int:
-        """All randomness follows from it."""
+        """Seed of all random numbers."""
         ...
 
     @property
     def optimizer(self) -> str:
-        """See `Regime`."""
+        """Name of the optimizer, as in `Regime`."""
         ...
 
     @property
@@ -47,7 +48,7 @@ class DemoPlan(Protocol):
 
     @property
     def max_epochs(self) -> int:
-        """See `Regime`."""
+        """Epochs after which a training stops anyway, as in `Regime`."""
         ...
 
     @property
@@ -59,11 +60,11 @@ class DemoPlan(Protocol):
 @final
 @dataclass(frozen=True)
 class DemoArm:
-    """One way of training.
+    """One of the two ways of training that a demonstration compares.
 
     Attributes:
-        name: singular, such as "small batch".
-        batch: rows per step; None for all of them.
+        name: name in the singular, such as "small batch".
+        batch: number of rows per step; None for all of them.
         rate: learning rate; None for the optimizer's usual one.
     """
 
@@ -73,19 +74,19 @@ class DemoArm:
 
     @property
     def adjective(self) -> str:
-        """Its name before a noun."""
+        """Name of the arm before a noun, such as "small-batch"."""
         return self.name.replace(" ", "-")
 
     @property
     def minima(self) -> str:
-        """Name of its networks in a sentence, such as "small-batch minima"."""
+        """Name of the arm's networks in a sentence, such as "small-batch minima"."""
         return f"{self.adjective} minima"
 
     def how(self, rows: int) -> str:
         """The difference from the other arm, in words.
 
         Args:
-            rows: of the training set.
+            rows: number of rows in the training set.
         """
         if self.rate is not None:
             return f"with learning rate {self.rate:g}"
@@ -94,17 +95,17 @@ class DemoArm:
 
 @final
 @dataclass(frozen=True)
-class Setting:
+class DemoSetting:
     """Properties of one demonstration beside its plan: architecture, arms, question and sentences.
 
     Attributes:
         network: the architecture, in words.
         arms: the two ways of training that are compared; the first is the baseline.
-        question: that the comparison answers.
+        question: the question that the comparison answers.
         fooled: the number by which an edited network passes for a sharper one.
-        passing: that sentence, with `{label}`, `{times}`, `{other}` and what the canonical number says, `{still}`.
-        leading: which ladder's sentence stands at the head of the report.
-        together: whether networks and edits are shown in one table.
+        passing: sentence that says so; `{label}`, `{times}`, `{other}` and, for the canonical number, `{still}` are filled in.
+        leading: position of the ladder whose sentence stands at the head of the report.
+        together: whether trained and edited networks are shown in one table.
     """
 
     network: str
@@ -118,15 +119,15 @@ class Setting:
 
 @final
 @dataclass(frozen=True)
-class Trained:
-    """A trained and measured network.
+class DemoNetwork:
+    """A network of a demonstration, trained and measured.
 
     Attributes:
-        arm: how it was trained.
-        seed: its number within the arm; weights, order of rows and start vectors follow from it and the plan's seed.
-        training: how the training went.
-        test_accuracy: on the held-out rows.
-        table: every number, on the whole training set.
+        arm: the way in which it was trained.
+        seed: position within the arm; initial weights and order of rows follow from it and the plan's seed.
+        training: outcome of its training.
+        test_accuracy: accuracy on the held-out rows.
+        table: every number, measured on the whole training set.
         model: the network itself.
     """
 
@@ -139,11 +140,11 @@ class Trained:
 
     @property
     def label(self) -> str:
-        """Arm and seed."""
+        """Name of the network: its arm and its seed."""
         return f"{self.arm.name} {self.seed}"
 
     def estimate(self, number: Number) -> Estimate:
-        """One of its numbers."""
+        """Estimate of one of the network's numbers."""
         return number.of(self.table).estimate
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,18 +162,18 @@ class Trained:
 
 def train_arms(
     data: Split, plan: DemoPlan, arms: tuple[DemoArm, DemoArm], build: Callable[[int], nn.Module], report: Report
-) -> tuple[Trained, ...]:
+) -> tuple[DemoNetwork, ...]:
     """Networks of both arms, trained and measured; pairs start from the same weights.
 
     Args:
-        data: what to train on.
-        plan: how.
-        arms: the two ways.
-        build: a network from the seed of its initial weights.
-        report: told what is going on.
+        data: rows to train on, and rows that are held out.
+        plan: settings of the demonstration.
+        arms: the two ways of training.
+        build: function that builds a network from the seed of its initial weights.
+        report: function that is told what is going on.
     """
 
-    def trained(arm: DemoArm, seed: int) -> Trained:
+    def trained(arm: DemoArm, seed: int) -> DemoNetwork:
         model = build(stream(plan.seed, "network", seed).initial_seed())
         return _trained(model, data, plan, arm, seed, report)
 
@@ -181,19 +182,13 @@ def train_arms(
     return tuple(network for arm in zip(*pairs, strict=True) for network in arm)
 
 
-def _trained(model: nn.Module, data: Split, plan: DemoPlan, arm: DemoArm, seed: int, report: Report) -> Trained:
-    """One network, from its initial weights to its numbers."""
+def _trained(model: nn.Module, data: Split, plan: DemoPlan, arm: DemoArm, seed: int, report: Report) -> DemoNetwork:
+    """A network trained from its initial weights, and measured."""
     regime = Regime(arm.batch, plan.target, plan.optimizer, plan.max_epochs, arm.rate)
     label = f"{arm.name} {seed}"
-    reached = 0.0
-
-    def progress(share: float) -> None:
-        nonlocal reached
-        report(f"training {label}", max(0.0, share - reached))
-        reached = max(reached, share)
-
     report(f"training {label}", 0.0)
-    training = train(model, data.train, regime, stream(plan.seed, "order", arm.name, seed), progress)
+    order = stream(plan.seed, "order", arm.name, seed)
+    training = train(model, data.train, regime, order, shares(report, f"training {label}"))
     report(f"measuring {label}", 0.0)
     model.eval()
     table = measure_all(
@@ -206,18 +201,18 @@ def _trained(model: nn.Module, data: Split, plan: DemoPlan, arm: DemoArm, seed: 
         label=label,
     )
     report(f"measured {label}", 1.0)
-    return Trained(arm, seed, training, accuracy(model, data.test), table, model)
+    return DemoNetwork(arm, seed, training, accuracy(model, data.test), table, model)
 
 
-def verdicts(networks: tuple[Trained, ...], arms: tuple[DemoArm, DemoArm]) -> dict[str, GroupVerdict]:
-    """The second arm against the first by every number, over the networks that reached the target.
+def verdicts(networks: tuple[DemoNetwork, ...], arms: tuple[DemoArm, DemoArm]) -> dict[str, GroupVerdict]:
+    """Verdicts on the second arm against the first, one for every number, over the networks that reached the target.
 
     Args:
-        networks: of both arms.
-        arms: the baseline and the other one.
+        networks: the networks of both arms.
+        arms: the baseline and the other arm.
 
     Returns:
-        By name of the number; empty if an arm has fewer than two such networks.
+        Verdicts by name of the number; none if an arm has fewer than two networks that reached the target.
     """
     first, second = (
         [network for network in networks if network.arm == arm and network.training.reached] for arm in arms
@@ -240,11 +235,11 @@ class DemoLine:
     """One network in a table of all: as trained, or edited.
 
     Attributes:
-        label: what it is.
-        loss: on the training set.
-        records: each number, by name.
-        output_change: relative to the network as trained; None for that itself.
-        changes: of each number, relative to the network as trained, in the same precision.
+        label: name of the network, and of the edit if there was one.
+        loss: loss on the training set.
+        records: record of each number, by its name.
+        output_change: largest change of an output by the edit, relative to the largest output; None as trained.
+        changes: relative change of each number by the edit, by its name; none as trained.
     """
 
     label: str
@@ -260,41 +255,44 @@ class DemoResult:
     """The findings of a demonstration: networks, verdicts and edits that keep the function.
 
     Attributes:
-        setting: which demonstration.
-        plan: what was done.
+        setting: the demonstration's architecture, arms and question.
+        plan: settings that were followed.
         data: name of the data set.
-        networks: all of them, those that missed the target included.
-        verdicts: by name of the number; empty if too few networks reached the target.
-        ladders: what edits that keep the function did.
-        seconds: wall-clock time.
+        networks: all trained networks, those that missed the target included.
+        ladders: edits that keep the function, with the numbers after each.
+        seconds: wall-clock time of the whole demonstration.
     """
 
-    setting: Setting
+    setting: DemoSetting
     plan: DemoPlan
     data: str
-    networks: tuple[Trained, ...]
-    verdicts: dict[str, GroupVerdict]
+    networks: tuple[DemoNetwork, ...]
     ladders: tuple[Ladder, ...]
     seconds: float
 
+    @cached_property
+    def verdicts(self) -> dict[str, GroupVerdict]:
+        """Verdicts on the two arms by name of the number; none if too few networks reached the target."""
+        return verdicts(self.networks, self.setting.arms)
+
     @property
-    def missed(self) -> tuple[Trained, ...]:
+    def missed(self) -> tuple[DemoNetwork, ...]:
         """Networks above the target loss: shown, but left out of the comparison."""
         return tuple(network for network in self.networks if not network.training.reached)
 
-    def arm(self, arm: DemoArm) -> tuple[Trained, ...]:
+    def arm(self, arm: DemoArm) -> tuple[DemoNetwork, ...]:
         """Networks of one arm."""
         return tuple(network for network in self.networks if network.arm == arm)
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Every measured number."""
+        """Record of every measured number."""
         networks = [record for network in self.networks for record in network.table]
         return (*networks, *(record for ladder in self.ladders for record in ladder.records))
 
     @property
     def lines(self) -> tuple[tuple[DemoLine, ...], ...]:
-        """Everything that was measured, for one table: a group for each arm, then one for each edited network."""
+        """Lines of a table of all that was measured: a group for each arm, then one for each edited network."""
         groups = [
             tuple(
                 DemoLine(

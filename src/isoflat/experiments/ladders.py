@@ -1,4 +1,4 @@
-"""Edits that keep a network's function: what they do to a flatness number."""
+"""Edits that keep a network's function, with growing amounts, and the flatness numbers after each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from isoflat.core.plain import attributes
 from isoflat.core.record import Record
+from isoflat.core.render import rounded
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.experiments.numbers import GEOMETRIES, MEASURES, NUMBERS, Number
+from isoflat.experiments.progress import Report, silent
 from isoflat.geometry.canonical import GEOMETRY
 from isoflat.measurement.run import measure_all
 from isoflat.symmetry.canonical.representative import install
@@ -26,25 +28,16 @@ STILL = 1e-6
 """Relative change up to which a sentence says that a number stays."""
 
 
-def rounded(value: float) -> str:
-    """Three digits, and powers of ten only where they save space.
-
-    >>> rounded(4017.6), rounded(0.81234), rounded(2.291e15)
-    ('4020', '0.812', '2.29e+15')
-    """
-    return f"{float(f'{value:.3g}'):g}"
-
-
 @final
 @dataclass(frozen=True)
 class Rung:
-    """The network edited by one amount.
+    """A network edited by one amount, and measured.
 
     Attributes:
-        amount: how strongly.
+        amount: strength of the edit, such as the factor by which weights were multiplied.
         output_change: largest change of an output on the training set, relative to the largest output.
-        records: each number there, by name.
-        changes: of each number, relative to the first rung.
+        records: record of each number, by its name.
+        changes: relative change of each number from the first rung, by its name.
     """
 
     amount: float
@@ -59,13 +52,13 @@ class Ladder:
     """One kind of edit with growing amounts, measured in float64.
 
     Attributes:
-        name: short.
-        title: what is edited.
-        edit: the same, to begin a sentence with; `{amount}` and `{label}` are filled in.
-        how: what exactly, for a caption.
-        label: which network.
-        verified: worst output change over random elements of all its symmetries, proved before it was edited.
-        rungs: the first one is the reference: nothing edited.
+        name: short name of the edit, which an amount can follow: "layers ×".
+        title: heading that says what is edited.
+        edit: beginning of a sentence that says what is edited; `{amount}` and `{label}` are filled in.
+        how: exact description of the edit, for a caption.
+        label: name of the network that is edited.
+        verified: largest relative output change by random elements of its symmetries, before it was edited.
+        rungs: the edited networks by growing amount; the first is the reference, where nothing is edited.
     """
 
     name: str
@@ -78,7 +71,7 @@ class Ladder:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Every measured number."""
+        """Record of every measured number."""
         return tuple(record for rung in self.rungs for record in rung.records.values())
 
     @property
@@ -108,10 +101,10 @@ class Victim:
 
     Attributes:
         model: a copy of the network.
-        data: inputs and class targets, float64.
-        label: what to call it.
-        found: its symmetries.
-        verified: worst output change when they were proved.
+        data: inputs and class targets; inputs are float64, or characters.
+        label: name of the network.
+        found: symmetries of the network.
+        verified: largest relative output change when the symmetries were proved.
         aside: whether outputs are compared but for a constant on all scores of an example, which the loss ignores.
     """
 
@@ -129,11 +122,11 @@ class Victim:
         Args:
             model: the network.
             data: inputs and class targets.
-            label: what to call it.
-            aside: whether what the loss ignores is set aside where outputs are compared, because it will be moved.
+            label: name of the network.
+            aside: whether a constant on all scores of an example, which the loss ignores, is no change of outputs.
 
         Raises:
-            SymmetryViolated: what was found does not keep its outputs.
+            SymmetryViolated: the symmetries that were found do not keep its outputs.
         """
         twin = copy.deepcopy(model).double().eval()
         precise = (data[0].double() if data[0].is_floating_point() else data[0], data[1])
@@ -146,22 +139,22 @@ class Victim:
         amounts: Sequence[float],
         move: Callable[[State, float], State],
         seed: int,
-        report: Callable[[str], None] = lambda text: None,
+        report: Report = silent,
     ) -> Ladder:
-        """Edit by each amount and measure.
+        """Edit the network by each amount, and measure it.
 
         Args:
-            ladder: name, title, edit and how of the ladder.
-            amounts: the first one is the reference.
-            move: the state edited by an amount.
-            seed: of start vectors.
-            report: told what is going on, once per rung.
+            ladder: the fields `name`, `title`, `edit` and `how` of the ladder.
+            amounts: strengths of the edit; the first is the reference.
+            move: function that edits a state by an amount.
+            seed: seed of the measurements.
+            report: function that is told what is going on, a unit of work per rung.
         """
         state = self.found.state()
         before = self._outputs(self.model)
         rungs: list[Rung] = []
         for amount in amounts:
-            report(f"attacking {self.label}, {ladder[0]} {amount:g}")
+            report(f"attacking {self.label}, {ladder[0]} {amount:g}", 1.0)
             holder = install(self.model, move(state, amount))
             change = float((self._outputs(holder) - before).abs().max() / before.abs().max())
             records = self._measured(holder, f"{self.label}, {ladder[0]} {amount:g}", seed)
@@ -191,8 +184,8 @@ class Victim:
         return {number.name: number.of(table) for number in NUMBERS}
 
 
-def rescale_layers(victim: Victim, factors: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
-    """First layer of a feed-forward network times the factor, last layer divided by it."""
+def rescale_layers(victim: Victim, factors: Sequence[float], seed: int, report: Report) -> Ladder:
+    """Multiply the first layer of a feed-forward network by each factor, and divide the last layer by it."""
     chain = LayerScale.sequential(victim.found.state())
     inside = [1.0] * (chain.dimension - 1)
     words = (
@@ -206,8 +199,8 @@ def rescale_layers(victim: Victim, factors: Sequence[float], seed: int, report: 
     )
 
 
-def rescale_units(victim: Victim, factors: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
-    """Units of the first hidden layer times the factor or divided by it, at random; the next layer's columns inversely."""
+def rescale_units(victim: Victim, factors: Sequence[float], seed: int, report: Report) -> Ladder:
+    """Multiply or divide each unit of the first hidden layer by each factor, at random, and the next layer's columns inversely."""
     state = victim.found.state()
     first, second = LayerScale.sequential(state).weights[:2]
     units = state.tensors[first].shape[0]
@@ -228,16 +221,16 @@ def rescale_units(victim: Victim, factors: Sequence[float], seed: int, report: C
 
 
 def shift_constants(
-    victim: Victim, pairs: Sequence[tuple[str, str]], amounts: Sequence[float], seed: int, report: Callable[[str], None]
+    victim: Victim, pairs: Sequence[tuple[str, str]], amounts: Sequence[float], seed: int, report: Report
 ) -> Ladder:
-    """A constant added to biases before batch normalisation, and to the running means that take it away again.
+    """Add constants to biases before batch normalisation, and to the running means that take them away again.
 
     Args:
         victim: a network with batch normalisation.
-        pairs: names of a bias and of the running mean of what it is added to.
-        amounts: how much; the first one is zero.
-        seed: of the signs and of start vectors.
-        report: as for `Victim.climb`.
+        pairs: names of each bias and of the running mean of what it is added to.
+        amounts: constants to add, with random signs; the first is zero.
+        seed: seed of the signs and of the measurements.
+        report: function that is told what is going on, a unit of work per amount.
     """
 
     def move(at: State, amount: float) -> State:
@@ -256,14 +249,14 @@ def shift_constants(
     return victim.climb(words, amounts, move, seed, report)
 
 
-def reparametrize_all(victim: Victim, spreads: Sequence[float], seed: int, report: Callable[[str], None]) -> Ladder:
-    """A random element of every symmetry that was found, as `isoflat.reparametrize` draws it, at growing spreads.
+def reparametrize_all(victim: Victim, spreads: Sequence[float], seed: int, report: Report) -> Ladder:
+    """Apply a random element of every symmetry that was found, as `isoflat.reparametrize` draws it, at growing spreads.
 
     Args:
         victim: any network; its outputs are to be compared with what the loss ignores set aside.
         spreads: standard deviations of the logarithms of the factors; the first one is zero.
-        seed: of the element and of start vectors.
-        report: as for `Victim.climb`.
+        seed: seed of the element and of the measurements.
+        report: function that is told what is going on, a unit of work per spread.
     """
     groups = victim.found.dimension
 

@@ -1,4 +1,4 @@
-"""A list of trained networks with what became of them, as CSV or TOML; and their numbers, each measured once."""
+"""Lists of trained networks and how well they generalize, as CSV or TOML; and the numbers of these networks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OUTCOMES = {
     "test_accuracy": "test error",
     "test_loss": "test loss",
 }
-"""Columns that hold an outcome, and what it is in words; of an accuracy, what is missing to 1 is taken."""
+"""Columns that hold an outcome, with its name in words; an accuracy is turned into an error."""
 
 REPLICATES = ("seed", "replicate")
 """Columns that tell replicates apart: networks alike in everything else are replicates of each other."""
@@ -50,15 +50,15 @@ _KNOWN = ("weights", "label", "train_loss", *OUTCOMES, *REPLICATES)
 @final
 @dataclass(frozen=True)
 class ListedNetwork:
-    """A network of the list.
+    """A network of a list.
 
     Attributes:
-        place: of the row, for messages.
-        weights: file.
-        label: what it is called; empty where the list does not say.
-        outcome: larger is worse.
-        loss: of training; None where the list does not say.
-        factors: hyper-parameters by name.
+        place: position in the list, for messages: "row 3 (runs/a.pt)".
+        weights: path of the weights file.
+        label: name of the network; empty where the list does not give one.
+        outcome: value of the outcome; larger is worse.
+        loss: training loss; None where the list does not give it.
+        factors: values of hyper-parameters by name.
     """
 
     place: str
@@ -68,10 +68,6 @@ class ListedNetwork:
     loss: float | None
     factors: Mapping[str, Level] = field(default_factory=dict)
 
-    def network(self, inputs: Inputs, note: Callable[[str], None] = lambda text: None) -> torch.nn.Module:
-        """The network with the weights of its row."""
-        return replace(inputs, weights=self.weights).network(note)
-
 
 @final
 @dataclass(frozen=True)
@@ -79,9 +75,9 @@ class Listing:
     """A list of networks.
 
     Attributes:
-        rows: those that can be read.
-        column: of the outcome.
-        problems: of the others, each in a line that names the row.
+        rows: networks whose rows can be read.
+        column: name of the column with the outcome.
+        problems: faults of the other rows, each in a line that names the row.
     """
 
     rows: tuple[ListedNetwork, ...]
@@ -90,7 +86,7 @@ class Listing:
 
     @property
     def words(self) -> str:
-        """The outcome in words."""
+        """Name of the outcome in words."""
         return OUTCOMES[self.column]
 
 
@@ -98,8 +94,8 @@ def read_listing(path: Path, outcome: str | None = None) -> Listing:
     """Networks from a file: a CSV with a head, or a TOML of `[[networks]]`.
 
     Args:
-        path: of the list; weights are found from its folder.
-        outcome: the column to predict, where there are several; None for the only one.
+        path: path of the list; paths of weights are relative to its folder.
+        outcome: column to predict, where there are several; None for the only one.
 
     Raises:
         DataError: the file is missing, damaged or of another kind, or a column is missing.
@@ -204,7 +200,7 @@ def _number(place: str, column: str, cells: Mapping[str, Any]) -> float:
 
 
 def _level(value: Any) -> Level:
-    """Numbers where they parse, whole ones without a point; an empty cell is a level of its own.
+    """The value of a cell as a level: a number where it is one, or a text; an empty cell is the level "none".
 
     >>> [_level(value) for value in ("16", 16.0, "1e-3", "sgd", "", True, "nan", [8, 8])]
     [16, 16, 0.001, 'sgd', 'none', 'true', 'nan', '8-8']
@@ -223,7 +219,7 @@ def _level(value: Any) -> Level:
 
 
 def whole(number: float) -> float:
-    """A number without a decimal point where it needs none."""
+    """The number as an int where it is a whole one."""
     return int(number) if number.is_integer() and abs(number) < 1 << 53 else number
 
 
@@ -233,11 +229,11 @@ class ListedPlan:
     """Settings with which networks of a list are measured.
 
     Attributes:
-        inputs: model, data and loss.
-        numbers: what is measured.
+        inputs: names of model, data and loss, and how they are read.
+        numbers: numbers that are measured.
         settings: `rtol`, `probes`, `seed`, `check`, `params` and `dtype`, as for `isoflat.measure_all`.
-        products: Hessian-vector products per eigenvalue.
-        device: where; None for where the networks are built.
+        products: largest number of Hessian-vector products per eigenvalue.
+        device: device that networks are measured on; None for where they are built.
     """
 
     inputs: Inputs
@@ -248,14 +244,14 @@ class ListedPlan:
 
     @property
     def seen(self) -> Settings:
-        """The settings that decide what is measured, before anything is."""
+        """Settings that decide which parameters are measured, in which precision, and on which device."""
         return Settings(params=self.settings["params"], dtype=self.settings["dtype"], device=self.device)
 
     def table(self, model: torch.nn.Module, batches: Batches, label: str) -> Table:
         """Every number of one network.
 
         Raises:
-            IsoflatError: it cannot be measured, or none of the numbers applies.
+            IsoflatError: the network cannot be measured, or none of the numbers applies.
         """
         with within_memory():
             table = measure_all(
@@ -275,11 +271,11 @@ class ListedPlan:
 @final
 @dataclass(frozen=True)
 class ReadyNetwork:
-    """A network of the list that can be measured.
+    """A network of a list that was opened and can be measured.
 
     Attributes:
-        row: of the list.
-        cell: everything that its numbers depend on.
+        row: the network's row of the list.
+        cell: settings of its cell in the store: everything that its numbers depend on.
     """
 
     row: ListedNetwork
@@ -287,14 +283,14 @@ class ReadyNetwork:
 
 
 def ready(listing: Listing, plan: ListedPlan) -> tuple[tuple[ReadyNetwork, ...], Batches, tuple[str, ...]]:
-    """Every network opened and fitted once, and the data read, before anything is measured.
+    """Open and fit every network once, and read the data, before anything is measured.
 
     Returns:
-        The networks, the data, and what was chosen while loading.
+        The networks, the data, and notes on what was chosen while loading.
 
     Raises:
         IsoflatError: model, data and loss do not fit together.
-        CheckpointError: rows are bad; all of them are named.
+        CheckpointError: rows are bad; all of these are named.
     """
     inputs = plan.inputs
     loss, model = find_loss(inputs.loss), build(inputs.model, inputs.seed)
@@ -307,7 +303,7 @@ def ready(listing: Listing, plan: ListedPlan) -> tuple[tuple[ReadyNetwork, ...],
     for row in listing.rows:
         try:
             own: list[str] = []
-            model = row.network(inputs, own.append)
+            model = replace(inputs, weights=row.weights).network(own.append)
             target = subject(model, batches, loss, plan.seen)
         except IsoflatError as error:
             problems.append(f"{row.place}: {error}")
@@ -324,17 +320,18 @@ def ready(listing: Listing, plan: ListedPlan) -> tuple[tuple[ReadyNetwork, ...],
 
 
 def kept(network: ReadyNetwork, label: str, plan: ListedPlan, batches: Batches, store: Store) -> Table:
-    """The numbers of one network: read from the store, or measured and kept there.
+    """The numbers of one network, read from the store, or measured and kept there.
 
     Raises:
-        IsoflatError: it cannot be measured, or its cell is damaged.
+        IsoflatError: the network cannot be measured, or its cell is damaged.
     """
     where = address(network.cell)
     while True:
         with store.claim(where) as mine:
             cell = store.get(where)
             if cell is None and mine:
-                table = plan.table(network.row.network(plan.inputs), batches, label)
+                model = replace(plan.inputs, weights=network.row.weights).network()
+                table = plan.table(model, batches, label)
                 cell = store.put(network.cell, {"table": table.to_dict()}, None)
         if cell is not None:
             table = Table.from_dict(cell.result["table"])
@@ -342,11 +339,11 @@ def kept(network: ReadyNetwork, label: str, plan: ListedPlan, batches: Batches, 
                 tuple(replace(row, label=label) for row in table),
                 tuple(replace(part, label=label) for part in table.omitted),
             )
-        time.sleep(PAUSE)  # another process is at it
+        time.sleep(PAUSE)  # another process has the claim
 
 
 def _common(plan: ListedPlan, data_hash: str) -> dict[str, Any]:
-    """Everything that the numbers of all networks depend on."""
+    """Settings that the numbers of all networks depend on."""
     entries = {number.measure: str(find_measure(number.measure).version) for number in plan.numbers}
     places = {number.geometry: str(find_geometry(number.geometry).version) for number in plan.numbers}
     return {
@@ -364,7 +361,7 @@ def _common(plan: ListedPlan, data_hash: str) -> dict[str, Any]:
 
 
 def _structure(model: torch.nn.Module) -> str:
-    """Hash of what a network computes beside its weights, as far as its modules show it: the code of those that are no torch's."""
+    """Hash of a network's modules: their names and arguments, and the code of those that do not come with torch."""
     parts = [f"{name} {type(part).__qualname__}({part.extra_repr()})" for name, part in model.named_modules()]
     kinds = dict.fromkeys(type(part) for part in model.modules())
     return fingerprint(*parts, *(_source(kind) for kind in kinds if not kind.__module__.startswith("torch.")))
@@ -374,7 +371,7 @@ def _source(code: type | Callable[..., Any] | None) -> str:
     """The text of a class or function; empty where there is none to read."""
     try:
         return "" if code is None else inspect.getsource(code if inspect.isroutine(code) else _kind(code))
-    except (OSError, TypeError):  # made in C, or typed in
+    except (OSError, TypeError):  # written in C, or typed into a console: there is no source file
         return ""
 
 

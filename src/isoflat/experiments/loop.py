@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from isoflat.core.errors import DataError, NonFinite, UnknownName, UsageError
 from isoflat.core.rng import stream
 from isoflat.core.state import fingerprint
-from isoflat.experiments.checkpoint import Checkpoint, Keeper, Way, content_of
+from isoflat.experiments.checkpoint import Checkpoint, Keeper, TrainingProgress, content_of
 
 VERSION = 2
-"""Raised whenever the same regime no longer gives the same weights."""
+"""Version of training; raised whenever the same regime no longer gives the same weights."""
 
 OPTIMIZERS: Mapping[str, Callable[[Iterator[nn.Parameter], Regime], torch.optim.Optimizer]] = MappingProxyType(
     {
@@ -32,20 +32,20 @@ OPTIMIZERS: Mapping[str, Callable[[Iterator[nn.Parameter], Regime], torch.optim.
         ),
     }
 )
-"""By name: made from the parameters and a regime."""
+"""Functions by name that make an optimizer from parameters and a regime."""
 
 MOMENTUM = 0.9
-"""The usual one."""
+"""Momentum of "sgd" where none is given."""
 
 CLOSE = 1.5
-"""Within this multiple of the target the training loss is looked at after every step."""
+"""Multiple of the target below which the training loss is evaluated after every step."""
 
 ROWS = 2000
-"""At most so many are evaluated at a time."""
+"""Largest number of rows that are evaluated at a time."""
 
 PIECE = 500
-"""At most so many rows of a step go through the network at a time on a processor: what they need fits its caches, and the
-allocator hands no memory back between steps. A LeNet's step on 5 000 rows takes half the time."""
+"""Largest number of rows of a step that go through the network at a time on a processor: what they need fits its caches,
+and the allocator hands no memory back between steps. A LeNet's step on 5 000 rows takes half the time."""
 
 
 @final
@@ -54,16 +54,17 @@ class Regime:
     """Settings of a training.
 
     Attributes:
-        batch: rows per step; None for all of them.
+        batch: number of rows per step; None for all of them.
         target: loss over the whole training set, as evaluated, at which training stops; None to train all epochs.
         optimizer: "sgd" (step 0.02) or "adam" (step 0.001).
         max_epochs: passes over the data after which training stops anyway.
-        rate: another step than the optimizer's own.
-        momentum: of "sgd".
-        weight_decay: this multiple of the weights is added to their gradient.
-        halve_every: epochs after which the step is halved, again and again; None to keep it.
-        looks: at the training loss per epoch, or part of one for several epochs without, far from the target. Near it
-            there is one after every step; without a target one per epoch. Each costs as much as a third of an epoch.
+        rate: learning rate; None for the optimizer's own.
+        momentum: momentum of "sgd".
+        weight_decay: multiple of the weights that is added to their gradient.
+        halve_every: number of epochs after which the learning rate is halved, again and again; None to keep it.
+        looks: number of evaluations of the training loss per epoch, far from the target; below 1 for one in several
+            epochs. Near the target there is one after every step, without a target one per epoch. Each costs as much as
+            a third of an epoch.
     """
 
     batch: int | None
@@ -114,12 +115,11 @@ class Training:
 
     Attributes:
         loss: mean cross-entropy over the whole training set at the end.
-        reached: whether that is at or below the target; a network that misses it is reported, not hidden. True where
-            there is no target.
-        steps: updates made.
-        epochs: passes over the data, in rows seen.
-        seconds: wall-clock time, of all processes that had a part in it.
-        history: epochs and the loss after them; where there is a target, nothing.
+        reached: whether the loss is at or below the target; True where there is no target.
+        steps: number of steps taken.
+        epochs: number of passes over the data: rows seen over rows there are.
+        seconds: wall-clock time of all calls that had a part in the training.
+        history: epochs with the loss after each; empty where there is a target.
     """
 
     loss: float
@@ -132,7 +132,10 @@ class Training:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Small networks gain nothing from threads, suffer where cores are shared, and owe them their last digits."""
+    """Compute in one thread while the block runs.
+
+    Small networks gain nothing from threads, suffer where cores are shared, and owe them their last digits.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -161,10 +164,11 @@ def train(
     Args:
         model: changed in place; on the device of the data.
         data: inputs and class targets, one per row or one per place of a row.
-        regime: how.
+        regime: settings of the training.
         shuffling: a CPU generator that draws the order of the rows.
-        progress: told the share of the way at each look: to the target, on a logarithmic scale, or of the epochs.
-        checkpoint: where to save what has been done; None for nowhere.
+        progress: function that is told the share that is done: of the way to the target, on a logarithmic scale, or of the
+            epochs.
+        checkpoint: file to save to on the way; None for none.
 
     Raises:
         NonFinite: the training diverged.
@@ -190,7 +194,7 @@ def train(
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, regime.halve_every or regime.max_epochs + 1, gamma=0.5)
     with _dropout(_device(model), stream(0, "dropout", origin).initial_seed()):
         first = full_loss(model, data)
-        way, keeper = Way(first, first), None
+        way, keeper = TrainingProgress(first, first), None
         if checkpoint is not None:
             identity = _identity(model, data, regime, origin)
             keeper = Keeper(checkpoint, identity, model, optimizer, schedule, shuffling)
@@ -221,7 +225,7 @@ def train(
 
 
 def _step(model: nn.Module, rows: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """One update; the gradient of the mean over all rows is summed piece by piece where that changes no output."""
+    """Take one step; the gradient of the mean over all rows is summed piece by piece where that changes no output."""
     inputs, targets = rows
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -232,7 +236,7 @@ def _step(model: nn.Module, rows: tuple[Tensor, Tensor], optimizer: torch.optim.
 
 
 def _mixes_rows(model: nn.Module) -> bool:
-    """True if outputs of a row depend on the other rows of its batch, as they do where batches are normalised."""
+    """True if the output of a row depends on the other rows of its batch, as it does where batches are normalised."""
     return any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in model.modules())
 
 
@@ -240,7 +244,7 @@ def full_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
     """Mean cross-entropy over all rows, a piece at a time; the model is put in evaluation mode.
 
     Raises:
-        NonFinite: it is NaN or infinite.
+        NonFinite: the loss is NaN or infinite.
 
     >>> round(full_loss(nn.Identity(), (torch.zeros(5, 10), torch.arange(5))), 4)  # log 10
     2.3026
@@ -255,7 +259,7 @@ def full_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Share of targets at which the largest output is; the model is put in evaluation mode.
+    """Share of rows whose largest output is that of the target; the model is put in evaluation mode.
 
     >>> accuracy(nn.Identity(), (torch.eye(4), torch.tensor([0, 1, 2, 0])))
     0.75
@@ -265,7 +269,7 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 
 def _evaluated(model: nn.Module, data: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs and targets of a piece of the rows at a time."""
+    """Iterate over outputs and targets, a piece of the rows at a time."""
     model.eval()
     for inputs, targets in zip(data[0].split(ROWS), data[1].split(ROWS), strict=True):
         with torch.no_grad():
@@ -273,14 +277,14 @@ def _evaluated(model: nn.Module, data: tuple[Tensor, Tensor]) -> Iterator[tuple[
 
 
 def _order(rows: int, batch: int, epochs: int, shuffling: torch.Generator, device: torch.device) -> Iterator[Tensor]:
-    """Rows of each step: every epoch in a new order, the last batch as long as what is left; all rows unshuffled."""
+    """Iterate over the rows of each step: every epoch in a new order, unshuffled where one step takes all rows."""
     for _ in range(epochs):
         order = torch.arange(rows) if batch == rows else torch.randperm(rows, generator=shuffling)
         yield from order.to(device).split(batch)
 
 
-def _share(way: Way, target: float | None, epochs: float) -> float:
-    """Share of the way to the target; of the epochs where there is none."""
+def _share(way: TrainingProgress, target: float | None, epochs: float) -> float:
+    """Share of the way to the target that is done; share of the epochs where there is no target."""
     if target is None:
         return epochs
     if way.first <= target or way.loss >= way.first:
@@ -305,7 +309,7 @@ def _dropout(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _identity(model: nn.Module, data: tuple[Tensor, Tensor], regime: Regime, origin: str) -> dict[str, str]:
-    """Everything that a training depends on."""
+    """Identity of a training: everything that it depends on."""
     return {
         "version": str(VERSION),
         "regime": regime.label,

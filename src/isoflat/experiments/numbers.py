@@ -1,4 +1,4 @@
-"""Numbers that experiments compare, and the three of every demonstration."""
+"""Numbers that experiments compare, and the three that every demonstration measures."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Number:
     """A measure in a geometry, with its name in sentences.
 
     Attributes:
-        name: short, for files and keys.
-        measure: catalogue name.
-        geometry: catalogue name.
-        words: in a sentence, without article.
-        title: over a figure.
-        logits: what scores become before the loss; None for as they are.
+        name: short name, for files and keys.
+        measure: name of the measure in the catalogue.
+        geometry: name of the geometry in the catalogue.
+        words: name of the number in a sentence, without article.
+        title: heading of a figure of the number.
+        logits: what the network's scores become before the loss, such as "normalised"; None to leave them as they are.
     """
 
     name: str
@@ -39,8 +39,13 @@ class Number:
         return 1 if find_measure(self.measure).direction is Direction.LOWER_IS_FLATTER else -1
 
     def of(self, table: Table) -> Record:
-        """Its record in a table."""
+        """The record of this number in a table that is known to have it."""
         return table[self.measure, self.geometry]
+
+    def find(self, table: Table) -> Record | None:
+        """The record of this number in a table; None where it was not measured."""
+        key = (self.measure, self.geometry, self.logits or "raw")
+        return next((row for row in table if (row.measure, row.geometry, row.settings["logits"]) == key), None)
 
 
 CANONICAL = Number(
@@ -68,18 +73,18 @@ PLAIN = Number(
 NUMBERS = (CANONICAL, PAPER, PLAIN)
 MEASURES = ("quotient_spectral_norm", "hessian_spectral_norm")
 GEOMETRIES = ("auto", "layerwise")
-"""What to ask `measure_all` for: the plain norm has a geometry of its own."""
+"""Geometries to ask `measure_all` for; the plain Hessian norm is always measured in its own, the Euclidean one."""
 
 
 COLUMNS = (
     "measure", "geometry", "logits", "value", "lower", "upper", "confidence", "converged", "products", "gradient_passes",
     "loss", "accuracy", "gradient_norm", "stationarity_ratio", "group_hash", "model_hash", "data_hash",
 )  # fmt: skip
-"""What a row of a table tells of a number, in this order."""
+"""Columns in which a row of a table tells of a number, in this order."""
 
 
-def flat(record: Record) -> dict[str, Any]:
-    """A record as part of a row of a table; an end of an enclosure that is infinite is None."""
+def flat_row(record: Record) -> dict[str, Any]:
+    """A record as the columns of a row; an end of its confidence interval that is infinite becomes None."""
     estimate, point = record.estimate, record.point
     ends = (end if math.isfinite(end) else None for end in (estimate.lower, estimate.upper))
     what = (record.measure, record.geometry, record.settings.get("logits"))

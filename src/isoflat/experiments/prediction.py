@@ -1,4 +1,4 @@
-"""The relation of flatness to generalization: numbers of many trained networks beside what became of these."""
+"""The relation of flatness to generalization: numbers of many trained networks beside how well these generalize."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from isoflat.core.plain import attributes, plain
 from isoflat.core.record import Record
 from isoflat.core.render import leading
 from isoflat.core.table import Table
-from isoflat.experiments.cells import found
-from isoflat.experiments.numbers import Number, flat
-from isoflat.experiments.statistics.relation import Relation, relations
+from isoflat.experiments.numbers import Number, flat_row
+from isoflat.experiments.statistics.relation import OutcomeRelation, relations
 from isoflat.experiments.statistics.sample import LEAST, Level, OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
 from isoflat.measures.catalogue import find_measure
@@ -22,11 +21,14 @@ from isoflat.measures.catalogue import find_measure
 NOTE = "Note"
 """Name of facts that say what was chosen while loading; there may be several."""
 
+FACTOR = "factor."
+"""Beginning of the columns of hyper-parameters in rows."""
+
 Facts = tuple[tuple[str, str], ...]
 """Names and values that say what was studied."""
 
 DRAWS = 4999
-"""Of bootstraps and permutations."""
+"""Number of resamples and of permutations."""
 
 _GUESSING = 0.5
 """Share of pairs that guessing orders wrongly."""
@@ -36,15 +38,15 @@ _PROPER = {name.lower(): name for name in ("Hessian", "Fisher", "Rao", "Gauss", 
 
 @final
 @dataclass(frozen=True)
-class Observed:
-    """A trained network: what was measured of it, and how well it generalizes.
+class ObservedNetwork:
+    """A trained network with its numbers and how well it generalizes.
 
     Attributes:
-        label: what it is called.
-        table: its numbers.
-        outcome: larger is worse: a generalisation gap, a test error or a test loss.
-        loss: of training.
-        factors: hyper-parameters by name; networks alike in all of them are replicates.
+        label: name of the network.
+        table: numbers of the network.
+        outcome: generalisation gap, test error or test loss; larger is worse.
+        loss: training loss.
+        factors: values of hyper-parameters by name; networks alike in all of them are replicates.
     """
 
     label: str
@@ -54,8 +56,8 @@ class Observed:
     factors: Mapping[str, Level] = field(default_factory=dict)
 
     def value(self, number: Number) -> float | None:
-        """One of its numbers; None where it does not apply, or is not finite."""
-        row = found(self.table, number)
+        """Value of a number of this network; None where it was not measured, or is not finite."""
+        row = number.find(self.table)
         return row.estimate.value if row is not None and math.isfinite(row.estimate.value) else None
 
 
@@ -65,17 +67,17 @@ class Prediction:
     """The relation of every number to the outcomes of many networks.
 
     Attributes:
-        numbers: what was measured.
-        networks: in their order.
-        outcome: what was predicted, in words.
-        seed: random draws follow from it.
-        left_out: networks that are not among them, each with the reason.
-        draws: resamples and permutations.
+        numbers: numbers that were measured.
+        networks: networks that were measured.
+        outcome: name of the outcome in words, such as "test error".
+        seed: seed of all random draws.
+        left_out: labels of networks that are left out, each with the reason.
+        draws: number of resamples and of permutations.
         facts: names and values that say what was studied.
     """
 
     numbers: tuple[Number, ...]
-    networks: tuple[Observed, ...]
+    networks: tuple[ObservedNetwork, ...]
     outcome: str
     seed: int = 0
     left_out: tuple[tuple[str, str], ...] = ()
@@ -95,12 +97,12 @@ class Prediction:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Every measured number."""
+        """Record of every measured number."""
         return tuple(row for network in self.networks for row in network.table)
 
     @cached_property
     def samples(self) -> dict[str, OutcomeSample]:
-        """Samples by number in words, turned so that a higher one is sharper; without those known of too few networks."""
+        """Samples by name of the number, turned so that a higher one is sharper; numbers of too few networks have none."""
         made: dict[str, OutcomeSample] = {}
         for number in self.numbers:
             known = self._known(number)
@@ -117,24 +119,24 @@ class Prediction:
                 )
         return made
 
-    def _known(self, number: Number) -> list[tuple[float, Observed]]:
+    def _known(self, number: Number) -> list[tuple[float, ObservedNetwork]]:
         pairs = ((network.value(number), network) for network in self.networks)
         return [(value, network) for value, network in pairs if value is not None]
 
     @cached_property
-    def relations(self) -> tuple[Relation, ...]:
-        """Relation of each number to the outcome, corrected for all numbers."""
+    def relations(self) -> tuple[OutcomeRelation, ...]:
+        """Relation of each number to the outcome, with p-values corrected for all numbers."""
         return relations(self.samples, self.seed, self.draws, outcome=self.outcome) if self.samples else ()
 
     @property
-    def strongest(self) -> Relation | None:
+    def strongest(self) -> OutcomeRelation | None:
         """The relation with the largest τ among those for which there is evidence; None where there is none."""
         shown = [relation for relation in self.relations if relation.found]
         return max(shown, key=lambda relation: abs(relation.kendall.tau or 0.0), default=None)
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """Sentences that say what was found: the answer first, then every number, then what to know of them."""
+        """Sentences that say what was found: the answer, what speaks against it, every number, and notes on these."""
         return (
             self.headline,
             *self.cautions,
@@ -193,7 +195,7 @@ class Prediction:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences that one must know to read the relations."""
+        """Sentences on gaps in the data behind the relations."""
         return tuple(self._notes())
 
     def _notes(self) -> Iterator[str]:
@@ -204,7 +206,7 @@ class Prediction:
             elif len(known) < len(self.networks):
                 missing = leading([network.label for network in self.networks if network.value(number) is None])
                 yield f"The {words} is known of {len(known)} of {len(self.networks)} networks, not of {missing}."
-            groups = {row.group_hash for network in self.networks if (row := found(network.table, number)) is not None}
+            groups = {row.group_hash for network in self.networks if (row := number.find(network.table)) is not None}
             if len(groups) > 1:
                 yield (
                     f"The {words} is set side by side over {len(groups)} architectures with other symmetries: a difference "
@@ -222,8 +224,8 @@ class Prediction:
                 "label": network.label,
                 "outcome": network.outcome,
                 "training_loss": network.loss,
-                **{f"factor.{name}": level for name, level in network.factors.items()},
-                **flat(row),
+                **{f"{FACTOR}{name}": level for name, level in network.factors.items()},
+                **flat_row(row),
             }
             for network in self.networks
             for row in network.table
@@ -271,7 +273,7 @@ def words(number: Number) -> str:
 
 
 def sharpness(number: Number) -> str:
-    """The same, of the number turned so that a higher one is sharper.
+    """A number in a sentence, as in `words`, turned so that a higher one is sharper.
 
     >>> sharpness(Number("", "quotient_effective_rank", "auto", "", ""))
     'negated quotient effective rank (auto)'

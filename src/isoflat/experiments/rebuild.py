@@ -1,41 +1,39 @@
-"""Reproductions and studies, put together again from their results and what is kept beside them."""
+"""Reproductions and studies, put together again from their stored results and the cells and numbers beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, final
+from typing import Annotated, Any, Generic, TypeVar, final
 
 import torch
 from pydantic import Field
 
 from isoflat.core.errors import DataError
-from isoflat.core.plain import kinds
+from isoflat.core.plain import adapter
 from isoflat.core.record import Record
 from isoflat.core.table import Omission, Table
 from isoflat.experiments import cells, checking
-from isoflat.experiments.cells import Measured, NetworkTask
+from isoflat.experiments.cells import MeasuredNetwork, NetworkTask
 from isoflat.experiments.data import Split
-from isoflat.experiments.numbers import Number
-from isoflat.experiments.prediction import NOTE, Facts, Observed, Prediction, flat
-from isoflat.experiments.recipe import Quantity, Recipe
+from isoflat.experiments.numbers import Number, flat_row
+from isoflat.experiments.prediction import FACTOR, NOTE, Facts, ObservedNetwork, Prediction
+from isoflat.experiments.recipe import NumberSpec, Recipe
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.experiments.results import MALFORMED, checked, why
 from isoflat.experiments.statistics.sample import Level
 from isoflat.experiments.store import Artifact
-from isoflat.io.strict import canonical
+from isoflat.io.strict import canonical_json
 
-FACTOR = "factor."
-"""Before the name of a hyper-parameter, in rows."""
+Findings = TypeVar("Findings", Reproduction, Prediction)
 
 Draws = Annotated[int, Field(ge=1, le=1_000_000)]
-"""Resamples and permutations that are computed anew."""
+"""Number of resamples and permutations, within what is computed anew."""
 
-_Pairs = list[dict[str, str]]
-
+_TextRows = list[dict[str, str]]
 
 NAMED = 6
-"""Missing networks that are named."""
+"""Number of missing networks that are named."""
 
 _UNKNOWN = {"training": {"data_hash", "versions"}, "measurement": {"of", "versions"}}
 """Settings of cells that a recipe does not decide."""
@@ -43,53 +41,41 @@ _UNKNOWN = {"training": {"data_hash", "versions"}, "measurement": {"of", "versio
 
 @final
 @dataclass(frozen=True)
-class RebuiltReproduction:
-    """A reproduction without its data.
+class Rebuilt(Generic[Findings]):
+    """A reproduction or a study that was put together again from stored numbers.
 
     Attributes:
-        result: what its networks say; None where none is in the store.
-        warnings: what differs from the stored result.
+        result: the findings; None where the stored numbers do not suffice.
+        warnings: sentences that say what is missing, or differs from the stored result.
     """
 
-    result: Reproduction | None
+    result: Findings | None
     warnings: tuple[str, ...]
 
 
-@final
-@dataclass(frozen=True)
-class RebuiltStudy:
-    """A study without its data and weights.
+def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) -> Rebuilt[Reproduction]:
+    """A reproduction from its result and its store.
 
-    Attributes:
-        result: what its networks say; None where it cannot be put together.
-        warnings: why not, or what comes out otherwise than it was told.
-    """
-
-    result: Prediction | None
-    warnings: tuple[str, ...]
-
-
-def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) -> RebuiltReproduction:
-    """Networks are found in the store by their settings; where several versions trained them, the result says which.
+    Networks are found in the store by their settings; where several versions trained them, the result says which.
 
     Args:
-        content: of the result.json of `isoflat reproduce`.
-        store: its cells.
+        content: content of the result.json of `isoflat reproduce`.
+        store: cells of the store beside it.
     """
     try:
-        recipe = checking.recipe(content, None)
+        recipe = checking.stored_recipe(content, None)
         numbers = tuple(quantity.number for quantity in recipe.numbers)
         seconds = float(content.get("seconds", 0.0))
         told = [row for row in content["networks"] if isinstance(row, dict)]
     except MALFORMED as error:
-        return RebuiltReproduction(None, (f"The result of the experiment is refused: {why(error)}",))
+        return Rebuilt(None, (f"The result of the experiment is refused: {why(error)}",))
     empty = Reproduction(recipe, str(content["data"]), numbers, (), seconds)
-    networks: dict[tuple[int, int], Measured] = {}
+    networks: dict[tuple[int, int], MeasuredNetwork] = {}
     agreeing: set[tuple[int, int]] = set()
     warnings = []
     for task, trained, measured in _pairs(recipe, numbers, store):
         try:
-            network = _sound(cells.read(task, trained, measured), numbers)
+            network = _sound(cells.assembled(task, trained, measured), numbers)
         except MALFORMED as error:
             places = trained.address if measured is None else f"{trained.address} and {measured.address}"
             warnings.append(f"{task.label}: cells {places} are refused: {why(error)}")
@@ -102,13 +88,13 @@ def rebuild_reproduction(content: Mapping[str, Any], store: Sequence[Artifact]) 
             agreeing.add(place)
     found = tuple(network for _, network in sorted(networks.items()))
     warnings += _differences(recipe, networks, agreeing)
-    return RebuiltReproduction(replace(empty, networks=found) if found else None, tuple(warnings))
+    return Rebuilt(replace(empty, networks=found) if found else None, tuple(warnings))
 
 
 def _pairs(
     recipe: Recipe, numbers: Sequence[Number], store: Sequence[Artifact]
 ) -> Iterator[tuple[NetworkTask, Artifact, Artifact | None]]:
-    """Cells of each network, by their settings; one where the training diverged."""
+    """Training and measurement cells of each network, found by their settings; no measurement where training diverged."""
     nothing = (torch.empty(0), torch.empty(0, dtype=torch.int64))
     data = Split("", nothing, nothing)  # its hash is the one thing that is asked of it, and is not compared
     arms = {arm.name: arm for arm in recipe.arms}
@@ -132,19 +118,19 @@ def _pairs(
 def _same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     unknown = _UNKNOWN[wanted["kind"]]
     known = [{key: value for key, value in each.items() if key not in unknown} for each in (found, wanted)]
-    return canonical(known[0], "settings") == canonical(known[1], "settings")
+    return canonical_json(known[0], "settings") == canonical_json(known[1], "settings")
 
 
-def _sound(network: Measured, numbers: Sequence[Number]) -> Measured:
-    """The network, every part of which is of its kind.
+def _sound(network: MeasuredNetwork, numbers: Sequence[Number]) -> MeasuredNetwork:
+    """The network, after every part of it was checked.
 
     Raises:
-        ValueError: one is not, or neither a number is there nor why there is none.
+        ValueError: a part is of the wrong type, or there is neither a number nor a reason why there is none.
     """
 
     def sound(table: Table) -> Table:
         made = replace(table, rows=tuple(checked(row) for row in table))
-        if not made.omitted and all(cells.found(made, number) is None for number in numbers):
+        if not made.omitted and all(number.find(made) is None for number in numbers):
             raise DataError("none of its numbers is there")
         return made
 
@@ -154,7 +140,7 @@ def _sound(network: Measured, numbers: Sequence[Number]) -> Measured:
 
 
 def _differences(
-    recipe: Recipe, networks: Mapping[tuple[int, int], Measured], agreeing: set[tuple[int, int]]
+    recipe: Recipe, networks: Mapping[tuple[int, int], MeasuredNetwork], agreeing: set[tuple[int, int]]
 ) -> Iterator[str]:
     missing = len(recipe.arms) * recipe.replicates - len(networks)
     if missing:
@@ -171,41 +157,42 @@ def _differences(
 
 
 def _facts(told: Mapping[str, Any]) -> Facts:
-    """The facts of a `subject`."""
+    """Facts of a study from the `subject` of its result."""
     named = ((name.replace("_", " ").capitalize(), value) for name, value in told.items() if name != "notes")
     return _of(Facts, (*named, *((NOTE, text) for text in told.get("notes", ()))))
 
 
-def rebuild_study(content: Mapping[str, Any], records: Sequence[Record]) -> RebuiltStudy:
-    """Statistics are computed anew from the numbers; drawn with the same seed, they come out the same.
+def rebuild_study(content: Mapping[str, Any], records: Sequence[Record]) -> Rebuilt[Prediction]:
+    """A study from its result and its numbers.
+
+    Statistics are computed anew from the numbers; drawn with the same seed, they come out the same.
 
     Args:
-        content: of the result.json of `isoflat study`.
+        content: content of the result.json of `isoflat study`.
         records: every number in its folder.
     """
     try:
         result = replace(_prediction(content, records), facts=_facts(content.get("subject", {})))
         told = tuple(content["sentences"])
     except MALFORMED as error:
-        return RebuiltStudy(
-            None, (f"The study of result.json is shown by its sentences and numbers only: {why(error)}",)
-        )
+        return Rebuilt(None, (f"The study of result.json is shown by its sentences and numbers only: {why(error)}",))
     same = result.sentences == told
     changed = "result.json says other sentences than its numbers, which are believed."
-    return RebuiltStudy(result, () if same else (changed,))
+    return Rebuilt(result, () if same else (changed,))
 
 
 def _prediction(content: Mapping[str, Any], records: Sequence[Record]) -> Prediction:
-    rows, omitted = _of(list[dict[str, Any]], content["networks"]), _omitted(content)
+    rows = _of(list[dict[str, Any]], content["networks"])
+    omitted = tuple(Omission(**part) for part in _of(_TextRows, content["omitted"]))
     known: dict[tuple[str, str, str, str], Record] = {}
     for record in records:
-        known.setdefault((record.label, *_key(flat(record))), record)
+        known.setdefault((record.label, *_key(flat_row(record))), record)
     numbers: dict[tuple[str, str, str], Number] = {}
     networks: dict[str, list[tuple[dict[str, Any], Record]]] = {}
     for row in rows:
         key = _key(row)
         record = known.get((row["label"], *key))
-        if record is None or any(row.get(name) != value for name, value in flat(record).items()):
+        if record is None or any(row.get(name) != value for name, value in flat_row(record).items()):
             raise DataError(
                 f"{row['measure']} of {row['label']} is not among the numbers of the folder, or is another there"
             )
@@ -219,14 +206,14 @@ def _prediction(content: Mapping[str, Any], records: Sequence[Record]) -> Predic
         networks=tuple(_network(label, told, omitted) for label, told in networks.items()),
         outcome=_of(str, content["outcome"]),
         seed=_of(int, content["seed"]),
-        left_out=tuple((part["label"], part["reason"]) for part in _of(_Pairs, content["left_out"])),
+        left_out=tuple((part["label"], part["reason"]) for part in _of(_TextRows, content["left_out"])),
         draws=_of(Draws, content["draws"]),
     )
 
 
-def _network(label: str, told: Sequence[tuple[dict[str, Any], Record]], omitted: Sequence[Omission]) -> Observed:
+def _network(label: str, told: Sequence[tuple[dict[str, Any], Record]], omitted: Sequence[Omission]) -> ObservedNetwork:
     first = told[0][0]
-    return Observed(
+    return ObservedNetwork(
         label,
         Table(tuple(record for _, record in told), tuple(part for part in omitted if part.label == label)),
         _of(float, first["outcome"]),
@@ -242,22 +229,18 @@ def _level(value: Any) -> Level:
     return value
 
 
-def _omitted(content: Mapping[str, Any]) -> tuple[Omission, ...]:
-    return tuple(Omission(**part) for part in _of(_Pairs, content["omitted"]))
-
-
 def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return row["measure"], row["geometry"], row["logits"]
 
 
 def _number(measure: str, geometry: str, logits: str) -> Number:
-    return Quantity(measure=measure, geometry=geometry, logits=None if logits == "raw" else logits).number
+    return NumberSpec(measure=measure, geometry=geometry, logits=None if logits == "raw" else logits).number
 
 
 def _of(kind: Any, value: Any) -> Any:
-    """The value, if it is of its kind.
+    """The value, if it is of a type.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the value is of another type.
     """
-    return kinds(kind).validate_python(value, strict=True)
+    return adapter(kind).validate_python(value, strict=True)

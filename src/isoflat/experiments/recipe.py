@@ -19,7 +19,7 @@ from isoflat.experiments.numbers import NUMBERS, Number
 from isoflat.measures.catalogue import find_geometry, find_measure
 
 FOLDER = files("isoflat.experiments") / "recipes"
-"""One file for each recipe."""
+"""Folder with one file for each recipe."""
 
 
 class Scale(StrEnum):
@@ -30,22 +30,22 @@ class Scale(StrEnum):
 
 
 class Asks(StrEnum):
-    """Question that is asked of the networks."""
+    """Question that a recipe asks of its networks."""
 
     CONTRAST = "contrast"
-    """Whether the second arm's minima are sharper than the first's."""
+    """The question whether the second arm's minima are sharper than the first's."""
 
     TREND = "trend"
-    """Whether numbers rise along the arms, and with the test error."""
+    """The question whether numbers rise along the arms, and with the test error."""
 
     DISSENT = "dissent"
-    """Whether the flatter arm is also the one that generalizes better."""
+    """The question whether the flatter arm is also the one that generalizes better."""
 
     INVARIANCE = "invariance"
-    """Whether an edit that keeps the function moves the numbers."""
+    """The question whether an edit that keeps the function moves the numbers."""
 
     RELATION = "relation"
-    """Whether numbers go with the generalisation gap over a grid of hyper-parameters."""
+    """The question whether numbers go with the generalisation gap over a grid of hyper-parameters."""
 
 
 class _Strict(BaseModel):
@@ -61,14 +61,14 @@ class DataSpec(_Strict):
 
     Attributes:
         source: "digits", "characters" or "gaussian", which come with isoflat; "mnist" or "cifar10", which do not.
-        train: how many training rows, the first ones; None for all.
-        test: how many rows are held out, the first ones of the test set; None for all.
-        measured: how many of the training rows are measured on, the first ones; None for all.
+        train: number of training rows, the first of the data set; None for all.
+        test: number of held-out rows, the first of the test set; None for all.
+        measured: number of training rows that are measured on, the first ones; None for all.
         flat: whether each input is one vector.
         raw: whether pixels keep their values from 0 to 255, instead of 0 to 1.
-        context: of "characters": characters in a row.
-        features: of "gaussian": entries of an input.
-        classes: of "gaussian": labels are binomial with this number less one.
+        context: number of characters in a row of "characters".
+        features: number of entries of an input of "gaussian".
+        classes: number of classes of "gaussian", whose labels are binomial.
     """
 
     source: str
@@ -84,7 +84,11 @@ class DataSpec(_Strict):
 
 @final
 class NetworkSpec(BaseModel):
-    """A family of `experiments.families`, and the arguments of its `build`."""
+    """A family of networks in `experiments.families`, and the arguments of its `build`.
+
+    Attributes:
+        family: name of the family; every further entry is an argument.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -98,13 +102,19 @@ class NetworkSpec(BaseModel):
 
 @final
 class TrainingSpec(_Strict):
-    """Settings of a training; see `loop.Regime`, whose own values stand where none are given.
+    """Settings of a training, as a recipe gives them to `loop.Regime`.
 
     Attributes:
-        epochs: at most so many.
+        batch: number of rows per step; None for all of them.
+        optimizer: "sgd" or "adam".
+        rate: learning rate; None for the optimizer's own.
+        momentum: momentum of "sgd".
+        weight_decay: multiple of the weights that is added to their gradient.
+        halve_every: number of epochs after which the learning rate is halved, again and again; None to keep it.
+        epochs: number of epochs after which training stops anyway.
         target: training loss at which training stops; None to train all epochs.
         noise: share of the training labels that are drawn anew, uniformly.
-        looks: at the training loss per epoch, fewer than a regime's own: on networks of any size they cost.
+        looks: number of evaluations of the training loss per epoch, far from the target.
     """
 
     batch: Positive | None = None
@@ -120,14 +130,14 @@ class TrainingSpec(_Strict):
 
     @model_validator(mode="after")
     def _known(self) -> TrainingSpec:
-        """Whatever a regime refuses is refused here."""
+        """Refuse what a regime refuses."""
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}: one of {', '.join(OPTIMIZERS)}")
         self.regime()
         return self
 
     def regime(self) -> Regime:
-        """For the loop."""
+        """The regime with these settings."""
         return Regime(
             batch=self.batch,
             target=self.target,
@@ -143,14 +153,14 @@ class TrainingSpec(_Strict):
 
 @final
 class Arm(_Strict):
-    """One way of training.
+    """One of the ways of training that a recipe compares.
 
     Attributes:
-        name: singular, such as "small batch".
-        value: its place along the arms, where a trend is asked for.
-        training: how.
+        name: name in the singular, such as "small batch".
+        value: position along the arms, where a trend is asked for, such as the batch size.
+        training: settings of the training.
         network: arguments of the network that differ from the recipe's.
-        factors: what sets it apart from the others, where there are many: hyper-parameters with their values.
+        factors: values of the hyper-parameters that vary over a grid, by name; empty without a grid.
     """
 
     name: str
@@ -161,18 +171,18 @@ class Arm(_Strict):
 
     @property
     def minima(self) -> str:
-        """Name of its networks in a sentence, such as "small-batch minima"."""
+        """Name of the arm's networks in a sentence, such as "small-batch minima"."""
         return f"{self.name.replace(' ', '-')} minima"
 
 
 @final
-class Quantity(_Strict):
-    """A measure in a geometry.
+class NumberSpec(_Strict):
+    """A number to measure, as a recipe names it; `Number` adds its words.
 
     Attributes:
-        measure: name in the catalogue, with its options in brackets where they are not the usual ones.
-        geometry: name of a metric.
-        logits: what scores become before the loss; None for as they are.
+        measure: name of the measure in the catalogue, with its options in brackets where they are not the usual ones.
+        geometry: name of the geometry in the catalogue.
+        logits: what the network's scores become before the loss; None to leave them as they are.
     """
 
     measure: str
@@ -201,8 +211,8 @@ class Edit(_Strict):
     """Factors of an edit that keeps the function, layer by layer.
 
     Attributes:
-        weights: of the weight of each layer.
-        biases: of its bias.
+        weights: factor of the weight of each layer.
+        biases: factor of the bias of each layer.
     """
 
     weights: tuple[float, ...]
@@ -211,28 +221,28 @@ class Edit(_Strict):
 
 @final
 class Recipe(_Strict):
-    """An experiment.
+    """An experiment: data, networks, ways of training, and the numbers to measure.
 
     Attributes:
-        name: of its file.
-        scale: at which the file was read.
-        title: what it is.
-        question: that it answers.
-        reference: whose experiment it is.
-        differs: what is not as in the reference, in words.
-        asks: what is asked of the networks.
-        along: what rises from arm to arm, where a trend is asked for.
-        data: what is trained and measured on.
-        network: what is trained.
-        arms: the ways of training.
-        replicates: networks per arm.
-        numbers: that are measured.
-        rtol: relative width of their enclosures.
-        dtype: of the weights while they are measured.
-        orbit: random points of each network's orbit at which the numbers are measured again.
-        spread: of these points: standard deviation of the logarithms of the factors.
-        edit: of each network, where an invariance is asked for.
-        seed: all randomness follows from it.
+        name: name of the recipe, which is that of its file.
+        scale: size of the experiment.
+        title: title of the experiment.
+        question: question that the experiment answers.
+        reference: publication that the experiment is from.
+        differs: differences from the publication, in words.
+        asks: kind of the question.
+        along: name of the quantity that rises from arm to arm, where a trend is asked for.
+        data: data that networks are trained and measured on.
+        network: architecture of the networks.
+        arms: ways of training that are compared.
+        replicates: number of networks per arm.
+        numbers: numbers that are measured.
+        rtol: relative width of the confidence intervals to reach.
+        dtype: precision of the weights while they are measured.
+        orbit: number of random points of each network's orbit at which the numbers are measured again.
+        spread: standard deviation of the logarithms of the factors that lead to these points.
+        edit: edit of each network, where an invariance is asked for.
+        seed: seed of all random numbers.
     """
 
     name: str
@@ -247,7 +257,7 @@ class Recipe(_Strict):
     network: NetworkSpec
     arms: tuple[Arm, ...]
     replicates: Positive = 5
-    numbers: tuple[Quantity, ...]
+    numbers: tuple[NumberSpec, ...]
     rtol: Annotated[float, Field(gt=0, lt=1)] = 0.01
     dtype: Literal["float32", "float64"] = "float32"
     orbit: Annotated[int, Field(ge=0)] = 1
@@ -268,11 +278,6 @@ class Recipe(_Strict):
             raise ValueError("an edit belongs to an invariance, and the other way round")
         return self
 
-    @property
-    def targets(self) -> tuple[float, ...]:
-        """Training losses at which networks are compared."""
-        return tuple(arm.training.target for arm in self.arms if arm.training.target is not None)
-
 
 @cache
 def recipes() -> tuple[str, ...]:
@@ -280,33 +285,36 @@ def recipes() -> tuple[str, ...]:
     return tuple(sorted(entry.name.removesuffix(".toml") for entry in FOLDER.iterdir() if entry.name.endswith(".toml")))
 
 
-def read(name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe:
+def read_recipe(name: str, scale: str = Scale.SMALL, **changes: Any) -> Recipe:
     """A recipe of the package.
 
     Args:
-        name: of its file.
-        scale: small, or the paper's own.
-        **changes: fields that the user sets differently; None for none.
+        name: name of the recipe.
+        scale: "small", or "paper" for the experiment as it was published.
+        **changes: fields of the recipe that are set differently; None to leave a field as it is.
 
     Raises:
-        UnknownName: there is no such recipe.
+        UnknownName: there is no such recipe, or no such scale.
 
-    >>> read("digits").question
+    >>> read_recipe("digits").question
     'Are large-batch minima sharper?'
     """
     if name not in recipes():
         raise UnknownName("recipe", name, recipes())
-    return parse((FOLDER / f"{name}.toml").read_text(encoding="utf-8"), name, scale, **changes)
+    return parse_recipe((FOLDER / f"{name}.toml").read_text(encoding="utf-8"), name, scale, **changes)
 
 
-def parse(text: str, name: str, scale: Scale = Scale.SMALL, **changes: Any) -> Recipe:
-    """A recipe from the text of a file: the table `[small]` or `[paper]` stands over the rest; what differs adds up.
+def parse_recipe(text: str, name: str, scale: str = Scale.SMALL, **changes: Any) -> Recipe:
+    """A recipe from the text of a file.
 
-    In each arm stands what differs from the table `[training]`; a table `[grid]` of lists makes an arm of each combination.
+    The table `[small]` or `[paper]` overrides the rest; only its `differs` is added. An arm overrides the table
+    `[training]`. A table `[grid]` of lists makes an arm of each combination.
 
     Raises:
-        UsageError: it is no TOML, or something in it is missing, unknown or without meaning.
+        UsageError: the text is no TOML, or something in it is missing, unknown or without meaning.
     """
+    if scale not in list(Scale):
+        raise UnknownName("scale", scale, list(Scale))
     try:
         given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -335,7 +343,7 @@ def _arm(given: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grid(axes: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """An arm for every combination of hyper-parameters: of the training, or else of the network."""
+    """Iterate over arms, one for every combination of hyper-parameters of the training or of the network."""
     if not axes:
         return
     lists = [values if isinstance(values, list) else [values] for values in axes.values()]
@@ -357,7 +365,7 @@ def _word(value: Any) -> str:
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables within tables are joined; everything else is replaced."""
+    """Join two tables, and tables within them; any other value of the second replaces that of the first."""
     joined = dict(below)
     for key, value in above.items():
         own = joined.get(key)
@@ -372,21 +380,19 @@ def read_grid(
     default: Sequence[tuple[str, str]],
     changes: Mapping[str, Any],
 ) -> Recipe:
-    """The recipe in a file, with what a grid needs not say.
+    """The recipe of a grid in a file; title, question, reference and numbers need not be in it.
 
     Args:
-        path: of the file.
-        scale: whose table stands over the rest.
-        asked: measures with their geometries; none for the file's.
-        default: measured where neither says what.
-        changes: fields that the user sets differently; None for none.
+        path: path of the file.
+        scale: name of the table that overrides the rest.
+        asked: names of measures with their geometries; none for the file's numbers.
+        default: names of measures with their geometries where neither `asked` nor the file has any.
+        changes: fields of the recipe that are set differently; None to leave a field as it is.
 
     Raises:
         DataError: there is no such file, or no grid in it.
         UsageError: something in it is missing, unknown or without meaning.
     """
-    if scale not in list(Scale):
-        raise UnknownName("scale", scale, list(Scale))
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = tomllib.loads(text)
@@ -403,11 +409,11 @@ def read_grid(
         "title": f"Grid {path.stem}",
         "question": "Does flatness predict generalization?",
         "reference": path.name,
-        "orbit": 0,  # every network once: its functions are not at stake here
+        "orbit": 0,  # invariance is not asked for: every network is measured once
     }
     further: dict[str, Any] = {name: value for name, value in usual.items() if name not in there} | {
         "asks": Asks.RELATION
     }
     if asked or "numbers" not in there:
         further["numbers"] = [{"measure": name, "geometry": place} for name, place in asked or default]
-    return parse(text, path.stem, Scale(scale), **{**further, **changes})
+    return parse_recipe(text, path.stem, scale, **{**further, **changes})

@@ -14,10 +14,10 @@ from isoflat.core.errors import UnknownName, UsageError
 from isoflat.experiments.cells import decided
 from isoflat.experiments.data import load_split
 from isoflat.experiments.progress import bar
-from isoflat.experiments.recipe import Recipe, Scale, read
+from isoflat.experiments.recipe import Recipe, read_recipe
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.experiments.store import Store
-from isoflat.experiments.sweep import check, sweep, tasks
+from isoflat.experiments.sweep import check_recipe, sweep, tasks
 from isoflat.io.files import make_folder
 from isoflat.io.inputs import device_of
 from isoflat.measures.catalogue import find_geometry, find_measure
@@ -27,7 +27,7 @@ CLUSTERS = ("slurm", "local")
 """Places where submitit can run workers."""
 
 HOURS = 24
-"""Hours that a worker may take; the next one does what it has not done by then."""
+"""Hours that a worker may take; the same call later does what it has not done by then."""
 
 
 def reproduce(  # noqa: PLR0913
@@ -53,23 +53,23 @@ def reproduce(  # noqa: PLR0913
     `torch.distributed` all processes share each network's measurement.
 
     Args:
-        recipe: name of a recipe of the package (`isoflat.experiments.recipe.recipes()`); or one that was read already,
+        recipe: name of a recipe of the package (`isoflat.experiments.recipe.recipes()`); or a recipe that was read already,
             which is followed as it is, whatever `scale`, `replicates`, `measures`, `geometry`, `orbit` and `seed` say.
         data: path of the recipe's data, where it does not come with isoflat.
         out: folder for the store; None for `isoflat-NAME`.
         scale: "small", or "paper" for the experiment as it was published.
-        replicates: networks per arm; None for the recipe's.
+        replicates: number of networks per arm; None for the recipe's.
         measures: names in the catalogue, instead of the recipe's numbers.
         geometry: names of metrics, with `measures`; None for "auto".
-        orbit: random points of each network's orbit; None for the recipe's.
+        orbit: number of random points of each network's orbit; None for the recipe's.
         seed: seed of all random numbers; None for the recipe's.
-        jobs: processes; None for one for each core, and one on an accelerator.
+        jobs: number of processes; None for one for each core, and one on an accelerator.
         device: device of the networks; None for the CPU.
         submit: "slurm" or "local", where submitit is to run `jobs` workers.
-        progress: show a line on the standard error.
+        progress: whether a line of progress is shown on the standard error.
 
     Returns:
-        What was found, as numbers and in sentences.
+        The findings, as numbers and in sentences.
 
     Raises:
         IsoflatError: something is refused; what would be refused of all networks alike, before any is trained.
@@ -89,10 +89,8 @@ def reproduce(  # noqa: PLR0913
     """
     started, ranks = time.monotonic(), Ranks.here()
     if isinstance(recipe, str):
-        if scale not in list(Scale):
-            raise UnknownName("scale", scale, list(Scale))
         changes = {"replicates": replicates, "orbit": orbit, "seed": seed, "numbers": _numbers(measures, geometry)}
-        recipe = read(recipe, Scale(scale), **changes)
+        recipe = read_recipe(recipe, scale, **changes)
     folder = Path(f"isoflat-{recipe.name}" if out is None else out)
     if ranks.world > 1 and ((jobs or 1) > 1 or submit is not None):
         raise UsageError("under torchrun all processes are at the same network: leave out --jobs and --submit")
@@ -104,7 +102,7 @@ def reproduce(  # noqa: PLR0913
         facts["data"] = split.hash
     numbers = tuple(quantity.number for quantity in recipe.numbers)
     with ranks.agreeing():
-        check(recipe, split, numbers)
+        check_recipe(recipe, split, numbers)
     with ranks.agreeing():
         if ranks.first:
             make_folder(folder)  # what is refused leaves no folder behind
@@ -134,7 +132,7 @@ def _numbers(names: Sequence[str] | None, places: Sequence[str] | None) -> list[
 
 
 def _check_cluster(cluster: str) -> None:
-    """Refuse what cannot be submitted to, before anything is written.
+    """Refuse a cluster that nothing can be submitted to, before anything is written.
 
     Raises:
         UnknownName: no such cluster.
@@ -153,10 +151,10 @@ def submitted(cluster: str, recipe: Recipe, source: str | None, folder: Path, wo
 
     Args:
         cluster: "slurm", or "local" for processes of this machine; it has been checked.
-        recipe: experiment whose networks are to be made.
-        source: path of the data.
-        folder: folder that all of them see; logs go to its `jobs`.
-        workers: how many.
+        recipe: recipe whose networks are to be made.
+        source: path of the data; None where it comes with isoflat.
+        folder: folder that all workers see; logs go to its `jobs`.
+        workers: number of workers.
         device: device of the networks.
 
     Raises:
@@ -179,5 +177,5 @@ def submitted(cluster: str, recipe: Recipe, source: str | None, folder: Path, wo
 
 
 def work(recipe: Recipe, source: str | None, folder: Path, device: str | None) -> int:
-    """Make every network that no other worker is at; how many there are at the end."""
+    """Train and measure every network that no other worker is at; the number of networks at the end."""
     return len(reproduce(recipe, source, out=folder, jobs=1, device=device).networks)

@@ -15,15 +15,15 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.plain import attributes, plain
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
-from isoflat.experiments.cells import Measured, found
-from isoflat.experiments.numbers import COLUMNS, Number, flat
+from isoflat.experiments.cells import MeasuredNetwork
+from isoflat.experiments.numbers import COLUMNS, Number, flat_row
 from isoflat.experiments.recipe import Arm, Asks, Recipe
-from isoflat.experiments.statistics.relation import Relation, relations
+from isoflat.experiments.statistics.relation import OutcomeRelation, relations
 from isoflat.experiments.statistics.sample import OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE, GroupFinding, GroupVerdict, compare
 
 DRAWS = 2000
-"""Of bootstraps and permutations."""
+"""Number of resamples and of permutations."""
 
 
 @final
@@ -32,13 +32,13 @@ class Summary:
     """A number over the networks of an arm.
 
     Attributes:
-        arm: name.
-        number: name.
-        networks: how many it is known of.
-        mean: over them.
-        error: standard error of the mean; None of a single network.
-        width: the widest enclosure, relative to its value.
-        unconverged: how many enclosures are wider than asked for.
+        arm: name of the arm.
+        number: name of the number.
+        networks: number of networks of which the number is known.
+        mean: mean over these networks.
+        error: standard error of the mean; None for a single network.
+        width: width of the widest confidence interval, relative to its value.
+        unconverged: how many confidence intervals are wider than asked for.
     """
 
     arm: str
@@ -51,7 +51,7 @@ class Summary:
 
     @property
     def words(self) -> str:
-        """Mean ± standard error."""
+        """Mean and standard error as text."""
         return f"{self.mean:.4g}" if self.error is None else f"{self.mean:.4g} ± {self.error:.2g}"
 
 
@@ -61,32 +61,32 @@ class Reproduction:
     """The findings of an experiment.
 
     Attributes:
-        recipe: that was followed.
-        data: name of the data.
-        numbers: what was measured.
-        networks: by arm and replicate, those that missed their target, and those that diverged, included.
+        recipe: recipe that was followed.
+        data: name of the data set.
+        numbers: numbers that were measured.
+        networks: all networks, those that missed their target and those that diverged included.
         seconds: wall-clock time of this call; cells that were there already took none of it.
     """
 
     recipe: Recipe
     data: str
     numbers: tuple[Number, ...]
-    networks: tuple[Measured, ...]
+    networks: tuple[MeasuredNetwork, ...]
     seconds: float
 
     @property
-    def missed(self) -> tuple[Measured, ...]:
+    def missed(self) -> tuple[MeasuredNetwork, ...]:
         """Networks above their target loss: shown, but left out of comparisons."""
         return tuple(network for network in self.networks if not network.training.reached and not network.diverged)
 
     @property
-    def diverged(self) -> tuple[Measured, ...]:
-        """Networks whose training diverged: there is nothing to measure."""
+    def diverged(self) -> tuple[MeasuredNetwork, ...]:
+        """Networks whose training diverged, so that nothing was measured."""
         return tuple(network for network in self.networks if network.diverged)
 
     @property
     def omitted(self) -> tuple[Omission, ...]:
-        """Numbers that were asked for and are not there, with the reasons; of networks that diverged nothing was asked."""
+        """Numbers that could not be measured, with the reasons; networks that diverged are left out."""
         tables = (table for network in self.networks for table in (network.table, *network.moved))
         return tuple(dict.fromkeys(part for table in tables for part in table.omitted))
 
@@ -97,11 +97,11 @@ class Reproduction:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Every measured number."""
+        """Record of every measured number."""
         return tuple(row for network in self.networks for table in (network.table, *network.moved) for row in table)
 
-    def arm(self, arm: Arm, all_of_them: bool = False) -> tuple[Measured, ...]:
-        """Networks of one arm that reached their target, or all of them."""
+    def arm(self, arm: Arm, all_of_them: bool = False) -> tuple[MeasuredNetwork, ...]:
+        """Networks of one arm that reached their target, or all networks of the arm."""
         return tuple(
             network
             for network in self.networks
@@ -110,7 +110,7 @@ class Reproduction:
 
     @cached_property
     def summaries(self) -> tuple[Summary, ...]:
-        """Every number in every arm."""
+        """Summary of every number in every arm."""
         return tuple(
             summary
             for arm in self.recipe.arms
@@ -119,13 +119,13 @@ class Reproduction:
         )
 
     def verdicts(self, point: int | None = None) -> dict[str, GroupVerdict]:
-        """The second of two arms against the first by every number.
+        """Verdicts on the second of two arms against the first, one for every number.
 
         Args:
             point: a random point of each network's orbit; None for the weights as trained.
 
         Returns:
-            By name of the number; without those that are not known of two networks in each arm, or are not positive.
+            Verdicts by name of the number; numbers that are not known, and positive, of two networks of each arm have none.
         """
         if len(self.recipe.arms) != 2:
             return {}
@@ -134,7 +134,7 @@ class Reproduction:
             groups = []
             for arm in self.recipe.arms:
                 tables = [n.table if point is None else n.moved[point] for n in self.arm(arm)]
-                rows = [row for table in tables if (row := found(table, number)) is not None]
+                rows = [row for table in tables if (row := number.find(table)) is not None]
                 groups.append((arm.minima, [row.estimate for row in rows]))
             if min(len(group) for _, group in groups) >= 2 and all(e.value > 0 for _, g in groups for e in g):
                 made[number.name] = compare(f"the {number.words}", *groups)
@@ -142,7 +142,7 @@ class Reproduction:
 
     @property
     def points(self) -> int:
-        """Number of points of each network's orbit."""
+        """Number of points of each network's orbit where numbers were measured."""
         return min((len(network.moved) for network in self.networks if not network.diverged), default=0)
 
     def drift(self, number: Number) -> float | None:
@@ -150,35 +150,38 @@ class Reproduction:
         return max(self._changes(number), default=None)
 
     def _changes(self, number: Number) -> tuple[float, ...]:
-        """The largest relative change of a number in each network of which it is known here and elsewhere."""
+        """Largest relative change of a number in each network of which it is known at two weights or more."""
         each = (
             [
                 abs(after.estimate.value - before.estimate.value) / abs(before.estimate.value)
                 for table in network.moved
-                if (after := found(table, number)) is not None
+                if (after := number.find(table)) is not None
             ]
             for network in self.networks
-            if (before := network.record(number)) is not None and before.estimate.value
+            if (before := number.find(network.table)) is not None and before.estimate.value
         )
         return tuple(max(changes) for changes in each if changes)
 
     @cached_property
-    def told(self) -> tuple[Relation, ...]:
-        """Relations that a recipe for a trend asks for: of each number with what rises along the arms, and with the test error."""
-        return self._told(None) if self.recipe.asks is Asks.TREND else ()
+    def relations(self) -> tuple[OutcomeRelation, ...]:
+        """Relations of each number to what rises along the arms and to the test error, where a recipe asks for a trend."""
+        return self._relations(None) if self.recipe.asks is Asks.TREND else ()
 
     @cached_property
-    def told_elsewhere(self) -> tuple[tuple[Relation, ...], ...]:
-        """The same at each random point of the networks' orbits."""
-        return tuple(self._told(point) for point in range(self.points)) if self.recipe.asks is Asks.TREND else ()
+    def relations_elsewhere(self) -> tuple[tuple[OutcomeRelation, ...], ...]:
+        """Relations, as in `relations`, at each random point of the networks' orbits."""
+        return tuple(self._relations(point) for point in range(self.points)) if self.recipe.asks is Asks.TREND else ()
 
-    def _told(self, point: int | None) -> tuple[Relation, ...]:
-        outcomes = ((_place, self.recipe.along), (_test_error, "test error"))
+    def _relations(self, point: int | None) -> tuple[OutcomeRelation, ...]:
+        outcomes = (
+            (lambda network: network.task.arm.value, self.recipe.along),
+            (lambda network: network.test_error, "test error"),
+        )
         return tuple(found for outcome, words in outcomes for found in self._related(outcome, words, point))
 
     def _related(
-        self, outcome: Callable[[Measured], float | None], words: str, point: int | None
-    ) -> tuple[Relation, ...]:
+        self, outcome: Callable[[MeasuredNetwork], float | None], words: str, point: int | None
+    ) -> tuple[OutcomeRelation, ...]:
         samples = {
             number.words if number.sign > 0 else f"negated {number.words}": sample
             for number in self.numbers
@@ -187,14 +190,14 @@ class Reproduction:
         return relations(samples, self.recipe.seed, DRAWS, outcome=words) if samples else ()
 
     def _sample(
-        self, number: Number, outcome: Callable[[Measured], float | None], point: int | None
+        self, number: Number, outcome: Callable[[MeasuredNetwork], float | None], point: int | None
     ) -> OutcomeSample | None:
-        """A number beside an outcome, turned so that more of it should go with more of that; None where too few are known."""
+        """Sample of a number, turned so that a higher one is sharper, and an outcome; None where too few are known."""
         known = [
             (number.sign * row.estimate.value, float(after), network)
             for network in self.networks
             if network.training.reached
-            and (row := found(network.table if point is None else network.moved[point], number)) is not None
+            and (row := number.find(network.table if point is None else network.moved[point])) is not None
             and (after := outcome(network)) is not None
         ]
         if len(known) < 3 or len({after for _, after, _ in known}) < 2:
@@ -208,11 +211,11 @@ class Reproduction:
 
     @property
     def headline(self) -> str:
-        """The answer, as short as it can be said."""
+        """Shortest sentence that answers the recipe's question."""
         if self.recipe.asks is Asks.DISSENT and (told := self._dissent()):
             return told
         verdicts = [verdict.claim for verdict in self.verdicts().values()]
-        claims = verdicts or [relation.claim for relation in self.told]
+        claims = verdicts or [relation.claim for relation in self.relations]
         return f"{claims[0]}." if claims else next(iter(self.sentences), "Nothing could be compared.")
 
     @property
@@ -263,9 +266,9 @@ class Reproduction:
         )
 
     def _trend(self) -> Iterator[str]:
-        yield from (relation.sentence for relation in self.told)
-        before = {(relation.measure, relation.outcome): relation for relation in self.told}
-        for point, told in enumerate(self.told_elsewhere, 1):
+        yield from (relation.sentence for relation in self.relations)
+        before = {(relation.measure, relation.outcome): relation for relation in self.relations}
+        for point, told in enumerate(self.relations_elsewhere, 1):
             for relation in told:
                 same = before.get((relation.measure, relation.outcome))
                 if same is not None:
@@ -276,7 +279,7 @@ class Reproduction:
 
     @cached_property
     def _better(self) -> tuple[int | None, str] | None:
-        """The arm that generalizes better, if there is evidence, and test errors in words; None where these are not known."""
+        """Index of the arm that generalizes better, if there is evidence, and test errors in words; None where not known."""
         first, second = ([n.test_error for n in self.arm(arm) if n.test_error is not None] for arm in self.recipe.arms)
         if min(len(first), len(second)) < 2:
             return None
@@ -289,7 +292,7 @@ class Reproduction:
         return (None if test.pvalue >= SIGNIFICANCE else int(fmean(second) < fmean(first))), errors
 
     def _generalization(self) -> Iterator[str]:
-        """Test errors of the two arms, and whether flatness says the same."""
+        """Sentences on the test errors of the two arms, and on whether flatness agrees."""
         if self._better is None:
             return
         better, errors = self._better
@@ -305,7 +308,7 @@ class Reproduction:
                 yield f"{_capital(verdict.number)} is {friend}: it calls {names[sharper]} sharper."
 
     def _dissent(self) -> str | None:
-        """Generalization and flatness in a sentence, where there is evidence on both."""
+        """Sentence on generalization and flatness, where there is evidence on both."""
         found = [verdict for verdict in self.verdicts().values() if verdict.finding is not GroupFinding.NO_EVIDENCE]
         if self._better is None or self._better[0] is None or not found:
             return None
@@ -317,21 +320,17 @@ class Reproduction:
     def _moved(self) -> Iterator[str]:
         if not self.points:
             return
-        how = (
-            "Rescaling the layers"
-            if self.recipe.edit is not None
-            else "Other weights with the same function, at random,"
-        )
+        edited = self.recipe.edit is not None
+        how = "Rescaling the layers moves" if edited else "Other weights with the same function, at random, move"
         for number in self.numbers:
             changes = self._changes(number)
             if changes:
                 change = max(changes)
                 moved = f"by {change:.1e} of itself" if change < 0.5 else f"by {change:.2g} times itself"
-                verb = "moves" if self.recipe.edit is not None else "move"
-                yield f"{how} {verb} the {number.words} {moved} at most, over {len(changes)} networks."
+                yield f"{how} the {number.words} {moved} at most, over {len(changes)} networks."
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row for each network, point and number; of a network without any there is one, too."""
+        """Flat rows, one for each network, point and number; a network without numbers has one row, too."""
         return [
             {
                 "recipe": self.recipe.name,
@@ -347,7 +346,7 @@ class Reproduction:
                 "epochs": None if network.diverged else network.training.epochs,
                 "steps": None if network.diverged else network.training.steps,
                 "seconds": network.seconds,
-                **(flat(row) if row is not None else dict.fromkeys(COLUMNS)),
+                **(flat_row(row) if row is not None else dict.fromkeys(COLUMNS)),
                 **({"diverged": network.diverged} if network.diverged else {}),
             }
             for network in self.networks
@@ -363,8 +362,8 @@ class Reproduction:
             "verdicts": plain(self.verdicts()),
             "moved": plain([self.verdicts(point) for point in range(self.points)]),
             "drift": {number.name: self.drift(number) for number in self.numbers},
-            "relations": plain(self.told),
-            "relations_elsewhere": plain(self.told_elsewhere),
+            "relations": plain(self.relations),
+            "relations_elsewhere": plain(self.relations_elsewhere),
             "networks": self.rows(),
             "diverged": [{"label": network.label, "reason": network.diverged} for network in self.diverged],
             "omitted": plain(self.omitted),
@@ -374,15 +373,15 @@ class Reproduction:
 
 
 def _grouped(told: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Labels by what is said of them."""
+    """Join the labels of which the same is said."""
     groups: dict[str, list[str]] = {}
     for what, label in told:
         groups.setdefault(what, []).append(label)
     return {what: ", ".join(dict.fromkeys(labels)) for what, labels in groups.items()}
 
 
-def _summary(arm: Arm, number: Number, networks: Sequence[Measured]) -> Summary | None:
-    rows = [row.estimate for network in networks if (row := network.record(number)) is not None]
+def _summary(arm: Arm, number: Number, networks: Sequence[MeasuredNetwork]) -> Summary | None:
+    rows = [row.estimate for network in networks if (row := number.find(network.table)) is not None]
     if not rows:
         return None
     values = [row.value for row in rows]
@@ -398,18 +397,10 @@ def _summary(arm: Arm, number: Number, networks: Sequence[Measured]) -> Summary 
 
 
 def _width(estimate: Estimate) -> float:
-    """Width of an enclosure, relative to the value; zero where there is none."""
+    """Width of a confidence interval, relative to the value; zero where the interval is infinite or the value zero."""
     width = estimate.upper - estimate.lower
     return width / abs(estimate.value) if estimate.value and math.isfinite(width) else 0.0
 
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def _test_error(network: Measured) -> float | None:
-    return network.test_error
-
-
-def _place(network: Measured) -> float | None:
-    return network.task.arm.value

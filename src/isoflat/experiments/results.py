@@ -1,4 +1,4 @@
-"""Results that isoflat wrote to a folder, read with suspicion: each file on its own, anything else refused by name."""
+"""Results that isoflat wrote to a folder, read with suspicion: a file that is damaged or foreign is refused by name."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pydantic import ValidationError
 
 from isoflat.core.comparison import Comparison
 from isoflat.core.errors import DataError, IsoflatError, UsageError
-from isoflat.core.plain import kinds
+from isoflat.core.plain import adapter, first_fault
 from isoflat.core.record import Record
 from isoflat.core.table import Omission
 from isoflat.experiments.store import Artifact, Refused, Store
 from isoflat.experiments.store.main import MARKER
-from isoflat.io.strict import parse
+from isoflat.io.strict import parse_json
 
 LARGEST = 1 << 28
-"""Bytes that a file of results may take."""
+"""Largest number of bytes of a file of results."""
 
 STORE = "store"
 """The folder in which experiments keep their cells."""
 
 MALFORMED = (IsoflatError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-"""What reading a result raises where its parts are not of the kind they should be."""
+"""Errors that reading a result raises where its parts are not of the type they should be."""
 
 _RECORD = {"schema", "measure", "geometry", "estimate", "point"}
 _OMISSION = {"measure", "geometry", "reason", "label"}
@@ -37,13 +37,13 @@ _REPRODUCED = {"recipe", "data", "summaries", "networks"}
 @final
 @dataclass(frozen=True)
 class StoredNumber:
-    """A number that was read.
+    """A number that was read from a file.
 
     Attributes:
-        record: the number.
-        source: file that holds it, as seen from the folder.
-        place: where in the file.
-        cell: whether it is a cell of a store.
+        record: record of the number.
+        source: path of the file, as seen from the folder.
+        place: position within the file, such as "line 3".
+        cell: whether the file is a cell of a store.
     """
 
     record: Record
@@ -53,22 +53,19 @@ class StoredNumber:
 
     @property
     def label(self) -> str:
-        """Name of its network; if it has none, the name of the file.
-
-        A file of cells has a hash for a name, which is as good.
-        """
+        """Name of the network; the name of the file where the network has none."""
         return self.record.label or Path(self.source).stem
 
 
 @final
 @dataclass(frozen=True)
-class Contest:
-    """A comparison that was read.
+class StoredComparison:
+    """A comparison that was read from a file.
 
     Attributes:
-        comparison: what it found.
-        subject: what was compared.
-        source: file that holds it.
+        comparison: the comparison.
+        subject: names of what was compared, and how it was loaded.
+        source: path of the file, as seen from the folder.
     """
 
     comparison: Comparison
@@ -78,28 +75,26 @@ class Contest:
 
 @final
 @dataclass(frozen=True)
-class Reproduced:
+class StoredReproduction:
     """A result of `isoflat reproduce` that was read.
 
     Attributes:
-        content: of the file.
-        source: the file.
+        content: the whole content of the file.
     """
 
     content: Mapping[str, Any]
-    source: Path
 
 
 @final
 @dataclass(frozen=True)
-class Studied:
+class StoredStudy:
     """A result of `isoflat study` that was read; its numbers are in other files of the folder.
 
     Attributes:
-        sentences: what it said.
-        left_out: networks that it did not use, with reasons.
-        source: file that holds it.
-        content: of the file.
+        sentences: sentences that say what was found.
+        left_out: networks that were left out, with reasons.
+        source: path of the file, as seen from the folder.
+        content: the whole content of the file.
     """
 
     sentences: tuple[str, ...]
@@ -108,42 +103,42 @@ class Studied:
     content: Mapping[str, Any]
 
 
-Item = StoredNumber | Contest | Reproduced | Studied | Omission | Refused
+Item = StoredNumber | StoredComparison | StoredReproduction | StoredStudy | Omission | Refused
 
 
 @final
 @dataclass(frozen=True)
 class Results:
-    """Everything that a folder holds.
+    """All results in a folder.
 
     Attributes:
-        folder: that was read.
+        folder: the folder that was read.
         found: numbers, each once.
-        contests: comparisons.
-        reproduced: results of experiments.
-        studied: results of studies.
-        cells: of the store.
-        omitted: numbers that are not there, with reasons.
+        comparisons: results of `isoflat compare`.
+        reproduced: results of `isoflat reproduce`.
+        studied: results of `isoflat study`.
+        cells: cells of the store.
+        omitted: numbers that could not be measured, with reasons.
         refused: files, or parts of them, that are damaged or foreign.
-        files: that were read.
+        files: files that were read.
     """
 
     folder: Path
     found: tuple[StoredNumber, ...]
-    contests: tuple[Contest, ...]
-    reproduced: tuple[Reproduced, ...]
-    studied: tuple[Studied, ...]
+    comparisons: tuple[StoredComparison, ...]
+    reproduced: tuple[StoredReproduction, ...]
+    studied: tuple[StoredStudy, ...]
     cells: tuple[Artifact, ...]
     omitted: tuple[Omission, ...]
     refused: tuple[Refused, ...]
     files: tuple[Path, ...]
 
 
-def read(folder: Path) -> Results:
-    """Results in a folder, and in the store that it is or has.
+def read_results(folder: Path) -> Results:
+    """Read the results in a folder, and in the store that it is or has.
 
     Raises:
-        UsageError: it is no folder, or nothing in it can be read.
+        UsageError: there is no such folder, or nothing in it can be read.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder: name one that isoflat demo, reproduce or study has written")
@@ -163,8 +158,8 @@ def read(folder: Path) -> Results:
     return _results(folder, items, cells, files)
 
 
-def read_file(path: Path) -> Results:
-    """Results in one file.
+def read_results_file(path: Path) -> Results:
+    """Read the results in one file.
 
     Raises:
         UsageError: there is no such file.
@@ -178,9 +173,9 @@ def _results(folder: Path, items: Sequence[Item], cells: Sequence[Artifact], fil
     return Results(
         folder,
         _once(item for item in items if isinstance(item, StoredNumber)),
-        tuple(item for item in items if isinstance(item, Contest)),
-        tuple(item for item in items if isinstance(item, Reproduced)),
-        tuple(item for item in items if isinstance(item, Studied)),
+        tuple(item for item in items if isinstance(item, StoredComparison)),
+        tuple(item for item in items if isinstance(item, StoredReproduction)),
+        tuple(item for item in items if isinstance(item, StoredStudy)),
         tuple(cells),
         tuple(dict.fromkeys(item for item in items if isinstance(item, Omission))),
         tuple(item for item in items if isinstance(item, Refused)),
@@ -189,7 +184,7 @@ def _results(folder: Path, items: Sequence[Item], cells: Sequence[Artifact], fil
 
 
 def _once(found: Iterable[StoredNumber]) -> tuple[StoredNumber, ...]:
-    """Numbers without those that another file has told before; in a store they may have another label."""
+    """Numbers, each once: those of a store are left out where another file has them, perhaps under another label."""
     first: dict[str, StoredNumber] = {}
     told: set[str] = set()
     for number in found:
@@ -202,17 +197,17 @@ def _once(found: Iterable[StoredNumber]) -> tuple[StoredNumber, ...]:
 
 
 def identity(record: Record) -> str:
-    """The same for the same record, however its settings are ordered."""
+    """A text that is the same for equal records, however their settings are ordered."""
     return json.dumps(record.to_dict(), sort_keys=True)
 
 
 def checked(record: Record) -> Record:
-    """The record, every part of which is of its kind, and which can be written as text.
+    """The record, after every part of it was checked.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a part is of the wrong type, or cannot be written as text.
     """
-    sound = kinds(Record).validate_python(asdict(record))
+    sound = adapter(Record).validate_python(asdict(record))
     json.dumps(sound.to_dict(), allow_nan=False, ensure_ascii=False).encode()
     return sound
 
@@ -220,8 +215,7 @@ def checked(record: Record) -> Record:
 def why(error: BaseException) -> str:
     """Reason for refusing a result, in a few words."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'result'}: {first['msg']}"
+        return first_fault(error)
     return f"{error} is missing" if isinstance(error, KeyError) else f"{error}" or type(error).__name__
 
 
@@ -249,12 +243,12 @@ def _file(path: Path, folder: Path) -> Iterator[Item]:
         if path.suffix == ".jsonl":
             yield from _lines(text, path, folder)
             return
-        content = parse(text)
+        content = parse_json(text)
     except (OSError, DataError, ValueError) as error:
         yield Refused(path, f"{path} is refused: {getattr(error, 'strerror', None) or error}")
         return
     if isinstance(content, dict) and content.keys() >= _REPRODUCED:
-        yield Reproduced(content, path)
+        yield StoredReproduction(content)
     elif isinstance(content, dict) and content.keys() >= _STUDIED:
         yield _study(content, path, folder)
         yield from _within(content, path, folder)
@@ -274,12 +268,12 @@ def _content(path: Path) -> bytes:
 
 
 def _lines(text: bytes, path: Path, folder: Path) -> Iterator[Item]:
-    """Read a file with a record in each line; of its faults, the first is told."""
+    """Read a file with a record in each line; only the first of its faults is named."""
     faults: list[str] = []
     lines = [(place, line) for place, line in enumerate(text.split(b"\n"), 1) if line.strip()]
     for place, line in lines:
         try:
-            content = parse(line)
+            content = parse_json(line)
             yield StoredNumber(checked(Record.from_dict(content)), _name(path, folder), f"line {place}")
         except MALFORMED as error:
             faults.append(f"line {place} is refused: {why(error)}")
@@ -288,9 +282,9 @@ def _lines(text: bytes, path: Path, folder: Path) -> Iterator[Item]:
         yield Refused(path, f"{path}: {faults[0] if faults else 'it is empty'}{more}")
 
 
-def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> Contest | Refused:
+def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> StoredComparison | Refused:
     try:
-        found = kinds(Comparison).validate_python(asdict(Comparison.from_dict(content)))
+        found = adapter(Comparison).validate_python(asdict(Comparison.from_dict(content)))
         rows = tuple(checked(row) for row in found.rows)
         json.dumps([found.sentences, content.get("subject")], ensure_ascii=False).encode()  # and every pair is there
         known = {(label, number) for label in found.networks for number in found.numbers}
@@ -299,21 +293,21 @@ def _contest(content: Mapping[str, Any], path: Path, folder: Path) -> Contest | 
     except MALFORMED as error:
         return Refused(path, f"{path} is refused, as a comparison: {why(error)}")
     subject = content.get("subject")
-    return Contest(found, subject if isinstance(subject, dict) else {}, _name(path, folder))
+    return StoredComparison(found, subject if isinstance(subject, dict) else {}, _name(path, folder))
 
 
-def _study(content: Mapping[str, Any], path: Path, folder: Path) -> Studied | Refused:
+def _study(content: Mapping[str, Any], path: Path, folder: Path) -> StoredStudy | Refused:
     try:
-        sentences = kinds(_Sentences).validate_python(content["sentences"])
+        sentences = adapter(_Sentences).validate_python(content["sentences"])
         gone = [f"{part['label']}: {part['reason']}" for part in content.get("left_out", ())]
         json.dumps([sentences, gone], ensure_ascii=False).encode()
     except MALFORMED as error:
         return Refused(path, f"{path} is refused, as a study: {why(error)}")
-    return Studied(sentences, tuple(gone), _name(path, folder), content)
+    return StoredStudy(sentences, tuple(gone), _name(path, folder), content)
 
 
 def _within(content: Any, path: Path, folder: Path) -> Iterator[StoredNumber | Omission | Refused]:
-    """Records and omissions anywhere in a value; what lies in them is theirs."""
+    """Find records and omissions anywhere in a value; nothing is looked for within a record."""
     left: list[tuple[str, Any]] = [("", content)]
     while left:
         place, value = left.pop()

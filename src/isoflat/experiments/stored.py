@@ -12,14 +12,14 @@ from isoflat.core.errors import DataError, UsageError
 from isoflat.core.record import Record
 from isoflat.core.render import visible
 from isoflat.core.table import Table
-from isoflat.experiments.results import Results, StoredNumber, read, read_file
+from isoflat.experiments.results import Results, StoredNumber, read_results, read_results_file
 from isoflat.measurement.compare import contrast
 
 Warn = Callable[[str], None]
-"""Called with a line for each thing that is left out."""
+"""A function that is called with a line for each thing that is left out."""
 
 SUFFIXES = (".json", ".jsonl")
-"""Of files with results."""
+"""Endings of files with results."""
 
 
 @final
@@ -28,9 +28,9 @@ class Wanted:
     """Choice of the stored numbers that are compared.
 
     Attributes:
-        measures: names as in the catalogue; none for all that every network has.
-        geometries: likewise.
-        logits: what scores became before the loss.
+        measures: names of measures in the catalogue; none for all that every network has.
+        geometries: names of geometries in the catalogue; none for all that every network has.
+        logits: what the network's scores became before the loss; "raw" for nothing.
     """
 
     measures: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Wanted:
     logits: str = "raw"
 
     def __contains__(self, record: Record) -> bool:
-        """Tell whether a record is one of them."""
+        """Tell whether a record is to be compared."""
         return (
             (not self.measures or record.measure in self.measures)
             and (not self.geometries or record.geometry in self.geometries)
@@ -47,7 +47,7 @@ class Wanted:
 
 
 def holds_results(path: Path) -> bool:
-    """Tell whether a path is of stored numbers, by its kind; weights have other endings.
+    """Tell by its kind whether a path holds stored numbers; weights have other endings.
 
     >>> holds_results(Path("runs/small.json")), holds_results(Path("small.safetensors.index.json"))
     (True, False)
@@ -55,16 +55,16 @@ def holds_results(path: Path) -> bool:
     return path.is_dir() or (path.suffix in SUFFIXES and not path.name.endswith(".index.json"))
 
 
-def compared(
+def compare_stored(
     paths: Sequence[Path], wanted: Wanted, reference: str | None, warn: Warn = lambda text: None
 ) -> tuple[Comparison, dict[str, Any]]:
     """The networks in folders and files, set against each other by the numbers that all of them have.
 
     Args:
         paths: folders of `isoflat reproduce`, `study` or `demo`, stores, and results of `isoflat measure`.
-        wanted: which numbers.
-        reference: the label that others are set against; None for the first.
-        warn: called with a line for each damaged file of a folder, which is left out.
+        wanted: choice of the numbers.
+        reference: label of the network that the others are set against; None for the first.
+        warn: function that is called with a line for each damaged file of a folder, which is left out.
 
     Returns:
         The comparison, and what was compared.
@@ -97,7 +97,7 @@ def compared(
 def _networks(
     paths: Sequence[Path], wanted: Wanted, warn: Warn
 ) -> tuple[dict[str, dict[tuple[str, str], Record]], list[str]]:
-    """Every network's numbers, by label; at its own weights, not at others of its orbit."""
+    """Numbers of each network by its label, at its own weights; those at other points of its orbit are left out and counted."""
     sources = [(path, [number for number in _numbers(path, warn) if number.record in wanted]) for path in paths]
     owners: dict[str, set[int]] = {}
     for place, (_, found) in enumerate(sources):
@@ -119,20 +119,20 @@ def _networks(
 
 
 def _numbers(path: Path, warn: Warn) -> list[StoredNumber]:
-    """Numbers that are stored by themselves, and those of comparisons."""
+    """Numbers at a path: those that are stored by themselves, and those of comparisons."""
     results = _read(path, warn)
-    others = [StoredNumber(row, contest.source) for contest in results.contests for row in contest.comparison.rows]
+    others = [StoredNumber(row, contest.source) for contest in results.comparisons for row in contest.comparison.rows]
     return [*results.found, *others]
 
 
 def _read(path: Path, warn: Warn) -> Results:
     """Read what is stored there; in a folder a damaged file is named and left out, a damaged file by itself is refused."""
     if path.is_dir():
-        results = read(path)
+        results = read_results(path)
         for refused in results.refused:
             warn(refused.why)
         return results
-    results = read_file(path)
+    results = read_results_file(path)
     if results.refused:
         raise DataError(results.refused[0].why)
     return results

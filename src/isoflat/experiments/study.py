@@ -1,4 +1,4 @@
-"""Does flatness predict generalization? Networks of a list, or of a grid that is trained, set beside what became of them."""
+"""Studies of whether flatness predicts generalization, over checkpoints of a list or over a grid that is trained."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from isoflat.core.errors import (
     UnsupportedModel,
     UsageError,
 )
-from isoflat.experiments.cells import Measured
+from isoflat.experiments.cells import MeasuredNetwork
 from isoflat.experiments.data import load_split
 from isoflat.experiments.listed import OUTCOMES, ListedPlan, ReadyNetwork, kept, read_listing, ready, whole
-from isoflat.experiments.numbers import Number
-from isoflat.experiments.prediction import NOTE, Observed, Prediction
+from isoflat.experiments.prediction import NOTE, ObservedNetwork, Prediction
 from isoflat.experiments.progress import bar
-from isoflat.experiments.recipe import Quantity, Recipe, read_grid
+from isoflat.experiments.recipe import NumberSpec, Recipe, read_grid
 from isoflat.experiments.reproduce import reproduce
 from isoflat.experiments.statistics.sample import LEAST
 from isoflat.experiments.store import Store
 from isoflat.io.files import make_folder
-from isoflat.io.inputs import Inputs, check, device_of
+from isoflat.io.inputs import Inputs, check_names, device_of
 from isoflat.io.several import labels
 from isoflat.measures.catalogue import find_geometry, find_measure
 from isoflat.measures.settings import Budget, Settings
@@ -77,27 +76,27 @@ def study(  # noqa: PLR0913
     networks are kept in the folder's store: the same call goes on where another was stopped.
 
     Args:
-        networks: CSV with a row, or TOML with a table, for each network: weights, an outcome and hyper-parameters.
-        model: with `networks`: `module:factory`, a function without arguments that builds the network of every row.
-        data: what is measured on, as for `isoflat.load_data`; with `grid` a path, where it does not come with isoflat.
-        grid: TOML: a recipe with data, network, training and a table grid of lists. Every combination is trained.
+        networks: CSV file with a row, or TOML file with a table, for each network: weights, an outcome, hyper-parameters.
+        model: name `module:factory` of a function without arguments that builds the network of every row of `networks`.
+        data: source of the data, as in `isoflat.load_data`; with `grid` a path, where it does not come with isoflat.
+        grid: TOML file with data, network, training and a table grid of lists. Every combination is trained.
         outcome: "gap", "test_error", "test_accuracy" or "test_loss"; None for the one listed, or the gap with `grid`.
         measures: names in the catalogue; None for a few cheap ones of different kinds.
         geometry: names of metrics, with `measures`; None for "auto".
         out: folder for the store; made if need be.
         seed: seed of all random numbers; None for 0, or the file's with `grid`.
         device: device of the networks; None for the CPU.
-        progress: show a line on the standard error.
-        scale: with `grid`: whose table stands over the rest, "small" or "paper".
-        replicates: with `grid`: networks for each combination; None for the file's.
-        jobs: with `grid`: processes; None for one for each core.
-        max_products: with `networks`, as all that follow: Hessian-vector products per eigenvalue.
-        rtol: relative width of the enclosures to reach.
-        probes: random probes of traces.
-        params: which parameters count, by name; None for all.
-        dtype: precision of the products; None for the weights' own.
-        check: "refuse", "warn" or "skip", where products disagree with differences of gradients.
-        **inputs: how weights and data are read; see `isoflat.io.inputs.Inputs`.
+        progress: whether a line of progress is shown on the standard error.
+        scale: table of the grid's file that overrides the rest, "small" or "paper".
+        replicates: number of networks for each combination of the grid; None for the file's.
+        jobs: number of processes with `grid`; None for one for each core.
+        max_products: with `networks`, as all that follow: largest number of Hessian-vector products per eigenvalue.
+        rtol: relative width of the confidence intervals to reach.
+        probes: number of random probes of traces.
+        params: names of the parameters that count; None for all.
+        dtype: precision of the Hessian-vector products; None for that of the weights.
+        check: "refuse", "warn" or "skip", where Hessian-vector products disagree with differences of gradients.
+        **inputs: further fields of `isoflat.io.inputs.Inputs`, which say how weights and data are read.
 
     Raises:
         UsageError: neither or both ways in are given, or something is unknown or has no meaning.
@@ -130,8 +129,14 @@ def study(  # noqa: PLR0913
     plan = planned(
         Inputs(model=model, data=data, seed=seed or 0, **inputs),
         asked or NUMBERS,
-        {"rtol": rtol, "probes": probes, "seed": seed or 0},
-        {"params": None if params is None else list(params), "dtype": dtype, "check": check},
+        {
+            "rtol": rtol,
+            "probes": probes,
+            "seed": seed or 0,
+            "params": None if params is None else list(params),
+            "dtype": dtype,
+            "check": check,
+        },
         max_products,
         device,
     )
@@ -139,10 +144,10 @@ def study(  # noqa: PLR0913
 
 
 def quantities(names: Sequence[str] | None, places: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
-    """Every measure in every place it is asked for, or in its own; none where none is named.
+    """Every named measure with every named geometry, or with its own; none where no measure is named.
 
     Raises:
-        UsageError: a name is unknown, or there are places without measures.
+        UsageError: a name is unknown, or geometries are named without measures.
 
     >>> quantities(["hessian_trace", "quotient_trace"], ["auto", "layerwise"])
     (('hessian_trace', 'euclidean'), ('quotient_trace', 'auto'), ('quotient_trace', 'layerwise'))
@@ -150,50 +155,48 @@ def quantities(names: Sequence[str] | None, places: Sequence[str] | None) -> tup
     if places and not names:
         raise UsageError("--geometry says where --measure is measured: name measures too")
     known = [find_geometry(place).name for place in places or ["auto"]]
-    made = [(name, place) for name in names or () for place in _places(find_measure(name).geometry, known)]
+    made: list[tuple[str, str]] = []
+    for name in names or ():
+        own = find_measure(name).geometry
+        made += [(name, place) for place in (known if own is None else [own])]
     return tuple(dict.fromkeys(made))
-
-
-def _places(own: str | None, known: Sequence[str]) -> Sequence[str]:
-    return known if own is None else [own]
 
 
 def planned(
     inputs: Inputs,
     asked: Sequence[tuple[str, str]],
-    effort: Mapping[str, Any],
     settings: Mapping[str, Any],
     products: int,
     device: str | None,
 ) -> ListedPlan:
-    """Plan of measuring the networks of a list; names and limits are checked before a file is opened.
+    """The plan of measuring the networks of a list; names and limits are checked before a file is opened.
 
     Args:
-        inputs: model, data and loss.
-        asked: measures with their geometries.
-        effort: `rtol`, `probes` and `seed`.
-        settings: `params`, `dtype` and `check`.
-        products: Hessian-vector products per eigenvalue.
-        device: where networks are measured.
+        inputs: names of model, data and loss, and how they are read.
+        asked: names of measures with their geometries.
+        settings: `rtol`, `probes`, `seed`, `params`, `dtype` and `check`, as for `isoflat.measure`.
+        products: largest number of Hessian-vector products per eigenvalue.
+        device: device that networks are measured on; None for where they are built.
 
     Raises:
         UsageError: something is unknown or has no meaning.
     """
-    numbers = _numbers(asked)
-    check([n.measure for n in numbers], [n.geometry for n in numbers], budget=Budget(products), **effort)
-    own = {**effort, **settings, "check": str(Settings(check=settings["check"]).check)}
+    made = (NumberSpec(measure=name, geometry=place).number for name, place in asked)
+    numbers = tuple({number.name: number for number in made}.values())
+    check_names([n.measure for n in numbers], [n.geometry for n in numbers], budget=Budget(products), **settings)
+    own = {**settings, "check": str(Settings(check=settings["check"]).check)}
     return ListedPlan(inputs, numbers, own, products, device_of(device))
 
 
 def of_list(path: Path, outcome: str | None, plan: ListedPlan, folder: Path, progress: bool) -> Prediction:
-    """Networks of a list, measured or read from the folder's store.
+    """A study of the networks of a list, measured or read from the folder's store.
 
     Args:
-        path: of the list.
-        outcome: the column to predict; None for the only one.
-        plan: how they are measured.
-        folder: whose store is used; made if need be.
-        progress: show a line on the standard error.
+        path: path of the list.
+        outcome: column to predict; None for the only one.
+        plan: settings of the measurement.
+        folder: folder of the store; made if need be.
+        progress: whether a line of progress is shown on the standard error.
 
     Raises:
         IsoflatError: something is refused; bad rows are all named, before anything is measured.
@@ -217,9 +220,9 @@ def of_list(path: Path, outcome: str | None, plan: ListedPlan, folder: Path, pro
 
 def _observed(
     rows: Sequence[ReadyNetwork], batches: Batches, plan: ListedPlan, store: Store, progress: bool
-) -> tuple[tuple[Observed, ...], tuple[tuple[str, str], ...]]:
-    """Networks that were measured, and those that cannot be, with the reasons."""
-    found: list[Observed] = []
+) -> tuple[tuple[ObservedNetwork, ...], tuple[tuple[str, str], ...]]:
+    """Networks that were measured, and labels of those that cannot be, with the reasons."""
+    found: list[ObservedNetwork] = []
     refused: list[tuple[str, IsoflatError]] = []
     with bar(len(rows), not progress) as report:
         for ready, short in zip(rows, labels([each.row.weights for each in rows]), strict=True):
@@ -231,16 +234,11 @@ def _observed(
                 refused.append((label, error))
             else:
                 loss = table[0].point.loss if row.loss is None else row.loss
-                found.append(Observed(label, table, row.outcome, loss, row.factors))
+                found.append(ObservedNetwork(label, table, row.outcome, loss, row.factors))
             report(f"{label} is done", 1.0)
     if not found:
         raise refused[0][1]
     return tuple(found), tuple((label, f"which cannot be measured: {error}") for label, error in refused)
-
-
-def _numbers(asked: Sequence[tuple[str, str]]) -> tuple[Number, ...]:
-    made = {number.name: number for number in (Quantity(measure=name, geometry=place).number for name, place in asked)}
-    return tuple(made.values())
 
 
 def of_grid(
@@ -252,16 +250,16 @@ def of_grid(
     device: str | None,
     progress: bool,
 ) -> Prediction:
-    """Networks of a grid, trained and measured or read from the folder's store.
+    """A study of the networks of a grid, trained and measured or read from the folder's store.
 
     Args:
-        recipe: with an arm for every combination.
-        outcome: what to predict; None for the generalisation gap.
-        data: a path, where the data does not come with isoflat.
-        folder: whose store is used; made if need be.
-        jobs: processes.
-        device: where networks live.
-        progress: show a line on the standard error.
+        recipe: recipe with an arm for every combination.
+        outcome: outcome to predict, one of `TRAINED_OUTCOMES`; None for the generalisation gap.
+        data: path of the data, where it does not come with isoflat.
+        folder: folder of the store; made if need be.
+        jobs: number of processes; None for one for each core.
+        device: device of the networks; None for the CPU.
+        progress: whether a line of progress is shown on the standard error.
 
     Raises:
         IsoflatError: something is refused.
@@ -275,7 +273,7 @@ def of_grid(
         raise DataError(f"--grid: the data {recipe.data.source} has no held-out rows to generalize to")
     made = reproduce(recipe, data, out=folder, jobs=jobs, device=device, progress=progress)
     networks = tuple(
-        Observed(
+        ObservedNetwork(
             network.label,
             network.table,
             _outcome(network, chosen),
@@ -312,7 +310,7 @@ def of_grid(
     return Prediction(made.numbers, networks, OUTCOMES[chosen], recipe.seed, left_out, facts=facts)
 
 
-def _outcome(network: Measured, chosen: str) -> float:
+def _outcome(network: MeasuredNetwork, chosen: str) -> float:
     """The outcome of a network whose data has held-out rows, and whose training did not diverge."""
     found = network.test_loss if chosen == "test_loss" else network.test_error
     return (found or 0.0) - ((network.train_error or 0.0) if chosen == "gap" else 0.0)

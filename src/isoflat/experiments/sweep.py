@@ -1,4 +1,4 @@
-"""Many networks: each trained and measured once, by whichever worker comes to it first."""
+"""Training and measuring of many networks: each once, by whichever worker comes to it first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from isoflat.core.errors import UsageError
 from isoflat.experiments import cells
-from isoflat.experiments.cells import Measured, NetworkTask, run
+from isoflat.experiments.cells import MeasuredNetwork, NetworkTask, train_and_measure
 from isoflat.experiments.data import Split
 from isoflat.experiments.loop import one_thread
 from isoflat.experiments.numbers import Number
@@ -28,26 +28,26 @@ from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.finding.discover import symmetries
 
 FEW = 4
-"""Rows that a network is traced and tried on."""
+"""Number of rows that a network is traced and tried on."""
 
 PAUSE = 1.0
-"""Seconds between two looks at a cell that another process is at."""
+"""Seconds between two looks at a cell that another process is computing."""
 
 
 def tasks(recipe: Recipe) -> tuple[NetworkTask, ...]:
-    """Every network of an experiment; arms alternate, so that the time left is foreseen well."""
+    """Tasks for every network of an experiment; arms alternate, so that the time left is foreseen well."""
     return tuple(NetworkTask(recipe, arm, replicate) for replicate in range(recipe.replicates) for arm in recipe.arms)
 
 
-def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
-    """Refuse, before anything is trained, what would be refused of all networks of an arm alike.
+def check_recipe(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
+    """Refuse, before anything is trained, a recipe that cannot be followed for any network of an arm.
 
     Every architecture is built, traced where that is needed, and prepared for its numbers on a few rows; nothing is measured.
 
     Args:
-        recipe: of the experiment.
-        data: what to train and measure on.
-        numbers: what to measure.
+        recipe: recipe of the experiment.
+        data: rows to train and measure on.
+        numbers: numbers to measure.
 
     Raises:
         IsoflatError: a network cannot be built or traced, or a setting has no meaning.
@@ -62,7 +62,7 @@ def check(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None:
         if task.arm.network in seen:
             continue
         seen.append(task.arm.network)
-        model = cells.network(task, data).eval().to(dtype)
+        model = cells.initial_network(task, data).eval().to(dtype)
         try:
             nn.CrossEntropyLoss()(model(inputs), targets)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:  # as torch refuses shapes and types
@@ -87,32 +87,38 @@ def sweep(
     store: Store,
     report: Report = silent,
     jobs: int = 1,
-) -> tuple[Measured, ...]:
-    """All of them, in order.
+) -> tuple[MeasuredNetwork, ...]:
+    """Train and measure all networks; those that are in the store already are read from there.
 
     On a processor every worker has one thread, so that results do not depend on how many workers there are. In a process
     group of torch.distributed all processes are at the same network, one after the other.
 
     Args:
-        todo: which networks.
-        data: what to train and measure on.
-        numbers: what to measure.
-        store: where results are kept; other processes may be at work in it.
-        report: told what is being done, and how many networks have been done since the last call.
-        jobs: processes; on another device than a processor they share it and its memory.
+        todo: tasks, one for each network.
+        data: rows to train and measure on.
+        numbers: numbers to measure.
+        store: store for the results; other processes may be at work in it.
+        report: function that is told what is being done, and how many networks were done since the last call.
+        jobs: number of processes; on an accelerator they share it and its memory.
+
+    Returns:
+        The measured networks, in the order of their tasks.
 
     Raises:
-        IsoflatError: as for `cells.run`.
+        IsoflatError: a cell of the store is damaged, or a process of the group is gone.
     """
     if jobs < 1:
         raise UsageError(f"the number of jobs must be positive, got {jobs}")
     if jobs > 1 and Ranks.here().world > 1:
         raise UsageError(f"processes that share every network have one job, got {jobs}")
     left = list(enumerate(todo))
-    done: dict[int, Measured] = {}
+    done: dict[int, MeasuredNetwork] = {}
     while left:
-        found = _side_by_side if jobs > 1 and len(left) > 1 else _in_turn
-        for place, network in found(left, data, numbers, store, report, jobs):
+        if jobs > 1 and len(left) > 1:
+            made = _side_by_side(left, data, numbers, store, report, jobs)
+        else:
+            made = _in_turn(left, data, numbers, store, report)
+        for place, network in made:
             if network is not None:
                 done[place] = network
         left = [(place, task) for place, task in left if place not in done]
@@ -123,13 +129,8 @@ def sweep(
 
 
 def _in_turn(
-    left: Sequence[tuple[int, NetworkTask]],
-    data: Split,
-    numbers: Sequence[Number],
-    store: Store,
-    report: Report,
-    jobs: int,
-) -> Iterator[tuple[int, Measured | None]]:
+    left: Sequence[tuple[int, NetworkTask]], data: Split, numbers: Sequence[Number], store: Store, report: Report
+) -> Iterator[tuple[int, MeasuredNetwork | None]]:
     for place, task in left:
         told = 0.0
 
@@ -139,7 +140,7 @@ def _in_turn(
             report(text, done)
 
         with one_thread():
-            network = run(task, data, numbers, store, progress)
+            network = train_and_measure(task, data, numbers, store, progress)
         if network is not None:
             report(f"{task.label} is there", max(0.0, 1 - told))
         yield place, network
@@ -152,7 +153,7 @@ def _side_by_side(
     store: Store,
     report: Report,
     jobs: int,
-) -> Iterator[tuple[int, Measured | None]]:
+) -> Iterator[tuple[int, MeasuredNetwork | None]]:
     device = data.train[0].device
     arrays = [part.numpy(force=True) for pair in (data.train, data.test) for part in pair]
     # Copies on writing: workers share one copy of the data in memory.
@@ -174,9 +175,9 @@ def _worker(
     content: tuple[str, str, Sequence[Any], torch.device],
     numbers: Sequence[Number],
     store: Store,
-) -> tuple[int, Measured | None]:
+) -> tuple[int, MeasuredNetwork | None]:
     name, vocabulary, arrays, device = content
     inputs, targets, others, rest = (torch.from_numpy(array).to(device) for array in arrays)
     data = Split(name, (inputs, targets), (others, rest), vocabulary)
     with one_thread():
-        return place, run(task, data, numbers, store, silent)
+        return place, train_and_measure(task, data, numbers, store, silent)

@@ -12,7 +12,7 @@ from typing import final
 
 from isoflat.core.errors import UsageError
 from isoflat.experiments.data import Split
-from isoflat.experiments.demonstration import DemoArm, DemoResult, Setting, Trained, train_arms, verdicts
+from isoflat.experiments.demonstration import DemoArm, DemoNetwork, DemoResult, DemoSetting, train_arms
 from isoflat.experiments.families import decoder
 from isoflat.experiments.ladders import Victim, reparametrize_all
 from isoflat.experiments.loop import one_thread
@@ -26,19 +26,20 @@ class TransformerPlan:
     """Settings of the demonstration on a transformer.
 
     Attributes:
-        seeds: networks per arm.
-        seed: all randomness follows from it.
-        optimizer: see `Regime`; only Adam's learning rates are compared.
+        seeds: number of networks per arm.
+        seed: seed of all random numbers.
+        optimizer: name of the optimizer; only Adam's learning rates are compared.
         target: training loss at which networks are compared.
         rates: the two learning rates, the smaller one first.
-        batch: windows per step.
-        windows: how many are trained and measured on.
-        context: characters in a window.
-        width: of the transformer's stream.
-        heads: of each attention.
-        layers: blocks.
-        spreads: of the random elements that the attacks apply, growing from zero; see `attack.reparametrize_all`.
-        max_epochs: see `Regime`.
+        batch: number of windows per step.
+        windows: number of windows that are trained and measured on.
+        context: number of characters in a window.
+        width: width of the transformer's residual stream.
+        heads: number of heads of each attention.
+        layers: number of blocks.
+        spreads: standard deviations of the logarithms of the factors by which the attacks reparametrise, growing from
+            zero; see `ladders.reparametrize_all`.
+        max_epochs: epochs after which a training stops anyway, as in `Regime`.
     """
 
     seeds: int = 5
@@ -75,10 +76,10 @@ class TransformerPlan:
         return 2.0 * 2 * self.seeds + 2 * len(self.spreads)
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> DemoSetting:
         """Properties of this demonstration: architecture, arms, question and sentences."""
         first, second = self.rates
-        return Setting(
+        return DemoSetting(
             network=f"{self.layers} causal pre-norm blocks of width {self.width} with {self.heads} heads, ReLU, "
             f"{self.context} characters of context",
             arms=(DemoArm("small step", self.batch, first), DemoArm("large step", self.batch, second)),
@@ -91,19 +92,16 @@ class TransformerPlan:
         )
 
 
-def run(data: Split, plan: TransformerPlan, report: Report = silent) -> DemoResult:
-    """Train, measure, compare; attack the flattest network, and the sharpest one of the other arm.
+def run_transformer(data: Split, plan: TransformerPlan, report: Report = silent) -> DemoResult:
+    """Train, measure and compare transformers; attack the flattest network, and the sharpest one of the other arm.
 
     Args:
         data: windows of characters.
-        plan: how.
-        report: told what is going on.
+        plan: settings of the demonstration.
+        report: function that is told what is going on.
     """
     started = time.monotonic()
     setting = plan.setting
-
-    def attacking(text: str) -> None:
-        report(text, 1.0)
 
     def build(seed: int) -> decoder.Decoder:
         return decoder.build(len(data.vocabulary), plan.context, plan.width, plan.heads, plan.layers, seed)
@@ -113,19 +111,18 @@ def run(data: Split, plan: TransformerPlan, report: Report = silent) -> DemoResu
         ladders = []
         for network in extremes(networks):
             victim = Victim.prepare(network.model, data.train, network.label, aside=True)
-            ladders.append(reparametrize_all(victim, plan.spreads, plan.seed, attacking))
-    found = verdicts(networks, setting.arms)
-    return DemoResult(setting, plan, data.name, networks, found, tuple(ladders), time.monotonic() - started)
+            ladders.append(reparametrize_all(victim, plan.spreads, plan.seed, report))
+    return DemoResult(setting, plan, data.name, networks, tuple(ladders), time.monotonic() - started)
 
 
-def extremes(networks: Sequence[Trained]) -> tuple[Trained, Trained]:
+def extremes(networks: Sequence[DemoNetwork]) -> tuple[DemoNetwork, DemoNetwork]:
     """The flattest network by the canonical number, and the sharpest one of the other arm.
 
     Args:
-        networks: of two arms.
+        networks: the networks of both arms.
     """
 
-    def sharpness(network: Trained) -> float:
+    def sharpness(network: DemoNetwork) -> float:
         return network.estimate(CANONICAL).value
 
     flat = min(networks, key=sharpness)

@@ -16,10 +16,11 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.plain import attributes
 
 SIGNIFICANCE = 0.05
+"""Level below which a p-value counts as evidence."""
 
 
 class GroupFinding(StrEnum):
-    """Finding about the second of two groups."""
+    """Finding about the second of two groups of networks."""
 
     SHARPER = "sharper"
     FLATTER = "flatter"
@@ -32,17 +33,17 @@ class GroupVerdict:
     """A comparison of two groups by one number that is lower for flatter minima.
 
     Attributes:
-        number: what was compared, in words.
+        number: name of the number in words, such as "the paper's number".
         baseline: name of the first group.
         other: name of the second group.
-        finding: about the second group.
+        finding: whether the second group is sharper or flatter, if there is evidence.
         ratio: geometric mean of the second group over that of the first.
-        median_ratio: the same with medians.
-        superiority: share of pairs in which the second is sharper, ties counted half.
-        p: two-sided Mann-Whitney test; exact where there are no ties.
-        floor: the smallest p this many networks could have given.
-        sizes: networks in each group.
-        undecided: pairs whose enclosures overlap, so that the order is not certain.
+        median_ratio: median of the second group over that of the first.
+        superiority: share of pairs, one network of each group, in which the second is sharper; ties count half.
+        p: p-value of the two-sided Mann-Whitney test; exact where there are no ties.
+        floor: the smallest p-value that so many networks can give.
+        sizes: number of networks in each group.
+        undecided: number of pairs whose confidence intervals overlap, so that the order is not certain.
     """
 
     number: str
@@ -59,7 +60,7 @@ class GroupVerdict:
 
     @property
     def delta(self) -> float:
-        """Cliff's delta: share of pairs with the second sharper minus share with it flatter."""
+        """Cliff's delta: share of pairs in which the second is sharper, less the share in which it is flatter."""
         return 2 * self.superiority - 1
 
     @property
@@ -98,7 +99,7 @@ def compare(
     """Compare two groups by a positive number that is lower for flatter minima.
 
     Args:
-        number: what it is called in the sentence, such as "the paper's number".
+        number: name of the number in the sentence, such as "the paper's number".
         baseline: plural name of the first group, and its estimates.
         other: plural name of the second group, and its estimates.
 

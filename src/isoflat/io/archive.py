@@ -1,30 +1,33 @@
-"""Checkpoint files looked at before anything in them is believed: sizes, names, checksums."""
+"""Checks of checkpoint files before anything in them is used: sizes, names, checksums."""
 
 from __future__ import annotations
 
-import json
 import stat
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from isoflat.core.errors import CheckpointError
+from isoflat.io.strict import parse_json
 
 HEADER = 32 << 20
-"""Bytes that the header of a safetensors file may take."""
+"""Largest number of bytes of the header of a safetensors file."""
 
 ENTRIES = 100_000
-"""Tensors, or members of an archive, that a file may hold."""
+"""Largest number of tensors, or members of an archive, in a file."""
 
 _AGAIN = "Was the download or the save interrupted? Fetch or save it again"
 
 
 def regular(path: Path) -> int:
-    """Size of a file that is there, is plain, and holds something.
+    """Size of a file, which must be a regular file and not empty.
 
     Raises:
-        CheckpointError: it is missing, a folder, a device, unreadable or empty.
+        CheckpointError: the file is missing, a folder, a device, unreadable or empty.
     """
     try:
         found = path.stat()
@@ -44,7 +47,7 @@ def regular(path: Path) -> int:
 
 
 def check_safetensors(path: Path) -> None:
-    """Header within limits, each name once, all promised bytes there.
+    """Check a safetensors file: its header is within limits, names each tensor once, and all bytes it promises are there.
 
     Raises:
         CheckpointError: one of these does not hold.
@@ -69,11 +72,25 @@ def check_safetensors(path: Path) -> None:
         raise CheckpointError(f"{path} is {kind}: {promised} bytes expected, {size} there. {_AGAIN}")
 
 
-def read_index(path: Path) -> dict[str, Path]:
-    """The shard that holds each tensor, from a `*.index.json`.
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a safetensors file, and its metadata.
 
     Raises:
-        CheckpointError: it is no such index, or it points outside its own folder.
+        CheckpointError: the file is missing or damaged.
+    """
+    check_safetensors(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Fetch or save it again") from error
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """The path of the shard that holds each tensor, by its name, from a `*.index.json`.
+
+    Raises:
+        CheckpointError: the file is no such index, or points outside its own folder.
     """
     if regular(path) > HEADER:
         raise CheckpointError(f"{path} is larger than {HEADER} bytes: no index of weights")
@@ -89,21 +106,21 @@ def read_index(path: Path) -> dict[str, Path]:
 
 
 def is_zip(file: BinaryIO) -> bool:
-    """Tell whether a file begins as torch's archives do; its position is back at the start."""
+    """Tell whether a file begins as torch's archives do; its position is at the start afterwards."""
     start = file.read(4)
     file.seek(0)
     return start == b"PK\x03\x04"
 
 
 def check_zip(file: BinaryIO, path: Path, size: int) -> None:
-    """An archive as torch writes it: nothing compressed, no member beyond the file, plain names, right checksums.
+    """Check an archive as torch writes it: nothing compressed, no member beyond the file, plain names, right checksums.
 
     torch itself does not compare checksums: without this, a flipped bit would silently become another weight.
 
     Args:
-        file: opened for reading; its position is back at the start afterwards.
-        path: in messages.
-        size: of the file.
+        file: file opened for reading; its position is at the start afterwards.
+        path: path of the file, for messages.
+        size: size of the file in bytes.
 
     Raises:
         CheckpointError: one of these does not hold.
@@ -139,15 +156,9 @@ def _check_members(members: Sequence[zipfile.ZipInfo], path: Path, size: int) ->
 
 def _json(path: Path, text: bytes) -> dict[str, Any]:
     """A JSON object in which no name appears twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name appears twice")
-        return dict(pairs)
-
     try:
-        found = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{path} is corrupt: its header is no plain JSON ({error}). {_AGAIN}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is corrupt: its header is no JSON object. {_AGAIN}")

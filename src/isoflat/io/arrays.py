@@ -18,9 +18,9 @@ def read_npz(path: Path, split: str | None, examples: int | None) -> Rows:
     """Inputs and targets from an archive of arrays.
 
     Args:
-        path: the file: `x_train, y_train, x_test, y_test` (the Keras layout), `x, y`, or `inputs, targets`.
-        split: which split; None for train, or for the whole of a file without splits.
-        examples: how many to take; None for all.
+        path: path of the file with `x_train, y_train, x_test, y_test` (the Keras layout), `x, y`, or `inputs, targets`.
+        split: name of the split; None for train, or for the whole of a file without splits.
+        examples: number of examples to take; None for all.
 
     Raises:
         DataError: the file is damaged, holds objects, or has no such arrays.

@@ -21,15 +21,15 @@ from isoflat.symmetry.found import TOLERANCE, VERSION, Found
 
 
 def canonical_file(loaded: Loaded, found: Found, epsilon: Epsilon) -> tuple[dict[str, Any], bytes]:
-    """The canonical weights as a file, and what to know about it.
+    """Facts about the canonical weights of a network, and the content of a safetensors file with them.
 
     Args:
         loaded: the network and the data.
-        found: its symmetries.
-        epsilon: what becomes of the epsilons of normalisations.
+        found: symmetries of the network.
+        epsilon: treatment of the epsilons of normalisations, as for `isoflat.canonicalize`.
 
     Raises:
-        SymmetryViolated: the canonical network's outputs are not the given one's.
+        SymmetryViolated: the canonical network's outputs differ from the given one's.
     """
     model = loaded.model
     state = canonical(found, found.state(model), epsilon).state
@@ -85,7 +85,7 @@ def _loss(loaded: Loaded, model: nn.Module) -> float:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of a weights file: each tensor under its first name only."""
+    """Tensors for a weights file, each under its first name only."""
     kept: dict[tuple[Any, ...], str] = {}
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     for name, tensor in state.items():

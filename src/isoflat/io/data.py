@@ -20,7 +20,7 @@ from isoflat.io.rows import Rows, evenly, rows
 from isoflat.risk.batches import Batches, as_batches
 
 SPLITS = ("train", "test", "validation", "valid", "val")
-"""Words that tell in a file's name which split it holds."""
+"""Words in a file's name that tell which split it holds."""
 
 _KNOWN = "digits, a .npz file, Parquet files, a folder of images by class, or module:factory"
 
@@ -37,12 +37,13 @@ def load_data(
     """Batches from a named source, as `--data` of the command line takes it.
 
     Args:
-        spec: `digits`, a path, a glob of Parquet files, or `module:factory`.
-        split: which split; None for train where there are several.
-        transform: `module:fn` from a batch's raw inputs to the network's; None for the convention (`rows.convert`).
-        examples: how many to take, evenly spaced; None for all.
-        batch_size: rows per batch.
-        note: called with a line for everything that a reader must know of how the data was read.
+        spec: name of the source: `digits`, a path, a glob of Parquet files, or `module:factory`.
+        split: name of the split; None for train where there are several.
+        transform: name `module:fn` of a function from a batch's raw inputs to the network's; None for the convention of
+            `rows.convert`.
+        examples: number of examples to take, evenly spaced; None for all.
+        batch_size: number of rows per batch.
+        note: function that is called with a line for each choice that was made while the data was read.
 
     Returns:
         Batches that come out the same at each pass, as `isoflat.measure` takes them.
@@ -69,7 +70,7 @@ def load_rows(source: str, split: str) -> Rows:
     """All rows of a split, as the file stores them.
 
     Raises:
-        DataError: as for `load_data`, or the source gives batches.
+        DataError: the data is missing, damaged, empty or of an unknown kind, or the source gives batches.
     """
     found = _found(source, split, None)
     if not isinstance(found, Rows):
@@ -78,7 +79,7 @@ def load_rows(source: str, split: str) -> Rows:
 
 
 def _found(source: str, split: str | None, examples: int | None) -> Any:
-    """Rows, or whatever a factory makes."""
+    """Rows from a source, or the batches that a factory makes."""
     path = Path(source)
     if source == "digits":
         return _digits(split, examples)
@@ -88,13 +89,15 @@ def _found(source: str, split: str | None, examples: int | None) -> Any:
         return _images(source, path, split, examples)
     if ":" in source and not path.exists():
         return _made(source, split, examples)
-    raise DataError(f"--data {source}: no such data; expected {_KNOWN}" if not path.exists() else _unknown(path))
+    if path.exists():
+        raise DataError(f"{path}: unknown kind of data {path.suffix!r}; expected {_KNOWN}")
+    raise DataError(f"--data {source}: no such data; expected {_KNOWN}")
 
 
 def _digits(split: str | None, examples: int | None) -> Rows:
     if split not in (None, "train", "test"):
         raise DataError(f"digits has no split {split!r}: choose --split train or test")
-    from isoflat.io.digits import digits  # scikit-learn, which other data does without
+    from isoflat.io.digits import digits  # imports scikit-learn, which other data does without
 
     inputs, targets = digits()[split == "test"]
     return _part(inputs, targets, "digits", examples, (f"digits, {split or 'train'} split",))
@@ -127,7 +130,7 @@ def _part(inputs: Tensor, targets: Tensor, source: str, examples: int | None, no
 
 
 def _images(source: str, path: Path, split: str | None, examples: int | None) -> Rows:
-    """Parquet files or a folder of classes, in the split that is asked for."""
+    """Rows of a split from Parquet files or from a folder of classes."""
     if path.is_dir() and not any(path.rglob("*.parquet")):
         inside = {entry.name: entry for entry in path.iterdir() if entry.is_dir()}
         if split is None and not inside.keys() & set(SPLITS):
@@ -149,7 +152,7 @@ def _images(source: str, path: Path, split: str | None, examples: int | None) ->
 
 
 def _of_split(files: Sequence[Path], split: str | None, source: str) -> list[Path]:
-    """The files whose names tell that they belong to the split; all, where no name tells."""
+    """Files whose names tell that they belong to the split; all files where no name tells."""
     told = {
         file: next((word for word in re.split(r"[^a-z]+", file.stem.lower()) if word in SPLITS), None) for file in files
     }
@@ -177,7 +180,3 @@ def _file(path: Path) -> Path:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes): fetch or save it again")
     return path
-
-
-def _unknown(path: Path) -> str:
-    return f"{path}: unknown kind of data {path.suffix!r}; expected {_KNOWN}"

@@ -9,7 +9,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 SPLIT = 0
-"""Seed of the one split everybody gets."""
+"""Seed of the split into training and test rows."""
 
 Pair = tuple[Tensor, Tensor]
 """Inputs and class targets."""

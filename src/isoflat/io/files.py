@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and locks that end with the process that holds them."""
+"""Files that are written whole or not at all, and locks that end with the process that holds them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def write(path: Path, content: str | bytes, *, alone: bool = False) -> None:
     """Write a file in one step that outlasts a crash: a reader sees the old content or the new, never a part.
 
     Args:
-        path: where; its folder exists.
-        content: all of it; text becomes UTF-8.
-        alone: whether nobody else writes this path at the same time. What a killed process left behind, whose name begins
-            with a dot, is then taken over; otherwise every call has a name of its own.
+        path: path of the file; its folder exists.
+        content: content of the file; text becomes UTF-8.
+        alone: whether no other process writes this path at the same time. The temporary file, whose name begins with a
+            dot, then has the same name at each call, so that none is left over by killed processes.
 
     Raises:
-        OSError: the disk refuses; what was there is untouched.
+        OSError: the disk refuses; a file that was there is untouched.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -47,12 +47,12 @@ def claim(path: Path | None, force: bool = False, option: str = "--out") -> None
     """Refuse an output path that could not be written later, before anything is computed.
 
     Args:
-        path: where the result will go; None for nowhere.
+        path: path of the result; None for none.
         force: whether an existing file may be replaced.
-        option: name by which messages call the path.
+        option: name of the path in messages.
 
     Raises:
-        UsageError: it exists, is no plain file, or its folder is missing or cannot be written.
+        UsageError: the path exists, is no plain file, or its folder is missing or cannot be written.
     """
     if path is None:
         return
@@ -70,13 +70,13 @@ def save(path: Path, content: str | bytes, force: bool = False, option: str = "-
     """Write a result, unless its path is taken.
 
     Args:
-        path: where.
-        content: all of it; text becomes UTF-8.
+        path: path of the result.
+        content: content of the file; text becomes UTF-8.
         force: whether an existing file may be replaced.
-        option: name by which messages call the path.
+        option: name of the path in messages.
 
     Raises:
-        UsageError: the path was taken meanwhile, or the disk refuses; what was there is untouched.
+        UsageError: the path was taken meanwhile, or the disk refuses; a file that was there is untouched.
     """
     claim(path, force, option)
     try:
@@ -91,7 +91,7 @@ def make_folder(folder: Path) -> None:
     """Make the folder of an experiment before anything is computed.
 
     Raises:
-        UsageError: it cannot be made.
+        UsageError: the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,12 +100,12 @@ def make_folder(folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk: a later step must not outlast a crash that an earlier did not.
+    """Wait until the names in a folder are on the disk, so that a crash cannot undo an earlier step and keep a later one.
 
     Raises:
         OSError: the disk refuses.
     """
-    if sys.platform == "win32":  # which opens no folders
+    if sys.platform == "win32":  # folders cannot be opened there
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -118,45 +118,49 @@ def settle(folder: Path) -> None:
 def locked(path: Path, wait: bool) -> Iterator[bool]:
     """Hold an exclusive lock on a file, for as long as the block runs and no longer than this process lives.
 
-    The file is never removed: who removes it while another opens it would let two in.
+    The file is never removed: removing it while another process opens it would let both in.
 
     Args:
-        path: made if it is not there.
-        wait: for others to let go; otherwise say at once that there are some.
+        path: path of the file; made if it is not there.
+        wait: whether to wait until no other process holds the lock; otherwise it is tried once.
 
     Yields:
-        Whether the lock is held.
+        True if this process holds the lock.
 
     Raises:
         UsageError: this system or this disk has no such locks, or the file cannot be made.
     """
-    with told(path, "locking"):
+    with as_usage_errors(path, "locking"):
         path.parent.mkdir(exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        with told(path, "locking"):
+        with as_usage_errors(path, "locking"):
             held = _lock(handle, wait)
         yield held
     finally:
-        os.close(handle)  # and with it goes the lock
+        os.close(handle)  # which releases the lock
 
 
 def check_locks() -> None:
     """Refuse a system on which two processes could not keep out of each other's way.
 
     Raises:
-        UsageError: it is Windows.
+        UsageError: the system is Windows.
     """
     if sys.platform == "win32":
         raise UsageError("a store of cells needs flock, which Windows does not have: run this under WSL")
 
 
 @contextmanager
-def told(path: Path, doing: str) -> Iterator[None]:
-    """Turn what the system refuses into one line.
+def as_usage_errors(path: Path, doing: str) -> Iterator[None]:
+    """Turn an OSError of the block into a UsageError that says what to do.
+
+    Args:
+        path: path that is worked on, for the message.
+        doing: name of the work, for the message: "writing a cell".
 
     Raises:
-        UsageError: in place of an OSError.
+        UsageError: the system refuses.
     """
     try:
         yield

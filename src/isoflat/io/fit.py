@@ -1,4 +1,4 @@
-"""Weights into a network: all of them, in the right places, or none."""
+"""Loading of weights into a network: all of them in the right places, or none."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def fit(model: nn.Module, weights: Weights, prefixes: Sequence[str] = ()) -> tup
     """Load weights into a network strictly, after everything about them has been checked.
 
     Args:
-        model: changed in place; left as it is where anything does not fit.
-        weights: from `read_weights`.
-        prefixes: removed from the front of the names, in this order; the usual wrappers' are found by themselves.
+        model: the network, changed in place; left as it is where anything does not fit.
+        weights: weights from `read_weights`.
+        prefixes: prefixes to remove from the names, in this order; those of the usual wrappers are found by themselves.
 
     Returns:
-        Notes for the reader of the result.
+        Lines that say what was chosen while reading and fitting.
 
     Raises:
         CheckpointError: names, shapes or types differ; all differences are listed in one message.
@@ -57,7 +57,7 @@ def fit(model: nn.Module, weights: Weights, prefixes: Sequence[str] = ()) -> tup
 
 
 def _set_epsilons(model: nn.Module, weights: Weights) -> list[str]:
-    """Epsilons that belong to the weights, into the modules that hold them.
+    """Set the epsilons that belong to the weights in the modules of a network.
 
     Raises:
         CheckpointError: the network has no such number.
@@ -82,7 +82,7 @@ def _set_epsilons(model: nn.Module, weights: Weights) -> list[str]:
 def _rename(
     tensors: dict[str, Tensor], target: Mapping[str, Tensor], prefixes: Sequence[str], weights: Weights
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors without prefixes that the network does not have."""
+    """Tensors without the prefixes that the network does not have, and notes on these."""
     notes = []
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in tensors):
@@ -111,7 +111,7 @@ def _stripped(tensors: Mapping[str, Tensor], prefix: str, weights: Weights) -> d
 
 
 def _tied(target: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names of one and the same tensor: files often hold it under one of them only."""
+    """Groups of names that one tensor has: files often hold it under one of them only."""
     groups: dict[tuple[int, torch.Size], list[str]] = {}
     for name, tensor in target.items():
         if tensor.numel():
@@ -122,7 +122,7 @@ def _tied(target: Mapping[str, Tensor]) -> list[list[str]]:
 def _problems(
     tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], tied: Sequence[Sequence[str]]
 ) -> Iterator[str]:
-    """Everything that does not fit, each kind in a few words."""
+    """Iterate over the differences of weights and network, one text for each kind."""
     if missing := [name for name in target if name not in tensors]:
         yield f"missing {some(missing)}"
     if unexpected := [name for name in tensors if name not in target]:
@@ -162,7 +162,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _exact(tensor: Tensor, wanted: Tensor) -> bool:
-    """True if every value of one type is a value of the other."""
+    """True if every value of a tensor's type is a value of the wanted one's."""
     if not (tensor.is_floating_point() and wanted.is_floating_point()):
         return True
     there, here = torch.finfo(tensor.dtype), torch.finfo(wanted.dtype)

@@ -1,4 +1,4 @@
-"""Image files: Parquet in the Hugging Face layout, and folders of classes."""
+"""Images from Parquet files in the Hugging Face layout, and from folders of classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isoflat.core.errors import DataError
 from isoflat.io.rows import Rows, check_room, evenly, rows
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")
-"""What is decoded; other decoders are never reached, whatever a file claims to be."""
+"""Formats that are decoded; other decoders are never reached, whatever a file claims to be."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
 
@@ -26,9 +26,9 @@ def read_parquet(paths: Sequence[Path], source: str, examples: int | None) -> Ro
     """Images and labels from Parquet files: a column of encoded images and one of integers.
 
     Args:
-        paths: the files, in order.
-        source: what the user wrote, for messages.
-        examples: how many to take; None for all.
+        paths: paths of the files, in order.
+        source: name of the data as the user wrote it, for messages.
+        examples: number of examples to take; None for all.
 
     Raises:
         DataError: a file is damaged, the columns are not there, or pyarrow or pillow is not installed.
@@ -51,7 +51,7 @@ def read_parquet(paths: Sequence[Path], source: str, examples: int | None) -> Ro
             labels.append(table.column(label).to_numpy())
         except DataError:
             raise
-        except Exception as error:  # the reader's own errors, and whatever a damaged file provokes
+        except Exception as error:  # a damaged file may raise anything from within the reader
             raise DataError(f"{path} is truncated, corrupt or no Parquet file ({error}). Fetch it again") from error
     targets = np.concatenate(labels)
     if targets.dtype.kind not in "iu" or (targets.dtype.kind == "i" and targets.size and int(targets.min()) < 0):
@@ -67,8 +67,8 @@ def read_folder(folder: Path, examples: int | None) -> Rows:
     """Images in one subfolder per class; classes are numbered in the order of their names.
 
     Args:
-        folder: holds the subfolders.
-        examples: how many to take; None for all.
+        folder: folder with the subfolders.
+        examples: number of examples to take; None for all.
 
     Raises:
         DataError: there are no classes or images, or one cannot be decoded.
@@ -97,9 +97,9 @@ def decode(read: Sequence[Callable[[], bytes]], names: Sequence[str], source: st
     Sizes are compared before a pixel is decoded, so that an image that claims to be huge costs nothing.
 
     Args:
-        read: for each image, a function that returns its file.
-        names: of each image, for messages.
-        source: where they come from, for messages.
+        read: functions, one for each image, that return the bytes of its file.
+        names: names of the images, for messages.
+        source: name of the data, for messages.
 
     Raises:
         DataError: an image is damaged, of another kind, or of another size than the first.
@@ -123,18 +123,18 @@ def decode(read: Sequence[Callable[[], bytes]], names: Sequence[str], source: st
         with _opened(image, blob(), f"{source}, {name}") as picture:
             try:
                 pixels[row] = np.asarray(picture.convert("L" if grey else "RGB"))
-            except Exception as error:  # decoders raise whatever a damaged image provokes
+            except Exception as error:  # a damaged image may raise anything from within the decoder
                 raise DataError(f"{source}, {name} cannot be decoded ({error}): replace or remove it") from error
     return pixels
 
 
 def _opened(image: ModuleType, blob: bytes, name: str) -> Any:
-    """An image whose header has been read, and nothing else."""
+    """An opened image of which only the header has been read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", image.DecompressionBombWarning)
             picture = image.open(io.BytesIO(blob), formats=FORMATS)
-    except Exception as error:  # pillow's own errors, and whatever a damaged header provokes
+    except Exception as error:  # a damaged header may raise anything from within pillow
         raise DataError(f"{name} is no image of a known kind ({', '.join(FORMATS)}): {error}") from error
     if picture.mode.startswith(("I", "F")):
         raise DataError(
@@ -174,7 +174,7 @@ def _optional(name: str) -> ModuleType:
     """A module of the extra `images`.
 
     Raises:
-        DataError: it is not installed.
+        DataError: the module is not installed.
     """
     import importlib
 

@@ -1,4 +1,4 @@
-"""Everything a verb measures, loaded from what the command line names."""
+"""Networks, data and losses that the command line names, loaded together."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from isoflat.risk.ranks import own_device
 @final
 @dataclass(frozen=True)
 class Inputs:
-    """Names that the user gave; nothing is opened yet.
+    """Names of network, data and loss, as the user gave them; nothing is opened yet.
 
     Attributes:
-        model: `module:factory`.
-        weights: a weights file; None for the weights that the factory builds.
-        weights_key: the entry of the file that holds the weights; None to look in the usual places.
+        model: name of the factory, `module:factory`.
+        data: name of the data, as for `isoflat.load_data`.
+        weights: path of a weights file; None for the weights that the factory builds.
+        weights_key: entry of the file that holds the weights; None to look in the usual places.
         strip_prefix: prefixes removed from the names in the file.
-        data: a data source.
-        split: which split; None for train.
-        transform: `module:fn` that prepares inputs.
-        examples: how many; None for all.
-        batch_size: rows per batch.
-        loss: name or `module:fn`.
-        seed: of fresh weights.
+        split: name of the split; None for train.
+        transform: name `module:fn` of a function that prepares inputs; None for the usual conversion.
+        examples: number of examples; None for all.
+        batch_size: number of rows per batch.
+        loss: name of the loss, or `module:fn`.
+        seed: seed of the weights that the factory builds.
     """
 
     model: str
@@ -56,7 +56,7 @@ class Inputs:
     seed: int = 0
 
     def network(self, note: Callable[[str], None] = lambda text: None) -> torch.nn.Module:
-        """The network with its weights; see `load_model`."""
+        """The network with its weights, from `load_model`."""
         return load_model(
             self.model,
             self.weights,
@@ -67,7 +67,7 @@ class Inputs:
         )
 
     def read(self, note: Callable[[str], None] = lambda text: None) -> Batches:
-        """The data; see `load_data`."""
+        """The data in batches, from `load_data`."""
         return load_data(
             self.data,
             self.split,
@@ -78,10 +78,10 @@ class Inputs:
         )
 
     def facts(self, point: Point) -> list[tuple[str, str]]:
-        """Names and values that tell people what was measured.
+        """Names and values that tell a reader what was measured.
 
         Args:
-            point: loss, gradient and size as they were found.
+            point: loss, gradient norm and size of the network on the data.
         """
         accuracy = "" if point.accuracy is None else f", accuracy {point.accuracy:.4g} (chance {point.chance:.4g})"
         return [
@@ -93,7 +93,7 @@ class Inputs:
         ]
 
     def described(self) -> dict[str, Any]:
-        """The choices that tell what was measured, for a result."""
+        """Names and options that tell what was measured, as plain values for a result."""
         return {
             "model": self.model,
             "weights": None if self.weights is None else str(self.weights),
@@ -106,13 +106,13 @@ class Inputs:
 @final
 @dataclass(frozen=True)
 class Loaded:
-    """A network with what it is measured on.
+    """A network with the data and the loss that it is measured with.
 
     Attributes:
         model: the network, in evaluation mode, with its weights.
-        batches: the data.
-        loss: what `isoflat.measure` takes as loss.
-        notes: what was chosen while loading.
+        batches: the data in batches.
+        loss: loss function, as for `isoflat.measure`.
+        notes: lines that say what was chosen while loading.
     """
 
     model: torch.nn.Module
@@ -122,7 +122,7 @@ class Loaded:
 
 
 def load(inputs: Inputs) -> Loaded:
-    """Build, fill, read: cheap refusals first.
+    """Build the network, load its weights and read the data; whatever is refused cheaply is refused first.
 
     Raises:
         IsoflatError: something cannot be found, opened or fitted.
@@ -133,16 +133,16 @@ def load(inputs: Inputs) -> Loaded:
     return Loaded(model, inputs.read(notes.append), loss, tuple(notes))
 
 
-def check(measures: list[str], geometry: list[str], **settings: Any) -> None:
-    """Names and limits, before a file is opened.
+def check_names(measures: list[str], geometry: list[str], **settings: Any) -> None:
+    """Check names and settings before a file is opened.
 
     Args:
-        measures: names in the catalogue.
-        geometry: names of metrics.
-        **settings: as for `isoflat.measures.settings.Settings`.
+        measures: names of measures in the catalogue.
+        geometry: names of geometries in the catalogue.
+        **settings: fields of `isoflat.measures.settings.Settings`.
 
     Raises:
-        UsageError: one of them is unknown or has no meaning.
+        UsageError: a name is unknown, or a setting has no meaning.
     """
     for name in measures:
         find_measure(name)
@@ -154,13 +154,13 @@ def check(measures: list[str], geometry: list[str], **settings: Any) -> None:
 def prepare(
     inputs: Inputs, params: list[str] | None = None, dtype: str | None = None, device: torch.device | None = None
 ) -> tuple[Loaded, Subject]:
-    """Load, and see that the network runs on the data.
+    """Load a network and its data, and check that the network runs on them.
 
     Args:
-        inputs: what the user named.
-        params: which parameters count, by name; None for all.
-        dtype: precision of the products; None for the weights' own.
-        device: where to compute; None for where the weights are.
+        inputs: names of network, data and loss.
+        params: names of the parameters that count; None for all.
+        dtype: precision of the Hessian-vector products; None for that of the weights.
+        device: device to compute on; None for that of the weights.
 
     Raises:
         IsoflatError: something cannot be found, opened or fitted.
@@ -173,7 +173,7 @@ def prepare(
 
 @contextmanager
 def within_memory() -> Iterator[None]:
-    """An accelerator without memory is refused like a machine without."""
+    """Turn an accelerator's lack of memory into a MemoryError, as the machine's is."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -181,10 +181,10 @@ def within_memory() -> Iterator[None]:
 
 
 def device_of(name: str | None) -> torch.device | None:
-    """A device that is there; of several processes on a machine each takes the accelerator of its own number.
+    """The device of a name; of several processes on a machine each takes the accelerator of its own number.
 
     Raises:
-        UsageError: no such kind of device, or this machine has none.
+        UsageError: there is no such kind of device, or this machine has none.
     """
     if name is None:
         return None
@@ -198,7 +198,7 @@ def device_of(name: str | None) -> torch.device | None:
 
 
 def try_forward(target: Subject) -> None:
-    """Run the network on the first batch, so that what does not fit is said in words.
+    """Run the network on the first batch, so that a misfit is reported before anything is measured.
 
     Raises:
         UsageError: network, inputs, targets and loss do not fit together.
@@ -212,7 +212,7 @@ def try_forward(target: Subject) -> None:
             target.risk.term(target.state, batch)
     except IsoflatError:
         raise
-    except Exception as error:  # whatever the user's network and loss raise on data of the wrong form
+    except Exception as error:  # the user's network and loss may raise anything on data of the wrong form
         shapes = ", ".join(f"{tuple(part.shape)} {part.dtype}".replace("torch.", "") for part in tensors(batch))
         raise UsageError(
             f"network and loss fail on the first batch (tensors {shapes}): {reason(error)}. Bring the inputs into the "
@@ -220,12 +220,12 @@ def try_forward(target: Subject) -> None:
         ) from error
 
 
-def before(inputs: Inputs, file: Path | None) -> tuple[torch.nn.Module | None, tuple[str, ...]]:
-    """The network before training, for bounds whose prior is centred there, and what a reader must know of it.
+def load_initial(inputs: Inputs, file: Path | None) -> tuple[torch.nn.Module | None, tuple[str, ...]]:
+    """The network before training, for bounds whose prior is centred there, and notes on how it was loaded.
 
     Args:
-        inputs: what the user named.
-        file: the weights before training; None for none.
+        inputs: names of network, data and loss.
+        file: path of the weights before training; None for no such network.
     """
     if file is None:
         return None, ()

@@ -1,4 +1,4 @@
-"""The network and the loss, named on the command line."""
+"""Networks and losses that are named on the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isoflat.io.named import function, named, reason
 from isoflat.io.weights import read_weights
 
 LOSSES = ("cross_entropy", "mse", "model")
-"""Losses that need no code of the user's own; `model`: the model's output carries its loss."""
+"""Names of losses that need no code of the user's own; with `model` the model's output carries its loss."""
 
 
 def load_model(
@@ -32,14 +32,14 @@ def load_model(
     Weights are read without ever running what the file says, and fitted strictly: all of them in the right places, or none.
 
     Args:
-        spec: `module:factory`; the factory is called without arguments.
-        weights: `.safetensors`, a `.safetensors.index.json`, or `.pt`, `.pth`, `.ckpt`, `.bin` written by `torch.save`;
-            None for the weights that the factory builds.
-        key: the entry of the file that holds the weights, with dots for entries within entries; None to look in the
+        spec: name of the factory, `module:factory`; it is called without arguments.
+        weights: path of a file: `.safetensors`, a `.safetensors.index.json`, or `.pt`, `.pth`, `.ckpt`, `.bin` written by
+            `torch.save`; None for the weights that the factory builds.
+        key: entry of the file that holds the weights, with dots for entries within entries; None to look in the
             usual places.
         strip_prefix: prefixes removed from the names in the file; the usual wrappers' are found by themselves.
         seed: seed of torch's random numbers while the network is built, so that fresh weights are the same at each run.
-        note: called with a line for everything that a reader must know of how the weights were read.
+        note: function that is called with a line for each choice that was made while the weights were read.
 
     Raises:
         UsageError: the factory cannot be found, fails, or returns something else.
@@ -57,17 +57,20 @@ def load_model(
 def fill(
     model: nn.Module, weights: Path | str | None, key: str | None, strip_prefix: Sequence[str], seed: int
 ) -> tuple[str, ...]:
-    """Load a weights file into a network, if there is one; what a reader must know about it.
+    """Load a weights file into a network, if there is one.
 
     Args:
-        model: changed in place; left as it is where anything does not fit.
-        weights: as for `load_model`.
-        key: as for `load_model`.
-        strip_prefix: as for `load_model`.
-        seed: with which the network was built.
+        model: the network, changed in place; left as it is where anything does not fit.
+        weights: path of the file; None for the weights that the factory built.
+        key: entry of the file that holds the weights; None to look in the usual places.
+        strip_prefix: prefixes removed from the names in the file.
+        seed: seed with which the network was built.
+
+    Returns:
+        Lines that say what was chosen while the weights were read.
 
     Raises:
-        CheckpointError: it cannot be opened safely, or does not fit.
+        CheckpointError: the file cannot be opened safely, or does not fit.
         UsageError: an option for weights files was given without one.
     """
     if weights is not None:
@@ -81,8 +84,8 @@ def build(spec: str, seed: int) -> nn.Module:
     """The network that the factory `module:factory` builds, in evaluation mode.
 
     Args:
-        spec: `module:factory`; the factory is called without arguments.
-        seed: of torch's random numbers while it builds, so that fresh weights are the same at each run.
+        spec: name of the factory, `module:factory`; it is called without arguments.
+        seed: seed of torch's random numbers while the network is built, so that fresh weights are the same at each run.
 
     Raises:
         UsageError: the factory cannot be found, fails, or returns something else.
@@ -109,7 +112,7 @@ def find_loss(spec: str) -> Any:
     """A loss by name, or the user's own as `module:name`.
 
     Raises:
-        UsageError: no such loss.
+        UsageError: there is no such loss.
     """
     if spec == "cross_entropy":
         return nn.CrossEntropyLoss()

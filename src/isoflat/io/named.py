@@ -1,4 +1,4 @@
-"""`module:name`: code of the user's own, named on the command line."""
+"""Objects of the user's own code, named as `module:name` on the command line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def named(spec: str, what: str) -> Any:
     """The object that `module:name` names; modules in the working directory can be imported.
 
     Args:
-        spec: for instance `mypkg.nets:build`.
-        what: what it is for, in messages: `--model`.
+        spec: module and name, for instance `mypkg.nets:build`.
+        what: name of the option, for messages: `--model`.
 
     Raises:
-        UsageError: it is no such pair, there is no such module or name, or importing the module fails.
+        UsageError: the text is no such pair, there is no such module or name, or importing the module fails.
 
     >>> named("math:pi", "--model")
     3.141592653589793
@@ -54,7 +54,7 @@ def function(spec: str, what: str) -> Any:
     """A function named by `module:name`.
 
     Raises:
-        UsageError: as for `named`, or it cannot be called.
+        UsageError: there is no such module or name, or the object cannot be called.
     """
     found = named(spec, what)
     if not callable(found):

@@ -1,4 +1,4 @@
-"""Rows as a file stores them, and the batches a network is given."""
+"""Rows as a file stores them, and the batches that a network is given."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Rows:
     """Inputs and targets, row by row.
 
     Attributes:
-        inputs: as stored; images stay in bytes until a batch is made.
+        inputs: inputs as stored; images stay in bytes until a batch is made.
         targets: class indices as int64, or real targets.
-        notes: what was read, for the reader of the result.
+        notes: lines that say what was read.
     """
 
     inputs: Tensor
@@ -38,8 +38,8 @@ class Rows:
         """Batches in the stored order, converted as they are read.
 
         Args:
-            size: rows per batch.
-            transform: from the raw rows of a batch to the network's input; None for the convention of `convert`.
+            size: number of rows per batch.
+            transform: function from the raw rows of a batch to the network's input; None for the convention of `convert`.
         """
 
         def once() -> Iterator[tuple[Tensor, Tensor]]:
@@ -47,7 +47,7 @@ class Rows:
                 raw = self.inputs[start : start + size]
                 yield transformed(transform, raw), self.targets[start : start + size]
 
-        # Code of the user's may be random: the library then compares each pass with the first.
+        # A transform may be random: the library therefore compares each pass with the first.
         return Batches(
             once,
             volatile=transform is not None,
@@ -56,7 +56,7 @@ class Rows:
 
 
 def transformed(transform: Callable[[Tensor], Any] | None, raw: Tensor) -> Tensor:
-    """One batch's input.
+    """The input of a network from the raw rows of a batch.
 
     Raises:
         DataError: the transform fails, or does not return a tensor with one row for each row.
@@ -75,7 +75,7 @@ def transformed(transform: Callable[[Tensor], Any] | None, raw: Tensor) -> Tenso
 
 
 def convert(raw: Tensor) -> Tensor:
-    """The convention without a transform: images of integers become float32 in [0, 1], channels first.
+    """Convert raw inputs by convention: images of integers become float32 in [0, 1], channels first.
 
     Every array of bytes (uint8), and every array of integers with three or four dimensions, counts as images: it is
     divided by 255; `(N, H, W)` becomes `(N, 1, H, W)`, and `(N, H, W, C)` becomes `(N, C, H, W)` for C in 1, 3, 4.
@@ -115,14 +115,14 @@ def rows(
     """Rows from two arrays of a file, whole or in part.
 
     Args:
-        inputs: one row for each example.
-        targets: one row for each example.
-        source: the file, for messages.
-        examples: how many to take, evenly spaced; None for all.
-        notes: kept.
+        inputs: array with one row for each example.
+        targets: array with one row for each example.
+        source: name of the file, for messages.
+        examples: number of examples to take, evenly spaced; None for all.
+        notes: lines that say what was read.
 
     Raises:
-        DataError: there are none, their numbers differ, or they hold no numbers.
+        DataError: there are no rows, their numbers differ, or they hold no numbers.
     """
     if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
         raise DataError(
@@ -140,7 +140,7 @@ def rows(
 
 
 def evenly(total: int, examples: int | None, source: str) -> tuple[list[int], tuple[str, ...]]:
-    """Places of the rows to take: all, or some evenly spaced, so that data sorted by class keeps every class.
+    """Positions of the rows to take: all, or some evenly spaced, so that data sorted by class keeps every class.
 
     Raises:
         DataError: there are no rows.
@@ -159,7 +159,7 @@ def numbers(array: np.ndarray, what: str) -> Tensor:
     """A numeric array as a tensor.
 
     Raises:
-        DataError: it holds text, dates or objects.
+        DataError: the array holds text, dates or objects.
     """
     if array.dtype.kind not in "biuf":
         raise DataError(f"{what} are of type {array.dtype}, no plain numbers: save them as integers or floats")
@@ -171,10 +171,14 @@ def numbers(array: np.ndarray, what: str) -> Tensor:
 
 
 def check_room(size: int, source: str) -> None:
-    """Refuse to decode more than fits.
+    """Refuse to decode data that does not fit into the free memory.
+
+    Args:
+        size: number of bytes that the file declares.
+        source: name of the file, for messages.
 
     Raises:
-        DataError: what the file declares would not fit into the free memory.
+        DataError: the data does not fit.
     """
     free = psutil.virtual_memory().available
     if size > free:

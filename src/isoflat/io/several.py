@@ -29,10 +29,10 @@ class LoadedNetworks:
     """Networks that can be compared, and what they are measured on.
 
     Attributes:
-        models: by label, in evaluation mode, each with its weights.
-        batches: the data, for all.
-        loss: what `isoflat.compare` takes as loss.
-        notes: what was chosen while loading.
+        models: networks by label, in evaluation mode, each with its weights.
+        batches: data that all are measured on.
+        loss: loss function, as for `isoflat.compare`.
+        notes: lines that say what was chosen while loading.
     """
 
     models: Mapping[str, torch.nn.Module]
@@ -42,11 +42,11 @@ class LoadedNetworks:
 
 
 def load_several(inputs: Inputs, files: Mapping[str, Path], settings: Mapping[str, Any]) -> LoadedNetworks:
-    """Build and fill every network, read the data once, and see that all run on it.
+    """Build every network and load its weights, read the data once, and check that all networks run on it.
 
     Args:
-        inputs: what the user named, but for the weights.
-        files: weights by label.
+        inputs: names that the user gave; the weights among them are not used.
+        files: paths of weights files by label.
         settings: `params`, `dtype` and `device`, as for `isoflat.measure`.
 
     Raises:
@@ -80,7 +80,7 @@ def _check_apart(models: Mapping[str, torch.nn.Module], factory: str) -> None:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """Short names for files, each once: the file's, or with its ending or folders where these tell files apart.
+    """Short names for files, all different: a file's own, with its ending or folders where these tell files apart.
 
     >>> labels([Path("runs/small.safetensors"), Path("runs/large.safetensors")])
     ['small', 'large']

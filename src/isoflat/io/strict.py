@@ -1,4 +1,4 @@
-"""Strict JSON: the same value is always the same text, and nothing comes back as something else."""
+"""Strict JSON: a value is always written as the same text, and is read back as it was."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from isoflat.core.errors import UsageError
 
 DIGITS = 24
-"""Hexadecimal digits of an address: 96 bits, so that no two cells of any sweep share one by chance."""
+"""Number of hexadecimal digits of an address: 96 bits, so that no two cells share one by chance."""
 
 _ADDRESS = re.compile(f"[0-9a-f]{{{DIGITS}}}")
 
@@ -24,18 +24,18 @@ def address(settings: Mapping[str, Any]) -> str:
         settings: everything that decides the result, the hash of the data and the versions included.
 
     Raises:
-        UsageError: JSON cannot hold them as they are.
+        UsageError: JSON cannot hold the settings as they are.
 
     >>> address({"seed": 0, "width": 16}) == address({"width": 16, "seed": 0})
     True
     >>> address({"seed": 0.0})
     'e6731c04ce97f94cbce8e570'
     """
-    return digest(canonical(settings, "settings"))
+    return short_hash(canonical_json(settings, "settings"))
 
 
 def is_address(name: str) -> bool:
-    """Tell whether a name is an address, and so nothing else: no path, no dot, no slash.
+    """Tell whether a name is an address, which has no dots and no slashes.
 
     >>> is_address("../../etc/passwd")
     False
@@ -43,17 +43,17 @@ def is_address(name: str) -> bool:
     return _ADDRESS.fullmatch(name) is not None
 
 
-def canonical(value: Any, what: str) -> str:
-    """One line of ASCII: names in order, no spaces, floats so that they return bit for bit.
+def canonical_json(value: Any, what: str) -> str:
+    """A value as a line of ASCII JSON: names in order, no spaces, floats so that they return bit for bit.
 
     Args:
         value: mappings with text as names, sequences, text, numbers, truth values and None.
-        what: it is, for messages.
+        what: name of the value, for messages.
 
     Raises:
-        UsageError: there is something else in it, such as NaN or a tensor.
+        UsageError: there is something else in the value, such as NaN or a tensor.
 
-    >>> canonical({"b": (0.1, None), "a": True}, "settings")
+    >>> canonical_json({"b": (0.1, None), "a": True}, "settings")
     '{"a":true,"b":[0.1,null]}'
     """
     try:
@@ -62,16 +62,16 @@ def canonical(value: Any, what: str) -> str:
         raise UsageError(f"{what}: too deeply nested, or part of itself; a store holds plain JSON") from None
 
 
-def digest(text: str) -> str:
-    """First 24 hex digits of SHA-256."""
+def short_hash(text: str) -> str:
+    """The first 24 hex digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 
 
-def parse(text: bytes) -> Any:
+def parse_json(text: bytes) -> Any:
     """A value from strict JSON.
 
     Raises:
-        ValueError: it is none: damaged, NaN or infinity, or a name that appears twice.
+        ValueError: the text is damaged, or holds NaN, infinity, or a name that appears twice.
     """
     try:
         return json.loads(text.decode(), parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_once)
@@ -79,17 +79,17 @@ def parse(text: bytes) -> Any:
         raise ValueError("too deeply nested") from None
 
 
-def flat(value: Any, name: str) -> dict[str, Any]:
-    """Mappings unfolded: what lies within gets a dotted name. A name with a dot of its own is quoted.
+def flattened(value: Any, name: str) -> dict[str, Any]:
+    """Unfold mappings within mappings into one with dotted names; a name with a dot of its own is quoted.
 
-    >>> flat({"net": {"width": 16, "0.bias": True}, "seeds": [1, 2]}, "settings")
+    >>> flattened({"net": {"width": 16, "0.bias": True}, "seeds": [1, 2]}, "settings")
     {'settings.net.width': 16, 'settings.net."0.bias"': True, 'settings.seeds': [1, 2]}
     """
     if not isinstance(value, Mapping):
         return {name: value}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= flat(inner, f"{name}.{json.dumps(key) if '.' in key else key}")
+        found |= flattened(inner, f"{name}.{json.dumps(key) if '.' in key else key}")
     return found
 
 

@@ -1,7 +1,7 @@
-"""Symmetries that were found, in a file: tracing a large network takes long, and what it finds belongs to the architecture.
+"""Files of symmetries: tracing a large network takes long, and the symmetries it finds belong to the architecture.
 
 The file is safetensors: arrays, and in the metadata one line of strict JSON that says how they belong together. Nothing in
-it is run. What is read is proved on the network again before it is handed out.
+it is run. Symmetries from a file are proved on the network again before they are returned.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as pack
 from scipy import sparse
 from torch import Tensor, nn
 
 from isoflat.core.errors import UsageError
 from isoflat.io import files
-from isoflat.io.archive import check_safetensors
-from isoflat.io.strict import canonical, parse
+from isoflat.io.archive import read_safetensors
+from isoflat.io.strict import canonical_json, parse_json
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.graph import skeleton
 from isoflat.symmetry.found import VERSION, Found
@@ -34,6 +33,9 @@ from isoflat.symmetry.report import SymmetryLine
 
 FORMAT = 1
 """Version of the layout; raised whenever a field changes its meaning."""
+
+UNCLAIMED = "not claimed"
+"""Kind of the lines of a report that name what is no symmetry."""
 
 NAME = "isoflat.symmetries"
 """Entry of the metadata that holds the JSON."""
@@ -59,13 +61,13 @@ KINDS: Mapping[str, type] = {
     "solution": Solution,
     "translation": Translation,
 }
-"""Everything that a file may hold beside plain values and arrays, by a name that stays when classes are renamed."""
+"""Classes that a file may hold beside plain values and arrays, by names that stay when classes are renamed."""
 
 MODULES = ("model", "skeleton")
-"""Parts of symmetries that are the network itself, which no file holds."""
+"""Fields of `Found` that hold the network itself, which no file holds."""
 
 WALKING = ("where", "epsilon_of", "centred", "pending", "forgets", "normalised", "varies")
-"""Fields of constraints that only serve while a network is walked through."""
+"""Fields of `Constraints` that only serve while a network is traced."""
 
 SELDOM = ("averages", "counted", "left_out")
 """Fields that most symmetries have nothing in: such a file does not name them."""
@@ -75,8 +77,8 @@ def save_symmetries(found: Found, path: Path | str, *, force: bool = False) -> N
     """Write symmetries to a file, to be read by `load_symmetries`.
 
     Args:
-        found: what `isoflat.symmetries` has found.
-        path: a name that ends in `.safetensors`.
+        found: symmetries from `isoflat.symmetries`.
+        path: path of the file, which ends in `.safetensors`.
         force: whether an existing file may be replaced.
 
     Raises:
@@ -104,22 +106,22 @@ def save_symmetries(found: Found, path: Path | str, *, force: bool = False) -> N
         "network": _network(found.model),
         "found": parts,
     }
-    files.save(target, pack(arrays, {NAME: canonical(content, "symmetries")}), force, "the path")
+    files.save(target, pack(arrays, {NAME: canonical_json(content, "symmetries")}), force, "the path")
 
 
 def load_symmetries(path: Path | str, model: nn.Module) -> Found:
     """Read symmetries from a file and prove them on a network: no tracing, a few forward passes.
 
     Args:
-        path: written by `save_symmetries`.
-        model: a network of the architecture that they were found on, with any weights.
+        path: path of a file that `save_symmetries` wrote.
+        model: network of the architecture that the symmetries were found on, with any weights.
 
     Returns:
-        The same groups, of this network: `isoflat.measure(..., symmetries=found)` gives the same numbers.
+        The symmetries of this network, for `isoflat.measure(..., symmetries=found)`; numbers are as without a file.
 
     Raises:
         UsageError: the file is damaged, of another kind or other rules, or its network has other tensors.
-        SymmetryViolated: they change this network's output.
+        SymmetryViolated: the symmetries change this network's output.
     """
     source = Path(path)
     content, arrays = _read(source)
@@ -147,15 +149,14 @@ def load_symmetries(path: Path | str, model: nn.Module) -> Found:
     return found
 
 
-def described(found: Found, verified: float, unclaimed: str = "not claimed") -> dict[str, Any]:
-    """Everything that was found, as plain values for people and programs.
+def described(found: Found, verified: float) -> dict[str, Any]:
+    """Symmetries as plain values that JSON can hold.
 
     Args:
         found: the symmetries.
-        verified: largest relative change of an output that a random element made.
-        unclaimed: kind of the lines of the report that name what is no symmetry.
+        verified: largest relative change of an output by a random element.
     """
-    claimed = [line for line in found.report if line.kind != unclaimed]
+    claimed = [line for line in found.report if line.kind != UNCLAIMED]
     shifts = found.translation.dimension + found.common.dimension
     return {
         "dimension": {
@@ -166,7 +167,7 @@ def described(found: Found, verified: float, unclaimed: str = "not claimed") -> 
         "not_claimed": [
             {"units": line.dimension, "tensors": list(line.tensors), "reasons": list(line.reasons)}
             for line in found.report
-            if line.kind == unclaimed
+            if line.kind == UNCLAIMED
         ],
         "epsilons": found.constants(found.model),
         "loss_ignores_common_score": found.blind,
@@ -182,17 +183,10 @@ def _network(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    check_safetensors(source)
+    arrays, metadata = read_safetensors(source)
     try:
-        with safe_open(source, framework="pt", device="cpu") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            text = (file.metadata() or {}).get(NAME)
-        if text is None:
-            raise UsageError(f"{source} holds no symmetries: expected a file of isoflat.io.save_symmetries")
-        content = parse(text.encode())
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, UsageError):
-            raise
+        content = parse_json(metadata.get(NAME, "null").encode())
+    except ValueError as error:
         raise UsageError(f"{source} cannot be read ({error}): write it again with save_symmetries") from error
     if not isinstance(content, dict):
         raise UsageError(f"{source} holds no symmetries: expected a file of isoflat.io.save_symmetries")
@@ -200,7 +194,7 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _plain(value: Any, arrays: dict[str, Tensor]) -> Any:
-    """A value as strict JSON; arrays go into a dictionary, and their names stand in their places.
+    """A value as strict JSON; arrays go into a dictionary, and are replaced by their names there.
 
     Plain scalars are themselves; everything else is a list that begins with what it is.
     """

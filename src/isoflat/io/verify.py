@@ -1,4 +1,4 @@
-"""Results of `isoflat measure` read from a file with their witnesses, and checked on the network that they are of."""
+"""Results of `isoflat measure`, read from a file with their witnesses and checked on the network that was measured."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from isoflat.core.errors import IsoflatError, UsageError
-from isoflat.core.plain import kinds
+from isoflat.core.plain import adapter, first_fault
 from isoflat.core.record import Record
 from isoflat.io.inputs import Inputs, load, within_memory
 from isoflat.measurement.verify import RecordCheck, RecordVerdict, carried, verify_all
-from isoflat.measurement.witnesses import Kept, seal, unpacked
+from isoflat.measurement.witnesses import SealedWitness, seal, unpacked_witnesses
 
 
 @final
 @dataclass(frozen=True)
 class StoredResult:
-    """A result on disk.
+    """A result that was read from a file.
 
     Attributes:
-        rows: its numbers, each with its witness.
-        edited: whether a number is not as it was when its witness was written, or its witness is gone.
-        subject: how it was made.
+        rows: record of each number, with its witness or None.
+        edited: whether each number was changed since its witness was written, or its witness is missing.
+        subject: names of what was measured, and how it was loaded.
     """
 
     rows: tuple[tuple[Record, Tensor | None], ...]
@@ -44,9 +44,9 @@ class VerifiedFile:
     """The outcome of checking a file.
 
     Attributes:
-        path: of the file.
-        checks: one for each of its numbers.
-        refused: why it was not looked at; None where it was.
+        path: path of the file.
+        checks: outcome for each number of the file.
+        refused: reason why the file was not checked; None where it was.
     """
 
     path: Path
@@ -61,21 +61,21 @@ def verify(
     loss: Any = None,
     **settings: Any,
 ) -> tuple[RecordCheck, ...]:
-    """Check stored numbers of a network by their witnesses, with two products each instead of a measurement.
+    """Check stored numbers of a network by their witnesses, with two Hessian-vector products each instead of a measurement.
 
     Args:
-        stored: a result of `isoflat measure --out ... --witness`; or numbers, each with its witness or None, as
+        stored: path of a result of `isoflat measure --out ... --witness`; or records, each with its witness or None, as
             `measure_all(..., keep=...)` hands them out.
-        model: the network with the weights that were measured.
-        data: the data, in the same order and batches.
-        loss: as it was measured with.
+        model: network with the weights that were measured.
+        data: data that was measured on, in the same order and batches.
+        loss: loss that was measured with.
         **settings: `params`, `symmetries`, `device`, `seed` and `check`, as for `isoflat.measure_all`.
 
     Returns:
-        One check for each number, in order; its `verdict` says what became of the number.
+        Outcomes, one for each number in order; the `verdict` of each says whether the number holds.
 
     Raises:
-        UsageError: the file is no such result, or was damaged.
+        UsageError: the file is no such result, or is damaged.
         IsoflatError: the network cannot be measured.
 
     >>> from isoflat import measure_all
@@ -95,18 +95,18 @@ def verify(
 def verify_named(
     path: Path, model: str, data: str, weights: Path | None, given: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> VerifiedFile:
-    """Check the numbers of a file on a network that is named, loaded as the file says it was loaded.
+    """Check the numbers of a file on a named network, which is loaded as the file says that it was.
 
     Args:
-        path: a result of `isoflat measure --out ... --witness`.
-        model: `module:factory`.
-        data: a data source.
-        weights: a weights file; None for the weights that the factory builds.
+        path: path of a result of `isoflat measure --out ... --witness`.
+        model: name of the factory, `module:factory`.
+        data: name of the data, as for `isoflat.load_data`.
+        weights: path of a weights file; None for the weights that the factory builds.
         given: options of loading by name, and `params`; where one is None the file decides.
-        settings: `device`, `seed` and `check` of the products.
+        settings: `device`, `seed` and `check` of the Hessian-vector products.
 
     Raises:
-        UsageError: the file is no such result, was damaged, or was made otherwise than is asked for.
+        UsageError: the file is no such result, is damaged, or was measured with other options than are given.
         IsoflatError: something cannot be found, opened, fitted or measured.
     """
     stored = read_result(path)
@@ -129,14 +129,12 @@ def verify_named(
         "--data",
         data,
     ]
-    return VerifiedFile(
-        path,
-        tuple(_told(check, edited, command) for check, edited in zip(checks, stored.edited, strict=True)),
-    )
+    told = tuple(_told(check, edited, command) for check, edited in zip(checks, stored.edited, strict=True))
+    return VerifiedFile(path, told)
 
 
 def _told(check: RecordCheck, edited: bool, command: Sequence[str] = ()) -> RecordCheck:
-    """The check with what two products cannot know: is the number the one that was written, and how is it measured again?"""
+    """Add to a check whether the record was edited since it was written, and the command that measures it again."""
     if check.verdict is RecordVerdict.UNCHECKED and edited:
         words = "its witness is missing from the file of witnesses, which was edited"
         return replace(check, verdict=RecordVerdict.REFUSED, sentence=words)
@@ -155,14 +153,19 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "params": (list,),
     "strip_prefix": (list,),
 }
-"""Types of options in a result; text, where it is not said."""
+"""Types of the options in a result that are no text."""
 
 
 def agreed(name: str, given: Any, recorded: Any) -> Any:
-    """An option from the command line, or from the result.
+    """The value of an option from the command line, or else from the result.
+
+    Args:
+        name: name of the option.
+        given: value from the command line; None for none.
+        recorded: value from the result; None for none.
 
     Raises:
-        UsageError: they differ, or the result names code to run that the user did not name.
+        UsageError: the two differ, or the result names code to run that the user did not name.
     """
     option = f"--{name.replace('_', '-')}"
     kinds = _KINDS.get(name, (str,))
@@ -183,10 +186,10 @@ def agreed(name: str, given: Any, recorded: Any) -> Any:
 
 
 def read_result(path: Path) -> StoredResult:
-    """A result and its witnesses.
+    """Read a result of `isoflat measure` and its witnesses.
 
     Raises:
-        UsageError: it is no result of `isoflat measure`, was edited without care, or its witnesses are not its own.
+        UsageError: the file is no such result, was edited or damaged, or its witnesses belong to another result.
     """
     what = "is no result of isoflat measure"
     try:
@@ -202,7 +205,12 @@ def read_result(path: Path) -> StoredResult:
     if not rows or not isinstance(subject, dict):
         raise UsageError(f"it {what}: it has no rows, or does not say what was measured")
     for row, record in rows:
-        _consistent(row, record)
+        width = row["estimate"].get("relative_width")
+        if width != record.estimate.to_dict()["relative_width"]:
+            raise UsageError(
+                f"{record.measure} ({record.geometry}) was edited: its relative width {width} is not that of its interval, "
+                f"{record.estimate.relative_width}"
+            )
     records = [record for _, record in rows]
     kept = _witnesses(path, content["witness"], records) if "witness" in content else (None,) * len(records)
     pairs = list(zip(records, kept, strict=True))
@@ -216,17 +224,16 @@ def read_result(path: Path) -> StoredResult:
 
 
 def _record(row: Any) -> Record:
-    """A record with every field of its type.
+    """Read a record, and check that every field has its type.
 
     Raises:
-        UsageError: it is none.
+        UsageError: this is no record.
     """
     try:
-        record = kinds(Record).validate_python(asdict(Record.from_dict(row)))
-        seal(record)  # no infinity or NaN where JSON has none
+        record = adapter(Record).validate_python(asdict(Record.from_dict(row)))
+        seal(record)  # refuses NaN and infinity, which JSON does not have
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UsageError(f"it holds no valid record: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UsageError(f"it holds no valid record: {first_fault(error)}") from error
     except IsoflatError as error:
         raise UsageError(f"it holds no valid record: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -237,24 +244,11 @@ def _record(row: Any) -> Record:
     return record
 
 
-def _consistent(row: Mapping[str, Any], record: Record) -> None:
-    """Refuse a record whose parts contradict each other.
+def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[SealedWitness | None, ...]:
+    """Read the witnesses from the file beside a result.
 
     Raises:
-        UsageError: the relative width is not that of the interval.
-    """
-    if row["estimate"].get("relative_width") != record.estimate.to_dict()["relative_width"]:
-        raise UsageError(
-            f"{record.measure} ({record.geometry}) was edited: its relative width "
-            f"{row['estimate'].get('relative_width')} is not that of its interval, {record.estimate.relative_width}"
-        )
-
-
-def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[Kept | None, ...]:
-    """The vectors of the file beside the result.
-
-    Raises:
-        UsageError: it is not there, is another file, or cannot be read.
+        UsageError: the file is not there, is another one, or cannot be read.
     """
     name, expected = (named.get(key) for key in ("file", "sha256")) if isinstance(named, dict) else (None, None)
     if not isinstance(name, str) or not isinstance(expected, str) or Path(name).name != name:
@@ -268,4 +262,4 @@ def _witnesses(path: Path, named: Any, records: Sequence[Record]) -> tuple[Kept 
         raise UsageError(
             f"{beside} is not the file that was written with the result: its SHA-256 is {came}, the result's {expected}"
         )
-    return unpacked(content, records)
+    return unpacked_witnesses(content, records)

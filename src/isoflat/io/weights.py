@@ -1,6 +1,6 @@
-"""Weights from a file, without ever running what the file says.
+"""Weights from a file, without ever running code that the file holds.
 
-Safetensors, single or sharded, and torch's own checkpoints through its restricted reader (`weights_only=True`) alone.
+Files are safetensors, single or sharded, or torch's own checkpoints, which its restricted reader (`weights_only=True`) opens.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isoflat.core.errors import CheckpointError
 from isoflat.core.render import some
-from isoflat.io.archive import check_safetensors, check_zip, is_zip, read_index, regular
+from isoflat.io.archive import check_zip, is_zip, read_index, read_safetensors, regular
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-"""Files that `torch.save` writes."""
+"""Endings of files that `torch.save` writes."""
 
 NESTED = ("state_dict", "model", "model_state_dict")
-"""Where training scripts put the weights beside other things, in the order they are looked for."""
+"""Entries in which training scripts put the weights beside other things, in the order they are looked for."""
 
 _SAFE = (
     "Where it was made, save the weights alone: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors'), "
@@ -40,11 +39,11 @@ class Weights:
     """Named tensors from a file.
 
     Attributes:
-        tensors: by the names in the file.
-        source: the file, for messages.
-        notes: what was chosen while reading, for the reader of the result.
-        epsilons: of normalisations that belong to these weights, by the path of the module's attribute; written by
-            `isoflat canonicalize`.
+        tensors: tensors by their names in the file.
+        source: path of the file, for messages.
+        notes: lines that say what was chosen while reading.
+        epsilons: epsilons of normalisations that belong to these weights, by the path of the module's attribute;
+            `isoflat canonicalize` writes them.
     """
 
     tensors: Mapping[str, Tensor]
@@ -54,20 +53,21 @@ class Weights:
 
 
 def read_weights(path: Path, key: str | None = None) -> Weights:
-    """Every tensor in a weights file.
+    """Read every tensor in a weights file.
 
     Args:
-        path: `.safetensors`, a `.safetensors.index.json`, or `.pt`, `.pth`, `.ckpt`, `.bin` written by `torch.save`.
-        key: the entry that holds the weights, with dots for entries within entries; None to look in the usual places.
+        path: path of a file: `.safetensors`, a `.safetensors.index.json`, or `.pt`, `.pth`, `.ckpt`, `.bin` written by `torch.save`.
+        key: entry that holds the weights, with dots for entries within entries; None to look in the usual places.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, needs code to be run, or holds no such entry.
     """
     regular(path)
+    metadata: Mapping[str, str] = {}
     if path.name.endswith(".index.json"):
         content: Any = _sharded(path)
     elif path.suffix == ".safetensors":
-        content = _safetensors(path)
+        content, metadata = read_safetensors(path)
     elif path.suffix in TORCH_SUFFIXES:
         content = _checkpoint(path)
     else:
@@ -78,27 +78,16 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
     tensors, notes = _choose(content, key, path)
     for name, tensor in tensors.items():
         _check_memory(name, tensor, path)
-    epsilons = _epsilons(path) if path.suffix == ".safetensors" else {}
-    return Weights(tensors, path, notes, epsilons)
+    return Weights(tensors, path, notes, _epsilons(metadata, path))
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    check_safetensors(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Fetch or save it again") from error
-
-
-def _epsilons(path: Path) -> dict[str, float]:
-    """Epsilons in the metadata of a file; none if there are none.
+def _epsilons(metadata: Mapping[str, str], path: Path) -> dict[str, float]:
+    """Epsilons from the metadata of a file; empty if it has none.
 
     Raises:
-        CheckpointError: what stands there is no table of positive numbers.
+        CheckpointError: the entry is no table of positive numbers.
     """
-    with safe_open(path, framework="pt", device="cpu") as file:
-        text = (file.metadata() or {}).get("epsilons")
+    text = metadata.get("epsilons")
     if text is None:
         return {}
     try:
@@ -113,7 +102,7 @@ def _epsilons(path: Path) -> dict[str, float]:
 
 
 def _sharded(path: Path) -> dict[str, Tensor]:
-    """The tensors of an index, each from the shard that it names."""
+    """Tensors of sharded weights, each from the shard that the index names."""
     places = read_index(path)
     found: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
@@ -121,7 +110,7 @@ def _sharded(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path} names the shard {shard.name}, which is missing: fetch all shards into one folder"
             )
-        tensors = _safetensors(shard)
+        tensors, _ = read_safetensors(shard)
         absent = [name for name, place in places.items() if place == shard and name not in tensors]
         if absent:
             raise CheckpointError(f"{shard} lacks tensors that {path.name} says it holds: {some(absent)}")
@@ -130,7 +119,7 @@ def _sharded(path: Path) -> dict[str, Tensor]:
 
 
 def _checkpoint(path: Path) -> Any:
-    """Content that `torch.save` wrote, through the reader that builds tensors and plain containers and nothing else."""
+    """Content of a file of `torch.save`, from the reader that builds tensors and plain containers and nothing else."""
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < (2, 10):
         raise CheckpointError(
@@ -152,7 +141,7 @@ def _checkpoint(path: Path) -> Any:
 
 
 def _refused(path: Path, error: Exception, archived: bool) -> CheckpointError:
-    """Error that says why torch's restricted reader stopped, without its advice to switch the restriction off."""
+    """An error that says why torch's restricted reader stopped, without its advice to switch the restriction off."""
     text = str(error)
     if named := re.search(r"GLOBAL ([\w.]+)", text):
         return CheckpointError(
@@ -170,7 +159,7 @@ def _refused(path: Path, error: Exception, archived: bool) -> CheckpointError:
 
 
 def _choose(content: Any, key: str | None, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The dictionary of tensors within what the file holds, and how it was found."""
+    """The tensors by name within a file's content, and notes on where they were found."""
     if key is not None:
         return _flat(_walk(content, key, path), path, f"entry {key}"), (
             f"weights from the entry {key!r} of {path.name}",

@@ -125,8 +125,8 @@ def orthogonalise(rows: Sequence[Tensor], residual: Tensor) -> tuple[Tensor, flo
     if not rows:
         return torch.zeros(0, dtype=torch.float64, device=residual.device), space.norm(residual)
     # What rough coefficients leave comes out with the next ones, which are exact.
-    removed = space.rough(rows, residual, space.norm(residual))
-    left = space.sweep(residual, removed, rows)
+    removed = space.rough_inner(rows, residual, space.norm(residual))
+    left = space.subtract_combination(residual, removed, rows)
     norm = space.norm(residual)
     for _ in range(5):
         before = norm

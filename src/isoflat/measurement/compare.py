@@ -34,10 +34,10 @@ from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups.base import Symmetry
 
 UNEQUAL = 0.1
-"""Losses further apart than this share of the larger one are warned about."""
+"""Share of the larger loss beyond which a difference of losses is warned about."""
 
 _NOISY = 100 * torch.finfo(torch.float32).eps
-"""Relative widths below this are asked for in float64."""
+"""Relative width below which float64 is advised."""
 
 _UNBOUNDED = (-math.inf, math.inf)
 
@@ -52,7 +52,7 @@ _REMEDIES = {
     "counted": "the losses do not count the same targets: all need one loss",
     "accuracy": "the losses are not of one kind: all need one loss",
 }
-"""What to do, by the first word of what differs; the first that applies is said."""
+"""Remedies by the first word of the fact that differs; the first that applies is said."""
 
 
 @takes_settings(
@@ -145,7 +145,7 @@ def contrast(
     Args:
         tables: one for each network, with its label, and with the same numbers in each.
         reference: label of the network that the others are printed against; the first by default.
-        measures: of your own, where they are not in the catalogue.
+        measures: measures of your own, which are not in the catalogue.
 
     Raises:
         UsageError: there are fewer than two, two have one label, or they cannot be compared; the message says why.
@@ -171,7 +171,7 @@ def agree(facts: Mapping[str, Mapping[str, str]]) -> None:
     """See that networks can be compared.
 
     Args:
-        facts: what must be the same, by label and by name.
+        facts: for each label, facts by name that must be the same for all.
 
     Raises:
         UsageError: a network's facts differ from those of the first; all that differ are named.
@@ -202,14 +202,14 @@ def difference(first: Record, second: Record, lower_is_flatter: bool) -> Differe
     Args:
         first: the number of the network that comes with a plus.
         second: the same number of the other one.
-        lower_is_flatter: which way the number points.
+        lower_is_flatter: True where lower values mean flatter.
     """
     a, b = first.estimate, second.estimate
     basis, found = _basis(first, second), _set_against(a, b)
     if basis is Basis.IDENTICAL:
-        found = _Interval((0.0, 0.0, 0.0), 1.0, 0.0, (1.0, 1.0))
+        found = _Gap((0.0, 0.0, 0.0), 1.0, 0.0, (1.0, 1.0))
     elif basis is Basis.UNCERTIFIED:
-        found = _Interval((a.value - b.value, *_UNBOUNDED), 0.0)
+        found = _Gap((a.value - b.value, *_UNBOUNDED), 0.0)
     elif basis is Basis.PROBES:
         found = _paired(a, b, min(a.confidence, b.confidence))
     value, lower, upper = found.interval
@@ -231,8 +231,8 @@ def difference(first: Record, second: Record, lower_is_flatter: bool) -> Differe
     return replace(gap, remedy=_remedy(gap, first, second))
 
 
-class _Interval(NamedTuple):
-    """A difference: value, lower and upper end; and the ends of the ratio."""
+class _Gap(NamedTuple):
+    """A difference of two numbers: value, lower and upper end; and the ends of the interval of their ratio."""
 
     interval: tuple[float, float, float]
     confidence: float
@@ -266,22 +266,20 @@ def identical(first: Record, second: Record) -> bool:
     )
 
 
-def _set_against(a: Estimate, b: Estimate) -> _Interval:
+def _set_against(a: Estimate, b: Estimate) -> _Gap:
     """Two intervals that fail with probabilities that add, whatever they share."""
     ratio = (a.lower / b.upper, a.upper / b.lower) if min(a.lower, b.lower) > 0 else _UNBOUNDED
     confidence = max(0.0, 1 - ((1 - a.confidence) + (1 - b.confidence)))
-    return _Interval((a.value - b.value, a.lower - b.upper, a.upper - b.lower), confidence, None, ratio)
+    return _Gap((a.value - b.value, a.lower - b.upper, a.upper - b.lower), confidence, None, ratio)
 
 
-def _paired(a: Estimate, b: Estimate, confidence: float) -> _Interval:
+def _paired(a: Estimate, b: Estimate, confidence: float) -> _Gap:
     """Mean difference of paired samples with Student's interval, and their ratio with Fieller's."""
     gaps = [one - other for one, other in zip(a.samples, b.samples, strict=True)]
     value, error, wide = mean(gaps), _error(gaps), quantile(confidence, len(gaps) - 1)
     noise = _rounding(a), _rounding(b)
     half = wide * error + sum(noise)
-    return _Interval(
-        (value, value - half, value + half), confidence, error, _fieller(a.samples, b.samples, wide, noise)
-    )
+    return _Gap((value, value - half, value + half), confidence, error, _fieller(a.samples, b.samples, wide, noise))
 
 
 def _fieller(
@@ -296,7 +294,7 @@ def _fieller(
         first: samples of a.
         second: samples of b, as many.
         wide: q, the t-quantile.
-        noise: what rounding may add to either mean.
+        noise: errors of the two means by rounding, at most.
     """
     unit = mean(second)
     if not unit > noise[1]:
@@ -417,7 +415,7 @@ def _alike(
 
 @contextmanager
 def _about(label: str, but: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Whatever is refused inside says of which network, except for errors about what all have in common."""
+    """Context whose errors begin with the label of a network, except for those about what all networks have in common."""
     try:
         yield
     except IsoflatError as error:
@@ -486,7 +484,7 @@ def _notes(rows: Sequence[Record], differences: Sequence[Difference]) -> tuple[s
 
 
 def _done(label: str, table: Table, number: int, total: int) -> str:
-    """A line of progress."""
+    """A line that says that a network is measured, and at what cost."""
     products = sum(row.estimate.cost.products for row in table)
     seconds = sum(row.estimate.cost.seconds for row in table)
-    return f"{number} of {total}: {label}, loss {table[0].point.loss:.6g}, {products:g} products, {seconds:.1f} s"
+    return f"{number} of {total}: {label}, loss {table[0].point.loss:.6g}, {products:g} Hessian-vector products, {seconds:.1f} s"

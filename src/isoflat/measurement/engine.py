@@ -1,7 +1,8 @@
 """The engine: measures of one network, from the geometries' charts to one record each.
 
-Every driver (`measure`, `measure_all`, `spectrum`, `verify`, samples, experiments) takes the same way: charts, a survey of the
-data at each distinct point, a product route, products planned, tasks in lockstep, records. They differ in what they ask for.
+Every driver (`measure`, `measure_all`, `spectrum`, `verify`, samples, experiments) takes the same steps: charts, a survey of
+the data at each distinct point, the route of products, a plan of products, tasks in lockstep, records. Drivers differ in the
+questions that they ask.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.reverse import Recomputed
 
 
-class Look(Protocol):
-    """A first pass over the data at a point: the risk as it was read, and what it told."""
+class FirstPass(Protocol):
+    """First pass over the data at a point: it returns the risk with the data as it was read, and a survey."""
 
     def __call__(self, risk: EmpiricalRisk, state: State, /) -> tuple[EmpiricalRisk, Survey]:
         """Read the data once."""
@@ -53,9 +54,9 @@ def opened(
     Args:
         prepare: makes the subject, on every process that shares the measurement.
         plan: measures, each with the geometry it is measured in.
-        settings: how the measurement is made.
+        settings: the settings of the measurement.
         ranks: the processes.
-        label: what the user calls the network.
+        label: the user's name of the network.
 
     Raises:
         IsoflatError: network, data, loss or symmetries are refused.
@@ -85,12 +86,12 @@ class Measurement:
     """Measures of one subject that share their passes over the data.
 
     Attributes:
-        subject: what is measured.
-        settings: how the measurement is made.
+        subject: the network, its data and its loss.
+        settings: the settings of the measurement.
         plan: measures, each with the geometry it is measured in.
-        label: what the user calls the network.
+        label: the user's name of the network.
         report: called with a status line at each pass over the data.
-        started: when it began, by the monotonic clock, in seconds.
+        started: time at which it began, by the monotonic clock, in seconds.
     """
 
     subject: Subject
@@ -110,11 +111,11 @@ class Measurement:
             answers |= chosen.answered(point)
         return chosen.written(planned, answers, setup)
 
-    def points(self, look: Look = survey) -> list[EvaluationPoint]:
-        """Every distinct point at which the plan's geometries measure, with what a first pass over the data tells there.
+    def points(self, first_pass: FirstPass = survey) -> list[EvaluationPoint]:
+        """Every distinct point at which the plan's geometries measure, with its survey.
 
         Args:
-            look: the first pass.
+            first_pass: makes the survey.
         """
         # Charts come first: a geometry that refuses must do so before the data is read.
         charts = {geometry: geometry.chart(self.subject.state) for _, geometry in self.plan}
@@ -123,7 +124,7 @@ class Measurement:
             if any(point.state is chart.state for point in found):
                 continue
             here = {other: its for other, its in charts.items() if its.state is chart.state}
-            risk, seen = look(self.subject.risk, chart.state)
+            risk, seen = first_pass(self.subject.risk, chart.state)
             initial = self.subject.initial
             found.append(
                 EvaluationPoint(
@@ -134,7 +135,7 @@ class Measurement:
         return found
 
     def routed(self, points: Sequence[EvaluationPoint]) -> tuple[Measurement, list[EvaluationPoint]]:
-        """The way products with the Hessian are made, written into points and settings: notes, and what can be certified."""
+        """This measurement and its points, once it is decided how products with the Hessian are made and what can be certified."""
         risk, state, check = points[0].risk, self.subject.state, self.settings.check
         if Matrix.HESSIAN in matrices_of([key for point in points for key in self.asked(point)]):
             with risk.ranks.agreeing() as facts:
@@ -149,7 +150,7 @@ class Measurement:
         return replace(self, subject=subject, settings=settings), routed
 
     def asked(self, point: EvaluationPoint) -> tuple[tuple[Geometry, Question], ...]:
-        """Every question in every geometry of a point, once."""
+        """Every question that the plan asks at a point, with its geometry, each once."""
         keys = [(g, question) for m, g in self.plan if g in point.charts for question in self.questions(m)]
         return tuple(dict.fromkeys(keys))
 
@@ -161,10 +162,10 @@ class Measurement:
             return ()
 
     def answered(self, point: EvaluationPoint) -> Answers:
-        """Answers to all that is asked at a point: first what needs no solver, so that no solver runs for a refused measure."""
+        """Answers to every question at a point: those without a solver first, so that no solver runs for a refused measure."""
         asked = self.asked(point)
-        told = [key for key in asked if not isinstance(key[1], SolverQuery)]
-        answers: Answers = dict(zip(told, run_in_lockstep(tasks_of(point, told), self.report), strict=True))
+        unsolved = [key for key in asked if not isinstance(key[1], SolverQuery)]
+        answers: Answers = dict(zip(unsolved, run_in_lockstep(tasks_of(point, unsolved), self.report), strict=True))
         for geometry, question in asked:
             if isinstance(question, SolverQuery) and question.matrix in point.refused:
                 answers[geometry, question] = point.refused[question.matrix]
@@ -183,8 +184,8 @@ class Measurement:
         """Every measure evaluated from answers, and written down.
 
         Args:
-            points: of all geometries of the plan.
-            answers: to all that they ask.
+            points: the points at which the plan's geometries measure.
+            answers: the answers to every question that is asked there.
             setup: seconds that all numbers share.
         """
         where = {geometry: point.within(geometry) for point in points for geometry in point.charts}
@@ -193,19 +194,23 @@ class Measurement:
 
     def _applying(self, answers: Answers) -> Measurement:
         """The measurement without measures that have been refused an answer."""
-        refused = {key for key, answer in answers.items() if isinstance(answer, IsoflatError)}
-        plan = ((m, g) for m, g in self.plan if not any((g, question) in refused for question in self.questions(m)))
-        return replace(self, plan=tuple(plan))
+
+        def refused(measure: Measure, geometry: Geometry) -> bool:
+            return any(isinstance(answers.get((geometry, q)), IsoflatError) for q in self.questions(measure))
+
+        return replace(self, plan=tuple(entry for entry in self.plan if not refused(*entry)))
 
 
 def generator_checks(point: EvaluationPoint) -> dict[tuple[Geometry, Question], Task]:
-    """A product in each geometry that has a generator of its group to check products with."""
+    """Tasks that check products: one product with a generator of the group, in each geometry that has one."""
     hessian = point.operator(Matrix.HESSIAN)
     plain = Pullback(hessian, Identity(hessian.n))
-    asked = {
-        g: SingleProduct(chart.identity.velocity) for g, chart in point.charts.items() if chart.identity is not None
-    }
-    return {(g, SolverQuery(probe)): Task.of(probe, plain, stream(point.settings.seed)) for g, probe in asked.items()}
+    checks: dict[tuple[Geometry, Question], Task] = {}
+    for geometry, chart in point.charts.items():
+        if chart.identity is not None:
+            probe = SingleProduct(chart.identity.velocity)
+            checks[geometry, SolverQuery(probe)] = Task.of(probe, plain, stream(point.settings.seed))
+    return checks
 
 
 def matrices_of(keys: Sequence[tuple[Geometry, Question]]) -> tuple[Matrix, ...]:

@@ -26,22 +26,33 @@ from isoflat.symmetry.groups.declared import UnitScale
 
 
 def with_groups(plan: Plan, target: Subject, settings: Settings) -> Plan:
-    """The plan with geometries that need them knowing the network's symmetries, all of them proved.
+    """The plan, in which every geometry that needs the network's symmetries knows them; all are proved first.
 
     Args:
         plan: measures, each with the geometry it is measured in.
-        target: what is measured.
-        settings: of which `symmetries` and `seed` decide.
+        target: the subject of the measurement.
+        settings: the settings, of which `symmetries` and `seed` are used.
 
     Raises:
         SymmetryViolated: a symmetry that the user claims changes the output, or one that was found does.
         UsageError: symmetries were found on another network.
         UnsupportedModel: the network cannot be traced.
     """
-    found = settings.symmetries if isinstance(settings.symmetries, Found) else None
-    declared: Sequence[Symmetry] = () if found is not None else tuple(settings.symmetries or ())  # pyrefly: ignore
-    _verify(target, declared, settings.seed)
-    return _bound(plan, target, declared, found)
+    known = settings.symmetries if isinstance(settings.symmetries, Found) else None
+    declared: Sequence[Symmetry] = () if known is not None else tuple(settings.symmetries or ())  # pyrefly: ignore
+    if declared:
+        _verify(target, declared, settings.seed)
+    if not any(isinstance(geometry, Traced) and geometry.found is None for _, geometry in plan):
+        return plan
+    if known is not None:
+        if known.model is not target.risk.network.module:
+            raise UsageError("these symmetries were found on another network: call isoflat.symmetries on this one")
+        known.verify()
+    found = symmetries_of(target, declared) if known is None else _on_every_batch(known, target.risk)
+    return tuple(
+        (measure, place.on(found) if isinstance(place, Traced) and place.found is None else place)
+        for measure, place in plan
+    )
 
 
 def hashes(plan: Plan) -> dict[str, str]:
@@ -54,7 +65,7 @@ def symmetries_of(subject: Subject, declared: Sequence[Symmetry] = ()) -> Found:
     """The symmetries of a subject's network, found by tracing it on its first batch, and proved there.
 
     Args:
-        subject: what is measured.
+        subject: the subject of a measurement.
         declared: symmetries of the user's own; scalings of units join the group.
 
     Raises:
@@ -152,25 +163,8 @@ def _look(risk: EmpiricalRisk, batch: Any) -> _SeenCall:
     return risk.network(leaf_state(state), use)
 
 
-def _bound(plan: Plan, target: Subject, declared: Sequence[Symmetry], known: Found | None) -> Plan:
-    """The plan with geometries that need them knowing the network's symmetries."""
-    if not any(isinstance(geometry, Traced) and geometry.found is None for _, geometry in plan):
-        return plan
-    if known is not None:
-        if known.model is not target.risk.network.module:
-            raise UsageError("these symmetries were found on another network: call isoflat.symmetries on this one")
-        known.verify()
-    found = symmetries_of(target, declared) if known is None else _on_every_batch(known, target.risk)
-    return tuple(
-        (measure, place.on(found) if isinstance(place, Traced) and place.found is None else place)
-        for measure, place in plan
-    )
-
-
 def _verify(target: Subject, symmetries: Sequence[Symmetry], seed: int) -> None:
     """Prove the user's own symmetries on the first batch."""
-    if not symmetries:
-        return
     output = target.risk.outputs()
     for symmetry in symmetries:
         missing = symmetry.touches - set(target.state.tensors)

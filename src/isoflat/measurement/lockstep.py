@@ -34,15 +34,15 @@ class Task:
     Attributes:
         start: makes the coroutine, from the answers of the tasks it requires, in order.
         requires: tasks that must have ended before.
-        point: where its sums over the data are taken; None for a coroutine that asks for none.
+        point: the point at which its sums over the data are taken; None for a coroutine that asks for none.
         owner: the task that bears its cost; None for a task that was asked for by itself.
         steps: the coroutine, once it has begun.
-        request: what it waits for.
+        request: the request whose reply it waits for; None where it does not wait.
         value: the answer.
-        error: why there is none.
-        done: whether either is known.
+        error: the reason why there is no answer.
+        done: True once the answer or the error is known.
         products: Hessian-vector products so far, those with a part of the data by their share of the cost.
-        seconds: spent on it so far; shared passes by what each takes of them.
+        seconds: time spent on it so far, of shared passes its share.
     """
 
     start: Callable[..., Steps[Any]]
@@ -70,16 +70,14 @@ class Task:
             self._run(self._first)
 
     def send(self, reply: Any) -> None:
-        """Give what was asked for; run up to the next request."""
+        """Hand the coroutine the reply it waits for; run up to the next request."""
         assert self.steps is not None
-        steps = self.steps
-        self._run(lambda: steps.send(reply))
+        self._run(self.steps.send, reply)
 
     def refuse(self, error: IsoflatError) -> None:
-        """Say why what was asked for cannot be had."""
+        """Raise in the coroutine why its request cannot be met."""
         assert self.steps is not None
-        steps = self.steps
-        self._run(lambda: steps.throw(error))
+        self._run(self.steps.throw, error)
 
     @property
     def outcome(self) -> Outcome | IsoflatError:
@@ -94,11 +92,11 @@ class Task:
         self.steps = self.start(*(task.value for task in self.requires))
         return next(self.steps)
 
-    def _run(self, step: Callable[[], PendingProduct | Pass | AtWeights]) -> None:
+    def _run(self, step: Callable[..., PendingProduct | Pass | AtWeights], *given: Any) -> None:
         started = time.monotonic()
         self.request = None
         try:
-            self.request = step()
+            self.request = step(*given)
         except StopIteration as end:
             self.value, self.done = end.value, True
         except NOT_APPLICABLE as error:
@@ -116,7 +114,7 @@ def run_in_lockstep(
     so that those who fall behind catch up with the others before these ask for more.
 
     Args:
-        tasks: what is asked for; those they require are run with them.
+        tasks: the tasks; those they require are run with them.
         report: called with a status line once a round.
 
     Returns:
@@ -149,7 +147,7 @@ def run_in_lockstep(
             _multiply(waiting, doubles, report)
 
 
-def outcomes(tasks: Sequence[Task], report: Callable[[str], None] = lambda _: None) -> list[Outcome]:
+def outcomes(tasks: Sequence[Task], report: Callable[[str], None]) -> list[Outcome]:
     """The outcomes of `run_in_lockstep` where each task must have one.
 
     Raises:
@@ -167,7 +165,7 @@ def tasks_of(point: EvaluationPoint, asked: Sequence[tuple[Geometry, Question]])
     """One task for each question in its geometry, in order; equal ones are the same task, and so is what they require.
 
     Args:
-        point: where all of them are asked.
+        point: the point at which all of them are asked.
         asked: questions with their geometries.
     """
     made: dict[tuple[Geometry | None, Question], Task] = {}
@@ -187,14 +185,14 @@ def tasks_of(point: EvaluationPoint, asked: Sequence[tuple[Geometry, Question]])
 
 
 def _with_required(task: Task) -> Iterator[Task]:
-    """A task behind all that it requires."""
+    """All that a task requires, each after what that requires in turn, and the task itself last."""
     for other in task.requires:
         yield from _with_required(other)
     yield task
 
 
 def _sweep(group: Sequence[Task], report: Callable[[str], None]) -> None:
-    """One pass over the data for all; one for each where that does not work for one of them, to know for which."""
+    """One pass over the data for all tasks; a pass for each where one of them is refused, to know which."""
     point = group[0].point
     assert point is not None
     wanted = [task.request for task in group if isinstance(task.request, Pass)]
@@ -228,7 +226,7 @@ def _sweep(group: Sequence[Task], report: Callable[[str], None]) -> None:
 
 
 def _evaluate(waiting: Sequence[Task], report: Callable[[str], None]) -> None:
-    """Losses and gradients at other weights: one pass over the data for all that share one with the first."""
+    """Evaluate losses and gradients at other weights, in one pass over the data for all that can share one with the first."""
     requests = {task: task.request for task in waiting if isinstance(task.request, AtWeights)}
     first = next(iter(requests.values()))
     group = {task: one for task, one in requests.items() if one is first or one.shares_a_pass_with(first)}

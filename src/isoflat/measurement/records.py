@@ -1,4 +1,4 @@
-"""Records: every measure evaluated from its answers, and written down with where it comes from."""
+"""Records: every measure evaluated from its answers, and written down with its provenance."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from isoflat.risk.plan import peak_memory
 from isoflat.symmetry.found import VERSION as RULES
 
 Answers = dict[tuple[Geometry, Question], Outcome | IsoflatError]
-"""Outcomes of questions in their geometries, or why there are none."""
+"""Outcome of each question in its geometry, or why there is none."""
 
 ALLOWANCE = 100
 """Roundings of the precision that sums over rows and weights may add up to in a number that nothing else makes uncertain."""
@@ -44,8 +44,8 @@ class Result:
     """A number, and the answers it was evaluated from.
 
     Attributes:
-        record: the row of a table.
-        findings: the answers of solvers.
+        record: the number with its provenance.
+        findings: the point and the answers that the measure was evaluated from.
     """
 
     record: Record
@@ -66,7 +66,7 @@ class Refusal:
     Attributes:
         measure: the measure.
         geometry: the geometry it was asked for in.
-        error: why.
+        error: the reason.
     """
 
     measure: Measure
@@ -77,15 +77,15 @@ class Refusal:
 @final
 @dataclass(frozen=True)
 class RecordWriter:
-    """Evaluates measures and writes down where each number comes from.
+    """Evaluates measures and writes down the provenance of each number.
 
     Attributes:
-        subject: what is measured.
-        settings: how the measurement is made.
-        label: what the user calls the network.
-        points: where each geometry measures.
-        answers: to all questions.
-        setup: seconds that each number has a share of, its own share.
+        subject: the network, its data and its loss.
+        settings: the settings of the measurement.
+        label: the user's name of the network.
+        points: the point at which each geometry measures.
+        answers: the answers to all questions.
+        setup: seconds of work that all numbers share, divided by how many they are.
     """
 
     subject: Subject
@@ -130,7 +130,7 @@ class RecordWriter:
         ratio = self._stationarity(geometry) / size if size and not geometry.constant else None
         matrices = list(dict.fromkeys(q.matrix for q in questions if isinstance(q, SolverQuery)))
         used = point.products[matrices[0]] if matrices else None
-        notes = self._notes(point, ratio, used)
+        notes = self._notes(point, where, ratio, used)
         if Matrix.HESSIAN in matrices:
             notes += self._checked(geometry, size)
         group, group_hash = group_of(measure, chart)
@@ -201,10 +201,11 @@ class RecordWriter:
             )
         return [f"generator identities hold to {worst:.0e}"]
 
-    def _notes(self, point: EvaluationPoint, ratio: float | None, used: MatrixProducts | None) -> list[str]:
-        state, chart, seen = self.subject.state, point.chart, point.survey
-        where = surveyed_point(state, restricted(seen, point.state, state))
-        notes = [*self.subject.notes, *warnings(where, seen)]
+    def _notes(
+        self, point: EvaluationPoint, where: Point, ratio: float | None, used: MatrixProducts | None
+    ) -> list[str]:
+        chart = point.chart
+        notes = [*self.subject.notes, *survey_warnings(where, point.survey)]
         if chart.unseen:
             reasons: dict[str, list[str]] = {}
             for name, why in chart.unseen:
@@ -222,7 +223,15 @@ class RecordWriter:
     def _settings(self, used: MatrixProducts | None) -> dict[str, Any]:
         """Settings of the measurement; those of products only where there are any."""
         settings, state = self.settings, self.subject.state
-        made = {} if used is None else _ways(used)
+        products = {}
+        if used is not None:
+            products = {
+                "route": used.parts[0].route,
+                "second_order_rules": list(used.plan.rules),
+                "rows_at_a_time": used.rows,
+                "parts": [round(share, 6) for share in used.operator.shares],
+                "memory_forecast": used.plan.forecast,
+            }
         return {
             "rtol": settings.rtol,
             "certify": settings.certify,
@@ -234,7 +243,7 @@ class RecordWriter:
             "max_products": settings.budget.products,
             "dtype": str(state.dtype).removeprefix("torch."),
             "device": str(state.device),
-            **made,
+            **products,
             "autocast": str(settings.inside).removeprefix("torch.") if settings.inside else "off",
             "tf32": "off",
             "threads": torch.get_num_threads(),
@@ -243,27 +252,17 @@ class RecordWriter:
         }
 
 
-def _ways(used: MatrixProducts) -> dict[str, Any]:
-    return {
-        "route": used.parts[0].route,
-        "second_order_rules": list(used.plan.rules),
-        "rows_at_a_time": used.rows,
-        "parts": [round(share, 6) for share in used.operator.shares],
-        "memory_forecast": used.plan.forecast,
-    }
-
-
 def group_of(measure: Measure, chart: Chart) -> tuple[str, str]:
     """Group that a number is invariant to, in words and as a hash: the geometry's, unless the measure claims its own."""
-    if measure.own is None:
+    if measure.own_claims is None:
         return chart.group, chart.group_hash
-    words = ", ".join(sorted(measure.own)) or "none"
+    words = ", ".join(sorted(measure.own_claims)) or "none"
     space = chart.state.space
     return words, fingerprint(measure.name, str(measure.version), words, repr(space.names), repr(space.shapes))
 
 
 def restricted(survey: Survey, place: State, state: State) -> Survey:
-    """A survey whose gradient is that of the state's own trainable tensors."""
+    """The survey at a chart's state, with the gradient cut to the trainable tensors that the user's state has."""
     if place.parameters.keys() == state.parameters.keys():
         return survey
     parts = place.space.unflatten(survey.gradient)
@@ -282,7 +281,7 @@ def _versions(measure: Measure, geometry: Geometry) -> dict[str, str]:
 
 
 def surveyed_point(state: State, survey: Survey) -> Point:
-    """The point on the loss surface, as records have it."""
+    """The `Point` of a record, from a survey."""
     return Point(
         loss=survey.loss,
         accuracy=survey.accuracy,
@@ -295,8 +294,8 @@ def surveyed_point(state: State, survey: Survey) -> Point:
     )
 
 
-def warnings(where: Point, survey: Survey) -> tuple[str, ...]:
-    """Warnings from the survey that a reader must know."""
+def survey_warnings(where: Point, survey: Survey) -> tuple[str, ...]:
+    """Warnings for the reader of a record: tensors without influence, and an accuracy at chance level."""
     notes = []
     if survey.unused:
         notes.append(f"the loss does not depend on: {some(survey.unused)} (zero curvature)")

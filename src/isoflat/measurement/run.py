@@ -83,8 +83,8 @@ def measure_all(
         loss: as for `isoflat.measure`.
         measures: names in the catalogue.
         geometry: one or several; a measure that is defined in one geometry only is measured in that one, once.
-        label: what to call this network in tables.
-        keep: called with each record that is one extreme eigenvalue and with the vector that carries it, by which
+        label: name of this network in tables.
+        keep: called with each record that is one extreme eigenvalue and with its eigenvector, by which
             `isoflat.verify` checks it again.
         **settings: the fields of `isoflat.Settings`.
 
@@ -122,8 +122,8 @@ def tabulate(
         data: as for `isoflat.measure`.
         loss: as for `isoflat.measure`.
         plan: measures, each with the geometry it is measured in.
-        settings: how the measurement is made.
-        label: what to call this network in tables.
+        settings: the settings of the measurement.
+        label: name of this network in tables.
         keep: as for `measure_all`.
 
     Raises:
@@ -140,7 +140,7 @@ def tabulate(
             if keep is not None and isinstance(result, Result) and result.witness is not None:
                 keep(result.record, result.witness)
         omitted = tuple(Omission(r.measure.label, r.geometry.name, str(r.error), label) for r in refused)
-        # From the first process: costs and all.
+        # Costs are measured on each process, and differ: all return those of the first.
         return ranks.from_first(Table(rows, omitted))
 
 

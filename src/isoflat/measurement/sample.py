@@ -48,7 +48,7 @@ from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.sampling import Sample, curvatures, inclusion
 
 CONFIDENCE = 0.95
-"""Where none is asked for: intervals over random examples, as those over random probes."""
+"""Default for intervals over random examples, the same as for those over random probes."""
 
 PILOT = 1024
 """Examples of the pilot."""
@@ -63,10 +63,10 @@ ROUNDS = 3
 """Samples at most: further ones where the pilot misjudged what is enough, or the witness was the wrong one."""
 
 GROWTH = 2.0
-"""By how much more exact the next one may be made at once."""
+"""Factor by which the next sample may be more exact, at most."""
 
 ERRORS = 10.0
-"""Standard errors in the tolerance: two on each side, and more for the price of the residual."""
+"""Standard errors that fit into the tolerance: two on each side, and more because the residual widens the upper side."""
 
 BOUND = 2048
 """Examples that say what is left on the complement of a witness."""
@@ -75,7 +75,7 @@ THETA, RESIDUAL, REST = 0.5, 0.1, 0.4
 """How the failure probability of the upper side is shared by its three parts."""
 
 CERTAIN = 0.01
-"""Share of the failure probability that the certificate of U has."""
+"""Share of the failure probability that is left to the certificate of U."""
 
 Key = tuple[Geometry, Question]
 
@@ -147,8 +147,8 @@ class _Sampled:
     """Answers from a sample, and the point with the sample's products.
 
     Attributes:
-        point: with the survey of all data but for the gradient, which is the sample's.
-        answers: by geometry and question.
+        point: the point, with the survey of all data but for the gradient, which is the sample's.
+        answers: the answers, by geometry and question.
         sample: the rows that were drawn.
         better: vectors of complements that carry more than the witnesses do, so that these were the wrong ones.
     """
@@ -160,7 +160,7 @@ class _Sampled:
 
     @property
     def note(self) -> str:
-        """Note that a reader must know."""
+        """Note for the reader of a record."""
         return (
             f"sampled: {self.sample.size} of {self.point.survey.rows} examples ({self.sample.certain} for certain); the "
             "interval says what that leaves open, and the gradient is the sample's"
@@ -189,11 +189,11 @@ class _Pilot:
 
 
 class _Sampler:
-    """The steps at one point.
+    """The steps from the pilot to an interval, at one point.
 
     Attributes:
-        measurement: what is asked for.
-        whole: the point, with all of the data as the forward pass told.
+        measurement: the measurement, of which every question has a sampled form.
+        whole: the point with all of the data, surveyed by one forward pass.
         products: spent for each number so far, in products with all the data.
         seconds: spent for each number in solvers.
     """
@@ -207,7 +207,7 @@ class _Sampler:
         self.products, self.seconds = dict.fromkeys(self.keys, 0.0), dict.fromkeys(self.keys, 0.0)
 
     def pilot(self) -> _Pilot:
-        """A look at a few examples."""
+        """A first look at a few examples."""
         sample = self._drawn(PILOT, "pilot")
         found = self._solved(sample, {key: replace(_solver(key), rtol=COARSE, certify=False) for key in self.keys})
         ends = {key: result.wanted for key, result in found.items()}
@@ -225,7 +225,7 @@ class _Sampler:
         return size
 
     def answered(self) -> tuple[_Sampled | None, int]:
-        """From a sample that is as large as it must be, and how large; None where that is too large."""
+        """Answers from a sample as large as the tolerance needs, and its size; no answers where that is too large."""
         few, width = BOUND, self.settings.rtol
         pilot = self.pilot()
         size = self.needed(pilot, width)
@@ -303,7 +303,7 @@ class _Sampler:
         return late or max(self.products.values()) > budget.products
 
     def _rest(self, key: Key, small: Sample, left: ComplementBounds) -> tuple[float, float]:
-        """Where the spectrum on a complement lies, for all data."""
+        """Ends between which the spectrum on the complement of a witness lies, for all data."""
         (run,) = left.runs
         turns = run.ritz()[1]
         low, high = (self._error(small, key, run.combine(turns[:, j]), share=REST / 2) for j in (0, -1))
@@ -312,7 +312,7 @@ class _Sampler:
     def _enclosed(
         self, key: Key, sample: Sample, witness: Tensor, product: Tensor, rest: tuple[float, float]
     ) -> Extremes:
-        """The sandwich."""
+        """The end of the spectrum with its interval for all data, from one product with a sample (the module's step 3)."""
         theta = float(inner([witness], product)[0])
         residual = torch.sub(product, witness, alpha=theta)
         size = norm(residual)

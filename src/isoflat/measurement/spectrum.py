@@ -17,7 +17,7 @@ from isoflat.measurement.engine import opened
 from isoflat.measurement.records import Refusal
 from isoflat.measurement.run import planned
 from isoflat.measurement.subject import subject
-from isoflat.measures.base import Direction, Findings, Measure, SolverQuery
+from isoflat.measures.base import Findings, Measure, SolverQuery
 from isoflat.measures.settings import Budget, Settings, SharedKeywords, takes_settings
 from isoflat.risk.ranks import Ranks
 
@@ -25,7 +25,7 @@ VERTICAL = (
     "directions that keep the function count among the eigenvalues: they lie at zero where the gradient is zero, and near "
     "it elsewhere"
 )
-"""What a reader of a spectrum must know about its zeros."""
+"""Note on the zeros of a spectrum."""
 
 
 @takes_settings(
@@ -66,11 +66,11 @@ def spectrum(  # noqa: PLR0913
         steps: products per probe, and of the run that looks for outliers: what the band can resolve is about `1/steps` of
             the range without outliers.
         confidence: probability that the band holds everywhere.
-        label: what to call this network.
+        label: name of this network in the record.
         **settings: the fields of `isoflat.Settings`.
 
     Returns:
-        The spectrum; print it, or ask `density` for quantiles, counts, ranks, each with an enclosure.
+        The spectrum; print it, or ask `density` for quantiles, counts, ranks, each with a confidence interval.
 
     Raises:
         IsoflatError: as for `isoflat.measure`.
@@ -89,7 +89,7 @@ def spectrum(  # noqa: PLR0913
     solver = Deflated(outliers, probes, steps, confidence, limits.products, limits.seconds)
     chosen = Settings(confidence=confidence, budget=limits, **settings)  # pyrefly: ignore
     own = {"outliers": outliers, "probes": probes, "steps": steps}
-    entry = replace(_ENTRY, options=own, needs=lambda settings, options: (SolverQuery(solver),))
+    entry = replace(_ENTRY, options=own, needs=(SolverQuery(solver),))
     ranks, plan = Ranks.here(chosen.reproducible_sum), planned([entry], [geometry])
     with opened(lambda: subject(model, data, loss, chosen), plan, chosen, ranks, label) as measurement:
         (result,) = measurement.results()
@@ -115,16 +115,15 @@ _ENTRY = Measure(
     definition="Effective rank of the curvature, from its whole spectrum.",
     reference="chen2021, arXiv:2105.06595; lin2016, arXiv:1308.5467",
     units="eigenvalues",
-    direction=Direction.LOWER_IS_FLATTER,
     loss_degree=0,
-    needs=lambda settings, options: (),
+    needs=(),
     evaluate=_effective_rank,
     curvature=lambda findings: _density(findings).largest,
 )
 
 
 def _notes(density: Density, outliers: int) -> tuple[str, ...]:
-    """Notes that a reader must know."""
+    """Notes for the reader of a spectrum."""
     notes = [VERTICAL]
     if density.exact:
         notes.append(density.stopped)

@@ -1,4 +1,4 @@
-"""`Subject`: what is measured. Whatever can be refused about a network, its data and its loss is refused here, before any cost."""
+"""`Subject`: a network, its data and its loss, made ready. What can be refused about them is refused here, before any cost."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Plan = Sequence[tuple[Measure, Geometry]]
 @final
 @dataclass(frozen=True)
 class Subject:
-    """Subject of a measurement: a risk at a point.
+    """Subject of a measurement: an empirical risk at some weights.
 
     Attributes:
         risk: the empirical risk.
-        state: the point, in the precision of the products.
-        notes: what was found while preparing it.
+        state: the weights, in the precision of the products.
+        notes: remarks on how it was prepared, for the reader of a record.
         initial: the trainable tensors before training, shape `(n,)`, float64; None where they are not known.
     """
 
@@ -48,7 +48,7 @@ class Subject:
 _PRECISIONS = {torch.float32, torch.float64}
 
 _NUMERIC = ("rtol", "confidence", "certify", "probes", "seed", "check", "inside", "sample")
-"""Settings that decide how numbers are computed, and must be the same in every process."""
+"""Settings on which numbers depend: they must be the same in every process."""
 
 
 def subject(model: Any, data: Any, loss: Any, settings: Settings = Settings()) -> Subject:  # noqa: B008
@@ -58,13 +58,15 @@ def subject(model: Any, data: Any, loss: Any, settings: Settings = Settings()) -
         model: a `torch.nn.Module`.
         data: see `risk.batches.as_batches`.
         loss: see `risk.losses.as_loss`.
-        settings: of which `params`, `dtype`, `device`, `logits` and `initial` decide.
+        settings: the settings, of which `params`, `dtype`, `device`, `logits` and `initial` are used.
 
     Raises:
         IsoflatError: the model, the data or the loss cannot be measured; the message says why.
     """
     params, dtype, device = settings.params, settings.dtype, settings.device
-    network, wrappers = _unwrapped(model)
+    inner, wrappers = unwrapped(Network(model).module)
+    check_whole(inner)
+    network = Network(inner)
     network.check_mode()
     state = network.state(params)
     risk = EmpiricalRisk(network, _scored(as_loss(loss), settings.logits), as_batches(data))
@@ -123,10 +125,10 @@ def _before(initial: torch.nn.Module | Mapping[str, torch.Tensor], network: Netw
 
 
 def _scored(loss: Loss, logits: str | None) -> Loss:
-    """The loss of the scores as they are, of their directions, or of scores yet to be scaled."""
+    """The loss as it is, of normalised scores, or of scores that `at_equal_loss` is to scale."""
     if logits is None:
         return loss
-    wanted = _wanted(logits)
+    wanted = _loss_named(logits)
     if logits != "normalised" and wanted is None:
         raise UsageError(
             "logits must be 'normalised', 'loss=' and a positive number that the loss is brought to, such as 'loss=0.1', or "
@@ -139,14 +141,14 @@ def _scored(loss: Loss, logits: str | None) -> Loss:
     return loss.normalised() if wanted is None else loss.at(wanted)
 
 
-def _wanted(logits: str) -> float | None:
-    """The number behind `loss=`, if that is what it says."""
+def _loss_named(logits: str) -> float | None:
+    """The loss x of the setting `loss=x`; None for other texts."""
     name, _, number = logits.partition("=")
     try:
-        wanted = float(number) if name == "loss" else math.nan
+        named = float(number) if name == "loss" else math.nan
     except ValueError:
         return None
-    return wanted if 0 < wanted < math.inf else None
+    return named if 0 < named < math.inf else None
 
 
 def at_equal_loss(target: Subject) -> Subject:
@@ -168,7 +170,7 @@ def agreed(ranks: Ranks, prepare: Callable[[], Subject], settings: Settings, pla
     Args:
         ranks: processes that share the measurement.
         prepare: makes the subject as this process was given it.
-        settings: how the measurement is made.
+        settings: the settings of the measurement.
         plan: measures, each with the geometry it is measured in.
 
     Raises:
@@ -220,23 +222,11 @@ def _facts(target: Subject, settings: Settings, plan: Plan) -> Mapping[str, str]
         "loss": f"{risk.loss.label}, {'mean' if risk.loss.averages else 'sum'}, logits {risk.loss.logits}",
         "modules": fingerprint(*modules),
         "names of parameters in order": fingerprint(*state.parameters, "", *state.frozen),
-        **{f"'{name}'": _hash(state, name) for name in state.tensors},
+        **{f"'{name}'": State({name: tensor}).fingerprint() for name, tensor in state.tensors.items()},
         "initial weights": "none" if target.initial is None else State({"initial": target.initial}).fingerprint(),
         "number of batches": str(len(risk.batches.digests or ())),
         "data": fingerprint(*(risk.batches.digests or ())),
     }
-
-
-def _hash(state: State, name: str) -> str:
-    return State({name: state.tensors[name]}).fingerprint()
-
-
-def _unwrapped(model: Any) -> tuple[Network, tuple[str, ...]]:
-    """The network inside the wrappers of other tools, and what these were."""
-    outer = Network(model)
-    inner, wrappers = unwrapped(outer.module)
-    check_whole(inner)
-    return Network(inner), wrappers
 
 
 def _precision(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -48,7 +48,7 @@ from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.found import VERSION
 
 SHARE = 0.01
-"""Of the width of an enclosure: what the value may be off for reasons of its own, such as the rounding of another machine."""
+"""Share of an interval's width by which a value may be off for harmless reasons, such as the rounding of another machine."""
 
 SAME_LOSS = 30
 """Square roots of the precision by which the loss may differ: another loss function is off by more."""
@@ -56,7 +56,7 @@ SAME_LOSS = 30
 _FIXED = tuple(
     item.name for item in fields(Settings) if item.name not in ("params", "symmetries", "device", "seed", "check")
 )
-"""Settings that a check has no use for, or takes from the records."""
+"""Settings that a check takes from the records, or does not use."""
 
 Rows = Sequence[tuple[Record, Tensor | None]]
 """Stored numbers, each with its witness, if it has one."""
@@ -78,14 +78,14 @@ class RecordCheck:
 
     Attributes:
         measure: name of the number.
-        geometry: in which it was measured.
-        verdict: what became of it.
-        sentence: why, in words.
-        stored: the number.
-        value: what the witness gives in its place, in the number's units; None where no product was made.
-        residual: of the witness, in these units.
-        contains: certainly contains an eigenvalue (in these units), whatever is stored.
-        reach: what two products prove the number to reach.
+        geometry: name of the geometry in which it was measured.
+        verdict: outcome of the check.
+        sentence: reason for the verdict, in words.
+        stored: the stored number.
+        value: the same number from the witness, in the same units; None where no product was made.
+        residual: residual of the witness, in these units.
+        contains: an interval that certainly contains an eigenvalue (in these units), whatever is stored.
+        reach: a bound that two products prove the number to reach.
     """
 
     measure: str
@@ -104,7 +104,7 @@ class RecordCheck:
 
 
 def checkable(measure: Measure) -> SolverQuery | None:
-    """The question of a number that is one extreme eigenvalue, up to a factor; None for all others."""
+    """The question of a measure that is one extreme eigenvalue, up to a factor; None for all others."""
     questions = measure.questions(Settings())
     if len(questions) != 1 or not isinstance(questions[0], SolverQuery):
         return None
@@ -198,12 +198,12 @@ class _Case:
     """A number that can be checked.
 
     Attributes:
-        number: its place.
-        record: what is stored.
-        witness: its vector.
-        measure: as in the catalogue.
-        geometry: in the end with the network's symmetries.
-        question: what the measure asks.
+        number: place among the rows.
+        record: the stored number.
+        witness: the vector stored with it.
+        measure: the measure that the record names.
+        geometry: the geometry that the record names; `_checked` gives it the network's symmetries.
+        question: the one question of the measure.
     """
 
     number: int
@@ -221,7 +221,7 @@ class _Case:
         return solver.whole.which if isinstance(solver, HardFirst) else solver.which
 
     def refused(self, sentence: str) -> RecordCheck:
-        """It could be checked, if it were what it says."""
+        """Verdict that something is not what the record says, so that nothing is checked."""
         return _said(self.record, RecordVerdict.REFUSED, sentence)
 
 
@@ -232,7 +232,7 @@ def _said(record: Record, verdict: RecordVerdict, sentence: str) -> RecordCheck:
 @final
 @dataclass(frozen=True)
 class _Made:
-    """Conditions of a measurement: precision, what was done to scores, and number of processes that cut the data."""
+    """Conditions of a measurement: precision, what was done to scores, and number of processes that shared the data."""
 
     dtype: str
     logits: str
@@ -304,7 +304,7 @@ def _same(case: _Case, model_hash: str) -> _Case | RecordCheck:
 
 
 def _checked(cases: Sequence[_Case], target: Subject, settings: Settings) -> dict[int, RecordCheck]:
-    """The cases, by products."""
+    """Checks of cases that need products."""
     found: dict[int, RecordCheck] = {}
     plan = tuple((case.measure, case.geometry) for case in cases)
     with opened(lambda: target, plan, settings, Ranks.here()) as measurement:
@@ -389,10 +389,10 @@ def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Reco
     """Verdict of two products on a stored number.
 
     Args:
-        case: the number.
+        case: the stored number.
         seen: the products.
         where: the point, with its loss.
-        loose: what the operator itself may be off by.
+        loose: error that the operator itself may have.
     """
     record, which = case.record, case.which
     factor = _factor(case.measure, where)
@@ -418,10 +418,10 @@ def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Reco
     told = f"the witness's Rayleigh quotient is {sign * came:.10g}"
     verdict = RecordVerdict.FALSE
     if came > far + fine:
-        sentence = f"{told}, beyond the stored {end} end {sign * far:.10g}: the enclosure is proved wrong"
+        sentence = f"{told}, beyond the stored {end} end {sign * far:.10g}: the interval is proved wrong"
     elif came < near - coarse:
         sentence = (
-            f"{told}, which does not reach the stored enclosure {interval(stored)}: the number was edited, or this is the "
+            f"{told}, which does not reach the stored interval {interval(stored)}: the number was edited, or this is the "
             "witness of another one"
         )
     elif not sampled and abs(came - value) > coarse:
@@ -434,7 +434,7 @@ def judged(case: _Case, seen: RecheckResult, where: Point, loose: float) -> Reco
     elif reach > far + fine:
         sentence = (
             f"two products prove that the number reaches {sign * reach:.10g}, beyond the stored {end} end "
-            f"{sign * far:.10g}: the enclosure is proved wrong"
+            f"{sign * far:.10g}: the interval is proved wrong"
         )
     else:
         verdict = RecordVerdict.HOLDS

@@ -23,26 +23,26 @@ def seal(record: Record) -> str:
 
 @final
 @dataclass(frozen=True)
-class Kept:
+class SealedWitness:
     """A witness from a file.
 
     Attributes:
-        vector: shape `(n,)`.
-        seal: of the record that it was written for.
+        vector: the witness, shape `(n,)`.
+        seal: `seal` of the record that it was written for.
     """
 
     vector: Tensor
     seal: str
 
 
-def packed(rows: Sequence[tuple[Record, Tensor]]) -> bytes:
+def packed_witnesses(rows: Sequence[tuple[Record, Tensor]]) -> bytes:
     """Witnesses as a safetensors file, by measure and geometry; its metadata has the seals of their records."""
     vectors = {_key(record): vector.detach().cpu().clone() for record, vector in rows}
     return save(vectors, metadata={_key(record): seal(record) for record, _ in rows})
 
 
-def unpacked(content: bytes, records: Sequence[Record]) -> tuple[Kept | None, ...]:
-    """Witness of each record, as `packed` wrote it for one of its name; None where there is none.
+def unpacked_witnesses(content: bytes, records: Sequence[Record]) -> tuple[SealedWitness | None, ...]:
+    """Witness of each record, as `packed_witnesses` wrote it for one of its name; None where there is none.
 
     Raises:
         UsageError: these are no witnesses, or not all of a file of them.
@@ -53,8 +53,8 @@ def unpacked(content: bytes, records: Sequence[Record]) -> tuple[Kept | None, ..
     except (SafetensorError, ValueError) as error:
         raise UsageError(f"the witnesses cannot be read ({error}): the file is cut off, or of another kind") from error
     seals = header.get("__metadata__", {})
-    keys = map(_key, records)
-    return tuple(Kept(found[key], seals.get(key, "")) if key in found else None for key in keys)
+    keys = [_key(record) for record in records]
+    return tuple(SealedWitness(found[key], seals.get(key, "")) if key in found else None for key in keys)
 
 
 def _key(record: Record) -> str:

@@ -27,22 +27,22 @@ T = TypeVar("T")
 
 
 class Direction(StrEnum):
-    """Which way a number points."""
+    """Direction in which a number means a flatter minimum."""
 
     LOWER_IS_FLATTER = "lower is flatter"
     HIGHER_IS_FLATTER = "higher is flatter"
 
 
 Steps = Generator[PendingProduct | Pass | AtWeights, Any, T]
-"""An answer under way: a request is yielded, and what it gives is sent."""
+"""Coroutine that yields requests, is sent what each of them gives, and returns an answer."""
 
 
 @dataclass(frozen=True)
 class Question(ABC):
-    """Question that several measures may share: equal ones in one geometry are answered once.
+    """Question that a measure asks about a point, and others may ask too: equal ones in one geometry are answered once.
 
     Attributes:
-        framed: whether the answer depends on the geometry; if not, all geometries at a point share it.
+        framed: True where the answer depends on the geometry; else all geometries at a point share it.
     """
 
     framed: ClassVar[bool] = True
@@ -61,7 +61,7 @@ class Question(ABC):
         """The answer as a coroutine of requests.
 
         Args:
-            point: where, in the geometry that is asked about.
+            point: the point in weight space, in the geometry that is asked about.
             *found: the answers to what it requires, in order.
 
         Raises:
@@ -70,15 +70,19 @@ class Question(ABC):
         """
 
 
+Needs = Callable[[Settings, Mapping[str, float]], tuple[Question, ...]]
+"""Function from the settings and the values of a measure's own parameters to the questions that it asks."""
+
+
 @final
 @dataclass(frozen=True)
 class SolverQuery(Question):
     """One solver on `Eᵀ A E`, or on the covariant `Eᵀ (A + C) E`, E the geometry's frame.
 
     Attributes:
-        solver: with all its hyper-parameters.
-        covariant: whether the connection term of the metric is added.
-        matrix: A.
+        solver: the solver, with all its hyper-parameters.
+        covariant: whether C, the connection term of the metric, is added.
+        matrix: the curvature matrix A.
     """
 
     solver: Solver[Any]
@@ -86,7 +90,7 @@ class SolverQuery(Question):
     matrix: Matrix = Matrix.HESSIAN
 
     def steps(self, point: EvaluationPoint, *found: Any) -> Steps[Any]:
-        """The solver's products."""
+        """The solver's requests for products."""
         plus = point.geometry.connection(point.state, point.survey.gradient) if self.covariant else None
         pulled = Pullback(point.operator(self.matrix), point.chart.frame, plus)
         return products_of(self.solver, pulled, stream(point.settings.seed, self.solver.label))
@@ -94,13 +98,13 @@ class SolverQuery(Question):
 
 @dataclass(frozen=True)
 class DataStatistic(Question):
-    """Statistic that one pass over the data tells, or none where earlier answers are enough."""
+    """Statistic that needs one pass over the data, or none where earlier answers are enough."""
 
     def sweep(self, point: EvaluationPoint, *found: Any) -> Pass | None:
         """Sum over the data that is asked for; None, unless a statistic says otherwise.
 
         Args:
-            point: where.
+            point: the point in weight space.
             *found: the answers to what it requires, in order.
         """
         return None
@@ -110,8 +114,8 @@ class DataStatistic(Question):
         """The answer.
 
         Args:
-            point: where.
-            total: what the sweep gave, float64; None where there was none.
+            point: the point in weight space.
+            total: the sum that `sweep` asked for, float64; None where it asked for none.
             *found: the answers to what it requires, in order.
         """
 
@@ -126,7 +130,7 @@ class DataStatistic(Question):
 @final
 @dataclass(frozen=True)
 class Findings:
-    """Findings that a measure evaluates: the point, and the answers to its questions in order."""
+    """Everything a measure is evaluated from: the point, and the answers to its questions in order."""
 
     point: Point
     answers: tuple[Outcome, ...]
@@ -144,19 +148,19 @@ class Measure:
         formula: LaTeX.
         definition: plain words.
         reference: BibTeX key and arXiv number.
-        units: of the number.
-        direction: which way it points.
-        loss_degree: `measure(c · loss) = c**degree · measure(loss)`; None if it is no power.
-        needs: the questions it asks, given the settings and the values of its own parameters.
+        needs: the questions it asks, or a function that makes them.
         evaluate: the number from the findings.
+        units: units of the number.
+        direction: the direction in which the number means flatter.
+        loss_degree: `measure(c · loss) = c**degree · measure(loss)`; None if it is no power.
         curvature: the size of the curvature that b is compared with, in the metric's unit; None where there is none.
         geometry: the only geometry it is defined in; None where the user chooses.
-        claims: what it is invariant to, or a function of its parameters that says so; None for what the geometry is that
-            it is measured in.
-        provisional: what is uncertain about the definition; empty where nothing is.
+        claims: edits of the weights that it is invariant to, or a function that makes them from its own parameters; None
+            for those of the geometry it is measured in.
+        provisional: doubts about the definition; empty where there are none.
         options: its own parameters with their values.
-        pitfalls: what to know before quoting it.
-        prior: whether it asks for the weights before training.
+        pitfalls: warnings for those who quote it.
+        prior: whether it needs the weights before training.
         version: raised whenever its numbers change.
     """
 
@@ -164,11 +168,11 @@ class Measure:
     formula: str
     definition: str
     reference: str
-    units: str
-    direction: Direction
-    loss_degree: float | None
-    needs: Callable[[Settings, Mapping[str, float]], tuple[Question, ...]]
+    needs: tuple[Question, ...] | Needs
     evaluate: Callable[[Findings], Estimate]
+    units: str = "loss"
+    direction: Direction = Direction.LOWER_IS_FLATTER
+    loss_degree: float | None = 1
     curvature: Callable[[Findings], float] | None = None
     geometry: str | None = None
     claims: frozenset[Invariance] | Callable[[Mapping[str, float]], frozenset[Invariance]] | None = None
@@ -196,16 +200,16 @@ class Measure:
         Raises:
             UsageError: one of its parameters must be given.
         """
-        return self.needs(settings, self.options)
+        return self.needs(settings, self.options) if callable(self.needs) else self.needs
 
     @property
-    def own(self) -> frozenset[Invariance] | None:
-        """Edits it is invariant to in any geometry, with these values of its parameters; None where the geometry decides."""
+    def own_claims(self) -> frozenset[Invariance] | None:
+        """Edits it is invariant to in any geometry, for these values of its own parameters; None where the geometry decides."""
         return self.claims(self.options) if callable(self.claims) else self.claims
 
     def claimed(self, geometry: Geometry) -> frozenset[Invariance]:
         """Edits it is invariant to, measured in a geometry."""
-        return geometry.claims if self.own is None else self.own
+        return geometry.claims if self.own_claims is None else self.own_claims
 
     @property
     def label(self) -> str:

@@ -25,7 +25,7 @@ from isoflat.risk.routes.reverse import Recomputed
 from isoflat.risk.sampling import Sample
 
 NOT_APPLICABLE = (UsageError, UnsupportedModel)
-"""What a measure raises where it does not apply; the others are measured nevertheless."""
+"""Errors that a measure raises where it does not apply; the others are measured nevertheless."""
 
 
 @final
@@ -34,9 +34,9 @@ class MatrixProducts:
     """Products with one curvature matrix at a point.
 
     Attributes:
-        plan: how they were planned.
-        parts: by parts of the data.
-        costs: of the parts, where there are several.
+        plan: the plan of the products.
+        parts: products with each part of the data.
+        costs: cost of each part, where there are several.
     """
 
     plan: ProductPlan
@@ -69,17 +69,17 @@ class EvaluationPoint:
 
     Attributes:
         state: the weights, in the precision of the products.
-        charts: of each geometry that measures here.
-        geometry: the one of them that is asked about.
+        charts: the chart of each geometry that measures here.
+        geometry: the geometry that is asked about, one of them.
         risk: the empirical risk, its data pinned.
         survey: loss and gradient.
-        settings: how the measurement is made.
+        settings: the settings of the measurement.
         report: called with a status line at each pass over the data.
         initial: the weights before training, as they were given: shape `(n,)`, float64, in the order of the user's own
             trainable tensors, which are those of `state` in the Euclidean geometry; None where there are none.
-        route: how products with the Hessian are made.
-        products: with each matrix that is asked about.
-        refused: matrices of which there are no products, and why.
+        route: the way in which products with the Hessian are made.
+        products: products with each matrix that is asked about.
+        refused: for each matrix without products, the reason.
     """
 
     state: State
@@ -115,11 +115,11 @@ class EvaluationPoint:
         return self.products[matrix].operator
 
     def on(self, sample: Sample, rows: int) -> EvaluationPoint:
-        """The same point on a sample of its data, unbiased for all of it; its survey is that of all the data but for the rows.
+        """The same point on a sample of its data, weighted to be unbiased for all of it; of the survey, only the rows change.
 
         Args:
-            sample: which rows.
-            rows: of a batch.
+            sample: the rows that were drawn.
+            rows: rows of a batch.
         """
         seen = replace(self.survey, rows=sample.size, hardness=None)
         return replace(self, risk=sample.risk(self.risk, self.survey.count, rows), survey=seen)
@@ -128,7 +128,7 @@ class EvaluationPoint:
         """The same point with products planned; a matrix of which there are none is refused when it is asked for.
 
         Args:
-            matrices: what will be asked about.
+            matrices: the matrices that will be asked about.
         """
         risk, state, seen = self.risk, self.state, self.survey
         budget = self.settings.budget.memory

@@ -50,14 +50,14 @@ class Settings:
     """Everything about a measurement but the network, its data, its loss and the measures.
 
     Attributes:
-        params: which tensors count: a glob, several, or a predicate of name and tensor; None for all trainable ones.
+        params: the tensors that count: a glob, several, or a predicate of name and tensor; None for all trainable ones.
         symmetries: groups you claim for this network; each is verified on the first batch before anything is measured,
             and a `UnitScale` joins the group of "auto". Or what `isoflat.symmetries` found on this network, for instance
             with rules of your own, or to find once and measure often: it is proved again and used as it is.
         rtol: relative width of the interval to reach.
         confidence: probability that the interval contains the true value; None for 1 − 1e-6 (eigenvalues) and 0.95
             (traces, samples).
-        certify: False for a cheaper value with a true residual but no interval.
+        certify: False for a cheaper value with a true residual but without an interval.
         probes: random probes of stochastic estimates.
         sample: "auto" for a sample of the data that is as large as `rtol` needs, examples drawn by how much curvature they
             may carry, with an interval that says what the sample leaves open; all the data is used where that is little
@@ -68,16 +68,16 @@ class Settings:
         initial: weights before training, for bounds whose prior is centred there: a network of the same architecture or
             its state_dict.
         budget: number of products, or a `Budget`; None for the default one.
-        seed: of the random start vectors and probes.
+        seed: seed of the random start vectors and probes.
         dtype: "float32" or "float64"; None for the weights' own. "bfloat16" for products by autocast, with the value from
             a last product in float64, and without a certificate.
-        device: where to compute; None for where the weights are.
+        device: device that computes; None for that of the weights.
         progress: whether a progress bar is shown.
         check: products are compared with differences of gradients on a few rows, gradients with differences of losses
             where there are no products; "refuse" raises where they disagree, "warn" notes it beside the number, "skip"
             does not compare.
-        reproducible_sum: in a process group of torch.distributed, which is used where there is one, add the batches'
-            parts in the order of the data, so that every number of processes gives the same bits; slower.
+        reproducible_sum: add the batches' parts in the order of the data, so that every number of processes (of a process
+            group of torch.distributed, which is used where there is one) gives the same bits; slower.
 
     >>> Settings(budget=20).budget.products
     20
@@ -182,9 +182,9 @@ def takes_settings(*without: str, **notes: str) -> Callable[[F], F]:
 
     Args:
         *without: fields that this function does not take.
-        **notes: what this function says of a field in the place of what `Settings` says.
+        **notes: the meaning of a field for this function, in the place of that in `Settings`.
 
-    >>> @takes_settings("sample", seed="of this example")
+    >>> @takes_settings("sample", seed="seed of this example")
     ... def example(model, **settings):
     ...     '''An example.
     ...
@@ -194,7 +194,7 @@ def takes_settings(*without: str, **notes: str) -> Callable[[F], F]:
     ...     '''
     >>> inspect.signature(example).parameters["rtol"].default
     0.001
-    >>> "seed: of this example" in example.__doc__, "sample:" in example.__doc__
+    >>> "seed: seed of this example" in example.__doc__, "sample:" in example.__doc__
     (True, False)
     """
 

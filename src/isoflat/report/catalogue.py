@@ -41,8 +41,8 @@ def page(
     """Cards of all measures and geometries, and the table of claims, as Markdown.
 
     Args:
-        measures: in the order of their cards.
-        geometries: that they may be measured in.
+        measures: the measures, in the order of their cards.
+        geometries: all geometries.
         found: drifts by measure and geometry.
     """
     parts = [INTRODUCTION, "## Geometries\n"]
@@ -53,7 +53,7 @@ def page(
 
 def _card(entry: Measure) -> str:
     lines = [f"### `{entry.name}`\n", f"{entry.definition}\n", f"$${entry.formula}$$\n"]
-    claims = "as the geometry" if entry.own is None else ", ".join(sorted(entry.own)) or "nothing"
+    claims = "as the geometry" if entry.own_claims is None else ", ".join(sorted(entry.own_claims)) or "nothing"
     facts = {
         "in": f"`{entry.geometry}` only" if entry.geometry else "any geometry",
         "invariant to": claims,

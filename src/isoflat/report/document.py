@@ -1,4 +1,4 @@
-"""Parts of a report: plain text, grids and drawings, whatever they are about."""
+"""Parts of a report: plain text, tables and drawings."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Grid:
     """A table of text.
 
     Attributes:
-        caption: what it shows.
-        columns: heads.
-        rows: cells, one per column.
-        text: how many leading columns hold words; the others hold numbers and are set flush right.
-        note: what to know, below it.
+        caption: line that says what the table shows.
+        columns: heads of the columns.
+        rows: cells of each row, one per column.
+        text: number of leading columns that hold words; the others hold numbers and are set flush right.
+        note: remark below the table.
     """
 
     caption: str
@@ -55,7 +55,7 @@ class Plate:
     """A drawing with its caption.
 
     Attributes:
-        caption: what it shows and how to read it.
+        caption: text that says what the drawing shows and how to read it.
         alternative: the same for those who cannot see it.
         svg: inline markup made by `report.drawing`, the only markup that a page takes over as it is.
     """
@@ -68,7 +68,7 @@ class Plate:
 @final
 @dataclass(frozen=True)
 class Section:
-    """A head and what stands under it."""
+    """A heading with the blocks under it."""
 
     title: str
     blocks: tuple[Prose | Definitions | Grid | Plate, ...]
@@ -80,9 +80,9 @@ class Page:
     """A whole report.
 
     Attributes:
-        title: what was done.
-        headline: what came out, in a sentence.
-        lead: what came out, in a few more.
+        title: the command whose result it shows.
+        headline: the main result, in a sentence.
+        lead: further results, a sentence each.
         facts: a handful of names and values for orientation.
         sections: everything else.
         colophon: the last line.

@@ -74,16 +74,15 @@ def markup(figure: Figure, name: str) -> str:
     return text.strip()
 
 
-def picture(figure: Figure, resolution: int = 150) -> bytes:
-    """A figure as PNG on white paper.
+def picture(figure: Figure) -> bytes:
+    """A figure as PNG on white paper, 200 dots per inch.
 
     Args:
         figure: made within `style`.
-        resolution: dots per inch.
     """
     buffer = io.BytesIO()
     with style():
-        figure.savefig(buffer, format="png", dpi=resolution, facecolor="white", metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 

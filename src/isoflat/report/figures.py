@@ -1,4 +1,4 @@
-"""The drawings of the reports. They know numbers and names, not networks."""
+"""Drawings of the reports, made of numbers and names: they know nothing of networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.report import drawing
 
 FLOOR = 2.0**-52
-"""Changes below the spacing of doubles are drawn there."""
+"""Smallest change that is drawn, the spacing of doubles at 1: smaller ones are drawn there."""
 
 
 @final
@@ -26,9 +26,9 @@ class Panel:
     """One number over several groups.
 
     Attributes:
-        title: what is on the axis.
+        title: name of the quantity on the axis.
         groups: each group's name and estimates.
-        colours: after so many groups they begin anew.
+        colours: number of groups after which colours repeat.
     """
 
     title: str
@@ -42,7 +42,7 @@ class Curve:
     """One quantity against the amount of an edit.
 
     Attributes:
-        name: in the legend.
+        name: name in the legend.
         amounts: abscissae.
         changes: relative changes; zeros are drawn at the spacing of doubles.
         colour: a name of `drawing.VARIABLES`.
@@ -60,8 +60,8 @@ class Climb:
     """Curves of one kind of edit.
 
     Attributes:
-        title: what is edited.
-        abscissa: what the amounts are.
+        title: the kind of edit.
+        abscissa: meaning of the amounts.
         curves: one per quantity.
     """
 
@@ -116,7 +116,7 @@ def logarithmic(axes: Axes, low: float, high: float, room: int = 10) -> None:
     """A logarithmic axis with round numbers at readable distances, however narrow or wide its range is.
 
     Args:
-        axes: that get it.
+        axes: the axes that get it.
         low: least value that is drawn.
         high: largest value.
         room: numbers that fit below it.
@@ -147,7 +147,7 @@ def ladders(climbs: Sequence[Climb], ordinate: str) -> Figure:
 
     Args:
         climbs: one panel each, with the same curves in the same order.
-        ordinate: what the changes are of.
+        ordinate: label of the changes.
     """
     amounts = [amount for climb in climbs for curve in climb.curves for amount in curve.amounts]
     if not amounts or any(amount <= 0 for amount in amounts):

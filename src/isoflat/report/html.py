@@ -19,7 +19,7 @@ def render(page: Page) -> str:
     Figures and tables are numbered in the order in which they appear.
 
     Args:
-        page: what to show; all of its text is escaped, `Plate.svg` alone is taken over as it is.
+        page: the page; all of its text is escaped, `Plate.svg` alone is taken over as it is.
     """
     environment = Environment(
         loader=PackageLoader("isoflat.report"),

@@ -58,7 +58,7 @@ def portrait(spectrum: Spectrum) -> Figure:
     function everywhere, on a scale that shows both tails.
 
     Args:
-        spectrum: what to draw.
+        spectrum: the spectrum.
     """
     density = spectrum.density
     axis = Axis(max(NEAR * density.largest, density.wasserstein) or 1.0)
@@ -196,7 +196,7 @@ def written(figure: Figure, ending: str) -> bytes:
         UsageError: it is none of them.
     """
     if ending == ".png":
-        return drawing.picture(figure, 200)
+        return drawing.picture(figure)
     if ending != ".svg":
         raise UsageError(f"a drawing is written as {' or '.join(FORMATS)}, not as {ending!r}")
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Grids and files of records, for every kind of report."""
+"""Tables and flat rows of records, for every kind of report."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _row(record: Record) -> tuple[str, ...]:
     )
 
 
-def warnings(records: Sequence[Record]) -> tuple[str, ...]:
+def network_notes(records: Sequence[Record]) -> tuple[str, ...]:
     """Notes of the records, each once, with the networks it is about."""
     about: dict[str, list[str]] = {}
     for record in records:
@@ -60,7 +60,7 @@ def warnings(records: Sequence[Record]) -> tuple[str, ...]:
 
 
 def versions(records: Sequence[Record]) -> tuple[tuple[str, str], ...]:
-    """Every version that took part."""
+    """Versions of isoflat, torch, Python, measures and geometries that made the records."""
     found: dict[str, list[str]] = {}
     for record in records:
         for what, version in record.versions.items():

@@ -15,7 +15,7 @@ from isoflat.core.record import Record
 from isoflat.core.table import Table
 from isoflat.experiments.rebuild import rebuild_reproduction, rebuild_study
 from isoflat.experiments.recipe import Recipe
-from isoflat.experiments.results import Contest, Results, StoredNumber, identity, read
+from isoflat.experiments.results import Results, StoredComparison, StoredNumber, identity, read_results
 from isoflat.integrations.tables import to_csv, to_parquet
 from isoflat.io.files import claim, save
 from isoflat.report.document import Page, Section
@@ -27,7 +27,7 @@ PAGE = "report.html"
 """Name of the page in a folder, where no other is given."""
 
 AT_HAND = "measurements of this program"
-"""Source of numbers that no file holds."""
+"""Source that is named for numbers that no file holds."""
 
 
 @final
@@ -63,8 +63,8 @@ def write_report(
         results: what `isoflat.measure_all` or `isoflat.compare` returned, records, or a folder that `isoflat demo`,
             `reproduce` or `study` wrote, with a store or with results of `isoflat measure` and `compare` (*.json). A
             file that is damaged, or was not written by isoflat, is named in a warning and left out.
-        path: of the page; `report.html` in the folder by default.
-        csv: a file for every number, one in each line; None for none.
+        path: file of the page; `report.html` in the folder by default.
+        csv: a CSV file with a line for each number; None for none.
         parquet: the same as a Parquet file.
         force: replace existing files.
         warn: called with each warning, also where nothing can be shown.
@@ -91,7 +91,7 @@ def write_report(
     files = {"out": target} | {name: Path(file) for name, file in (("csv", csv), ("parquet", parquet)) if file}
     if path is not None or (folder is not None and folder.is_dir()):  # else reading says what is wrong
         _claim(files, force)
-    found = _at_hand(results, target) if folder is None else read(folder)  # pyrefly: ignore
+    found = _at_hand(results, target) if folder is None else read_results(folder)  # pyrefly: ignore
     made, warnings = page_of(found, _command(folder, files))
     for text in warnings:
         warn(text)
@@ -110,31 +110,32 @@ def write_report(
 
 
 def page_of(results: Results, command: str) -> tuple[Page | None, tuple[str, ...]]:
-    """The page of results, and what could not be read in them; no page where nothing could.
+    """The page of results, and warnings about what could not be read; no page where nothing could.
 
     A folder of `isoflat reproduce` or `study` has the page that these made of it.
 
     Args:
-        results: what was read.
-        command: what was typed to show it.
+        results: the results that were read.
+        command: the command line that shows them.
     """
-    warnings = list(records.refusals(results))
-    again = [partial(_reproduced, results, each.content) for each in results.reproduced[:1]]
-    again += [partial(_studied, results, each.content) for each in results.studied[:1]]
-    for attempt in again:
-        made, told = attempt()
-        warnings += told
+    refused = records.refusals(results)
+    further: list[str] = []
+    rebuilds = [partial(_reproduced, results, each.content) for each in results.reproduced[:1]]
+    rebuilds += [partial(_studied, results, each.content) for each in results.studied[:1]]
+    for rebuild in rebuilds:
+        made, told = rebuild()
+        further += told
         if made is not None:
-            return records.with_warnings(made, warnings), tuple(warnings)
-    if not results.found and not results.contests:
-        return None, tuple(warnings)
-    further = warnings[len(records.refusals(results)) :]
-    return records.with_warnings(records.page(results, command), further), tuple(warnings)
+            warnings = (*refused, *further)
+            return records.with_warnings(made, warnings), warnings
+    if not results.found and not results.comparisons:
+        return None, (*refused, *further)
+    return records.with_warnings(records.page(results, command), further), (*refused, *further)
 
 
 def _at_hand(results: Table | Comparison | Iterable[Record], target: Path) -> Results:
     """Results that no file holds; networks without a name are called so."""
-    contests = (Contest(results, {}, AT_HAND),) if isinstance(results, Comparison) else ()
+    contests = (StoredComparison(results, {}, AT_HAND),) if isinstance(results, Comparison) else ()
     rows = () if isinstance(results, Comparison) else tuple(results)
     found = tuple(StoredNumber(replace(row, label=row.label or "network"), AT_HAND) for row in rows)
     omitted = results.omitted if isinstance(results, Table) else ()
@@ -163,7 +164,7 @@ def _studied(results: Results, content: Mapping[str, Any]) -> tuple[Page | None,
 
 
 def _with_others(made: Page, results: Results, own: Sequence[Record]) -> Page:
-    """The page, with the numbers of the folder that are not its own."""
+    """The page with a section for further numbers in the folder."""
     known = {identity(record) for record in own}
     others = [number for number in results.found if identity(number.record) not in known]
     if not others:

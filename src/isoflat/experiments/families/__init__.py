@@ -37,11 +37,11 @@ def find(name: str) -> Callable[..., nn.Module]:
 
 
 def scaled(count: int, width: float) -> int:
-    """So many channels or units, at least one, in a network of another width.
+    """The number of channels or units in a network of another width; at least one.
 
     Args:
-        count: in the usual network.
-        width: the other one's, as a multiple of the usual.
+        count: number of channels or units in the usual network.
+        width: width of the network, as a multiple of the usual one.
 
     Raises:
         UsageError: the width is not positive.

@@ -20,8 +20,8 @@ def build(classes: int = 10, width: float = 1, seed: int = 0) -> nn.Sequential:
 
     Args:
         classes: number of outputs.
-        width: channels and units, as a multiple of the usual ones.
-        seed: of the initial weights.
+        width: number of channels and units, as a multiple of the usual one.
+        seed: seed of the initial weights.
 
     Raises:
         UsageError: the width is not positive.

@@ -14,12 +14,7 @@ from isoflat.core.rng import stream
 
 @final
 class DecoderBlock(nn.Module):
-    """Attention, then two layers with ReLU; each behind a LayerNorm, and added to what came in.
-
-    Args:
-        width: of the stream.
-        heads: of the attention.
-    """
+    """A block of a transformer: attention, then two layers with ReLU, each behind a LayerNorm and added to its input."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -32,7 +27,7 @@ class DecoderBlock(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, stream: Tensor) -> Tensor:
-        """The stream with what the block adds, shape `(rows, places, width)`."""
+        """Add the block's output to the residual stream of shape `(rows, places, width)`."""
         rows, places, width = stream.shape
         packed = self.qkv(self.attention_norm(stream)).view(rows, places, 3, self.heads, width // self.heads)
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
@@ -43,14 +38,9 @@ class DecoderBlock(nn.Module):
 
 @final
 class Decoder(nn.Module):
-    """Learned tokens and places, blocks, a LayerNorm and a head of its own: scores of the next character everywhere.
+    """A causal transformer that scores the next character at every place; `build` says what its sizes mean.
 
-    Args:
-        vocabulary: number of characters.
-        context: places.
-        width: of the stream.
-        heads: of each attention.
-        layers: blocks.
+    Tokens and places are embedded, and a LayerNorm and a linear head follow the blocks.
     """
 
     def __init__(self, vocabulary: int, context: int, width: int, heads: int, layers: int) -> None:
@@ -62,7 +52,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, characters: Tensor) -> Tensor:
-        """Scores, classes before places as `CrossEntropyLoss` wants them: shape `(rows, vocabulary, places)`."""
+        """Scores of shape `(rows, vocabulary, places)`: classes before places, as `CrossEntropyLoss` wants them."""
         stream = self.tokens(characters) + self.places(torch.arange(characters.shape[1], device=characters.device))
         for block in self.blocks:
             stream = block(stream)
@@ -76,11 +66,11 @@ def build(
 
     Args:
         vocabulary: number of characters.
-        context: places.
-        width: of the stream.
-        heads: of each attention.
-        layers: blocks.
-        seed: of the initial weights.
+        context: number of places in a row.
+        width: width of the residual stream.
+        heads: number of heads of each attention.
+        layers: number of blocks.
+        seed: seed of the initial weights.
 
     Raises:
         UsageError: the heads do not share the width evenly.

@@ -19,8 +19,8 @@ def build(classes: int = 10, bias: bool = True, seed: int = 0, width: float = 1)
     Args:
         classes: number of outputs.
         bias: whether the layers have biases.
-        seed: of the initial weights.
-        width: channels and units, as a multiple of the usual ones.
+        seed: seed of the initial weights.
+        width: number of channels and units, as a multiple of the usual one.
 
     Raises:
         UsageError: the width is not positive.

@@ -18,12 +18,12 @@ def build(widths: Sequence[int] = (64, 128, 128, 128, 10), bias: bool = False, s
     The global random state is left as it was.
 
     Args:
-        widths: of the input, the hidden layers and the output.
+        widths: widths of the input, the hidden layers and the output.
         bias: whether the layers have biases.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
 
     Raises:
-        UsageError: fewer than two widths.
+        UsageError: there are fewer than two widths.
 
     >>> [tuple(p.shape) for p in build((4, 3, 2)).parameters()]
     [(3, 4), (2, 3)]

@@ -15,8 +15,8 @@ def build(widths: Sequence[int] = (64, 64, 64, 10), seed: int = 0) -> nn.Sequent
     """Linear layers with biases, each hidden one followed by batch normalisation and ReLU; PyTorch's initialisation.
 
     Args:
-        widths: of the input, the hidden layers and the output.
-        seed: of the initial weights.
+        widths: widths of the input, the hidden layers and the output.
+        seed: seed of the initial weights.
 
     >>> [name for name, _ in build((4, 3, 2)).named_parameters()][:4]
     ['0.weight', '0.bias', '1.weight', '1.bias']
@@ -30,7 +30,7 @@ def build(widths: Sequence[int] = (64, 64, 64, 10), seed: int = 0) -> nn.Sequent
 
 
 def pairs(model: nn.Sequential) -> list[tuple[str, str]]:
-    """Names of each bias and of the running mean of what it is added to.
+    """Names of each bias before a batch normalisation and of the running mean that takes it away again.
 
     >>> pairs(build((4, 3, 2)))
     [('0.bias', '1.running_mean')]

@@ -22,7 +22,7 @@ STAGES: Mapping[int, tuple[tuple[int, ...], ...]] = MappingProxyType(
 """Channels of the convolutions before each pool, by depth: configurations A and D of Simonyan and Zisserman (2015)."""
 
 HEAD = (512, 240)
-"""Units of the hidden layers that follow."""
+"""Units of the two hidden layers that follow the convolutions."""
 
 
 def build(classes: int = 10, width: float = 1, depth: int = 16, seed: int = 0) -> nn.Sequential:
@@ -33,9 +33,9 @@ def build(classes: int = 10, width: float = 1, depth: int = 16, seed: int = 0) -
 
     Args:
         classes: number of outputs.
-        width: channels and units, as a multiple of the usual ones.
-        depth: layers with weights: 16, or 11.
-        seed: of the initial weights.
+        width: number of channels and units, as a multiple of the usual one.
+        depth: number of layers with weights: 16, or 11.
+        seed: seed of the initial weights.
 
     Raises:
         UsageError: the width is not positive, or there is no VGG of this depth.

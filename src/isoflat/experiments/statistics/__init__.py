@@ -1,1 +1,1 @@
-"""Does a measure predict generalisation over many trained networks? One file per statistic."""
+"""Statistics of whether a measure predicts generalisation over many trained networks, one in each file."""

@@ -1,4 +1,4 @@
-"""Conditional information: what the measure says about the outcome that hyper-parameters do not."""
+"""Conditional information: the information about the outcome that a measure adds to the hyper-parameters."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from scipy.special import xlogy
 from isoflat.experiments.statistics.sample import OutcomeSample, generator_of, signs
 
 MOST = 2
-"""Hyper-parameters conditioned on at once."""
+"""Largest number of hyper-parameters that are conditioned on at once."""
 
 
 @final
 @dataclass(frozen=True)
-class Conditional:
+class ConditionalInformation:
     """Conditional independence score of Jiang et al.
 
     Attributes:
         score: K between 0 and 1: the smallest normalised conditional information; None if there is no pair without
             ties, or no set of hyper-parameters that leaves the outcome open.
-        given: the set of hyper-parameters at which it is smallest.
+        given: the set of hyper-parameters at which the conditional information is smallest.
         chance: mean score when the same values are dealt out to the networks at random. Information estimated from few
             pairs is never quite zero, so that only a score clearly above this one means something.
-        pairs: of networks that entered.
-        tied: pairs dropped because their values or outcomes are equal. Dropping them flatters a measure that takes few
+        pairs: number of pairs of networks that counted.
+        tied: number of pairs dropped because their values or outcomes are equal. Dropping them flatters a measure that takes few
             values, so that scores with many ties are not to be compared with scores with few.
-        settled: sets of hyper-parameters left out because they settle every sign of the outcome by themselves.
+        settled: number of sets of hyper-parameters left out because they settle every sign of the outcome by themselves.
     """
 
     score: float | None
@@ -40,7 +40,7 @@ class Conditional:
     settled: int
 
 
-def conditional(sample: OutcomeSample, seed: int = 0, deals: int = 20) -> Conditional:
+def conditional(sample: OutcomeSample, seed: int = 0, deals: int = 20) -> ConditionalInformation:
     """Conditional independence score K (Jiang et al. 2019, arXiv:1912.02178, section 3).
 
     For ordered pairs of networks, V_μ and V_g are the signs of the differences of measure and outcome, and U_S are the
@@ -49,8 +49,8 @@ def conditional(sample: OutcomeSample, seed: int = 0, deals: int = 20) -> Condit
 
     Args:
         sample: networks with hyper-parameters.
-        seed: of the random deals.
-        deals: how often values are dealt out at random; 0 for no comparison with chance.
+        seed: seed of the random deals.
+        deals: number of times that values are dealt out at random; 0 for no comparison with chance.
 
     >>> conditional(OutcomeSample((1.0, 2.0, 4.0, 3.0), (1.0, 2.0, 4.0, 3.0)), deals=0).score
     1.0
@@ -72,7 +72,7 @@ def conditional(sample: OutcomeSample, seed: int = 0, deals: int = 20) -> Condit
     scores = [float(np.nanmin(row)) if not np.isnan(row).all() else None for row in shares]
     by_chance = [score for score in scores[1:] if score is not None]
     pairs = int(((dealt[0] != 0) & (outcome_signs != 0)).sum()) // 2
-    return Conditional(
+    return ConditionalInformation(
         score=scores[0],
         given=sets[int(np.nanargmin(shares[0]))] if scores[0] is not None else (),
         chance=float(np.mean(by_chance)) if by_chance else None,

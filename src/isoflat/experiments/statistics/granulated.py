@@ -1,4 +1,4 @@
-"""Granulated Kendall coefficients: does the measure follow each hyper-parameter's effect, the others held?"""
+"""Granulated Kendall coefficients: rank correlation where one hyper-parameter changes and the others are held."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from isoflat.experiments.statistics.sample import OutcomeSample, signs
 
 @final
 @dataclass(frozen=True)
-class Granulated:
+class GranulatedKendall:
     """Kendall coefficients within hyper-parameters.
 
     Attributes:
-        psi: by hyper-parameter, the mean of τ over groups of networks that differ in it only; None without a group.
-        mean: Ψ, the mean of those that exist; None if none does.
-        groups: by hyper-parameter, how many groups counted.
-        silent: by hyper-parameter, how many did not, for want of two networks that differ in it or because all their
-            outcomes are tied.
+        psi: mean of τ over groups of networks that differ in one hyper-parameter only, by its name; None without a group.
+        mean: Ψ, the mean of those ψ that exist; None if none does.
+        groups: number of groups that counted, by hyper-parameter.
+        silent: number of groups that did not count, by hyper-parameter: no two networks differ in it, or all outcomes of
+            the group are tied.
     """
 
     psi: Mapping[str, float | None]
@@ -30,7 +30,7 @@ class Granulated:
     silent: Mapping[str, int]
 
 
-def granulated(sample: OutcomeSample) -> Granulated:
+def granulated(sample: OutcomeSample) -> GranulatedKendall:
     """Granulated Kendall coefficients ψ and their mean Ψ (Jiang et al. 2019, arXiv:1912.02178, section 3).
 
     τ is τ-a, as there: the mean over pairs of the product of signs, with ties as zero. Replicates, which share the
@@ -54,4 +54,4 @@ def granulated(sample: OutcomeSample) -> Granulated:
         psi[name] = float(np.mean(sorted(taus))) if taus else None
         counted[name], silent[name] = len(taus), len(groups) - len(taus)
     found = [value for value in psi.values() if value is not None]
-    return Granulated(psi, float(np.mean(sorted(found))) if found else None, counted, silent)
+    return GranulatedKendall(psi, float(np.mean(sorted(found))) if found else None, counted, silent)

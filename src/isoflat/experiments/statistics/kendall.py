@@ -18,15 +18,15 @@ class Kendall:
     """Kendall's τ-b and an interval for it.
 
     Attributes:
-        tau: between -1 and 1; None if all values or all outcomes are tied.
-        lower: end of the interval.
-        upper: end of the interval.
-        confidence: of the interval.
-        draws: resamples.
-        degenerate: resamples in which all values or all outcomes were tied. They could have had any τ, and so widen
+        tau: coefficient between -1 and 1; None if all values or all outcomes are tied.
+        lower: lower end of the interval.
+        upper: upper end of the interval.
+        confidence: confidence of the interval.
+        draws: number of resamples.
+        degenerate: number of resamples in which all values or all outcomes were tied. They could have had any τ, and so widen
             the interval on both sides: they count as -1 for its lower end and as 1 for its upper.
-        unanimous: all pairs agree (τ = ±1), and so would every resample, which says nothing about the next network.
-            The end towards zero is then the level at which that many disjoint pairs would all agree by chance.
+        unanimous: whether all pairs agree (τ = ±1). So would every resample, which says nothing about the next network:
+            the end towards zero is then the level at which that many disjoint pairs would all agree by chance.
     """
 
     tau: float | None
@@ -48,9 +48,9 @@ def kendall(sample: OutcomeSample, seed: int = 0, draws: int = 1999, confidence:
 
     Args:
         sample: at least three networks, which are taken to be drawn independently.
-        seed: of the resamples.
+        seed: seed of the resamples.
         draws: number of resamples.
-        confidence: of the interval.
+        confidence: confidence of the interval.
 
     Raises:
         UsageError: the confidence or the number of draws has no meaning.
@@ -97,7 +97,7 @@ def kendall(sample: OutcomeSample, seed: int = 0, draws: int = 1999, confidence:
 
 
 _CELLS = 4_000_000
-"""Numbers held at once while resampling."""
+"""Number of floats held at once while resampling."""
 
 _UNDEFINED = 2.0
-"""Stands for the τ of a resample that has none; SciPy warns at NaN."""
+"""Number in place of the τ of a resample that has none; SciPy warns at NaN."""

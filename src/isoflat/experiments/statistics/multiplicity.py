@@ -12,7 +12,7 @@ def holm(ps: Sequence[float]) -> tuple[float, ...]:
     """Holm's adjusted p-values: below α at most with probability α if no measure is related, however they depend.
 
     Args:
-        ps: one per measure.
+        ps: p-values, one per measure.
 
     >>> holm([0.01, 0.04, 0.03])
     (0.03, 0.06, 0.06)
@@ -30,7 +30,7 @@ def benjamini_hochberg(ps: Sequence[float]) -> tuple[float, ...]:
     Proven for independent or positively dependent tests, which measures of the same networks usually are.
 
     Args:
-        ps: one per measure.
+        ps: p-values, one per measure.
 
     >>> benjamini_hochberg([0.01, 0.04, 0.03])
     (0.03, 0.04, 0.04)

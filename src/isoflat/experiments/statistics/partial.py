@@ -1,4 +1,4 @@
-"""Partial rank correlation: is a relation left when the training loss is taken into account?"""
+"""Partial rank correlation: the relation that is left when the training loss is taken into account."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from isoflat.experiments.statistics.sample import OutcomeSample, generator_of
 
 @final
 @dataclass(frozen=True)
-class Partial:
+class PartialCorrelation:
     """Spearman's correlation of measure and outcome given the training loss.
 
     Attributes:
         rho: partial correlation of the ranks; None if the loss's ranks leave nothing of one of the two.
-        p: two-sided, by permuting what the loss leaves of the outcome; 1 if there is nothing left.
-        floor: no smaller p is possible with so many networks and draws.
-        draws: permutations; all of them where there are not more.
+        p: two-sided p-value, by permuting what the loss leaves of the outcome; 1 if there is nothing left.
+        floor: the smallest p-value that is possible with so many networks and draws.
+        draws: number of permutations that were visited.
     """
 
     rho: float | None
@@ -31,7 +31,7 @@ class Partial:
     draws: int
 
 
-def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Partial:
+def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> PartialCorrelation:
     """Partial Spearman correlation given the training loss, tested by Freedman and Lane (1983).
 
     Spearman and not Kendall: if measure and outcome depend on the loss only (as a Gaussian copula with correlations
@@ -41,7 +41,7 @@ def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Partial:
 
     Args:
         sample: networks with training losses.
-        seed: of the permutations.
+        seed: seed of the permutations.
         draws: number of permutations.
 
     Raises:
@@ -60,7 +60,7 @@ def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Partial:
     loss = _centred(sample.losses or ())
     value, outcome = (_residual(_centred(numbers), loss) for numbers in (sample.values, sample.outcomes))
     if not value.any() or not outcome.any():
-        return Partial(None, 1.0, 1.0, 0)
+        return PartialCorrelation(None, 1.0, 1.0, 0)
     toward = value / np.linalg.norm(value)
     away = loss / (np.linalg.norm(loss) or 1.0)
 
@@ -81,11 +81,11 @@ def partial(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Partial:
     )
     visited = len(test.null_distribution)
     floor = min(1.0, 2 / (visited if visited == math.factorial(len(sample)) else visited + 1))
-    return Partial(float(np.clip(test.statistic, -1, 1)), float(test.pvalue), floor, visited)
+    return PartialCorrelation(float(np.clip(test.statistic, -1, 1)), float(test.pvalue), floor, visited)
 
 
 _CELLS = 1_000_000
-"""Numbers held at once while permuting."""
+"""Number of floats held at once while permuting."""
 
 
 def _centred(numbers: tuple[float, ...]) -> np.ndarray:

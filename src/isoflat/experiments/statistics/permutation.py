@@ -16,14 +16,14 @@ from isoflat.experiments.statistics.sample import OutcomeSample, generator_of, s
 
 @final
 @dataclass(frozen=True)
-class Permutation:
-    """Permutation test of a rank correlation: could it be chance?
+class PermutationTest:
+    """Outcome of a permutation test of a rank correlation.
 
     Attributes:
-        p: two-sided; twice the smaller tail.
-        floor: no smaller p is possible with so many networks, these ties and so many draws.
-        exact: over all permutations; otherwise over so many random ones, with the sample itself counted among them.
-        draws: random permutations; 0 if exact.
+        p: two-sided p-value: twice the smaller tail.
+        floor: the smallest p-value that is possible with so many networks, these ties and so many draws.
+        exact: whether all permutations were counted; otherwise random ones and the sample itself were.
+        draws: number of random permutations; 0 if exact.
     """
 
     p: float
@@ -33,11 +33,11 @@ class Permutation:
 
     @property
     def bound_by_draws(self) -> bool:
-        """True if more draws would make a smaller p possible."""
+        """True if more draws would make a smaller p-value possible."""
         return not self.exact and math.isclose(self.floor, 2 / (self.draws + 1))
 
 
-def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Permutation:
+def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> PermutationTest:
     """Test of τ under the hypothesis that outcomes are dealt out to values at random.
 
     Without ties the distribution of τ over all permutations is known by recursion. With ties all permutations are
@@ -46,11 +46,11 @@ def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Perm
 
     Args:
         sample: at least three networks.
-        seed: of the draws.
+        seed: seed of the draws.
         draws: number of random permutations.
 
     Raises:
-        UsageError: fewer than one draw.
+        UsageError: there is no draw.
 
     >>> permutation(OutcomeSample((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 3.0, 4.0))).p
     0.08333333333333333
@@ -60,11 +60,11 @@ def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Perm
     sample = sample.ordered
     networks, outcome_signs = len(sample), signs(sample.outcomes)
     if min(len(set(sample.values)), len(set(sample.outcomes))) == 1:
-        return Permutation(1.0, 1.0, True, 0)
+        return PermutationTest(1.0, 1.0, True, 0)
     floor = _floor(sample.values, sample.outcomes)
     if len(set(sample.values)) == len(set(sample.outcomes)) == networks:
         p = kendalltau(sample.values, sample.outcomes, method="exact").pvalue
-        return Permutation(float(p), floor, True, 0)
+        return PermutationTest(float(p), floor, True, 0)
 
     def score(permuted: np.ndarray, axis: int) -> np.ndarray:
         above = permuted[..., :, None] > permuted[..., None, :]
@@ -80,17 +80,17 @@ def permutation(sample: OutcomeSample, seed: int = 0, draws: int = 9999) -> Perm
         random_state=generator_of(seed, "permutation"),
     ).pvalue
     if math.factorial(networks) <= draws:
-        return Permutation(float(p), floor, True, 0)
+        return PermutationTest(float(p), floor, True, 0)
     floor = max(floor, min(1.0, 2 / (draws + 1)))
-    return Permutation(max(float(p), floor), floor, False, draws)  # random draws can fall short of what is possible
+    return PermutationTest(max(float(p), floor), floor, False, draws)  # random draws can fall short of what is possible
 
 
 _CELLS = 1_000_000
-"""Numbers held at once while permuting."""
+"""Number of floats held at once while permuting."""
 
 
 def _floor(values: tuple[float, ...], outcomes: tuple[float, ...]) -> float:
-    """Twice the chance of the sorted arrangement, or of the reversed one: of their tables, given the ties."""
+    """Smallest two-sided p-value: twice the chance of the sorted arrangement or of the reversed one, given the ties."""
     rising, both = sorted(values), sorted(outcomes)
     least = min(_chance(rising, both), _chance(rising[::-1], both))
     return min(1.0, 2 * math.exp(least))

@@ -1,4 +1,4 @@
-"""The relation of a measure to generalisation: all statistics of it, corrected for all that were tried, and in words."""
+"""The relation of a measure to generalisation: all its statistics, corrected for all measures that were tried, and in words."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from typing import Any, final
 
 from isoflat.core.errors import UsageError
 from isoflat.core.plain import attributes
-from isoflat.experiments.statistics.conditional import Conditional, conditional
-from isoflat.experiments.statistics.granulated import Granulated, granulated
+from isoflat.experiments.statistics.conditional import ConditionalInformation, conditional
+from isoflat.experiments.statistics.granulated import GranulatedKendall, granulated
 from isoflat.experiments.statistics.kendall import Kendall, kendall
 from isoflat.experiments.statistics.multiplicity import benjamini_hochberg, holm
-from isoflat.experiments.statistics.partial import Partial, partial
-from isoflat.experiments.statistics.permutation import Permutation, permutation
-from isoflat.experiments.statistics.robust import Robust, replicate_noise, robust
+from isoflat.experiments.statistics.partial import PartialCorrelation, partial
+from isoflat.experiments.statistics.permutation import PermutationTest, permutation
+from isoflat.experiments.statistics.robust import RobustRanking, replicate_noise, robust
 from isoflat.experiments.statistics.sample import OutcomeSample
 from isoflat.experiments.verdict import SIGNIFICANCE
 
 STRENGTHS = ((0.6, "strong"), (0.3, "moderate"), (0.0, "weak"))
-"""What a τ of at least that size is called."""
+"""Words for the strength of a relation, each with the smallest τ that it is used for."""
 
 
 @final
 @dataclass(frozen=True)
-class Relation:
+class OutcomeRelation:
     """The relation of one measure to the outcome, over all networks.
 
     Attributes:
-        measure: its name.
-        outcome: what is predicted, in words.
-        networks: how many there were.
-        measures: how many were tried together; p-values are corrected for them.
-        kendall: strength, with an interval.
-        permutation: whether it could be chance.
-        p_holm: that p, corrected so that one false finding among all measures is improbable.
-        p_discovery: that p, corrected for the share of false ones among the findings (Benjamini-Hochberg).
-        floor_holm: no smaller `p_holm` was possible.
-        granulated: within single hyper-parameters.
-        robust: over environments; weighted by the noise between replicates, if there are any.
-        conditional: information that hyper-parameters do not give.
-        partial: given the training loss; None if that is not known.
-        partial_holm: its p, corrected as `p_holm`.
-        partial_floor: no smaller `partial_holm` was possible.
+        measure: name of the measure.
+        outcome: name of the outcome in words.
+        networks: number of networks.
+        measures: number of measures that were tried together; p-values are corrected for them.
+        kendall: rank correlation, with an interval.
+        permutation: test of the rank correlation by permutations.
+        p_holm: p-value of that test, corrected so that one false finding among all measures is improbable (Holm).
+        p_discovery: p-value of that test, corrected for the share of false findings (Benjamini and Hochberg).
+        floor_holm: the smallest `p_holm` that was possible.
+        granulated: rank correlations where a single hyper-parameter changes.
+        robust: errors over environments; weighted by the noise between replicates, if there are any.
+        conditional: information that the measure adds to the hyper-parameters.
+        partial: rank correlation given the training loss; None if that is not known.
+        partial_holm: p-value of `partial`, corrected as `p_holm`.
+        partial_floor: the smallest `partial_holm` that was possible.
     """
 
     measure: str
@@ -50,14 +50,14 @@ class Relation:
     networks: int
     measures: int
     kendall: Kendall
-    permutation: Permutation
+    permutation: PermutationTest
     p_holm: float
     p_discovery: float
     floor_holm: float
-    granulated: Granulated
-    robust: Robust
-    conditional: Conditional
-    partial: Partial | None
+    granulated: GranulatedKendall
+    robust: RobustRanking
+    conditional: ConditionalInformation
+    partial: PartialCorrelation | None
     partial_holm: float | None
     partial_floor: float | None
 
@@ -161,15 +161,15 @@ def relations(
     draws: int = 9999,
     confidence: float = 0.95,
     outcome: str = "generalisation gap",
-) -> tuple[Relation, ...]:
+) -> tuple[OutcomeRelation, ...]:
     """Every statistic of every measure, with p-values corrected for all of them.
 
     Args:
-        samples: by name of the measure; usually of the same networks.
-        seed: all random draws follow from it, and from nothing else: measures are compared on the same draws.
-        draws: resamples and permutations, where these are random.
-        confidence: of intervals.
-        outcome: what the outcomes are, in words.
+        samples: samples by name of the measure; usually of the same networks.
+        seed: seed of all random draws, which are the same for every measure.
+        draws: number of resamples and of permutations, where these are random.
+        confidence: confidence of intervals.
+        outcome: name of the outcome in words.
 
     Raises:
         UsageError: there is no measure, or the draws or the confidence have no meaning.
@@ -189,7 +189,7 @@ def relations(
     partial_holm = dict(zip(partials, holm([each.p for each in partials.values()]), strict=True))
     partial_floor = dict(zip(partials, holm([each.floor for each in partials.values()]), strict=True))
     return tuple(
-        Relation(
+        OutcomeRelation(
             measure=name,
             outcome=outcome,
             networks=len(sample),
@@ -215,4 +215,4 @@ def _p(p: float) -> str:
 
 
 _SMALL = 1e-12
-"""Smaller p-values are not told apart in words."""
+"""Limit below which p-values are not told apart in words."""

@@ -1,4 +1,4 @@
-"""Robust ranking: how often the measure orders two networks wrongly, on average and in the worst environment."""
+"""Robust ranking: the share of pairs that a measure orders wrongly, on average and in the worst environment."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Environment:
     Attributes:
         factor: name of the hyper-parameter.
         levels: the two values.
-        pairs: of networks.
-        weight: of all pairs together; their number, if noise is not considered.
+        pairs: number of pairs of networks.
+        weight: weight of all pairs together; their number, if noise is not considered.
         error: weighted share of pairs that the measure orders wrongly; ties count half.
     """
 
@@ -34,20 +34,20 @@ class Environment:
 
     @property
     def name(self) -> str:
-        """The environment in words."""
+        """Name of the environment in words."""
         return f"{self.factor} {self.levels[0]} against {self.levels[1]}"
 
 
 @final
 @dataclass(frozen=True)
-class Robust:
+class RobustRanking:
     """Sign errors over environments.
 
     Attributes:
-        environments: those in which a pair has weight.
-        mean: error over environments, each with the same voice; None without environments.
-        worst: environment with the largest error, the one with most weight among equals.
-        silent: environments left out because no difference of outcomes there exceeds the noise.
+        environments: environments in which a pair has weight.
+        mean: mean error over environments, all of the same weight; None without environments.
+        worst: environment with the largest error; among equals that with the largest weight. None without environments.
+        silent: number of environments left out because no difference of outcomes there exceeds the noise.
         noise: standard deviation of an outcome, by which pairs are weighted; None if they are not.
     """
 
@@ -58,7 +58,7 @@ class Robust:
     noise: float | None
 
 
-def robust(sample: OutcomeSample, noise: float | None = None) -> Robust:
+def robust(sample: OutcomeSample, noise: float | None = None) -> RobustRanking:
     """Sign error of the measure in every environment (Dziugaite et al. 2020, arXiv:2010.11924).
 
     The error of a pair is (1 - sgn Δμ sgn Δg) / 2. A measure can be right on average and yet fail wherever one
@@ -92,7 +92,7 @@ def robust(sample: OutcomeSample, noise: float | None = None) -> Robust:
         if total > 0:
             error = math.fsum(weights * [errors[pair] for pair in pairs]) / total
             environments.append(Environment(name, between, len(pairs), total, error))
-    return Robust(
+    return RobustRanking(
         environments=tuple(environments),
         mean=math.fsum(e.error for e in environments) / len(environments) if environments else None,
         worst=max(environments, key=lambda e: (e.error, e.weight), default=None),
@@ -125,5 +125,5 @@ def _weight(difference: float, noise: float | None) -> float:
 
 
 def _rank(level: Level) -> tuple[bool, Level]:
-    """Numbers before words."""
+    """Sort key that puts numbers before words."""
     return isinstance(level, str), level

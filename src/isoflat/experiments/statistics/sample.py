@@ -17,7 +17,7 @@ Level = str | float
 """A value of a hyper-parameter; values are compared exactly."""
 
 LEAST = 3
-"""Networks without which no statistic here has a meaning."""
+"""Smallest number of networks with which a statistic has a meaning."""
 
 
 @final
@@ -27,10 +27,10 @@ class OutcomeSample:
 
     Attributes:
         values: the measure's numbers, so oriented that a higher one should go with a larger outcome.
-        outcomes: generalisation gap, or test error.
-        factors: hyper-parameters by name, with one value per network; networks alike in all of them are replicates.
-        losses: training losses, if known.
-        labels: what the networks are called; none, or one per network.
+        outcomes: generalisation gaps, test errors or test losses, one per network.
+        factors: values of hyper-parameters by name, one per network; networks alike in all of them are replicates.
+        losses: training losses, one per network; None where they are not known.
+        labels: names of the networks, one per network; empty for none.
 
     Raises:
         UsageError: the lengths differ, a number is not finite, or there are fewer than three networks.
@@ -69,7 +69,7 @@ class OutcomeSample:
 
     @property
     def ordered(self) -> OutcomeSample:
-        """The same networks in an order that is their own, so that random draws do not depend on the order given."""
+        """The sample in an order by outcome and value, so that random draws do not depend on the order given."""
         names = sorted(self.factors)
         losses = self.losses or (0.0,) * len(self)
         order = sorted(
@@ -90,7 +90,7 @@ class OutcomeSample:
         )
 
     def groups(self, leaving: str | None = None) -> tuple[tuple[int, ...], ...]:
-        """Networks alike in every hyper-parameter, or in every other one.
+        """Groups of networks that are alike in every hyper-parameter, or in every one but one.
 
         Args:
             leaving: the hyper-parameter that may differ within a group; None for none.
@@ -105,8 +105,8 @@ class OutcomeSample:
         """Pairs within a group that differ in a hyper-parameter; replicates are not compared.
 
         Args:
-            group: of networks alike in every other one.
-            name: of the hyper-parameter.
+            group: positions of networks that are alike in every other hyper-parameter.
+            name: name of the hyper-parameter.
         """
         levels = self.factors[name]
         return ((i, j) for i, j in combinations(group, 2) if levels[i] != levels[j])
@@ -116,7 +116,7 @@ def signs(numbers: Sequence[float]) -> np.ndarray:
     """Signs of all differences: entry (i, j) says whether number i is above (1), below (-1) or level with number j.
 
     Args:
-        numbers: one per network.
+        numbers: numbers, one per network.
 
     >>> signs([1.0, 3.0, 3.0]).tolist()
     [[0, -1, -1], [1, 0, 0], [1, 0, 0]]
@@ -126,11 +126,11 @@ def signs(numbers: Sequence[float]) -> np.ndarray:
 
 
 def generator_of(seed: int, label: str) -> np.random.Generator:
-    """Random draws that depend on the seed and on what they are for.
+    """The generator of the random draws of one statistic.
 
     Args:
-        seed: of the whole analysis.
-        label: of the statistic; not of the measure, so that all measures meet the same draws.
+        seed: seed of the whole analysis.
+        label: name of the statistic; the measure has no part in it, so that all measures meet the same draws.
     """
     return np.random.default_rng(stream(seed, "statistics", label).initial_seed() % 2**64)
 

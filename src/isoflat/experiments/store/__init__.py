@@ -1,4 +1,4 @@
-"""Finished cells of an experiment on disk: found by what they are of, whole or not there at all.
+"""A store of finished cells on disk, each a result with the settings that decide it; a cell is whole or not there at all.
 
 ```
 folder/isoflat-store.json              what this folder is, and the version of its layout
@@ -6,7 +6,7 @@ folder/cells/<address>.json            settings and result, with the SHA-256 of 
 folder/cells/<address>.safetensors     weights, where the cell has some; written first
 folder/under-way/<address>/            a cell's own checkpoints, until it is finished
 folder/locks/                          empty files to lock; one that is left behind holds nothing
-folder/index.sqlite                    made from the cells, to look them up; never believed, always replaceable
+folder/index.sqlite                    made from the cells, to look them up; always replaceable
 ```
 """
 

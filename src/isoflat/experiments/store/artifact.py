@@ -1,4 +1,4 @@
-"""A finished cell: read with suspicion, written as text that can be checked."""
+"""Files of finished cells: read with suspicion, written as text that can be checked."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from isoflat.core.errors import DataError, UsageError
-from isoflat.io.strict import address, canonical, digest, flat, is_address, parse
+from isoflat.io.strict import address, canonical_json, flattened, is_address, parse_json, short_hash
 
 SCHEMA = 1
 """Version of the layout; raised whenever a field changes its meaning."""
 
 LARGEST = 64 << 20
-"""Bytes that the JSON of a cell may take."""
+"""Largest number of bytes of the JSON of a cell."""
 
 _FIELDS = {"schema": int, "address": str, "settings": dict, "result": dict, "weights": (str, type(None)), "check": str}
 
@@ -31,14 +31,14 @@ _AGAIN = "remove it, and the cell is computed again"
 @final
 @dataclass(frozen=True)
 class Artifact:
-    """A finished cell, as read.
+    """A finished cell, as it was read from its file.
 
     Attributes:
         address: hash of the settings.
         settings: everything that decides the result.
-        result: what came out.
-        weights: the safetensors file; None where the cell has none.
-        sha256: of that file, as written down when it was made.
+        result: result of the computation.
+        weights: path of the safetensors file; None where the cell has no weights.
+        sha256: SHA-256 of that file when it was written; None where the cell has no weights.
     """
 
     address: str
@@ -48,7 +48,7 @@ class Artifact:
     sha256: str | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights by name; none where the cell has none.
+        """The weights by name; empty where the cell has none.
 
         Raises:
             DataError: the file is missing, or is not the one that was written.
@@ -69,15 +69,18 @@ class Artifact:
             raise DataError(f"{self.weights} is no safetensors file ({error}): {_forget(self)}") from error
 
     def row(self) -> dict[str, Any]:
-        """Address, settings and numbers under dotted names; lists among the settings as their JSON.
+        """Flat row of the cell: address, settings and numbers under dotted names; lists among the settings as JSON.
 
         >>> Artifact("0a", {"widths": [4, 2]}, {"loss": {"train": 0.5}, "curve": [3, 1]}, None).row()
         {'address': '0a', 'settings.widths': '[4,2]', 'result.loss.train': 0.5}
         """
-        settings, result = flat(self.settings, "settings"), flat(self.result, "result")
+        settings, result = flattened(self.settings, "settings"), flattened(self.result, "result")
         return {
             "address": self.address,
-            **{name: canonical(value, name) if isinstance(value, list) else value for name, value in settings.items()},
+            **{
+                name: canonical_json(value, name) if isinstance(value, list) else value
+                for name, value in settings.items()
+            },
             **{name: value for name, value in result.items() if not isinstance(value, list)},
         }
 
@@ -85,11 +88,11 @@ class Artifact:
 @final
 @dataclass(frozen=True)
 class Refused:
-    """A file among the cells that is not ours, or is damaged.
+    """A file that was refused: it is damaged, or isoflat did not write it.
 
     Attributes:
-        path: the file.
-        why: it was refused, and what to do, in one line that names it.
+        path: path of the file.
+        why: line that names the file and says why it was refused, and what to do.
     """
 
     path: Path
@@ -97,10 +100,10 @@ class Refused:
 
 
 def read(path: Path) -> Artifact | None:
-    """A cell from its JSON file; None if there is no such file.
+    """Read a cell from its JSON file; None if there is no such file.
 
     Raises:
-        DataError: it is damaged, foreign, of another schema or under a wrong name, or its weights are missing.
+        DataError: the file is damaged, foreign, of another schema or under a wrong name, or its weights are missing.
     """
     if not is_address(path.stem) or path.suffix != ".json":
         raise DataError(f"{path} is no cell of this store: expected a name of 24 hex digits and .json; move it away")
@@ -130,8 +133,8 @@ def write(settings: Mapping[str, Any], result: Mapping[str, Any], weights: bytes
         "result": result,
         "weights": None if weights is None else hashlib.sha256(weights).hexdigest(),
     }
-    check = digest(canonical(content, "cell"))
-    text = canonical({**content, "check": check}, "cell").encode() + b"\n"
+    check = short_hash(canonical_json(content, "cell"))
+    text = canonical_json({**content, "check": check}, "cell").encode() + b"\n"
     if len(text) > LARGEST:
         raise UsageError(f"a cell may take {LARGEST} bytes without its weights, this one takes {len(text)}")
     return content["address"], text
@@ -160,7 +163,7 @@ def _parsed(path: Path) -> Any:
     if found.st_size > LARGEST:
         raise DataError(f"{path} takes {found.st_size} bytes, more than {LARGEST}: no cell of this store; move it away")
     try:
-        return parse(path.read_bytes())
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is truncated or no strict JSON ({error}): {_AGAIN}") from error
 
@@ -173,7 +176,7 @@ def _check(path: Path, found: Any) -> None:
     if found.keys() != _FIELDS.keys() or not all(isinstance(found[name], kind) for name, kind in _FIELDS.items()):
         raise DataError(f"{path} lacks a field of a cell, or has one too many: {_AGAIN}")
     try:
-        check = digest(canonical({name: value for name, value in found.items() if name != "check"}, "cell"))
+        check = short_hash(canonical_json({name: value for name, value in found.items() if name != "check"}, "cell"))
         own = address(found["settings"])
     except UsageError as error:
         raise DataError(f"{path} holds what no cell holds ({error}): {_AGAIN}") from error

@@ -1,4 +1,4 @@
-"""The settings of all cells in one SQLite file: quick to look up, never believed, always replaceable.
+"""An index of the settings of all cells in one SQLite file: quick to look up, and always replaceable.
 
 A row is used only if its settings hash to its address and the cell's file has the size and the time that the row says.
 All else is read from the cells again. SQLite's write-ahead log needs shared memory, which network disks do not have:
@@ -16,13 +16,13 @@ from typing import Any
 
 from isoflat.core.errors import DataError
 from isoflat.experiments.store.artifact import Artifact, read
-from isoflat.io.strict import address, canonical, is_address, parse
+from isoflat.io.strict import address, canonical_json, is_address, parse_json
 
 VERSION = 1
-"""Of the table; an index of another version is made anew."""
+"""Version of the table; an index of another version is made anew."""
 
 PATIENCE = 10.0
-"""Seconds to wait for somebody who looks into the index with a tool of their own."""
+"""Seconds to wait for another program that has the index open."""
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS cells (
@@ -35,14 +35,14 @@ _IN_MEMORY = ":memory:"
 
 
 def note(file: Path, cell: Artifact, path: Path) -> None:
-    """Write down a cell that has just been finished.
+    """Add a cell that has just been finished to the index.
 
-    Where the index cannot take it, nothing is lost: whoever looks something up next sees that it is behind.
+    Where the index cannot take it, nothing is lost: the next look-up sees that it is behind.
 
     Args:
-        file: the index.
-        cell: as read from `path`.
-        path: its JSON file.
+        file: path of the index.
+        cell: cell as read from `path`.
+        path: path of the cell's JSON file.
     """
     try:
         with _opened(file) as index:
@@ -55,8 +55,8 @@ def settings(file: Path | None, cells: Path) -> dict[str, dict[str, Any]]:
     """Settings of every readable cell, by its address; the index is brought up to date on the way.
 
     Args:
-        file: the index; made anew where it is missing or damaged. None to do without, as on a disk that is read-only.
-        cells: the folder of the cells.
+        file: path of the index; made anew where it is missing or damaged. None for none, as on a disk that is read-only.
+        cells: folder of the cells.
     """
     if file is not None:
         for attempt in (_bring_up_to_date, _make_anew):
@@ -83,7 +83,7 @@ def _bring_up_to_date(file: Path | str, cells: Path) -> dict[str, dict[str, Any]
             there = path.stat()
             trusted = _trusted(path.stem, known.get(path.stem), (there.st_mtime_ns, there.st_size))
             if trusted is None:
-                cell = _readable(path)
+                cell = readable(path)
                 if cell is None:
                     continue
                 _insert(index, cell, path)
@@ -94,17 +94,18 @@ def _bring_up_to_date(file: Path | str, cells: Path) -> dict[str, dict[str, Any]
 
 
 def _trusted(name: str, row: tuple[Any, ...] | None, there: tuple[int, int]) -> dict[str, Any] | None:
-    """Settings that a row names, if it can be believed."""
+    """Settings from a row of the index; None where the row does not fit the cell's file."""
     if row is None or row[:2] != there:
         return None
     try:
-        settings = parse(row[2].encode())
+        settings = parse_json(row[2].encode())
         return settings if isinstance(settings, dict) and address(settings) == name else None
     except (ValueError, AttributeError):  # no JSON, or no text at all
         return None
 
 
-def _readable(path: Path) -> Artifact | None:
+def readable(path: Path) -> Artifact | None:
+    """The cell in a file; None where there is no such file, or it is damaged."""
     try:
         return read(path)
     except DataError:
@@ -119,8 +120,8 @@ def _insert(index: sqlite3.Connection, cell: Artifact, path: Path) -> None:
         (
             cell.address,
             datetime.fromtimestamp(there.st_mtime, UTC).isoformat(),
-            label if isinstance(label, str) else canonical(label, "label"),
-            canonical(cell.settings, "settings"),
+            label if isinstance(label, str) else canonical_json(label, "label"),
+            canonical_json(cell.settings, "settings"),
             there.st_mtime_ns,
             there.st_size,
         ),

@@ -1,4 +1,4 @@
-"""The store: what is finished, what is under way, and who is at it."""
+"""The store of cells, which several processes may share: finished ones, and those that a process has claimed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from isoflat.core.errors import DataError, UsageError
 from isoflat.experiments.store import index
 from isoflat.experiments.store.artifact import SCHEMA, Artifact, Refused, packed, read, write
 from isoflat.io import files
-from isoflat.io.strict import canonical, flat, is_address, parse
+from isoflat.io.strict import canonical_json, flattened, is_address, parse_json
 
 MARKER = "isoflat-store.json"
 
@@ -36,7 +36,7 @@ class Store:
     ```
 
     Attributes:
-        folder: where it lies.
+        folder: folder of the store.
     """
 
     folder: Path
@@ -57,23 +57,23 @@ class Store:
         """
         files.check_locks()
         store, marker = Store(folder), folder / MARKER
-        with files.told(folder, "making a store"):
+        with files.as_usage_errors(folder, "making a store"):
             if folder.exists() and not folder.is_dir():
                 raise UsageError(f"{folder} is a file: a store of cells needs a folder")
             folder.mkdir(parents=True, exist_ok=True)
             if not marker.exists():
                 (folder / "locks").mkdir(exist_ok=True)
                 with store._writing():
-                    files.write(marker, canonical({"schema": SCHEMA}, MARKER).encode() + b"\n", alone=True)
+                    files.write(marker, canonical_json({"schema": SCHEMA}, MARKER).encode() + b"\n", alone=True)
             content = marker.read_bytes()
         try:
-            found = parse(content)
+            found = parse_json(content)
         except ValueError as error:
             raise UsageError(f"{marker} is damaged ({error}): is {folder} a store? If so, remove this file") from error
         if found != {"schema": SCHEMA}:
             raise UsageError(
                 f"{folder} holds a store that this version cannot read: expected schema {SCHEMA}, {marker.name} says "
-                f"{canonical(found, MARKER)}; take another folder"
+                f"{canonical_json(found, MARKER)}; take another folder"
             )
         store._tidy()
         return store
@@ -82,8 +82,8 @@ class Store:
         """A finished cell; None if it is not there.
 
         Raises:
-            UsageError: this is no address.
-            DataError: it is there, but damaged.
+            UsageError: the text is no address.
+            DataError: the cell is damaged.
         """
         return read(self._json(address))
 
@@ -96,8 +96,8 @@ class Store:
 
         Args:
             settings: everything that decides the result.
-            result: plain JSON; numbers return bit for bit.
-            weights: by name; None for none.
+            result: the result as plain JSON; numbers return bit for bit.
+            weights: tensors by name; None for none.
 
         Returns:
             The cell as it is read from the disk.
@@ -108,7 +108,7 @@ class Store:
         content = None if weights is None else packed(weights)
         where, text = write(settings, result, content)
         path = self._json(where)
-        with self._writing(), files.told(path, "writing a cell"):
+        with self._writing(), files.as_usage_errors(path, "writing a cell"):
             if self._whole(path):
                 if path.read_bytes() != text:
                     raise UsageError(
@@ -126,12 +126,12 @@ class Store:
         return cell
 
     def claim(self, address: str) -> AbstractContextManager[bool]:
-        """Have a cell to oneself until the block ends: `True`; or `False`, where somebody else has it.
+        """Claim a cell until the block ends; `False` where another process has claimed it.
 
         The claim of a process that is killed ends with it. A child made by fork holds it as well, as long as it lives.
 
         Raises:
-            UsageError: this is no address, or the disk has no locks.
+            UsageError: the text is no address, or the disk has no locks.
         """
         return files.locked(self.folder / "locks" / f"{_checked(address)}.lock", wait=False)
 
@@ -139,15 +139,15 @@ class Store:
         """The folder for a cell's own checkpoints while it is under way; made if need be, removed by `put`.
 
         Raises:
-            UsageError: this is no address, or the disk refuses.
+            UsageError: the text is no address, or the disk refuses.
         """
         place = self._scratch(address)
-        with files.told(place, "making a folder"):
+        with files.as_usage_errors(place, "making a folder"):
             place.mkdir(parents=True, exist_ok=True)
         return place
 
     def cells(self) -> tuple[tuple[Artifact, ...], tuple[Refused, ...]]:
-        """All readable cells in the order of their addresses, and what else lies among them."""
+        """All readable cells in the order of their addresses, and the files that were refused."""
         found: list[Artifact] = []
         refused: list[Refused] = []
         for path in self._files():
@@ -160,7 +160,7 @@ class Store:
         return tuple(found), tuple(refused)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row per readable cell: its address, `settings.…` and the numbers and texts of `result.…`."""
+        """Flat rows, one per readable cell: its address, `settings.…` and the numbers and texts of `result.…`."""
         return [cell.row() for cell in self.cells()[0]]
 
     def find(self, where: Mapping[str, Any]) -> tuple[Artifact, ...]:
@@ -168,28 +168,22 @@ class Store:
 
         The index says where to look; the cells themselves decide.
         """
-        wanted = {f"settings.{name}": canonical(value, name) for name, value in where.items()}
+        wanted = {f"settings.{name}": canonical_json(value, name) for name, value in where.items()}
         place = self.folder / "index.sqlite"
         if os.access(self.folder, os.W_OK):
             with self._writing():
                 known = index.settings(place, self.folder / "cells")
         else:
             known = index.settings(None, self.folder / "cells")
-        found = (self._readable(name) for name, settings in known.items() if _has(settings, wanted))
+        found = (index.readable(self._json(name)) for name, settings in known.items() if _has(settings, wanted))
         return tuple(cell for cell in found if cell is not None and _has(cell.settings, wanted))
 
     def _files(self) -> list[Path]:
-        """Files among the cells, less weights, which belong to a cell or to one that was never finished."""
+        """Files in the folder of cells but for weights, which belong to a cell or to one that was never finished."""
         folder = self.folder / "cells"
         there = sorted(folder.iterdir()) if folder.is_dir() else []
         weights = {path for path in there if path.suffix == ".safetensors" and is_address(path.stem)}
         return [path for path in there if path not in weights and not path.name.startswith(".")]
-
-    def _readable(self, address: str) -> Artifact | None:
-        try:
-            return self.get(address)
-        except DataError:
-            return None  # `cells` names it
 
     def _whole(self, path: Path) -> bool:
         """True if a cell is finished, weights and all."""
@@ -202,7 +196,7 @@ class Store:
         return cell is not None
 
     def _write(self, path: Path, text: bytes, weights: bytes | None) -> None:
-        """Weights first: without the JSON they are nothing yet, and a JSON that is damaged stays so until the end."""
+        """Write weights and JSON, in this order: without the JSON, weights are no cell yet."""
         path.parent.mkdir(exist_ok=True)
         if weights is None:
             path.with_suffix(".safetensors").unlink(missing_ok=True)
@@ -211,17 +205,17 @@ class Store:
         files.write(path, text, alone=True)
 
     def _tidy(self) -> None:
-        """Remove what a process left that was killed after it had finished a cell and before it removed its scratch."""
+        """Remove scratch folders of finished cells: a process was killed before it could."""
         place = self.folder / "under-way"
         if not place.is_dir() or not os.access(place, os.W_OK):
             return
-        with self._writing(), files.told(place, "tidying up"):
+        with self._writing(), files.as_usage_errors(place, "tidying up"):
             for path in place.iterdir():
                 if is_address(path.name) and self._whole(self._json(path.name)):
                     shutil.rmtree(path)
 
     def _writing(self) -> AbstractContextManager[bool]:
-        """One process writes at a time: cells are written in no time, beside what computing them takes."""
+        """Lock for writing, which one process has at a time: writing takes little, beside what computing takes."""
         return files.locked(self.folder / "locks" / "writing.lock", wait=True)
 
     def _json(self, address: str) -> Path:
@@ -240,5 +234,5 @@ def _checked(address: str) -> str:
 
 
 def _has(settings: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
-    there = flat(settings, "settings")
-    return all(name in there and canonical(there[name], name) == value for name, value in wanted.items())
+    there = flattened(settings, "settings")
+    return all(name in there and canonical_json(there[name], name) == value for name, value in wanted.items())

@@ -12,7 +12,7 @@ import torch
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.core.space import inner
-from isoflat.measures.base import Direction, Findings, Measure, Question, Steps
+from isoflat.measures.base import Findings, Measure, Question, Steps
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.moved import AtWeights
 
@@ -68,9 +68,9 @@ def _crossing(fall: float, step: float, noise: float, rtol: float) -> Generator[
     Yields steps, and is sent the change of the loss after each; an infinite one where it overflows.
 
     Args:
-        fall: slope of the change at zero, turned round.
+        fall: slope at which the loss falls from the start.
         step: first guess.
-        noise: what a change must exceed to count.
+        noise: size below which a change of the loss does not count.
         rtol: relative distance of the ends.
 
     Raises:
@@ -129,9 +129,7 @@ MEASURE = Measure(
     definition="Two over the longest step of steepest descent, in the metric, that does not end above where it began.",
     reference="kalra2026, arXiv:2601.16979; in a metric it is ours",
     units="as the metric's curvature",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
-    needs=lambda settings, options: (_Crossing(),),
+    needs=(_Crossing(),),
     evaluate=_evaluate,
     pitfalls=(
         "geometry='euclidean' is the measure of the paper for plain gradient descent; its step depends on the optimiser. "

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import Direction, Findings, Measure, Question
+from isoflat.measures.base import Findings, Measure, Question
 from isoflat.measures.entries.eigenvalues import eigenvalue, extremes
 from isoflat.measures.settings import Settings
 
@@ -30,8 +30,6 @@ MEASURE = Measure(
     definition="Largest curvature over the largest that descent with this learning rate and momentum can follow: 1 at the edge.",
     reference="cohen2021, arXiv:2103.00065; cohen2022, arXiv:2207.14484",
     units="none (1 is the edge)",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=_needs,
     evaluate=_evaluate,
     geometry="euclidean",

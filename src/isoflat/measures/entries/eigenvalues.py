@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from isoflat.core.estimate import Estimate, Kind
 from isoflat.curvature.matrix import Matrix
 from isoflat.linalg.eigen.extremes import REACHED, Extremes, Which
 from isoflat.linalg.eigen.hard_first import HardFirst
 from isoflat.linalg.eigen.lanczos import Lanczos
-from isoflat.measures.base import Findings, Question, SolverQuery
+from isoflat.measures.base import Findings, Needs, Question, SolverQuery
 from isoflat.measures.settings import Settings
 
 CONFIDENCE = 1 - 1e-6
-"""Default for eigenvalues: the price of certainty is logarithmic."""
+"""Default for eigenvalues: the number of products grows with the logarithm of the failure probability only."""
 
 
-def extremes(
-    which: Which, covariant: bool = False, matrix: Matrix = Matrix.HESSIAN
-) -> Callable[[Settings, Mapping[str, float]], tuple[Question, ...]]:
-    """The question for one end of the spectrum, as a measure's `needs`."""
+def extremes(which: Which, covariant: bool = False, matrix: Matrix = Matrix.HESSIAN) -> Needs:
+    """The question for one end of the spectrum of a curvature matrix, as a measure's `needs`."""
 
     def needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
         solver = Lanczos(

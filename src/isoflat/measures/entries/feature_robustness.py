@@ -16,7 +16,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.rng import stream
 from isoflat.curvature.sweeps import Pass, Sweeps
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.base import DataStatistic, Findings, Measure, Question
 from isoflat.measures.entries.last_layer import MEMORY, Head, LastLayer, gain, last_of
 from isoflat.measures.entries.stochastic import mean_of
 from isoflat.measures.point import EvaluationPoint
@@ -34,8 +34,8 @@ class _Changes(DataStatistic):
 
     Attributes:
         delta: δ.
-        draws: how many A.
-        seed: of them.
+        draws: number of matrices A.
+        seed: seed of these.
     """
 
     delta: float
@@ -113,9 +113,6 @@ MEASURE = Measure(
     formula=r"\mathbb{E}_A\, L(W(\varphi + \delta A \varphi)) - L(W \varphi), \quad A_{ij} \sim \mathcal{N}(0, 1/m)",
     definition="Rise of the loss when the features of the last layer are changed at random by a fraction delta of their length.",
     reference="petzka2021, arXiv:2001.00939",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=_needs,
     evaluate=_evaluate,
     geometry="euclidean",

@@ -2,13 +2,8 @@
 
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Findings, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.statistics import Radial
-
-
-def _evaluate(findings: Findings) -> Estimate:
-    return Estimate.exact(findings.answers[0].result)
-
 
 MEASURE = Measure(
     name="fisher_rao_norm",
@@ -16,10 +11,9 @@ MEASURE = Measure(
     definition="How fast the examples' losses change when all weights grow together, as a mean square.",
     reference="liang2019, arXiv:1711.01530",
     units="squared loss",
-    direction=Direction.LOWER_IS_FLATTER,
     loss_degree=2,
-    needs=lambda settings, options: (Radial(),),
-    evaluate=_evaluate,
+    needs=(Radial(),),
+    evaluate=lambda findings: Estimate.exact(findings.answers[0].result),
     geometry="euclidean",
     claims=frozenset(Invariance),
     pitfalls=(

@@ -2,7 +2,7 @@
 
 from isoflat.curvature.matrix import Matrix
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import Direction, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.eigenvalues import eigenvalue, extremes
 
 MEASURE = Measure(
@@ -11,7 +11,6 @@ MEASURE = Measure(
     definition="Largest second moment of the examples' gradients along a direction, labels of the data.",
     reference="kunstner2019, arXiv:1905.12558; thomas2020, arXiv:1906.07774",
     units="squared loss",
-    direction=Direction.LOWER_IS_FLATTER,
     loss_degree=2,
     needs=extremes(Which.MAGNITUDE, matrix=Matrix.EMPIRICAL_FISHER),
     evaluate=eigenvalue,

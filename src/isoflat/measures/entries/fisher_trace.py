@@ -1,13 +1,8 @@
 """The trace of the gradients' second moment in the metric."""
 
 from isoflat.core.estimate import Estimate
-from isoflat.measures.base import Direction, Findings, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.statistics import FramedMoments
-
-
-def _evaluate(findings: Findings) -> Estimate:
-    return Estimate.exact(float(findings.answers[0].result.sum()))
-
 
 MEASURE = Measure(
     name="fisher_trace",
@@ -15,9 +10,8 @@ MEASURE = Measure(
     definition="Mean square of the examples' gradients in units of the metric, labels of the data.",
     reference="thomas2020, arXiv:1906.07774; kunstner2019, arXiv:1905.12558",
     units="squared loss",
-    direction=Direction.LOWER_IS_FLATTER,
     loss_degree=2,
-    needs=lambda settings, options: (FramedMoments(),),
-    evaluate=_evaluate,
+    needs=(FramedMoments(),),
+    evaluate=lambda findings: Estimate.exact(float(findings.answers[0].result.sum())),
     pitfalls="The trace of the *empirical* Fisher matrix: it vanishes where all examples are fitted, sharp or flat.",
 )

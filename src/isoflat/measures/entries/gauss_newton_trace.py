@@ -1,7 +1,7 @@
 """The Gauss-Newton matrix's trace in the metric."""
 
 from isoflat.curvature.matrix import Matrix
-from isoflat.measures.base import Direction, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.stochastic import trace, trace_of
 
 MEASURE = Measure(
@@ -9,9 +9,6 @@ MEASURE = Measure(
     formula=r"\mathrm{tr}(E^\top G E), \quad G = \mathbb{E}\, J^\top (\partial^2 \ell/\partial z^2)\, J",
     definition="Sum of the curvatures that the loss has in the output, seen from the weights.",
     reference="schraudolph2002; martens2020, arXiv:1412.1193",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=trace_of(Matrix.GAUSS_NEWTON),
     evaluate=trace,
     pitfalls=(

@@ -1,25 +1,17 @@
-"""The gradient's length in the metric."""
+"""Length of the gradient in the metric."""
 
 from isoflat.core.estimate import Estimate
 from isoflat.core.space import norm
-from isoflat.measures.base import Direction, Findings, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.statistics import Gradient
-
-
-def _evaluate(findings: Findings) -> Estimate:
-    return Estimate.exact(norm(findings.answers[0].result))
-
 
 MEASURE = Measure(
     name="gradient_norm",
     formula=r"\lVert E^\top \nabla L \rVert_2",
     definition="Steepest rise of the loss in units of the metric.",
     reference="zhao2022, arXiv:2202.03599; kwon2021, arXiv:2102.11600",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
-    needs=lambda settings, options: (Gradient(),),
-    evaluate=_evaluate,
+    needs=(Gradient(),),
+    evaluate=lambda findings: Estimate.exact(norm(findings.answers[0].result)),
     pitfalls=(
         "Zero at every critical point, sharp or flat: it tells how far training has come. euclidean: ‖g‖; layerwise: "
         "√Σ‖W_i‖²‖g_i‖²; elementwise: ‖|w|·g‖, which is adaptive sharpness to first order, over ρ."

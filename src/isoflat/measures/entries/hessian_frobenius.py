@@ -1,7 +1,7 @@
-"""The plain Hessian's Frobenius norm."""
+"""Frobenius norm of the plain Hessian."""
 
 from isoflat.curvature.matrix import Matrix
-from isoflat.measures.base import Direction, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.stochastic import frobenius, frobenius_of
 
 MEASURE = Measure(
@@ -10,8 +10,6 @@ MEASURE = Measure(
     definition="Root of the sum of squares of all curvatures in the weights as numbers.",
     reference="wu2022, arXiv:2207.02628",
     units="loss per squared weight",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=frobenius_of(Matrix.HESSIAN),
     evaluate=frobenius,
     geometry="euclidean",

@@ -1,7 +1,7 @@
-"""The plain Hessian's norm: the number that a rescaling can move at will."""
+"""Spectral norm of the plain Hessian, which a rescaling can move at will."""
 
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import Direction, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.eigenvalues import eigenvalue, extremes
 
 MEASURE = Measure(
@@ -10,8 +10,6 @@ MEASURE = Measure(
     definition="Largest curvature of the loss in absolute value, in the weights as numbers.",
     reference="dinh2017, arXiv:1703.04933 (why it cannot be trusted)",
     units="loss per squared weight",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=extremes(Which.MAGNITUDE),
     evaluate=eigenvalue,
     geometry="euclidean",

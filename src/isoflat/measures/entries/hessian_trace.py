@@ -1,7 +1,7 @@
-"""The plain Hessian's trace."""
+"""Trace of the plain Hessian."""
 
 from isoflat.curvature.matrix import Matrix
-from isoflat.measures.base import Direction, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.stochastic import trace, trace_of
 
 MEASURE = Measure(
@@ -10,8 +10,6 @@ MEASURE = Measure(
     definition="Sum of all curvatures in the weights as numbers, estimated with random signs.",
     reference="hutchinson1990; yao2020, arXiv:1912.07145",
     units="loss per squared weight",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=trace_of(Matrix.HESSIAN),
     evaluate=trace,
     geometry="euclidean",

@@ -33,12 +33,12 @@ class Head:
     """The layer that gives the scores.
 
     Attributes:
-        name: of its weight.
+        name: name of its weight.
         weight: W, shape `(classes, features)`, float64, times what scores are multiplied by, and its columns times the
             features' deviations if these are normalised.
-        scale: what features are divided by, shape `(features,)`, float64: ones if they are not normalised, infinite for
+        scale: divisors of the features, shape `(features,)`, float64: ones if they are not normalised, infinite for
             those that never change.
-        notes: what a reader must know.
+        notes: remarks that go with every number of this layer.
     """
 
     name: str
@@ -80,17 +80,27 @@ class LastLayer(DataStatistic):
         return Head(name, weight * deviation, torch.where(still, math.inf, deviation), tuple(notes))
 
 
-@final
 @dataclass(frozen=True)
-class LastTrace(DataStatistic):
-    """`Σ_ss' ⟨w_s, w_s'⟩ tr H_ss'` of the last layer: `E[(Σ_s p_s ‖w_s‖² − ‖Σ_s p_s w_s‖²) ‖φ‖²]`."""
+class LastLayerStatistic(DataStatistic):
+    """Statistic of the last layer, from its features and the network's probabilities.
+
+    Attributes:
+        normalised: whether features are normalised, as for `LastLayer`.
+    """
 
     normalised: bool
     framed = False
 
+    @final
     def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
         """The layer that gives the scores."""
         return (LastLayer(self.normalised),)
+
+
+@final
+@dataclass(frozen=True)
+class LastTrace(LastLayerStatistic):
+    """`Σ_ss' ⟨w_s, w_s'⟩ tr H_ss'` of the last layer: `E[(Σ_s p_s ‖w_s‖² − ‖Σ_s p_s w_s‖²) ‖φ‖²]`."""
 
     def sweep(self, point: EvaluationPoint, *found: Any) -> Pass:
         """One forward pass."""
@@ -111,15 +121,8 @@ class LastTrace(DataStatistic):
 
 @final
 @dataclass(frozen=True)
-class LastBlocks(DataStatistic):
+class LastBlocks(LastLayerStatistic):
     """`Σ_s ‖w_s‖² λ_max(H_ss)` of the last layer, with `H_ss = E[p_s (1 − p_s) φ φᵀ]`."""
-
-    normalised: bool
-    framed = False
-
-    def requires(self, point: EvaluationPoint) -> tuple[Question, ...]:
-        """The layer that gives the scores."""
-        return (LastLayer(self.normalised),)
 
     def sweep(self, point: EvaluationPoint, *found: Any) -> Pass:
         """One forward pass, in which a matrix for each class is summed."""
@@ -166,7 +169,7 @@ def _first_seen(point: EvaluationPoint) -> Head:
 
 
 def _mean(point: EvaluationPoint, head: Head, part: Callable[[Tensor, Tensor], Tensor], entries: int) -> Pass:
-    """A mean over the data of something of probabilities and features, as the loss takes it."""
+    """Pass that averages `part(probabilities, features)` over the data, with the weights that the loss gives examples."""
 
     def of_batch(sweeps: Sweeps) -> Tensor:
         features, z = last_of(point, sweeps).inputs.double(), sweeps.z.detach()
@@ -237,7 +240,7 @@ PITFALLS = (
 
 
 def evaluate(findings: Findings) -> Estimate:
-    """The value, and of which layer."""
+    """Estimate of relative flatness, with a note that names the layer."""
     value, head = findings.answers[0].result
     return Estimate.exact(value, f"relative flatness is that of {head.name}", *head.notes)
 

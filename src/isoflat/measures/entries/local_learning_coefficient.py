@@ -19,7 +19,7 @@ from isoflat.curvature.matrix import Curvature
 from isoflat.linalg.eigen.lanczos import Lanczos
 from isoflat.linalg.operator import Pullback
 from isoflat.linalg.solver import products_of
-from isoflat.measures.base import Direction, Findings, Measure, Question, Steps
+from isoflat.measures.base import Findings, Measure, Question, Steps
 from isoflat.measures.entries.stochastic import mean_of
 from isoflat.measures.point import EvaluationPoint
 from isoflat.measures.settings import Settings
@@ -41,11 +41,11 @@ class _Chains(Question):
     Each step is `u ← u − ε/2 (nβ Eᵀ∇L_B + γ u) + √ε ξ`, with nβ = N / ln N.
 
     Attributes:
-        chains: independent runs.
-        draws: steps that count.
-        burn: steps before them.
+        chains: number of independent runs.
+        draws: number of steps that count.
+        burn: number of steps before them.
         localisation: γ.
-        rows: of a minibatch.
+        rows: rows of a minibatch.
     """
 
     chains: int
@@ -143,7 +143,6 @@ MEASURE = Measure(
     definition="Mean rise of the loss in a tempered posterior around the minimum: half the number of directions that it feels.",
     reference="lau2023, arXiv:2308.12108; watanabe2013",
     units="none (half a number of directions)",
-    direction=Direction.LOWER_IS_FLATTER,
     loss_degree=None,
     needs=_needs,
     evaluate=_evaluate,

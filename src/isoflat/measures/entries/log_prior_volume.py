@@ -39,7 +39,7 @@ class PriorKernels:
     Attributes:
         kernels: `Σ_c f_c(x_i) f_c(x_j)` as a mean over the draws of each group: shape `(groups, N, N)`, float64.
         labels: the classes that the network predicts, shape `(N,)`.
-        classes: how many there are.
+        classes: number of classes.
     """
 
     kernels: Tensor
@@ -53,7 +53,7 @@ class _Prior(DataStatistic):
     """The kernel of the architecture's own initialisation, and what the network predicts.
 
     Attributes:
-        draws: of all weights.
+        draws: number of draws of all weights.
     """
 
     framed = False
@@ -127,7 +127,7 @@ def log_density(kernel: Tensor, labels: Tensor, classes: int, noise: float) -> f
     Args:
         kernel: shape `(N, N)`, float64.
         labels: class indices, shape `(N,)`.
-        classes: how many there are.
+        classes: number of classes.
         noise: variance added to the kernel's diagonal.
     """
     rows = len(labels)

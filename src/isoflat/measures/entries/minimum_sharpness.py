@@ -15,7 +15,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.base import DataStatistic, Measure, Question
 from isoflat.measures.entries.statistics import BlockTraces
 from isoflat.measures.point import EvaluationPoint
 from isoflat.symmetry.canonical.potential import Mass, least
@@ -52,7 +52,7 @@ class _LeastOverLayers(DataStatistic):
 
 
 def _masses(chain: LayerScale, traces: dict[str, float], state: State) -> list[Mass]:
-    """In coordinates z with `log a_l = z_l − z_{l−1}`, so that biases scale by z_l alone."""
+    """Block traces in coordinates z with `log a_l = z_l − z_{l−1}`, so that biases scale by z_l alone."""
     found = []
     for place, (weight, bias) in enumerate(zip(chain.weights, chain.biases, strict=True)):
         row = np.zeros((2, chain.dimension + 2))
@@ -65,20 +65,13 @@ def _masses(chain: LayerScale, traces: dict[str, float], state: State) -> list[M
     return found
 
 
-def _evaluate(findings: Findings) -> Estimate:
-    return Estimate.exact(findings.answers[0].result)
-
-
 MEASURE = Measure(
     name="minimum_sharpness",
     formula=r"\min_{a} \sum_l t_l / a_l^2 + b_l / (a_1 \cdots a_l)^2, \quad \prod_l a_l = 1",
     definition="Smallest trace of the Hessian among all networks that rescaling whole layers makes of this one.",
     reference="ibayashi2021, arXiv:2106.12612",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
-    needs=lambda settings, options: (_LeastOverLayers(),),
-    evaluate=_evaluate,
+    needs=(_LeastOverLayers(),),
+    evaluate=lambda findings: Estimate.exact(findings.answers[0].result),
     geometry="euclidean",
     claims=frozenset({Invariance.LAYERS, Invariance.ORDER}),
     pitfalls=(

@@ -10,7 +10,7 @@ from torch import Tensor
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.geometry.traced import Traced
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.base import DataStatistic, Findings, Measure, Question
 from isoflat.measures.entries.statistics import GaussNewtonDiagonal
 from isoflat.measures.point import EvaluationPoint
 from isoflat.symmetry.canonical.potential import Mass, least
@@ -52,10 +52,7 @@ MEASURE = Measure(
     formula=r"\min_{s} \sum_j G_{jj} / s_j^2",
     definition="Smallest trace of the curvature among all networks that rescaling single units makes of this one.",
     reference="ibayashi2021, arXiv:2106.12612 (for whole layers); for units it is ours",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
-    needs=lambda settings, options: (_LeastOverUnits(),),
+    needs=(_LeastOverUnits(),),
     evaluate=_evaluate,
     geometry="auto",
     claims=frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS, Invariance.ORDER}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -12,7 +11,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.curvature.block_trace import check_blocks
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.base import DataStatistic, Findings, Measure, Question
 from isoflat.measures.entries.statistics import GaussNewtonDiagonal
 from isoflat.measures.point import EvaluationPoint
 
@@ -23,7 +22,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 @final
 @dataclass(frozen=True)
 class _Neurons(DataStatistic):
-    """`Σ_l Σ_j ‖w_j‖² tr H_jj`, and the matrices that have no neurons."""
+    """`Σ_l Σ_j ‖w_j‖² tr H_jj`, and the names of weight matrices that have no neurons."""
 
     framed = False
 
@@ -56,10 +55,6 @@ def _with_neurons(point: EvaluationPoint) -> list[str]:
     return [name for name in point.state.parameters if name in owners]
 
 
-def _needs(settings: Any, options: Mapping[str, float]) -> tuple[DataStatistic, ...]:
-    return (_Neurons(),)
-
-
 def _evaluate(findings: Findings) -> Estimate:
     value, rest = findings.answers[0].result
     notes = [f"belongs to no linear layer or convolution, and is left out: {', '.join(rest)}"] if rest else []
@@ -71,10 +66,7 @@ MEASURE = Measure(
     formula=r"\sum_l \sum_j \lVert w_j^l \rVert^2\, \mathrm{tr}\, H_{jj}^l",
     definition="Trace of each neuron's own block of the Hessian in units of its incoming weights, over all neurons.",
     reference="petzka2019, arXiv:1912.00058",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
-    needs=_needs,
+    needs=(_Neurons(),),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset({Invariance.LAYERS, Invariance.NORMS, Invariance.ORDER}),

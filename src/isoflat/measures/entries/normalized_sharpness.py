@@ -11,7 +11,7 @@ from torch import Tensor
 from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.base import DataStatistic, Measure, Question
 from isoflat.measures.entries.statistics import GaussNewtonDiagonal
 from isoflat.measures.point import EvaluationPoint
 from isoflat.symmetry.canonical.potential import Mass, least
@@ -20,7 +20,7 @@ from isoflat.symmetry.canonical.potential import Mass, least
 @final
 @dataclass(frozen=True)
 class _BestNoise(DataStatistic):
-    """Best noise of each weight tensor: `min Σ_ij h_ij r_i c_j + w_ij² / (r_i c_j)` over positive r and c."""
+    """Sum over the weight tensors of `min Σ_ij h_ij r_i c_j + w_ij² / (r_i c_j)` over positive r and c."""
 
     framed = False
 
@@ -28,17 +28,17 @@ class _BestNoise(DataStatistic):
         """The diagonal of the Gauss-Newton matrix."""
         return (GaussNewtonDiagonal(),)
 
-    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> dict[str, float]:
+    def finish(self, point: EvaluationPoint, total: Tensor | None, *found: Any) -> float:
         """Newton's method, without data."""
         diagonal = point.state.space.unflatten(found[0])
         weights = {name: tensor for name, tensor in point.state.parameters.items() if tensor.ndim >= 2}
         if not weights:
             raise UsageError("normalized_sharpness is a sum over weight matrices, and no trainable tensor is one")
-        return {name: _layer(name, diagonal[name], tensor) for name, tensor in weights.items()}
+        return sum(_least_of_layer(name, diagonal[name], tensor) for name, tensor in weights.items())
 
 
-def _layer(name: str, curvature: Tensor, weight: Tensor) -> float:
-    """Kernels of convolutions are summed over their window first."""
+def _least_of_layer(name: str, curvature: Tensor, weight: Tensor) -> float:
+    """The minimum for one weight tensor; kernels of convolutions are summed over their window first."""
     h, w = (part.double().cpu().flatten(2).sum(2) if part.ndim > 2 else part.double().cpu() for part in (
         curvature, weight.detach().double().square()
     ))  # fmt: skip
@@ -52,20 +52,15 @@ def _layer(name: str, curvature: Tensor, weight: Tensor) -> float:
     return least([up, down], size)[0]
 
 
-def _evaluate(findings: Findings) -> Estimate:
-    return Estimate.exact(sum(findings.answers[0].result.values()))
-
-
 MEASURE = Measure(
     name="normalized_sharpness",
     formula=r"\sum_l \min_{r, c > 0} \sum_{ij} h^l_{ij} r_i c_j + (w^l_{ij})^2 / (r_i c_j)",
     definition="Expected rise of the loss plus the size of weights, at the best scale of noise for each row and column.",
     reference="tsuzuku2020, arXiv:1901.04653",
     units="√loss · weight; see pitfalls",
-    direction=Direction.LOWER_IS_FLATTER,
     loss_degree=0.5,
-    needs=lambda settings, options: (_BestNoise(),),
-    evaluate=_evaluate,
+    needs=(_BestNoise(),),
+    evaluate=lambda findings: Estimate.exact(findings.answers[0].result),
     geometry="euclidean",
     claims=frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS, Invariance.ORDER}),
     provisional=(

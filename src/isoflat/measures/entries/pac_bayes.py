@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
-from isoflat.measures.base import DataStatistic, Question
+from isoflat.measures.base import DataStatistic, Needs, Question
 from isoflat.measures.entries.statistics import GaussNewtonDiagonal
 from isoflat.measures.point import EvaluationPoint
+from isoflat.measures.settings import Settings
 
 BOUNDED = (
     "It bounds losses that lie in [0, 1], such as cross-entropy cut off and divided by its largest value: with others it is a "
     "measure of complexity, no guarantee. sigma, and all else that the prior depends on, must be chosen without these data."
 )
-"""What to know of all of them."""
+"""Warning that every bound carries."""
 
 
 @final
@@ -66,6 +67,20 @@ class FromInitial(DataStatistic):
         assert point.initial is not None
         distance = float((point.state.vector.double() - point.initial).square().sum())
         return BoundTerms(found[0], distance, point.survey.rows)
+
+
+def bound_terms(name: str) -> Needs:
+    """The question for the terms of a bound around the weights before training, as a measure's `needs`.
+
+    Args:
+        name: the measure, named where its parameters have no meaning.
+    """
+
+    def needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
+        check_options(name, options)
+        return (FromInitial(),)
+
+    return needs
 
 
 def check_mean(point: EvaluationPoint) -> None:

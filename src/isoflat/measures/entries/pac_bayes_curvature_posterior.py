@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from isoflat.core.estimate import Estimate
-from isoflat.measures.base import Direction, Findings, Measure, Question
-from isoflat.measures.entries.pac_bayes import BOUNDED, FromInitial, catoni, check_options, curvature_posterior
-from isoflat.measures.settings import Settings
+from isoflat.measures.base import Findings, Measure
+from isoflat.measures.entries.pac_bayes import BOUNDED, bound_terms, catoni, curvature_posterior
 
 NAME = "pac_bayes_curvature_posterior"
-
-
-def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
-    check_options(NAME, options)
-    return (FromInitial(),)
 
 
 def _evaluate(findings: Findings) -> Estimate:
@@ -37,9 +29,8 @@ MEASURE = Measure(
     ),
     reference="pitas2019, arXiv:1909.03009",
     units="loss, for losses in [0, 1]",
-    direction=Direction.LOWER_IS_FLATTER,
     loss_degree=None,
-    needs=_needs,
+    needs=bound_terms(NAME),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset(),

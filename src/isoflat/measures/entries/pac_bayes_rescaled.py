@@ -28,7 +28,7 @@ from isoflat.core.errors import UnsupportedModel
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
 from isoflat.geometry.traced import Traced
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.base import DataStatistic, Findings, Measure, Question
 from isoflat.measures.entries.pac_bayes import BOUNDED, catoni, check_mean, check_options
 from isoflat.measures.entries.statistics import GaussNewtonDiagonal
 from isoflat.measures.point import EvaluationPoint
@@ -45,11 +45,11 @@ Vector = NDArray[np.float64]
 
 @final
 @dataclass(frozen=True)
-class _Tensor:
+class _TensorShare:
     """One tensor's share of K.
 
     Attributes:
-        scaling: how its scale depends on z.
+        scaling: the dependence of its scale on z.
         norms: `θ²/σ²`, in the scaling's view.
         widths: `ln(βN σ² h)`, likewise; −∞ without curvature.
     """
@@ -77,18 +77,18 @@ class _Tensor:
         return found
 
 
-def least(tensors: Sequence[_Tensor], size: int) -> float:
+def least(tensors: Sequence[_TensorShare], size: int) -> float:
     """The smallest value of K over z, to rounding, by Newton's method with conjugate gradients.
 
     Third derivatives in x are no larger than second ones: steps damped by `ln(1 + m)/m`, m the largest change of an x, always
     descend.
 
     Args:
-        tensors: those that some scale moves.
+        tensors: the tensors that some scale moves.
         size: dimension of z.
 
     Raises:
-        UnsupportedModel: it was not reached.
+        UnsupportedModel: the minimum was not reached.
     """
     z = torch.zeros(size, dtype=torch.float64)
     for _ in range(STEPS):
@@ -107,7 +107,7 @@ def least(tensors: Sequence[_Tensor], size: int) -> float:
     )
 
 
-def _newton(tensors: Sequence[_Tensor], curvatures: Sequence[Tensor], gradient: Vector) -> Vector:
+def _newton(tensors: Sequence[_TensorShare], curvatures: Sequence[Tensor], gradient: Vector) -> Vector:
     pairs = list(zip(tensors, curvatures, strict=True))
     size = len(gradient)
 
@@ -152,7 +152,7 @@ class _LeastComplexity(DataStatistic):
             spread = factor * diagonal[name].cpu().view_as(norms)
             if name in moving:
                 e = moving[name]
-                tensors.append(_Tensor(e, norms.reshape(e.view), spread.log().reshape(e.view)))
+                tensors.append(_TensorShare(e, norms.reshape(e.view), spread.log().reshape(e.view)))
             else:
                 still += 0.5 * float((norms + spread.log1p()).sum())
         return still + (least(tensors, group.size) if tensors else 0.0), rows
@@ -182,7 +182,6 @@ MEASURE = Measure(
     ),
     reference="rouchouse2025, arXiv:2509.26149 (rescaling); pitas2019, arXiv:1909.03009 (posterior)",
     units="loss, for losses in [0, 1]",
-    direction=Direction.LOWER_IS_FLATTER,
     loss_degree=None,
     needs=_needs,
     evaluate=_evaluate,

@@ -12,7 +12,7 @@ from isoflat.core.errors import UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.preconditioned import Preconditioned
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure, Question
+from isoflat.measures.base import DataStatistic, Findings, Measure, Question
 from isoflat.measures.entries.eigenvalues import eigenvalue, extremes
 from isoflat.measures.point import EvaluationPoint
 from isoflat.measures.settings import Settings
@@ -49,8 +49,6 @@ MEASURE = Measure(
     definition="Largest curvature, in the optimiser's metric, over the largest that its steps can follow: 1 at the edge.",
     reference="cohen2022, arXiv:2207.14484",
     units="none (1 is the edge)",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=_needs,
     evaluate=_evaluate,
     claims=frozenset(),

@@ -1,13 +1,11 @@
-"""In how many directions the curvature lies."""
+"""Number of directions that share the curvature."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from isoflat.core.density import Density
-from isoflat.core.estimate import Estimate
 from isoflat.linalg.density.deflated import Deflated
-from isoflat.measures.base import Direction, Findings, Measure, Question, SolverQuery
+from isoflat.measures.base import Direction, Measure, Question, SolverQuery
 from isoflat.measures.entries.stochastic import CONFIDENCE
 from isoflat.measures.settings import Settings
 
@@ -19,11 +17,6 @@ def _needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, 
     return (SolverQuery(Deflated(outliers, probes, steps, confidence, price, settings.budget.seconds)),)
 
 
-def _evaluate(findings: Findings) -> Estimate:
-    density: Density = findings.answers[0].result
-    return density.participation()
-
-
 MEASURE = Measure(
     name="quotient_effective_rank",
     formula=r"(\mathrm{tr}\, A)^2 / \lVert A \rVert_F^2, \quad A = E^\top \nabla^2 L\, E",
@@ -33,7 +26,7 @@ MEASURE = Measure(
     direction=Direction.HIGHER_IS_FLATTER,
     loss_degree=0,
     needs=_needs,
-    evaluate=_evaluate,
+    evaluate=lambda findings: findings.answers[0].result.participation(),
     options={"outliers": 24, "probes": 4, "steps": 32},
     pitfalls="isoflat.spectrum gives the whole density. Negative curvatures cancel in the trace and not below it.",
 )

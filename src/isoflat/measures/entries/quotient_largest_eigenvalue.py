@@ -1,7 +1,7 @@
 """Upper end of the quotient spectrum, with its sign."""
 
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import Direction, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.eigenvalues import curvature, eigenvalue, extremes
 
 MEASURE = Measure(
@@ -9,9 +9,6 @@ MEASURE = Measure(
     formula=r"\lambda_{\max}(E^\top \nabla^2 L\, E)",
     definition="Largest eigenvalue, sign kept, of the Hessian in units of each tensor's norm.",
     reference="rangamani2019, arXiv:1902.02434",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=extremes(Which.LARGEST),
     evaluate=eigenvalue,
     curvature=curvature,

@@ -1,8 +1,8 @@
-"""The paper's number in Keskar's form."""
+"""The Hessian's spectral norm in the metric, as a sharpness in Keskar's form."""
 
 from isoflat.core.estimate import Estimate
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import Direction, Findings, Measure
+from isoflat.measures.base import Findings, Measure
 from isoflat.measures.entries.eigenvalues import curvature, eigenvalue, extremes
 
 
@@ -18,7 +18,6 @@ MEASURE = Measure(
     definition="Second-order rise of the loss within a ball of relative radius ε, over 1 + loss.",
     reference="rangamani2019, arXiv:1902.02434; keskar2017, arXiv:1609.04836",
     units="none (1 + loss fixes a unit of loss)",
-    direction=Direction.LOWER_IS_FLATTER,
     loss_degree=None,
     needs=extremes(Which.MAGNITUDE),
     evaluate=_evaluate,

@@ -1,7 +1,7 @@
-"""The paper's number."""
+"""The Hessian's spectral norm in the metric: the number of Rangamani and others."""
 
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import Direction, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.eigenvalues import curvature, eigenvalue, extremes
 
 MEASURE = Measure(
@@ -9,9 +9,6 @@ MEASURE = Measure(
     formula=r"\lVert E^\top \nabla^2 L\, E \rVert_2, \quad E = \mathrm{blockdiag}(\lVert W_i\rVert_F I)",
     definition="Largest curvature of the loss in absolute value, along moves measured in units of each tensor's norm.",
     reference="rangamani2019, arXiv:1902.02434",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=extremes(Which.MAGNITUDE),
     evaluate=eigenvalue,
     curvature=curvature,

@@ -8,7 +8,7 @@ kernels c and c' is `E[V_:cᵀ (diag p − p pᵀ) V_:c' ψ_c ψ_c'ᵀ]`: no der
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, final
@@ -22,7 +22,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.core.space import norm
 from isoflat.curvature.block_trace import check_blocks
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure
+from isoflat.measures.base import DataStatistic, Findings, Measure
 from isoflat.measures.entries.last_layer import gain
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.likelihood import likelihood
@@ -45,12 +45,12 @@ class _Layers:
     """The last convolution and the linear layer, in one batch.
 
     Attributes:
-        name: of the kernel.
+        name: name of the kernel.
         module: the convolution.
         kernel: shape `(channels, in, *window)`.
-        inputs: of the convolution, shape `(rows, in, *positions)`.
-        output: of the convolution, shape `(rows, channels, *positions)`.
-        head: V, shape `(classes, channels)`, times what scores are multiplied by.
+        inputs: inputs of the convolution, shape `(rows, in, *positions)`.
+        output: output of the convolution, shape `(rows, channels, *positions)`.
+        head: V times the factor of the scores, shape `(classes, channels)`.
         z: scores, shape `(rows, classes)`.
         count: counted targets or their weights.
     """
@@ -134,6 +134,8 @@ def _inside(path: str, name: str) -> str:
 
 
 def _name(calls: list[str], path: str) -> Any:
+    """Hook that adds the path of a layer to a list at each call."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         calls.append(path)
 
@@ -141,7 +143,7 @@ def _name(calls: list[str], path: str) -> Any:
 
 
 def _last(call: list[_Call], path: str) -> Any:
-    """Keeps copies of the latest call only: layers that work in place overwrite what they are given."""
+    """Hook that keeps copies of the latest call only: layers that work in place overwrite what they are given."""
 
     def hook(module: Any, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
         call[:] = [(path, module, (args[0] if args else named["input"]).clone(), output.clone())]
@@ -150,7 +152,7 @@ def _last(call: list[_Call], path: str) -> Any:
 
 
 def _pieces(layers: _Layers) -> Iterator[slice]:
-    """So few rows at a time that their patches fit into memory."""
+    """Ranges of rows, so few at a time that their patches fit into memory."""
     channels, patch = len(layers.kernel), layers.kernel[0].numel()
     per_row = 8 * (patch * (channels + layers.output[0, 0].numel()) + channels * channels)
     step = max(1, MEMORY // per_row)
@@ -190,10 +192,6 @@ def _evaluate(findings: Findings) -> Estimate:
     return Estimate.exact(value, f"relative flatness is that of {name}")
 
 
-def _needs(settings: Any, options: Mapping[str, float]) -> tuple[DataStatistic, ...]:
-    return (_KernelTrace(),)
-
-
 MEASURE = Measure(
     name="relative_flatness_conv",
     formula=(
@@ -202,10 +200,7 @@ MEASURE = Measure(
     ),
     definition="Curvature of the last convolution before mean pooling and a linear layer, in units of its kernels.",
     reference="taleghani2026, arXiv:2603.09016",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
-    needs=_needs,
+    needs=(_KernelTrace(),),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset({Invariance.LAYERS, Invariance.ORDER}),

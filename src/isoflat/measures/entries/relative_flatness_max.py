@@ -1,6 +1,6 @@
 """Relative flatness of the last layer by largest eigenvalues."""
 
-from isoflat.measures.base import Direction, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.last_layer import PITFALLS, LastBlocks, claims, evaluate
 
 MEASURE = Measure(
@@ -8,9 +8,6 @@ MEASURE = Measure(
     formula=r"\sum_s \lVert w_s \rVert^2 \lambda_{\max}(H_{s,s})",
     definition="Largest curvature of each row of the last layer in units of that row, added up.",
     reference="petzka2021, arXiv:2001.00939",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=lambda settings, options: (LastBlocks(bool(options["normalised"])),),
     evaluate=evaluate,
     geometry="euclidean",

@@ -1,7 +1,7 @@
 """The covariant Hessian of the metric."""
 
 from isoflat.linalg.eigen.extremes import Which
-from isoflat.measures.base import Direction, Measure
+from isoflat.measures.base import Measure
 from isoflat.measures.entries.eigenvalues import curvature, eigenvalue, extremes
 
 MEASURE = Measure(
@@ -15,9 +15,6 @@ MEASURE = Measure(
         "directions lie exactly in its kernel (networks without biases), at a minimum or not."
     ),
     reference="rangamani2019, arXiv:1902.02434; the connection term is ours",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=extremes(Which.MAGNITUDE, covariant=True),
     evaluate=eigenvalue,
     curvature=curvature,

@@ -14,7 +14,7 @@ from isoflat.core.errors import NonFinite, UsageError
 from isoflat.core.estimate import Estimate
 from isoflat.core.rng import stream
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Findings, Measure, Question, Steps
+from isoflat.measures.base import Findings, Measure, Question, Steps
 from isoflat.measures.entries.stochastic import mean_of
 from isoflat.measures.point import EvaluationPoint
 from isoflat.measures.settings import Settings
@@ -28,7 +28,7 @@ class _Losses(Question):
 
     Attributes:
         sigma: σ.
-        draws: how many.
+        draws: number of draws.
     """
 
     framed = False
@@ -80,9 +80,6 @@ MEASURE = Measure(
     formula=r"\left( \mathbb{E}_z\, (L(\theta + \sigma |\theta| z) - \mathbb{E}_z L)^k \right)^{1/k}",
     definition="How much the loss varies under Gaussian noise in proportion to each weight: its k-th central moment's root.",
     reference="chen2022, IEEE Transactions on Neural Networks and Learning Systems (no preprint found)",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
     needs=_needs,
     evaluate=_evaluate,
     geometry="euclidean",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from isoflat.core.estimate import Estimate, Kind
@@ -11,17 +11,15 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.linalg.trace.base import TraceEstimate, deviation, quantile
 from isoflat.linalg.trace.frobenius import Frobenius, FrobeniusEstimate
 from isoflat.linalg.trace.hutchinson import Hutchinson
-from isoflat.measures.base import Findings, Question, SolverQuery
+from isoflat.measures.base import Findings, Needs, Question, SolverQuery
 from isoflat.measures.settings import Settings
 
 CONFIDENCE = 0.95
 """Default for t-intervals: what random probes leave open shrinks with their number only as `1/√probes`."""
 
-Needs = Callable[[Settings, Mapping[str, float]], tuple[Question, ...]]
-
 
 def trace_of(matrix: Matrix) -> Needs:
-    """The question for a trace, as a measure's `needs`."""
+    """The question for the trace of a curvature matrix, as a measure's `needs`."""
 
     def needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
         return (SolverQuery(Hutchinson(probes=settings.probes, confidence=_confidence(settings)), matrix=matrix),)
@@ -30,7 +28,7 @@ def trace_of(matrix: Matrix) -> Needs:
 
 
 def frobenius_of(matrix: Matrix) -> Needs:
-    """The question for a Frobenius norm, as a measure's `needs`."""
+    """The question for the Frobenius norm of a curvature matrix, as a measure's `needs`."""
 
     def needs(settings: Settings, options: Mapping[str, float]) -> tuple[Question, ...]:
         return (SolverQuery(Frobenius(probes=settings.probes, confidence=_confidence(settings)), matrix=matrix),)
@@ -57,8 +55,8 @@ def mean_of(findings: Findings, samples: Sequence[float], *notes: str, remedy: s
     Args:
         findings: whose settings say how wide it may be, and with what confidence it is to hold.
         samples: two or more.
-        notes: to print with it.
-        remedy: what narrows it, where it is too wide.
+        *notes: remarks to print with it.
+        remedy: advice that narrows the interval, given where it is too wide.
     """
     confidence, count = _confidence(findings.settings), len(samples)
     value, error = fmean(samples), deviation(samples) / math.sqrt(count)

@@ -13,7 +13,7 @@ from isoflat.core.estimate import Estimate
 from isoflat.curvature.fisher import counts_of
 from isoflat.curvature.gauss_newton import gauss_newton
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import DataStatistic, Direction, Findings, Measure
+from isoflat.measures.base import DataStatistic, Findings, Measure
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
@@ -69,10 +69,7 @@ MEASURE = Measure(
     formula=r"\mathrm{tr}(G^{+} C) / N",
     definition="Second moment of the gradients over curvature, in every direction: what the training loss hides of the test loss.",
     reference="thomas2020, arXiv:1906.07774; takeuchi1976",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
-    needs=lambda settings, options: (_Full(),),
+    needs=(_Full(),),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset(Invariance),

@@ -4,7 +4,7 @@ import torch
 
 from isoflat.core.estimate import Estimate
 from isoflat.geometry.base import Invariance
-from isoflat.measures.base import Direction, Findings, Measure
+from isoflat.measures.base import Findings, Measure
 from isoflat.measures.entries.statistics import GaussNewtonDiagonal, RowMoments
 
 
@@ -21,10 +21,7 @@ MEASURE = Measure(
     formula=r"\frac{1}{N} \sum_j C_{jj} / G_{jj}",
     definition="Second moment of the gradients over curvature, weight by weight: what the training loss hides of the test loss.",
     reference="thomas2020, arXiv:1906.07774; naganuma2026, arXiv:2602.23219",
-    units="loss",
-    direction=Direction.LOWER_IS_FLATTER,
-    loss_degree=1,
-    needs=lambda settings, options: (RowMoments(), GaussNewtonDiagonal()),
+    needs=(RowMoments(), GaussNewtonDiagonal()),
     evaluate=_evaluate,
     geometry="euclidean",
     claims=frozenset({Invariance.LAYERS, Invariance.UNITS, Invariance.NORMS, Invariance.ORDER}),

@@ -32,8 +32,8 @@ def page(comparison: Comparison, subject: Mapping[str, Any]) -> Page:
     """Page of a comparison, ready to be rendered.
 
     Args:
-        comparison: what was found.
-        subject: what was compared, as in the JSON of `isoflat compare`.
+        comparison: the comparison.
+        subject: its networks, data and loss, as in the JSON of `isoflat compare`.
     """
     found = tamed(comparison)
     first, *others = found.sentences
@@ -87,7 +87,7 @@ def blocks(comparison: Comparison) -> list[Grid | Plate]:
     """The figure, then for each number its ranking and its differences.
 
     Args:
-        comparison: with texts that a page can show.
+        comparison: the comparison, with texts that a page can show (`tamed`).
     """
     made: list[Grid | Plate] = list(_figures(comparison))
     for number in comparison.numbers:
@@ -96,11 +96,11 @@ def blocks(comparison: Comparison) -> list[Grid | Plate]:
 
 
 def warnings(comparison: Comparison, subject: Mapping[str, Any]) -> tuple[Prose, ...]:
-    """Paragraphs to read before believing it."""
+    """Warnings to read before a comparison is believed."""
     loading = subject.get("notes")
     told = [*parts.unconverged(comparison.rows), *comparison.notes, *comparison.remarks]
     told += [brief(note, TEXT) for note in loading] if isinstance(loading, list) else []
-    return parts.warnings(told)
+    return parts.warning_blocks(told)
 
 
 def provenance(rows: Sequence[Record], subject: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -136,23 +136,21 @@ def _figures(comparison: Comparison) -> tuple[Plate, ...]:
 
 def _ranking(comparison: Comparison, number: tuple[str, str]) -> Grid:
     """One line for each network, flattest first."""
-    lower = next(gap.lower_is_flatter for gap in comparison if (gap.measure, gap.geometry) == number)
     places = comparison.ranks(number)
-    rows = {row.label: row for row in comparison.rows if (row.measure, row.geometry) == number}
-    order = sorted(rows, key=lambda label: (*places[label], (1 if lower else -1) * rows[label].estimate.value))
+    way = "lower" if comparison.lower_is_flatter(number) else "higher"
     return Grid(
-        f"{number[0]} ({number[1]}): {'lower' if lower else 'higher'} is flatter. Flattest first.",
+        f"{number[0]} ({number[1]}): {way} is flatter. Flattest first.",
         ("network", "rank", "loss", "accuracy", "value", "interval"),
         tuple(
             (
-                label,
-                "–".join(map(str, dict.fromkeys(places[label]))),
-                f"{rows[label].point.loss:.4g}",
-                "–" if (accuracy := rows[label].point.accuracy) is None else f"{accuracy:.4g}",
-                str(rows[label].estimate) + ("" if rows[label].estimate.converged else " (not converged)"),
-                interval(rows[label].estimate),
+                row.label,
+                "–".join(map(str, dict.fromkeys(places[row.label]))),
+                f"{row.point.loss:.4g}",
+                "–" if row.point.accuracy is None else f"{row.point.accuracy:.4g}",
+                str(row.estimate) + ("" if row.estimate.converged else " (not converged)"),
+                interval(row.estimate),
             )
-            for label in order
+            for row in comparison.ranking(number)
         ),
     )
 

@@ -7,7 +7,7 @@ from statistics import median
 
 from isoflat.core.estimate import interval
 from isoflat.core.render import rounded
-from isoflat.experiments.demonstration import DemoArm, DemoLine, DemoResult, Trained
+from isoflat.experiments.demonstration import DemoArm, DemoLine, DemoNetwork, DemoResult
 from isoflat.experiments.ladders import Ladder
 from isoflat.experiments.numbers import CANONICAL, NUMBERS, PAPER
 from isoflat.report import tables
@@ -43,8 +43,8 @@ def page(result: DemoResult, command: str) -> Page:
     """Page of the demonstration, ready to be rendered.
 
     Args:
-        result: what was found.
-        command: what was typed to find it.
+        result: the demonstration's result.
+        command: the command line that makes it.
     """
     plan = result.plan
     main = result.verdicts.get(CANONICAL.name)
@@ -137,7 +137,7 @@ def _summary(result: DemoResult) -> Grid:
     )
 
 
-def _arm(networks: tuple[Trained, ...], arm: DemoArm) -> tuple[str, ...]:
+def _arm(networks: tuple[DemoNetwork, ...], arm: DemoArm) -> tuple[str, ...]:
     def spread(values: list[float], written: Callable[[float], str] = rounded) -> str:
         return f"{written(median(values))} ({written(min(values))}–{written(max(values))})"
 
@@ -226,8 +226,8 @@ def _numbers(result: DemoResult) -> tuple[Grid, ...]:
 
 def _warnings(result: DemoResult) -> tuple[Prose, ...]:
     told = [f"{network.label} missed the target loss: {network.training.loss:.4g}." for network in result.missed]
-    told += [*parts.unconverged(result.records), *tables.warnings(result.records)]
-    return parts.warnings(told, "every network reached the target, every number converged")
+    told += [*parts.unconverged(result.records), *tables.network_notes(result.records)]
+    return parts.warning_blocks(told, "every network reached the target, every number converged")
 
 
 def _provenance(result: DemoResult, command: str) -> parts.Pairs:

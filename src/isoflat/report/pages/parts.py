@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from isoflat.core.estimate import Estimate
+from isoflat.core.estimate import Estimate, interval
 from isoflat.core.record import Record
 from isoflat.core.render import visible
-from isoflat.core.table import Omission, interval
+from isoflat.core.table import Omission
 from isoflat.report import tables
 from isoflat.report.document import Definitions, Grid, Plate, Prose, Section
 from isoflat.report.drawing import markup
@@ -45,7 +45,7 @@ RANK_TEST = (
 )
 
 WARNINGS = "Warnings"
-"""Title of the section that says what to know before believing the page."""
+"""Title of the section of warnings."""
 
 
 def closing(reading: Pairs, numbers: Sequence[Grid], told: Sequence[Prose], provenance: Pairs) -> tuple[Section, ...]:
@@ -65,12 +65,12 @@ def closing(reading: Pairs, numbers: Sequence[Grid], told: Sequence[Prose], prov
     )
 
 
-def warnings(told: Iterable[str], none: str = "every number converged") -> tuple[Prose, ...]:
+def warning_blocks(told: Iterable[str], none: str = "every number converged") -> tuple[Prose, ...]:
     """Warnings, each once.
 
     Args:
-        told: their texts.
-        none: what is true where there are none.
+        told: texts of the warnings.
+        none: statement that is printed where there are none.
     """
     return tuple(Prose(text) for text in dict.fromkeys(told)) or (Prose(f"None: {none}."),)
 
@@ -114,7 +114,7 @@ def groups(records: Iterable[Record]) -> str:
 
 
 def origins(records: Sequence[Record]) -> Pairs:
-    """Symmetry groups and versions of what was measured."""
+    """Names and values of the symmetry groups and versions behind records."""
     return (("Groups", groups(records)), *tables.versions(records))
 
 
@@ -168,8 +168,8 @@ def tame(record: Record, label: str) -> Record:
     """The record with texts that a page can show.
 
     Args:
-        record: as read.
-        label: what its network is called there.
+        record: the record as it was read.
+        label: name of its network on the page.
     """
     return replace(
         record,
@@ -205,7 +205,7 @@ def plates(panels: Sequence[Panel], caption: str, alternative: str) -> tuple[Pla
 
     Args:
         panels: all numbers of which are `drawable`.
-        caption: of each figure.
+        caption: caption of each figure.
         alternative: the same for those who cannot see it.
     """
     made = []

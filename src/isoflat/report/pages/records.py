@@ -14,8 +14,8 @@ from isoflat.core.estimate import interval
 from isoflat.core.plain import attributes
 from isoflat.core.record import Record
 from isoflat.core.render import leading, rounded
-from isoflat.experiments.results import Contest, Results, StoredNumber
-from isoflat.io.strict import flat
+from isoflat.experiments.results import Results, StoredComparison, StoredNumber
+from isoflat.io.strict import flattened
 from isoflat.report import tables
 from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.figures import Panel
@@ -48,11 +48,11 @@ def page(results: Results, command: str) -> Page:
     """Page of a folder, ready to be rendered.
 
     Args:
-        results: what was read.
-        command: what was typed to show it.
+        results: the results that were read.
+        command: the command line that shows them.
     """
-    if len(results.contests) == 1 and not results.found:
-        contest = results.contests[0]
+    if len(results.comparisons) == 1 and not results.found:
+        contest = results.comparisons[0]
         return with_warnings(compare_report.page(contest.comparison, contest.subject), refusals(results))
     records = tamed(numbers_of(results))
     numbers, networks = len(records), _networks(records)
@@ -68,11 +68,11 @@ def page(results: Results, command: str) -> Page:
             ("Numbers", str(numbers)),
             ("Converged", f"{numbers - open_ends} of {numbers}"),
             ("Data sets", str(len({record.data_hash for record in records}))),
-            ("Products", str(sum(record.estimate.cost.products for record in records))),
+            ("Hessian-vector products", str(sum(record.estimate.cost.products for record in records))),
             ("Time", f"{math.fsum(record.estimate.cost.seconds for record in records):.0f} s"),
         ),
         sections=(
-            *(_contest(contest) for contest in results.contests),
+            *(_contest(contest) for contest in results.comparisons),
             *([Section("What was measured", (*_figures(records), _summary(records)))] if records else []),
             *parts.closing(
                 READING, measured(records), _warnings(results, records), _provenance(results, records, command)
@@ -101,7 +101,7 @@ def labelled(found: Sequence[StoredNumber]) -> list[str]:
 
 
 def measured(records: Sequence[Record]) -> tuple[Grid, ...]:
-    """Every number, those of other scores apart."""
+    """Tables of every number; numbers of normalised or scaled scores have tables of their own."""
     by_scores: dict[str, list[Record]] = {}
     for record in records:
         by_scores.setdefault(_key(record)[2], []).append(record)
@@ -132,13 +132,13 @@ def with_warnings(made: Page, texts: Sequence[str]) -> Page:
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
-    """One flat row for each number: what was asked for under `settings.`, what came out under `result.`."""
+    """One flat row for each number: inputs under `settings.`, the outcome under `result.`."""
     return [_row(number) for number in numbers_of(results)]
 
 
 def numbers_of(results: Results) -> tuple[StoredNumber, ...]:
     """Every number, those that were compared included."""
-    compared = (StoredNumber(row, contest.source) for contest in results.contests for row in contest.comparison.rows)
+    compared = (StoredNumber(row, contest.source) for contest in results.comparisons for row in contest.comparison.rows)
     return (*results.found, *compared)
 
 
@@ -168,7 +168,7 @@ def _plain(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Flat values; lists as their JSON."""
     return {
         key: json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
-        for key, value in flat(values, name).items()
+        for key, value in flattened(values, name).items()
     }
 
 
@@ -240,11 +240,11 @@ def _summary(records: Sequence[Record]) -> Grid:
 def _told(results: Results) -> list[str]:
     """Sentences of studies and comparisons."""
     studied = [brief(sentence, SENTENCE) for study in results.studied for sentence in study.sentences]
-    contests = [compare_report.tamed(contest.comparison) for contest in results.contests]
+    contests = [compare_report.tamed(contest.comparison) for contest in results.comparisons]
     return [*studied, *(sentence for contest in contests for sentence in contest.sentences)]
 
 
-def _contest(contest: Contest) -> Section:
+def _contest(contest: StoredComparison) -> Section:
     found = compare_report.tamed(contest.comparison)
     told = compare_report.warnings(found, contest.subject)
     return Section(
@@ -278,7 +278,7 @@ def _warnings(results: Results, records: Sequence[Record]) -> tuple[Prose, ...]:
         # The notes of numbers side by side, in few lines.
         remarks = Comparison(tuple(group), (), group[0].label).remarks
         told += _some([brief(f"{_words(key)}: {remark}", TEXT) for remark in remarks])
-    return parts.warnings(told, "every file could be read, every number converged")
+    return parts.warning_blocks(told, "every file could be read, every number converged")
 
 
 def _some(texts: Sequence[str]) -> tuple[str, ...]:
@@ -307,7 +307,7 @@ def _listed(values: Sequence[str], most: int = 8) -> str:
 
 def _sources(results: Results) -> str:
     """The files that numbers come from; those of a store together."""
-    names = [part.source for part in (*results.studied, *results.contests, *results.found)]
+    names = [part.source for part in (*results.studied, *results.comparisons, *results.found)]
     cells = {number.source for number in results.found if number.cell}
     files = [brief(name) for name in names if name not in cells]
     return _listed([*files, *([_many(len(cells), "cell") + " of the store"] if cells else [])]) or "nothing"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 from isoflat.core.estimate import interval
-from isoflat.experiments.cells import Measured, found
+from isoflat.experiments.cells import MeasuredNetwork
 from isoflat.experiments.recipe import Asks
 from isoflat.experiments.reproduction import Reproduction
 from isoflat.report import tables
-from isoflat.report.clouds import Cloud, clouds
 from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.drawing import markup
 from isoflat.report.figures import Panel, strips
 from isoflat.report.pages import parts
 from isoflat.report.pages.parts import INTERVAL, RANK_TEST
+from isoflat.report.scatter import ScatterPanel, scatter
 
 READING = (
     ("Mean ± standard error", "Over the networks of an arm that reached their target loss: how far the mean would move with "
@@ -30,8 +30,8 @@ def page(result: Reproduction, command: str) -> Page:
     """Page of an experiment, ready to be rendered.
 
     Args:
-        result: what was found.
-        command: what was typed to find it.
+        result: the experiment's result.
+        command: the command line that makes it.
     """
     recipe = result.recipe
     return Page(
@@ -48,7 +48,12 @@ def page(result: Reproduction, command: str) -> Page:
         sections=(
             Section(recipe.question, (*map(Prose, result.sentences), *_figures(result), _summaries(result))),
             Section("Every network", (_networks(result), *_moved(result))),
-            *parts.closing(READING, _numbers(result), _warnings(result), _provenance(result, command)),
+            *parts.closing(
+                READING,
+                tables.measurements([row for network in result.networks for row in network.table], "Networks"),
+                _warnings(result),
+                _provenance(result, command),
+            ),
         ),
         colophon=parts.COLOPHON,
     )
@@ -67,13 +72,13 @@ def _figures(result: Reproduction) -> tuple[Plate, ...]:
     panels = []
     for number in result.numbers:
         groups = [
-            (arm.name, tuple(row.estimate for network in networks if (row := network.record(number)) is not None))
+            (arm.name, tuple(row.estimate for network in networks if (row := number.find(network.table)) is not None))
             for arm, networks in arms
         ]
         groups += [
             (
                 f"{arm.name}, moved" if len(arms) == 1 else f"{arm.name}, other weights",
-                tuple(row.estimate for n in networks for table in n.moved if (row := found(table, number)) is not None),
+                tuple(row.estimate for n in networks for table in n.moved if (row := number.find(table)) is not None),
             )
             for arm, networks in arms
         ]
@@ -100,19 +105,19 @@ def _scatter(result: Reproduction) -> tuple[Plate, ...]:
             known = [
                 (row.estimate.value, 100 * network.test_error)
                 for network in result.arm(arm)
-                if (row := network.record(number)) is not None and network.test_error is not None
+                if (row := number.find(network.table)) is not None and network.test_error is not None
             ]
             if known:
                 groups.append((arm.name, tuple(x for x, _ in known), tuple(y for _, y in known)))
         if groups and all(x > 0 for _, xs, _ in groups for x in xs):
-            panels.append(Cloud(number.words, "sharper →", "test error, %", tuple(groups)))
+            panels.append(ScatterPanel(number.words, "sharper →", "test error, %", tuple(groups)))
     if not panels:
         return ()
     return (
         Plate(
             caption="Every dot is a network: its number and its test error. Later arms are darker.",
             alternative=" ".join(result.sentences),
-            svg=markup(clouds(panels), "clouds"),
+            svg=markup(scatter(panels), "clouds"),
         ),
     )
 
@@ -134,7 +139,7 @@ def _networks(result: Reproduction) -> Grid:
     rows = []
     for arm in result.recipe.arms:
         for network in result.arm(arm, all_of_them=True):
-            records = [network.record(number) for number in result.numbers]
+            records = [number.find(network.table) for number in result.numbers]
             rows.append(
                 (
                     network.label,
@@ -148,7 +153,7 @@ def _networks(result: Reproduction) -> Grid:
     return Grid("Every network, with the confidence intervals of its numbers.", heads, tuple(rows))
 
 
-def _loss(network: Measured) -> str:
+def _loss(network: MeasuredNetwork) -> str:
     if not math.isfinite(network.training.loss):
         return "diverged"
     return f"{network.training.loss:.5f}" + ("" if network.training.reached else " (missed)")
@@ -164,7 +169,7 @@ def _moved(result: Reproduction) -> tuple[Grid, ...]:
         (network.label, str(place + 1), *("–" if row is None else interval(row.estimate) for row in records))
         for network in result.networks
         for place, table in enumerate(network.moved)
-        for records in [[found(table, number) for number in result.numbers]]
+        for records in [[number.find(table) for number in result.numbers]]
     ]
     if not rows:
         return ()
@@ -174,10 +179,6 @@ def _moved(result: Reproduction) -> tuple[Grid, ...]:
     return (Grid(what, ("network", "point", *(number.words for number in result.numbers)), tuple(rows)),)
 
 
-def _numbers(result: Reproduction) -> list[Grid]:
-    return list(tables.measurements([row for network in result.networks for row in network.table], "Networks"))
-
-
 def _warnings(result: Reproduction) -> tuple[Prose, ...]:
     told = [f"{network.label} missed the target loss: {network.training.loss:.4g}." for network in result.missed]
     diverged = [network for network in result.networks if not math.isfinite(network.training.loss)]
@@ -185,8 +186,8 @@ def _warnings(result: Reproduction) -> tuple[Prose, ...]:
     told += parts.unconverged(result.records)
     tables_of = (table for network in result.networks for table in (network.table, *network.moved))
     told += parts.missing(part for table in tables_of for part in table.omitted)
-    told += tables.warnings(result.records)
-    return parts.warnings(told, "every network reached its target, every number converged")
+    told += tables.network_notes(result.records)
+    return parts.warning_blocks(told, "every network reached its target, every number converged")
 
 
 def _provenance(result: Reproduction, command: str) -> parts.Pairs:

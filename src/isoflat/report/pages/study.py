@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from isoflat.core.render import visible
-from isoflat.experiments.cells import found
 from isoflat.experiments.numbers import Number
-from isoflat.experiments.prediction import NOTE, Facts, Observed, Prediction, words
-from isoflat.experiments.statistics.relation import Relation
+from isoflat.experiments.prediction import NOTE, Facts, ObservedNetwork, Prediction, words
+from isoflat.experiments.statistics.relation import OutcomeRelation
 from isoflat.measures.base import Direction
 from isoflat.measures.catalogue import find_measure
 from isoflat.report import tables
-from isoflat.report.clouds import Cloud, clouds
 from isoflat.report.document import Grid, Page, Plate, Prose, Section
 from isoflat.report.drawing import markup
 from isoflat.report.pages import parts
 from isoflat.report.pages.parts import INTERVAL
+from isoflat.report.scatter import ScatterPanel, scatter
 
 SHADES = 8
 """Levels of a hyper-parameter that can be told apart by shade."""
@@ -50,8 +49,8 @@ def page(result: Prediction, command: str, facts: Facts) -> Page:
     """Page of a study, ready to be rendered.
 
     Args:
-        result: what was found.
-        command: what was typed to find it.
+        result: the study's result.
+        command: the command line that makes it.
         facts: names and values that say what was studied.
     """
     return Page(
@@ -89,7 +88,7 @@ def _figures(result: Prediction) -> tuple[Plate | Prose, ...]:
             if known:
                 drawn.append((name, tuple(x for x, _ in known), tuple(y for _, y in known)))
         if drawn and all(x > 0 for _, xs, _ in drawn for x in xs):
-            panels.append(Cloud(words(number), _axis(number), result.outcome, tuple(drawn)))
+            panels.append(ScatterPanel(words(number), _axis(number), result.outcome, tuple(drawn)))
         elif drawn:
             undrawn.append(words(number))
     blocks: list[Plate | Prose] = []
@@ -99,7 +98,7 @@ def _figures(result: Prediction) -> tuple[Plate | Prose, ...]:
             Plate(
                 caption=f"Every dot is a network: a number, and the {result.outcome}. {shades}",
                 alternative=" ".join(result.sentences),
-                svg=markup(clouds(panels), "clouds"),
+                svg=markup(scatter(panels), "clouds"),
             )
         )
     if undrawn:
@@ -107,7 +106,7 @@ def _figures(result: Prediction) -> tuple[Plate | Prose, ...]:
     return tuple(blocks)
 
 
-def _groups(result: Prediction) -> tuple[str, list[tuple[str, list[Observed]]]]:
+def _groups(result: Prediction) -> tuple[str, list[tuple[str, list[ObservedNetwork]]]]:
     """Networks by the first hyper-parameter that differs, if its levels can be told apart; its name."""
     factor = next(iter(result.factors), "")
     levels = result.factors.get(factor, ())
@@ -154,7 +153,7 @@ def _relations(result: Prediction) -> tuple[Grid, ...]:
     )
 
 
-def line(relation: Relation) -> dict[str, str]:
+def line(relation: OutcomeRelation) -> dict[str, str]:
     """A relation's cells by column."""
     kendall, worst, partial = relation.kendall, relation.robust.worst, relation.partial
     return {
@@ -187,7 +186,7 @@ def _networks(result: Prediction) -> tuple[Grid, ...]:
     heads = ("network", *names, result.outcome, "training loss", *map(words, result.numbers))
     rows = []
     for network in result.networks:
-        records = [found(network.table, number) for number in result.numbers]
+        records = [number.find(network.table) for number in result.numbers]
         rows.append(
             (
                 network.label,
@@ -204,7 +203,7 @@ def _networks(result: Prediction) -> tuple[Grid, ...]:
     )
 
 
-def _told(network: Observed, name: str) -> bool:
+def _told(network: ObservedNetwork, name: str) -> bool:
     """True where the label says the level of a hyper-parameter, as the labels of a grid do."""
     return f"{name} {network.factors.get(name, 'none')}" in network.label
 
@@ -212,7 +211,7 @@ def _told(network: Observed, name: str) -> bool:
 def _warnings(result: Prediction) -> tuple[Prose, ...]:
     told = parts.unconverged(result.records)
     told += parts.missing(part for network in result.networks for part in network.table.omitted)
-    return parts.warnings([*told, *tables.warnings(result.records)])
+    return parts.warning_blocks([*told, *tables.network_notes(result.records)])
 
 
 def _provenance(result: Prediction, command: str, facts: Facts) -> tuple[tuple[str, str], ...]:

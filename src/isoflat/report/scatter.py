@@ -18,18 +18,18 @@ ACROSS = 3
 """Panels beside each other."""
 
 LABELS = 4
-"""Numbers that fit below one of them."""
+"""Numbers that fit below the axis of one panel."""
 
 
 @final
 @dataclass(frozen=True)
-class Cloud:
-    """One panel.
+class ScatterPanel:
+    """One scatter plot of several side by side.
 
     Attributes:
-        title: above it; what stands in brackets gets a line of its own.
-        abscissa: what is on the logarithmic axis.
-        ordinate: what is on the other.
+        title: line above it; a part in brackets gets a line of its own.
+        abscissa: name of the quantity on the horizontal axis, which is logarithmic.
+        ordinate: name of the quantity on the vertical axis.
         groups: name, abscissae and ordinates of each, in an order that means something: later ones are drawn darker.
     """
 
@@ -39,8 +39,8 @@ class Cloud:
     groups: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...]
 
 
-def clouds(panels: Sequence[Cloud]) -> Figure:
-    """Panels in rows, with one legend.
+def scatter(panels: Sequence[ScatterPanel]) -> Figure:
+    """Scatter plots in rows, with one legend.
 
     Raises:
         UsageError: there is nothing to draw, or an abscissa is not positive.
@@ -54,7 +54,7 @@ def clouds(panels: Sequence[Cloud]) -> Figure:
         figure = Figure(figsize=(7.2, 0.5 + 2.7 * rows), layout="constrained")
         axes = figure.subplots(rows, min(ACROSS, len(panels)), squeeze=False).ravel()
         for place, panel in zip(axes, panels, strict=False):
-            _cloud(place, panel)
+            _draw(place, panel)
         for place in axes[len(panels) :]:
             place.set_visible(False)
         handles, names = axes[0].get_legend_handles_labels()
@@ -62,7 +62,7 @@ def clouds(panels: Sequence[Cloud]) -> Figure:
         return figure
 
 
-def _cloud(axes: Axes, panel: Cloud) -> None:
+def _draw(axes: Axes, panel: ScatterPanel) -> None:
     last = max(1, len(panel.groups) - 1)
     for place, (name, xs, ys) in enumerate(panel.groups):
         shade = 0.4 + 0.6 * place / last
