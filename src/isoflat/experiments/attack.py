@@ -26,7 +26,8 @@ from isoflat.measurement.subject import subject
 from isoflat.measures.catalogue import find_measure
 from isoflat.measures.settings import Settings
 from isoflat.symmetry.canonical.representative import install
-from isoflat.symmetry.found import TOLERANCE, Found
+from isoflat.symmetry.found import Found
+from isoflat.symmetry.proof import TOLERANCE
 
 SLACK = 1e-8
 """Relative change of a number in float64 that counts as rounding, beside the widths of its confidence intervals."""

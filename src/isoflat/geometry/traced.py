@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import NoInvariantGeometry
+from isoflat.core.render import some
 from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
@@ -99,7 +100,7 @@ class Traced(Geometry):
         place = state if unchanged else reached
         units, unseen = self.units(found, point, state)
         frame, length = _frame(point, state, place, units)
-        left_open = self.open(found, point, state)
+        left_open = (*self.open(found, point, state), *_left_out(found))
         return Chart(
             state=place,
             frame=frame,
@@ -126,6 +127,14 @@ def behind_gains(found: Found, state: State) -> tuple[str, ...]:
         f"{what} are not covered, because a gain stays that they pass: {', '.join(gains)}"
         for what, gains in notes
         if gains
+    )
+
+
+def _left_out(found: Found) -> tuple[str, ...]:
+    """Symmetries that were found and could not be proved on this network or these data."""
+    return tuple(
+        f"not covered: {line.dimension} dimensions of {some(line.tensors)} ({'; '.join(line.reasons)})"
+        for line in found.left_out
     )
 
 

@@ -17,7 +17,8 @@ from isoflat.measurement.subject import subject
 from isoflat.modules.private import twin
 from isoflat.risk.network import exactly
 from isoflat.symmetry.canonical.representative import Epsilon, canonical, install
-from isoflat.symmetry.found import TOLERANCE, VERSION, Found
+from isoflat.symmetry.found import VERSION, Found
+from isoflat.symmetry.proof import TOLERANCE
 
 
 def canonical_file(loaded: Loaded, found: Found, epsilon: Epsilon) -> tuple[dict[str, Any], bytes]:

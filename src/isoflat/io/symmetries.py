@@ -27,8 +27,9 @@ from isoflat.symmetry.finding.graph import skeleton
 from isoflat.symmetry.found import VERSION, Found
 from isoflat.symmetry.groups.basis import BasisChange, Family, Piece, Side
 from isoflat.symmetry.groups.translation import Centre, CommonVector, Offset, Translation
-from isoflat.symmetry.motions import Absorbed, Additive, Field, Mean, Norm, Running
+from isoflat.symmetry.motions import Absorbed, Additive, Average, Field, Mean, Norm, Running
 from isoflat.symmetry.relations import Relations, Solution
+from isoflat.symmetry.report import SymmetryLine
 
 FORMAT = 1
 """Version of the layout; raised whenever a field changes its meaning."""
@@ -42,12 +43,14 @@ NAME = "isoflat.symmetries"
 KINDS: Mapping[str, type] = {
     "absorbed": Absorbed,
     "additive": Additive,
+    "average": Average,
     "basis": BasisChange,
     "centre": Centre,
     "common": CommonVector,
     "family": Family,
     "field": Field,
     "constraints": Constraints,
+    "line": SymmetryLine,
     "mean": Mean,
     "norm": Norm,
     "offset": Offset,
@@ -63,8 +66,11 @@ KINDS: Mapping[str, type] = {
 MODULES = ("model", "skeleton")
 """Fields of `Found` that hold the network itself, which no file holds."""
 
-WALKING = ("where", "epsilon_of", "centred", "pending", "forgets", "normalised")
+WALKING = ("where", "epsilon_of", "centred", "pending", "forgets", "normalised", "varies")
 """Fields of `Constraints` that only serve while a network is traced."""
+
+SELDOM = ("averages", "counted", "left_out")
+"""Fields that most symmetries have nothing in: such a file does not name them."""
 
 
 def save_symmetries(found: Found, path: Path | str, *, force: bool = False) -> None:
@@ -92,7 +98,7 @@ def save_symmetries(found: Found, path: Path | str, *, force: bool = False) -> N
     if target.suffix != ".safetensors":
         raise UsageError(f"{target}: expected a name that ends in .safetensors")
     arrays: dict[str, Tensor] = {}
-    parts = {part.name: _plain(getattr(found, part.name), arrays) for part in fields(found) if part.name not in MODULES}
+    parts = {name: _plain(part, arrays) for name, part in _parts(found).items() if name not in MODULES}
     content = {
         "format": FORMAT,
         "rules": VERSION,
@@ -254,8 +260,8 @@ def _parts(value: Any) -> dict[str, Any]:
     """Attributes that make up a value."""
     if not is_dataclass(value):
         return vars(value)
-    names = [part.name for part in fields(value)]
-    return {name: getattr(value, name) for name in names if not (isinstance(value, Constraints) and name in WALKING)}
+    names = [part.name for part in fields(value) if not (isinstance(value, Constraints) and part.name in WALKING)]
+    return {name: getattr(value, name) for name in names if name not in SELDOM or getattr(value, name)}
 
 
 def _built(kind: type, parts: Mapping[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from isoflat.core.errors import DataError, NondeterministicRisk, NonFinite, Usag
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.risk.batches import Batches, Weighted, alone, digest, move, rows_of
+from isoflat.risk.dense import dense
 from isoflat.risk.division import Proof
 from isoflat.risk.losses import Loss, TargetLoss, Term, call, importance, split
 from isoflat.risk.network import Network
@@ -355,4 +356,4 @@ def differentiate(total: Tensor, leaves: list[Tensor], keep: bool = False) -> li
     """Gradients of a summed loss; None for leaves it does not depend on."""
     if not total.requires_grad:
         return [None] * len(leaves)
-    return list(torch.autograd.grad(total, leaves, create_graph=keep, allow_unused=True))
+    return [dense(part) for part in torch.autograd.grad(total, leaves, create_graph=keep, allow_unused=True)]

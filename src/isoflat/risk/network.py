@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import checkpoint
 
 from isoflat.core.errors import NonFinite, UnsupportedModel, UsageError
+from isoflat.core.kernels import InDouble
 from isoflat.core.precision import unrounded
 from isoflat.core.state import State, everywhere
 from isoflat.modules.caches import Cache, emptied
@@ -37,6 +39,7 @@ from isoflat.modules.private import (
     wider,
     writes_into,
 )
+from isoflat.risk.dense import dense_tables
 
 Selector = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool] | None
 
@@ -120,6 +123,9 @@ class Network:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self.following(state))
             stack.enter_context(without_checkpoints())
+            stack.enter_context(dense_tables())
+            if state.dtype == torch.float64 and stacked(self.module):
+                stack.enter_context(InDouble())
             if self.inside is not None and state.dtype == torch.float32:
                 # Casts of leaves must not outlive a pass: every pass has leaves of its own.
                 stack.enter_context(torch.autocast(state.device.type, self.inside, cache_enabled=False))
@@ -285,6 +291,20 @@ def compiled(module: nn.Module) -> bool:
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     return compiler is not None and any(
         part._compiled_call_impl is not None or isinstance(part, compiler.OptimizedModule) for part in module.modules()
+    )
+
+
+def stacked(module: nn.Module) -> bool:
+    """Test whether a part of a network holds several matrices in one weight, as mixtures of experts do.
+
+    >>> stacked(nn.Conv1d(2, 2, 3)), stacked(nn.ParameterList([torch.ones(2, 3, 3)]))
+    (False, True)
+    """
+    return any(
+        weight is not None and weight.ndim == 3 and len(weight) > 1
+        for part in module.modules()
+        if not isinstance(part, _ConvNd)
+        for weight in part._parameters.values()
     )
 
 

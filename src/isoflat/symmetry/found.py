@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -12,36 +12,32 @@ from typing import Any, final
 import scipy
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
-from isoflat.core.errors import SymmetryViolated
+from isoflat.core.errors import UnsupportedModel
+from isoflat.core.kernels import InDouble
 from isoflat.core.precision import unrounded
 from isoflat.core.rng import stream
 from isoflat.core.state import State, everywhere, fingerprint
 from isoflat.modules.private import Copies, held_fixed, own_precision, private, registered, wider
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.gains import kept
-from isoflat.symmetry.finding.solve import effective, scaling
+from isoflat.symmetry.finding.graph import plain_attention
+from isoflat.symmetry.finding.solve import effective, movable_offsets, scaling, translation
+from isoflat.symmetry.finding.untraceable import unsupported
 from isoflat.symmetry.groups.base import Symmetry
 from isoflat.symmetry.groups.basis import BasisChange
 from isoflat.symmetry.groups.translation import CommonVector, Translation
 from isoflat.symmetry.groups.units import UnitScaling
+from isoflat.symmetry.proof import SHARES, Part, Proof
 from isoflat.symmetry.relations import Form, Solution
-from isoflat.symmetry.report import SymmetryLine, lines
+from isoflat.symmetry.report import UNCLAIMED, SymmetryLine, lines
 
 VERSION = 2
 """Version of the rules; raised whenever another group may be found for some network."""
 
-TOLERANCE = 1e-9
-"""Relative change of outputs in float64 up to which a symmetry counts as proved."""
-
-SINGLE_TOLERANCE = 1e-4
-"""The same in float32, for networks that run in nothing wider: still far below what a wrong rule changes."""
-
-
-def allowed_change(dtype: torch.dtype) -> float:
-    """Relative change of outputs in a precision up to which a symmetry counts as proved."""
-    return TOLERANCE if dtype == torch.float64 else SINGLE_TOLERANCE
+Counted = tuple[int, Tensor]
+"""Entries of an output that a loss looks at: the place of a tensor among those that a network gives, and a mask that fits it."""
 
 
 @final
@@ -62,6 +58,8 @@ class Found:
         basis: changes of basis between linear maps.
         blocks: blocks of tensors that pack several: an axis, and the number of the block along it.
         blind: whether the loss ignores a constant added to all scores of an example.
+        counted: entries of the output on those inputs that the loss looks at; None for all.
+        left_out: what was found and could not be proved, and why.
     """
 
     model: nn.Module
@@ -76,6 +74,8 @@ class Found:
     basis: BasisChange
     blocks: Mapping[str, tuple[int, Tensor]]
     blind: bool
+    counted: Counted | None = None
+    left_out: tuple[SymmetryLine, ...] = ()
 
     @cached_property
     def free(self) -> UnitScaling:
@@ -95,7 +95,7 @@ class Found:
         own = self.state()
         try:
             self.output(own.to(dtype=torch.float64))
-        except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        except UnsupportedModel:
             single = own.to(dtype=torch.float32)
             self.output(single)
             return torch.float32
@@ -178,12 +178,27 @@ class Found:
         return state
 
     def output(
-        self, state: State, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None
+        self,
+        state: State,
+        args: tuple[Any, ...] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        counted: Counted | None = None,
     ) -> Tensor:
         """The network's output at a state, epsilons included, as one flat float64 vector.
 
-        If the loss ignores a constant added to all scores of an example, so does this.
+        If the loss ignores a constant added to all scores of an example, so does this; what it does not look at is left out.
+        Buffers are copies, and random numbers are the same at every call.
+
+        Args:
+            state: the tensors.
+            args: positional inputs; default those that the network was traced on.
+            kwargs: keyword inputs.
+            counted: entries that the loss looks at; None for all, or for those of the default inputs.
+
+        Raises:
+            UnsupportedModel: the network does not run there.
         """
+        counted = self.counted if args is None else counted
         for path, value in state.constants.items():
             holder, name = _holder(self.skeleton, path)
             setattr(holder, name, value)
@@ -198,16 +213,31 @@ class Found:
         given |= {name: given[name].clone() for name in state.buffers} | {n: held_fixed(given[n]) for n in state.frozen}
         with (
             torch.enable_grad(),
+            torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []),
             private(network, lambda tensor: tensor if id(tensor) in own else copies(tensor)),
             unrounded(dtype, own_precision(network)),
-            sdpa_kernel(SDPBackend.MATH),
+            plain_attention(),
+            InDouble(),
         ):
+            torch.manual_seed(0)
             swapped = everywhere(network, given)
-            result = torch.func.functional_call(network, swapped, tuple(inputs), named, tie_weights=False)
-        found = (t.detach() if t.requires_grad else t for t in _tensors(result))
-        tensors = [t.double() for t in found if t.is_floating_point()]
+            try:
+                result = torch.func.functional_call(network, swapped, tuple(inputs), named, tie_weights=False)
+            except Exception as error:  # whatever the user's forward raises
+                raise unsupported(
+                    f"the network does not run in {dtype}, in which its symmetries are proved", error, network
+                ) from error
+        tensors = [(t.detach() if t.requires_grad else t).double() for t in output_tensors(result)]
+        if not tensors:
+            raise UnsupportedModel(
+                f"the network gives {type(result).__name__} without a floating-point tensor, so that nothing can be proved on "
+                "it: wrap it in a module that returns its scores as a tensor; geometry='layerwise' needs no tracing"
+            )
         if self.blind and len(tensors) == 1 and tensors[0].ndim > 1:
-            tensors = [tensors[0] - tensors[0].mean(1, keepdim=True)]
+            tensors = [tensors[0] - _common(tensors[0])]
+        if counted is not None:
+            place, mask = counted
+            tensors[place] = tensors[place][mask.to(tensors[place].device).expand(tensors[place].shape)]
         return torch.cat([t.reshape(-1) for t in tensors])
 
     def verify(self, example: Any = None, *, spread: float = 1.0, samples: int = 3, seed: int = 0) -> float:
@@ -225,61 +255,86 @@ class Found:
 
         Raises:
             SymmetryViolated: an output changed by more than 1e-9 of the largest (1e-4 in float32).
+            NondeterministicRisk: outputs differ where nothing was moved.
+            NonFinite: no output is a number.
+            UnsupportedModel: the network does not run.
         """
-        inputs = (self.args, self.kwargs) if example is None else _split(example)
-        precise = self.state().to(dtype=self.precision)
-
-        def exact(random: torch.Generator, size: float) -> State:
-            return self.act(precise, self.element(random, size))
-
-        worst = self._change("exact", precise, exact, inputs, (spread, samples, seed))
+        inputs = (None, None) if example is None else split_example(example)
+        how = spread, samples, seed
+        precise = self.precise()
+        exact = Proof("exact", self._parts, precise, lambda state: self.output(state, *inputs))
+        worst = exact.worst(lambda random, size: self.element(random, size), how)
         movable = all(norm.constant is not None or not norm.epsilon for norm in self.constraints.norms)
         if movable and (self.exact or self.constraints.norms):
             bare = replace(precise, constants=dict.fromkeys(precise.constants, 0.0))
-
-            def free(random: torch.Generator, size: float) -> State:
-                return self.free.act(bare, self.free.sample(random, size))
-
-            worst = max(worst, self._change("without epsilon", bare, free, inputs, (spread, samples, seed)))
+            if not bool(torch.isfinite(self.output(bare, *inputs)).all()):
+                return worst  # without epsilon a constant input divides zero by zero
+            free = Proof("without epsilon", (Part("scale", self.free),), bare, exact.output)
+            worst = max(worst, free.worst(lambda random, size: (self.free.sample(random, size),), how))
         return worst
 
-    def _change(
-        self,
-        group: str,
-        start: State,
-        moved: Callable[[torch.Generator, float], State],
-        inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
-        how: tuple[float, int, int],
-    ) -> float:
-        """Largest relative change of the outputs under random elements of a group; see `verify`."""
-        spread, samples, seed = how
-        before = self.output(start, *inputs)
-        if not bool(torch.isfinite(before).all()):
-            return 0.0  # without epsilon a constant input divides zero by zero
-        size, allowed = float(before.abs().max()) or 1.0, allowed_change(self.precision)
-        worst = 0.0
-        for attempt in range(samples):
-            change = math.inf
-            # What a wrong rule changes shrinks with the element; what rounding does, far out on an orbit, faster.
-            for share in (1.0, 0.1, 0.01):
-                state = moved(stream(seed, "verify", group, attempt), share * spread)
-                change = float((self.output(state, *inputs) - before).abs().max()) / size
-                if change <= allowed:
-                    break
-            worst = max(worst, change)
-            if not change <= allowed:
-                raise SymmetryViolated(
-                    f"the symmetries found ({group}) change the network's output by {worst:.2e} of its size "
-                    f"(allowed: {allowed:g}). A rule for one of its operations is wrong, its forward pass depends "
-                    "on the values of its weights, or they lie so far out on their orbit that rounding decides; measure "
-                    "isoflat.canonicalize's copy of a network that was reparametrised, and report the others"
-                )
-        return worst
+    def precise(self) -> State:
+        """All tensors in the precision of proofs, in memory of their own: a forward pass may write into them."""
+        made = self.state().to(dtype=self.precision)
+        own = self.state().tensors
+        return made.replace(
+            {name: t.clone() for name, t in made.tensors.items() if t.data_ptr() == own[name].data_ptr()}
+        )
+
+    def averages_hold(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], counted: Counted | None = None) -> bool:
+        """Test whether constants pass attention on these inputs, as they do where every row that counts keeps a key.
+
+        Args:
+            args: positional inputs.
+            kwargs: keyword inputs.
+            counted: entries of the output that the loss looks at; None for all.
+        """
+        precise = self.precise()
+        part = Part("shift", self.translation)
+        proof = Proof("averages", (part,), precise, lambda state: self.output(state, args, kwargs, counted))
+        before, size = proof.before(), 0.1 * self.translation.units(precise)
+        element = self.translation.sample(stream(0, "averages")) * size
+        return any(proof.change(before, (share * element,)) <= proof.allowed for share in SHARES)
+
+    def without_averages(self) -> Found:
+        """The symmetries less the constants that pass attention only where every row keeps a key."""
+        averages = self.constraints.averages
+        shifts = copy.deepcopy(self.constraints.shifts)
+        for average in averages:
+            shifts.pin(average.shift, f"{average.where}: some row keeps no key")
+        constraints = replace(self.constraints, shifts=shifts, averages=[])
+        fewer = translation(constraints)
+        movable = movable_offsets(fewer)
+        kept = tuple(mean for mean in self.common.means if mean.offset is None or mean.offset in movable)
+        common_ = CommonVector(
+            kept, tuple(n for m, n in zip(self.common.means, self.common.lengths, strict=True) if m in kept)
+        )
+        lost = self.translation.dimension + self.common.dimension - fewer.dimension - common_.dimension
+        where = ", ".join(dict.fromkeys(average.where for average in averages))
+        now = {offset.entry.name: offset.own for offset in fewer.offsets}
+        freed = [o.entry.name for o in self.translation.offsets if _moving(o.own) > _moving(now[o.entry.name])]
+        names = tuple(sorted({*freed, *(self.common.touches - common_.touches)}))
+        line = SymmetryLine(
+            UNCLAIMED, lost, names, (f"{where}: rows are masked whole, which gives zeros and no average",)
+        )
+        return replace(
+            self,
+            constraints=constraints,
+            translation=fewer,
+            common=common_,
+            left_out=(*self.left_out, line) if lost else self.left_out,
+        )
+
+    @property
+    def _parts(self) -> tuple[Part, ...]:
+        kinds = ("common vector", "shift", "change of basis", "scale")
+        return tuple(Part(kind, symmetry) for kind, symmetry in zip(kinds, self.symmetries, strict=True))
 
     @cached_property
     def report(self) -> tuple[SymmetryLine, ...]:
         """Groups of one kind with their dimensions and tensors, then what is not claimed and why."""
-        return lines(self.constraints, self.free, self.solution, (self.translation, self.common, self.basis))
+        found = lines(self.constraints, self.free, self.solution, (self.translation, self.common, self.basis))
+        return (*found, *self.left_out)
 
     def __str__(self) -> str:
         """The report as text."""
@@ -300,22 +355,35 @@ def _holder(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     return module.get_submodule(place), name
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def output_tensors(value: Any) -> list[Tensor]:
+    """The floating-point tensors that a network gives, in order."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
+        return [value] if value.is_floating_point() else []
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in output_tensors(part)]
+
+
+def _common(scores: Tensor) -> Tensor:
+    """Mean of each example's scores along dimension 1, those left out that are infinite."""
+    finite = torch.isfinite(scores)
+    if bool(finite.all()):
+        return scores.mean(1, keepdim=True)
+    count = finite.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(finite, scores, 0.0).sum(1, keepdim=True) / count
+
+
+def _moving(rows: scipy.sparse.csr_matrix) -> int:
+    """Number of rows that something moves."""
+    return int((rows.getnnz(axis=1) > 0).sum())
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    """Inputs whose floating-point tensors have another type, also inside of lists and records."""
+    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, value)
 
 
-def _split(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+def split_example(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Positional and keyword inputs of an example."""
     if isinstance(example, Mapping):
         return (), example
     return (example if isinstance(example, tuple) else (example,)), {}

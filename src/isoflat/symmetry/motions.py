@@ -157,3 +157,19 @@ class Mean:
     gain: str | None = None
     offset: str | None = None
     bias: str | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Average:
+    """Constants that pass attention because its weights add up to one: they do where a row keeps a key.
+
+    Attributes:
+        shift: unknown constants of the values that pass.
+        where: the operation, for people.
+        varies: whether its mask hangs on the network's input, and not on its shape alone.
+    """
+
+    shift: Tensor
+    where: str
+    varies: bool

@@ -16,7 +16,10 @@ from isoflat.symmetry.groups.translation import CommonVector, Translation
 from isoflat.symmetry.groups.units import UnitScaling
 from isoflat.symmetry.relations import Solution
 
-AVOIDABLE = ("no bias", "zero padding", "ways", "used twice")
+UNCLAIMED = "not claimed"
+"""Kind of the lines that name what is no symmetry."""
+
+AVOIDABLE = ("no bias", "zero padding", "ways", "used twice", "masked whole")
 """Endings of the reasons for which a constant is held though no nonlinearity asks for it."""
 
 
@@ -125,4 +128,4 @@ def _unclaimed(constraints: Constraints, solution: Solution, translation: Transl
         if reasons:
             gathered.setdefault(reasons, []).append((f"{offset.entry.name} (its shift)", fixed.numel()))
     for reasons, parts in gathered.items():
-        yield SymmetryLine("not claimed", sum(count for _, count in parts), tuple(name for name, _ in parts), reasons)
+        yield SymmetryLine(UNCLAIMED, sum(count for _, count in parts), tuple(name for name, _ in parts), reasons)

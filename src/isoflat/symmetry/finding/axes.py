@@ -100,6 +100,13 @@ def sums_to_one(node: Node) -> int | None:
     return None if before is None else axis_after(node, node.args[0], before)
 
 
+def masked_softmax(node: Node) -> Node | None:
+    """The softmax that a node's entries come from, if it is one that gives zeros where nothing is left of a row."""
+    while str(node.target) not in SOFTMAX:
+        node = node.args[0]  # pyrefly: ignore
+    return node if "_safe_softmax" in str(node.target) else None
+
+
 def axis_after(user: Node, node: Node, axis: int) -> int | None:
     """Place of an axis of channels after an operation that adds, averages or moves whole channels; None for others."""
     name, before, value = str(user.target), node.meta["val"].shape, user.meta.get("val")

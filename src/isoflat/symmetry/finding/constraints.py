@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from isoflat.symmetry.finding.values import Activation, Known, StoredTensor, Value, shifted_only
-from isoflat.symmetry.motions import Absorbed, Additive, Field, Norm, Running
+from isoflat.symmetry.motions import Absorbed, Additive, Average, Field, Norm, Running
 from isoflat.symmetry.relations import ANY, ZERO, Relations, distinct, is_all
 
 ENTRYWISE = 1 << 18
@@ -41,6 +41,8 @@ class Constraints:
         forgets: whether everything that reads a node is blind to a constant along an axis.
         gains: vectors that multiply what a normalisation gives.
         normalised: nodes that hold what a normalisation written by hand gives.
+        averages: constants that pass attention where every row keeps a key.
+        varies: whether a node's value hangs on the network's input, and not on its shape alone.
     """
 
     scales: Relations = field(default_factory=Relations)
@@ -59,6 +61,8 @@ class Constraints:
     forgets: Callable[[Node, int], bool] = lambda node, axis: False
     gains: set[str] = field(default_factory=set)
     normalised: set[Node] = field(default_factory=set)
+    averages: list[Average] = field(default_factory=list)
+    varies: Callable[[Node], bool] = lambda node: True
 
     def scale_by(self, name: str, found: Field) -> None:
         """Write down how a tensor scales; where it has been seen before, both must hold."""
@@ -101,6 +105,12 @@ class Constraints:
             if entry.absorbed is not None:
                 self.shifts.pin(entry.absorbed.shift, f"'{name}' is added in two ways")
 
+    def added(self, found: Additive) -> Tensor:
+        """Write down how a tensor may be shifted; the unknowns that stand for it here, in the shape they were given."""
+        self.add_to(found.name, found)
+        known = self.additives[found.name].shift
+        return known if known.shape == found.shift.shape else found.shift
+
     def entries(self, stored: StoredTensor) -> Tensor:
         """Log-scales of a tensor entry by entry, shape of the tensor; of its last axis only where it has too many."""
         count = math.prod(stored.shape)
@@ -135,11 +145,10 @@ class Constraints:
                 return shifted_only(value.shape)
             if count > ENTRYWISE:
                 last = len(value.shape) - 1
-                self.add_to(value.name, Additive(value.name, last, self.shifts.fresh(value.shape[-1])))
-                return Activation(scale, self.additives[value.name].shift.expand(value.shape))
-            shift = self.shifts.fresh(count)
-            self.add_to(value.name, Additive(value.name, None, shift))
-            return Activation(scale, self.additives[value.name].shift.view(value.shape))
+                own = self.added(Additive(value.name, last, self.shifts.fresh(value.shape[-1])))
+                return Activation(scale, own.expand(value.shape))
+            own = self.added(Additive(value.name, None, self.shifts.fresh(count)))
+            return Activation(scale, own.view(value.shape))
         content = value.value if isinstance(value, Known) else value
         tensor = torch.as_tensor(content)
         scale = torch.where(tensor == 0, 1, 0)  # a literal zero has every scale

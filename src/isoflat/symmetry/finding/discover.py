@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -13,29 +15,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
-from isoflat.core.errors import UsageError
+from isoflat.core.errors import IsoflatError, UnsupportedModel, UsageError
 from isoflat.core.state import State
 from isoflat.symmetry.finding.axes import Readers
-from isoflat.symmetry.finding.bases.accept import accepted
+from isoflat.symmetry.finding.bases.accept import accepted, unproved
 from isoflat.symmetry.finding.bases.families import families, scales
 from isoflat.symmetry.finding.bases.propagate import propagate_bases
 from isoflat.symmetry.finding.caches import caches_of, traceable
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.declared import declare
 from isoflat.symmetry.finding.gains import foldable
-from isoflat.symmetry.finding.graph import TracedGraph, arguments, skeleton, trace
+from isoflat.symmetry.finding.graph import TracedGraph, arguments, aside, skeleton, trace
 from isoflat.symmetry.finding.logical import blocks
 from isoflat.symmetry.finding.means import means
 from isoflat.symmetry.finding.rules import Rule, rules
 from isoflat.symmetry.finding.rules.elementwise import nonlinear
-from isoflat.symmetry.finding.solve import effective, scaling, translation
+from isoflat.symmetry.finding.solve import effective, movable_offsets, scaling, translation
+from isoflat.symmetry.finding.untraceable import UNFORESEEN, unsupported
 from isoflat.symmetry.finding.values import Activation, Known, StoredTensor, Value
-from isoflat.symmetry.found import Found
+from isoflat.symmetry.found import Counted, Found, split_example
 from isoflat.symmetry.groups.basis import BasisChange, Family
 from isoflat.symmetry.groups.declared import UnitScale
 from isoflat.symmetry.groups.translation import common
 from isoflat.symmetry.relations import Form, Solution
+from isoflat.symmetry.report import UNCLAIMED, SymmetryLine
 
 
 def symmetries(
@@ -64,20 +69,81 @@ def symmetries(
 
     Raises:
         UnsupportedModel: the network cannot be traced.
+        UsageError: the example has no rows, or a rule of the user's own fails.
         SymmetryViolated: a symmetry that was found changes the output: a wrong rule.
+        NondeterministicRisk: the output is random.
+        NonFinite: no output is a number.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> found = symmetries(net, torch.randn(5, 4))
     >>> found.scaling.dimension
     3
     """
-    args, kwargs = inputs_of(example)
-    with torch.random.fork_rng(devices=[]), traceable(model, caches_of(model, args, kwargs)):
-        blind = loss is not None and ignores_common_score(skeleton(model), args, kwargs, loss)
-        found = discover(model, args, kwargs, blind, further_rules, declared)
+
+    def find(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Found:
+        blind = loss is not None and ignores_common_score(model, args, kwargs, loss)
+        return discover(model, args, kwargs, blind, further_rules, declared)
+
+    with searching(model):
+        args, kwargs = split_example(example)
+        with torch.random.fork_rng(devices=[]), traceable(model, caches_of(model, args, kwargs)):
+            found = on_few_rows(args, kwargs, find)
+        if found.constraints.averages and not found.averages_hold(args, kwargs):
+            found = found.without_averages()
     if verify:
         found.verify()
     return found
+
+
+def on_few_rows(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], find: Callable[[tuple[Any, ...], Mapping[str, Any]], Found]
+) -> Found:
+    """Whatever is found on two rows of the inputs; on all of them where rows cannot be cut or the network needs them all.
+
+    Args:
+        args: positional inputs.
+        kwargs: keyword inputs.
+        find: finds symmetries on inputs.
+
+    Raises:
+        UsageError: no input holds a tensor.
+        UnsupportedModel: the network cannot be traced on all rows either.
+    """
+    if not any(isinstance(part, Tensor) for part in tree_leaves((args, dict(kwargs)))):
+        raise UsageError(
+            f"expected an input with rows as the example, got {', '.join(type(v).__name__ for v in (*args, *kwargs.values()))}"
+        )
+    try:
+        both = inputs_of((*args, *kwargs.values()))[0]
+    except UsageError:  # lists and records of tensors
+        return find(args, kwargs)
+    cut = both[: len(args)], dict(zip(kwargs, both[len(args) :], strict=True))
+    try:
+        return find(*cut)
+    except UnsupportedModel:
+        # A graph's nodes, or a table of pairs: a part of it is no example.
+        if all(a is b or _alike(a, b) for a, b in zip(both, (*args, *kwargs.values()), strict=True)):
+            raise
+        return find(args, kwargs)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return not isinstance(a, Tensor) or a.shape == b.shape
+
+
+@contextmanager
+def searching(model: nn.Module) -> Iterator[None]:
+    """Whatever goes wrong while symmetries are looked for, said in one line.
+
+    Raises:
+        UnsupportedModel: something did that isoflat does not refuse on purpose.
+    """
+    try:
+        yield
+    except IsoflatError:
+        raise
+    except Exception as error:
+        raise unsupported("the network's symmetries cannot be found", error, model) from error
 
 
 def discover(
@@ -87,6 +153,7 @@ def discover(
     blind: bool = False,
     further: Mapping[str, Rule] | None = None,
     declared: Sequence[UnitScale] = (),
+    counted: Counted | None = None,
 ) -> Found:
     """Trace, propagate units, solve; nothing is proved yet.
 
@@ -97,11 +164,13 @@ def discover(
         blind: whether the loss ignores a constant added to all scores of an example.
         further: rules beside those of the package.
         declared: symmetries of the user's own.
+        counted: entries of the output that the loss looks at; None for all.
 
     Raises:
         UnsupportedModel: the network cannot be traced.
     """
-    known = {**rules(), **(further or {})}
+    own = further or {}
+    known = {**rules(), **{name: _of_user(name, rule) for name, rule in own.items()}}
     graph = trace(model, args, kwargs, known.__contains__)
     readers = Readers(graph, blind)
     constraints, values = propagate(graph, known, readers)
@@ -119,7 +188,7 @@ def discover(
         constraints, solution, families(tensor_axes.settle(), tensor_axes.by_region, tensor_axes.gains), shapes
     )
     shifts = translation(constraints)
-    movable = {offset.entry.name for offset in shifts.offsets if bool((np.diff(offset.own.indptr) > 0).all())}
+    movable = movable_offsets(shifts)
     lost = (
         mean for mean in means(graph, readers) if {mean.gain} <= {None, *folded} and {mean.offset} <= {None, *movable}
     )
@@ -136,10 +205,21 @@ def discover(
         basis,
         {},
         blind,
+        counted,
     )
-    if basis.families:
-        basis = accepted(basis, found.state().to(dtype=found.precision), found.output)
-    return replace(found, basis=basis, blocks=blocks(graph, basis))
+    if not basis.families:
+        return replace(found, blocks=blocks(graph, basis))
+    precise = found.precise()
+    left = accepted(basis, precise, found.output)
+    return replace(
+        found,
+        basis=left,
+        blocks=blocks(graph, left),
+        left_out=tuple(
+            SymmetryLine(UNCLAIMED, f.count * f.freedom, f.names, ("outputs at random weights are no numbers",))
+            for f in unproved(basis, left, precise, found.output)
+        ),
+    )
 
 
 def _diagonals_too(
@@ -194,7 +274,13 @@ def propagate(graph: TracedGraph, known: Mapping[str, Rule], readers: Readers) -
             return None
         return f"{first[id(graph.module.get_submodule(path))]}{dot}{name}" if name else None
 
-    constraints = Constraints(where=graph.where, epsilon_of=epsilon_of, centred=graph.centred, forgets=readers.subtract)
+    constraints = Constraints(
+        where=graph.where,
+        epsilon_of=epsilon_of,
+        centred=graph.centred,
+        forgets=readers.subtract,
+        varies=graph.varies,
+    )
     values: dict[Node, Value] = dict(graph.inputs)
     for node in graph.nodes:
         if node.op == "get_attr":  # a branch of a control-flow operation
@@ -240,7 +326,7 @@ def ignores_common_score(
     """Test whether a loss of scores and classes is the same when a constant is added to all scores of each example."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        scores = model(*args, **kwargs)
+        scores = aside(model)(*args, **kwargs)
         scores = getattr(scores, "logits", scores)
         if not isinstance(scores, Tensor) or scores.ndim < 2 or not scores.is_floating_point():
             return False
@@ -253,8 +339,9 @@ def ignores_common_score(
                 before, after = loss(scores, targets), loss(scores + shifts, targets)
         except (RuntimeError, ValueError, TypeError, IndexError, UserWarning):
             return False  # no loss of scores and class indices
-    scale = float(before.abs().max() + scores.abs().max())
-    return bool((before - after).abs().max() <= 1e-12 * scale)
+    # Classes that are switched off have scores of minus infinity, which say nothing about the size of the others.
+    scale = float(before.abs().max() + scores.masked_fill(~scores.isfinite(), 0.0).abs().max())
+    return math.isfinite(scale) and bool((before - after).abs().max() <= 1e-12 * scale)
 
 
 def _step(constraints: Constraints, node: Node, known: Mapping[str, Rule], values: Mapping[Node, Value]) -> Value:
@@ -268,7 +355,32 @@ def _step(constraints: Constraints, node: Node, known: Mapping[str, Rule], value
     if not _any_unknown((args, list(kwargs.values()))) and torch.Tag.nondeterministic_seeded not in node.target.tags:
         return Known(node.target(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()}))
     rule = known.get(name, nonlinear)
-    return rule(constraints, node, *args, **kwargs)
+    try:
+        return rule(constraints, node, *args, **kwargs)
+    except IsoflatError:
+        raise
+    except UNFORESEEN as error:
+        # What a rule has written down by now only ties or holds more; what goes in is held, and the report says so.
+        if rule is nonlinear:
+            raise
+        reason = f"{constraints.where(node)}: no rule for this use of it ({type(error).__name__})"
+        constraints.pin([*args, *kwargs.values()], reason)
+        return nonlinear(constraints, node)
+
+
+def _of_user(name: str, rule: Rule) -> Rule:
+    """A rule of the user's own, whose errors are his."""
+
+    def called(constraints: Constraints, node: Node, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return rule(constraints, node, *args, **kwargs)
+        except Exception as error:
+            raise UsageError(
+                f"the rule given for {name} failed on {constraints.where(node)} ({type(error).__name__}: {error}): a rule is "
+                "called with constraints, node and the operation's own arguments, and returns a value (isoflat.symmetry.rules)"
+            ) from error
+
+    return called
 
 
 def _any_unknown(part: Any) -> bool:

@@ -16,8 +16,11 @@ from torch.fx.node import map_arg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import UnsupportedModel
+from isoflat.core.state import everywhere
 from isoflat.modules.private import twin
-from isoflat.symmetry.finding.values import Known, StoredTensor, Value, shifted_only
+from isoflat.symmetry.finding.masks import Masks
+from isoflat.symmetry.finding.untraceable import unsupported
+from isoflat.symmetry.finding.values import Activation, Known, StoredTensor, Value, shifted_only
 
 
 @final
@@ -63,6 +66,18 @@ class TracedGraph:
             isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(mean, StoredTensor) and mean.name == path
         )
 
+    def varies(self, node: Node) -> bool:
+        """Test whether a node's value hangs on the network's input, and not on its shape alone."""
+        waiting, seen = [node], set[Node]()
+        while waiting:
+            part = waiting.pop()
+            if isinstance(self.inputs.get(part), Activation):
+                return True
+            if part not in seen:
+                seen.add(part)
+                waiting += part.all_input_nodes
+        return False
+
     @staticmethod
     def _place(node: Node) -> tuple[str, str]:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
@@ -84,14 +99,45 @@ def skeleton(module: nn.Module) -> nn.Module:
     """A copy of the module's structure, in evaluation mode, that shares its parameters and buffers.
 
     A cache of keys and values (Hugging Face's `config.use_cache`) is no part of the function: it is switched off.
+
+    Raises:
+        UnsupportedModel: a module holds something that cannot be copied.
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    made = twin(module, shared).eval()
+    try:
+        made = twin(module, shared).eval()
+    except (TypeError, RuntimeError, AttributeError, ValueError) as error:
+        raise UnsupportedModel(
+            f"the network's structure cannot be copied to be traced ({error}): a module holds something that "
+            "copy.deepcopy refuses, such as an operator, an open file, or a tensor with a history: make it when it is used. "
+            "geometry='layerwise' needs no tracing"
+        ) from error
     for part in made.modules():
         config: Any = getattr(part, "config", None)
         if getattr(config, "use_cache", None) is True:
             config.use_cache = False
     return made
+
+
+def aside(module: nn.Module) -> Callable[..., Any]:
+    """The module's function in evaluation mode, for a look at its output: nothing that a forward pass writes is the user's.
+
+    Raises:
+        UnsupportedModel: the module cannot be copied, or (when it is called) does not run.
+    """
+    apart = skeleton(module)
+    parameters = {name: parameter.detach() for name, parameter in apart.named_parameters()}
+    buffers = {name: buffer.detach() for name, buffer in apart.named_buffers()}
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        own = {name: buffer.clone() for name, buffer in buffers.items()}
+        swapped = everywhere(apart, {**parameters, **own})
+        try:
+            return torch.func.functional_call(apart, swapped, args, kwargs, tie_weights=False)
+        except Exception as error:  # whatever the user's forward raises
+            raise unsupported("the network does not run on the example", error, apart) from error
+
+    return function
 
 
 def trace(
@@ -108,14 +154,8 @@ def trace(
     Raises:
         UnsupportedModel: `torch.export` cannot trace it.
     """
-    try:
-        traced = skeleton(module)
-    except TypeError as error:
-        raise UnsupportedModel(
-            f"the network's structure cannot be copied to be traced ({error}): a module holds something that "
-            "copy.deepcopy refuses, such as an operator. geometry='layerwise' needs no tracing"
-        ) from error
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad(), _plain_attention():
+    traced = skeleton(module)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad(), plain_attention():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(traced, args, dict(kwargs), strict=False)
@@ -125,11 +165,7 @@ def trace(
                 table = {op: rule for op, rule in torch.export.default_decompositions().items() if not known(str(op))}
                 program = program.run_decompositions(table)
         except Exception as error:  # whatever the tracer or the user's forward raises
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UnsupportedModel(
-                f"the network cannot be traced by torch.export ({line}). geometry='layerwise' needs no tracing; or "
-                "rewrite data-dependent control flow, and give inputs of the shape that is used"
-            ) from error
+            raise unsupported("the network cannot be traced by torch.export", error, traced) from error
     signature = program.graph_signature
     canonical = {id(tensor): name for name, tensor in (*traced.named_parameters(), *traced.named_buffers())}
     tensors = {**dict(traced.named_parameters(remove_duplicate=False)), **dict(traced.named_buffers())}
@@ -137,13 +173,14 @@ def trace(
     constants = {**program.constants, **program.state_dict}
     lifted = signature.inputs_to_lifted_tensor_constants
     inputs: dict[Node, Value] = {}
+    masks = Masks()
     for node in program.graph.nodes:
         if node.op != "placeholder":
             continue
         if node.name in stored and stored[node.name] in tensors:
             tensor = tensors[stored[node.name]]
-            floating = tensor.is_floating_point()
-            inputs[node] = StoredTensor(canonical[id(tensor)], tensor.shape) if floating else Known(tensor)
+            fixed = not tensor.is_floating_point() or masks.is_constant(node, tensor)
+            inputs[node] = Known(tensor) if fixed else StoredTensor(canonical[id(tensor)], tensor.shape)
         elif node.name in lifted or node.name in stored:
             inputs[node] = Known(constants[lifted[node.name] if node.name in lifted else stored[node.name]])
         else:
@@ -156,7 +193,7 @@ def trace(
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """Attention as the modules write it down: neither torch's shortcut for inference, nor a device's fused kernel."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

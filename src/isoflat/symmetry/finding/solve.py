@@ -60,3 +60,8 @@ def translation(constraints: Constraints, zero: tuple[Form, ...] = ()) -> Transl
         for running in constraints.runnings.values()
     )
     return Translation(offsets, centres, solution.dimension)
+
+
+def movable_offsets(shifts: Translation) -> set[str]:
+    """Names of additive tensors all of whose constants can be moved."""
+    return {offset.entry.name for offset in shifts.offsets if bool((np.diff(offset.own.indptr) > 0).all())}

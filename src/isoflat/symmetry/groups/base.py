@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import final
@@ -9,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from isoflat.core.errors import SymmetryViolated
+from isoflat.core.errors import NondeterministicRisk, NonFinite, SymmetryViolated
 from isoflat.core.state import State
 
 
@@ -87,18 +88,32 @@ def verify(
 
     Raises:
         SymmetryViolated: an output changed by more than 1e-9 of its size.
+        NondeterministicRisk: outputs differ where nothing was moved.
+        NonFinite: an output is no number where nothing was moved.
     """
     precise = state.to(dtype=torch.float64)
     before = output(precise).detach().double()
+    if not bool(torch.isfinite(before).all()):
+        raise NonFinite(
+            f"the network's output holds NaN or infinity before {symmetry} moves anything, so that it cannot be proved: look "
+            "for NaN in the inputs, or for rows of attention that are masked whole"
+        )
     size = float(before.abs().max())
     worst = 0.0
     for _ in range(samples):
         after = output(symmetry.act(precise, symmetry.sample(stream, spread))).detach().double()
         change = float((after - before).abs().max())
-        worst = max(worst, change / size if size else change)
+        worst = max(worst, change / size if size else change) if math.isfinite(change) else math.inf
         if not worst <= 1e-9:
+            again = float((output(precise).detach().double() - before).abs().max())
+            if not again <= 1e-9 * size:
+                raise NondeterministicRisk(
+                    f"the network's output is random: two passes over the same inputs differ by {again:.2e}, so that {symmetry} "
+                    "cannot be proved. Call model.eval(), and draw noise outside the network"
+                )
+            how = f"by {worst:.2e} of its size (allowed: 1e-9)" if math.isfinite(worst) else "to NaN or infinity"
             raise SymmetryViolated(
-                f"{symmetry} changes the network's output by {worst:.2e} of its size (allowed: 1e-9). Expected "
+                f"{symmetry} changes the network's output {how}, on {', '.join(sorted(symmetry.touches))}. Expected "
                 "positively homogeneous activations between the named layers and no other path around them"
             )
     return worst

@@ -1,5 +1,7 @@
 """A change of basis counts only if the network's derivative along it vanishes at random weights.
 
+Where some operation has no forward-mode derivative, outputs before and after a finite change are compared instead.
+
 Derivation: docs/concepts/bases.md, "Why a derivative at random weights".
 """
 
@@ -12,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from isoflat.core.errors import UnsupportedModel
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.symmetry.groups.basis import BasisChange, Family
@@ -21,6 +24,9 @@ TOLERANCE = 1e-9
 
 SINGLE_TOLERANCE = 1e-4
 """The same in float32, for networks that run in nothing wider."""
+
+DISTANCE = 0.25
+"""Size of the eigenvalues of a finite change's logarithm: so far that what it changes stands clear of rounding."""
 
 
 Output = Callable[[State], Tensor]
@@ -45,10 +51,31 @@ def accepted(basis: BasisChange, given: State, output: Output) -> BasisChange:
     return BasisChange(tuple(f for f in basis.families if _vanishes(BasisChange((f,)), state, output)))
 
 
+def unproved(basis: BasisChange, left: BasisChange, given: State, output: Output) -> tuple[Family, ...]:
+    """The candidates that were given up because outputs at random weights are no numbers, which neither proves nor refutes.
+
+    Args:
+        basis: candidates.
+        left: those of them that were accepted.
+        given: the network's tensors, whose sizes random weights have, in the precision of the proof.
+        output: the network's output.
+    """
+    lost = tuple(family for family in basis.families if all(family is not other for other in left.families))
+    if not lost or bool(torch.isfinite(output(_random(given))).all()):
+        return ()
+    return lost
+
+
 def _vanishes(basis: BasisChange, state: State, output: Output) -> bool:
-    rates = basis.sample(stream(0, "accept"), 1.0)
-    along = _derivative(output, state, basis.velocity(state, rates))
-    alone = _derivative(output, state, BasisChange(tuple(map(_writing, basis.families))).velocity(state, rates))
+    writing = BasisChange(tuple(map(_writing, basis.families)))
+    try:
+        rates = basis.sample(stream(0, "accept"), 1.0)
+        along = _derivative(output, state, basis.velocity(state, rates))
+        alone = _derivative(output, state, writing.velocity(state, rates))
+    except (RuntimeError, UnsupportedModel):  # no forward-mode derivative; a network that does not run is seen below
+        rates = basis.sample(stream(0, "accept"), DISTANCE)
+        before = output(state)
+        along, alone = (output(change.act(state, rates)) - before for change in (basis, writing))
     allowed = TOLERANCE if state.dtype == torch.float64 else SINGLE_TOLERANCE
     return float(along.abs().max()) <= allowed * float(alone.abs().max())
 

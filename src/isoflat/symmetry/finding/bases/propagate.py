@@ -14,6 +14,7 @@ from isoflat.symmetry.finding.bases.rotary import commute, run_from
 from isoflat.symmetry.finding.bases.rules import RULES, fixed, held
 from isoflat.symmetry.finding.bases.tensor_axes import TensorAxes
 from isoflat.symmetry.finding.graph import TracedGraph, arguments
+from isoflat.symmetry.finding.untraceable import UNFORESEEN
 from isoflat.symmetry.finding.values import Activation, Known, StoredTensor
 
 
@@ -78,4 +79,10 @@ def _step(tensor_axes: TensorAxes, node: Node, values: Mapping[Node, Any]) -> An
     args, kwargs = arguments(node, values.__getitem__)
     if not isinstance(node.target, torch._ops.OpOverload):
         return held(tensor_axes, node, *args, **kwargs)
-    return RULES.get(str(node.target), held)(tensor_axes, node, *args, **kwargs)
+    rule = RULES.get(str(node.target), held)
+    try:
+        return rule(tensor_axes, node, *args, **kwargs)
+    except UNFORESEEN:
+        if rule is held:
+            raise
+        return held(tensor_axes, node, *args, **kwargs)  # what the rule has written down by now only holds more

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from isoflat.symmetry.finding.axes import but, sums_to_one
+from isoflat.symmetry.finding.averages import average
+from isoflat.symmetry.finding.axes import but, masked_softmax, sums_to_one
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.values import Activation, StoredTensor, Value, shifted_only
 from isoflat.symmetry.motions import Absorbed, Additive, Field
@@ -165,7 +166,10 @@ def _through(constraints: Constraints, node: Node, a: Activation, b: Activation)
     first = node.args[-2]
     if isinstance(first, Node) and sums_to_one(first) == len(a.shape) - 1:
         constraints.no_shift(reason, a)
-        return constraints.shifts.along(b.shift, *but(b.shift, -2))[..., None, :]
+        passing = constraints.shifts.along(b.shift, *but(b.shift, -2))
+        if (weights := masked_softmax(first)) is not None:
+            average(constraints, node, weights, passing)
+        return passing[..., None, :]
     for value, axis in ((a, -2), (b, -1)):
         if constraints.forgets(node, axis):
             constraints.shifts.along(value.shift, *but(value.shift, axis))
@@ -193,6 +197,9 @@ def attention(
         constraints.shifts.along(bias.shift, *but(bias.shift, -1))
     shape = node.meta["val"].shape
     constants = constraints.shifts.along(v.shift, *but(v.shift, -2))
+    place = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if isinstance(place, Node) and not isinstance(mask, StoredTensor):  # a stored one is finite: every row keeps a key
+        average(constraints, node, place, constants, mask)
     return Activation(values[..., None, :].expand(shape), constants[..., None, :].expand(shape))
 
 
@@ -261,8 +268,8 @@ def _shift(
         return _offset(constraints, node, out, bias)
     _scaled_like(constraints, bias, out)
     shift = constraints.shifts.fresh(out.numel())
-    constraints.add_to(bias.name, Additive(bias.name, None, shift, Absorbed(weight.name, view, entering, turned)))
-    return constraints.additives[bias.name].shift.view(out.shape)
+    absorbed = Absorbed(weight.name, view, entering, turned)
+    return constraints.added(Additive(bias.name, None, shift, absorbed)).view(out.shape)
 
 
 def _offset(constraints: Constraints, node: Node, out: Tensor, bias: Value) -> Tensor:
@@ -274,8 +281,7 @@ def _offset(constraints: Constraints, node: Node, out: Tensor, bias: Value) -> T
         constraints.scales.tie(out.reshape(-1), value.scale)
         return value.shift.expand(out.numel()).reshape(out.shape)
     _scaled_like(constraints, bias, out)
-    constraints.add_to(bias.name, Additive(bias.name, None, constraints.shifts.fresh(out.numel())))
-    return constraints.additives[bias.name].shift.view(out.shape)
+    return constraints.added(Additive(bias.name, None, constraints.shifts.fresh(out.numel()))).view(out.shape)
 
 
 def _scaled_like(constraints: Constraints, bias: StoredTensor, out: Tensor) -> None:

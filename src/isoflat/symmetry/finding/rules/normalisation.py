@@ -113,8 +113,7 @@ def running(
         constraints.scale_by(offset.name, _vector(offset.name, out))
         constraints.multiplies(gain, reason)
         moved = constraints.shifts.fresh(channels)
-        constraints.add_to(offset.name, Additive(offset.name, None, constraints.shifts.fresh(channels), norm=True))
-        leaving = constraints.additives[offset.name].shift
+        leaving = constraints.added(Additive(offset.name, None, constraints.shifts.fresh(channels), norm=True))
     else:
         out = constraints.scales.combine((1, entering), (-1, deviation))
         leaving = torch.zeros(channels, dtype=torch.int64)
@@ -173,8 +172,8 @@ def _out(
     if isinstance(offset, StoredTensor):
         flat = scale.expand(offset.shape).reshape(-1)
         constraints.scale_by(offset.name, _vector(offset.name, flat))
-        constraints.add_to(offset.name, Additive(offset.name, None, constraints.shifts.fresh(len(flat)), norm=True))
-        shift = constraints.additives[offset.name].shift.view(offset.shape)
+        own = constraints.added(Additive(offset.name, None, constraints.shifts.fresh(len(flat)), norm=True))
+        shift = own.view(offset.shape)
     if view is not None:
         scale, shift = (ids.view(tuple(view)) if ids.ndim else ids for ids in (scale, shift))
     return Activation(scale.expand(shape), shift.expand(shape))
