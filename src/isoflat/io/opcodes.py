@@ -1,4 +1,4 @@
-"""What a pickle stream asks for, read off its opcodes: nothing in it is executed, and nothing is imported."""
+"""Names that a pickle stream asks for, read off its opcodes: nothing in it is executed, and nothing is imported."""
 
 from __future__ import annotations
 

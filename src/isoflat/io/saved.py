@@ -56,8 +56,9 @@ def read_saved(path: Path, split: str | None, examples: int | None) -> Rows:
 
 def _pair(content: Any, split: str | None, path: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Inputs and targets within a file's content, and notes on where they were found."""
-    if isinstance(content, StandIn) and isinstance(content.state, dict):
-        content = content.state.get("tensors", content.state)
+    if isinstance(content, StandIn) and isinstance(content.state, dict):  # a data set, such as a TensorDataset
+        state = content.state
+        content = state.get("tensors", state if any(map(_is_array, state.values())) else content)
     if isinstance(content, dict):
         return _by_name(content, split, path)
     if split is not None:
@@ -111,7 +112,7 @@ def _stacked(parts: Sequence[Any], path: Path) -> Tensor:
 
 
 def _form(content: Any) -> str:
-    """What a file holds, in a few words."""
+    """The content of a file in a few words."""
     if isinstance(content, Tensor):
         return f"one tensor of shape {tuple(content.shape)} and no targets"
     if isinstance(content, list | tuple):
