@@ -165,6 +165,15 @@ def test_saved_data_that_is_refused(x, y, make, words, folder):
     assert not (folder / "canary").exists()
 
 
+def test_saved_data_that_holds_itself(x, y):
+    content = {"y": y}
+    content["train"] = content
+    torch.save(content, "a.pt")
+    refused("a.pt", "x_train and y_train")
+    torch.save([(row, 1 << 70) for row in x], "a.pt")
+    refused("a.pt", "a list of 12")
+
+
 def table(name, header, lines, separator=","):
     text = "\n".join(separator.join(map(str, line)) for line in [header, *lines] if line)
     with open(name, "w", encoding="utf-8", newline="") as file:  # noqa: PTH123

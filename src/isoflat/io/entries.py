@@ -36,8 +36,8 @@ AVERAGED = frozenset({"ema", "swa", "averaged", "average", "avg", "shadow", "pol
 COUNTER = "n_averaged"
 """Name beside averaged weights: the number of networks averaged, from `torch.optim.swa_utils.AveragedModel`."""
 
-_NO_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loop|averaging_state|rng|metric", re.IGNORECASE)
-"""Parts of the names of entries whose tensors are no weights: moments of optimisers, counters."""
+_NO_WEIGHTS = ("optim", "sched", "scaler", "callback", "loops", "metrics", "rng", "averaging")
+"""Beginnings of words in the names of entries whose tensors are no weights: moments of optimisers, counters."""
 
 _DEPTH = 3
 
@@ -77,8 +77,16 @@ def is_average(name: str, tensors: Mapping[str, Tensor] | None = None) -> bool:
     >>> is_average("model_ema"), is_average("EMA.state_dict"), is_average("schema")
     (True, True, False)
     """
-    words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
-    return bool(AVERAGED & set(words)) or COUNTER in (tensors or {})
+    return bool(AVERAGED & set(_words(name))) or COUNTER in (tensors or {})
+
+
+def _is_no_network(name: str) -> bool:
+    return any(word.startswith(_NO_WEIGHTS) for word in _words(name))
+
+
+def _words(name: str) -> list[str]:
+    """Words of a name, in lower case: at points, underscores and capitals."""
+    return re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
 def _preferred(found: Mapping[str, Named], path: Path) -> str:
@@ -106,7 +114,7 @@ def _told(chosen: str, others: Sequence[str], found: Mapping[str, Named], conten
     averaged = [name for name in others if is_average(name, found[name])]
     plain = [name for name in others if name not in averaged]
     if is_average(chosen, found[chosen]):
-        yield f"{chosen!r} holds averaged weights (EMA or SWA); the file has no others"
+        yield f"{chosen!r} holds averaged weights (EMA or SWA); the file has no others that can be read"
     elif "averaging_state" in content:
         yield f"{chosen!r} holds averaged weights (Lightning saves them there)"
     if averaged:
@@ -118,7 +126,7 @@ def _told(chosen: str, others: Sequence[str], found: Mapping[str, Named], conten
 def _state_dicts(content: dict[Any, Any], within: str, depth: int) -> Iterator[tuple[str, Named]]:
     """Iterate over the entries that hold tensors by name, with the keys that lead to them."""
     for name, entry in dict.items(content):
-        if not isinstance(entry, dict) or not isinstance(name, str) or _NO_WEIGHTS.search(name):
+        if not isinstance(entry, dict) or not isinstance(name, str) or _is_no_network(name):
             continue
         tensors, others = _parted(entry)
         if tensors and not any(isinstance(other, dict) for other in others.values()):

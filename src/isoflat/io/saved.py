@@ -54,13 +54,13 @@ def read_saved(path: Path, split: str | None, examples: int | None) -> Rows:
     return Rows(inputs.detach(), indices(targets.detach()), (*what, *note))
 
 
-def _pair(content: Any, split: str | None, path: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Inputs and targets within a file's content, and notes on where they were found."""
+def _pair(content: Any, split: str | None, path: Path, inside: bool = False) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Inputs and targets within a file's content, or within the entry of a split, and notes on where they were found."""
     if isinstance(content, StandIn) and isinstance(content.state, dict):  # a data set, such as a TensorDataset
         state = content.state
-        content = state.get("tensors", state if any(map(_is_array, state.values())) else content)
+        content = dict.get(state, "tensors", state if any(map(_is_array, dict.values(state))) else content)
     if isinstance(content, dict):
-        return _by_name(content, split, path)
+        return _by_name(content, split, path, inside)
     if split is not None:
         raise DataError(f"{path} has no splits: leave out --split {split}, or name the file of that split")
     parts = list(content) if isinstance(content, list | tuple) else []
@@ -71,11 +71,13 @@ def _pair(content: Any, split: str | None, path: Path) -> tuple[Tensor, Tensor, 
     raise DataError(f"{path} holds {_form(content)}: {_FORMS}")
 
 
-def _by_name(content: dict[Any, Any], split: str | None, path: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def _by_name(
+    content: dict[Any, Any], split: str | None, path: Path, inside: bool
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     wanted = split or "train"
-    inner = dict.get(content, wanted)
+    inner = None if inside else dict.get(content, wanted)
     if isinstance(inner, dict | list | tuple | StandIn) and not _is_array(inner):
-        inputs, targets, what = _pair(inner, None, path)
+        inputs, targets, what = _pair(inner, None, path, inside=True)
         return inputs, targets, (f"entry {wanted}", *what)
     arrays = [name for name, value in dict.items(content) if isinstance(name, str) and _is_array(value)]
     x, y = pair_names(arrays, split, str(path))
@@ -95,7 +97,9 @@ def _is_example(part: Any) -> bool:
     """True for a pair of an input and one number."""
     if not isinstance(part, list | tuple) or len(part) != 2 or not isinstance(part[0], Tensor):
         return False
-    return isinstance(part[1], int | float) or (isinstance(part[1], Tensor) and part[1].ndim == 0)
+    if isinstance(part[1], int):
+        return abs(part[1]) < 1 << 63
+    return isinstance(part[1], float) or (isinstance(part[1], Tensor) and part[1].ndim == 0)
 
 
 def _number(value: Any) -> int | float:
