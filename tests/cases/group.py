@@ -1,6 +1,7 @@
 """Several processes on this machine, joined by gloo, that never outlive a test."""
 
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -42,7 +43,9 @@ class Answer:
     seconds: float = 0.0
 
 
-def run(world: int, work, *arguments, timeout: float = 20.0, deadline: float = 90.0, lost=()) -> list[Answer | None]:
+def run(
+    world: int, work, *arguments, timeout: float = 20.0, deadline: float = 90.0, lost=(), launched: bool = False
+) -> list[Answer | None]:
     """`work(*arguments)` in every process of a group; None for those that gave no answer.
 
     Args:
@@ -52,15 +55,16 @@ def run(world: int, work, *arguments, timeout: float = 20.0, deadline: float = 9
         timeout: of the group's collectives, in seconds.
         deadline: after so many seconds everything is killed.
         lost: processes whose answer is not waited for.
+        launched: they are not joined yet, but have the variables that torchrun gives to each.
     """
     answers: list[Answer | None] = [None] * world
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder, "store"))
+        meeting = _port() if launched else str(Path(folder, "store"))
         pipes, processes = [], []
         try:
             for rank in range(world):
                 receiver, sender = _CONTEXT.Pipe(duplex=False)
-                process = _CONTEXT.Process(target=_main, args=(sender, rank, world, store, timeout, work, arguments))
+                process = _CONTEXT.Process(target=_main, args=(sender, rank, world, meeting, timeout, work, arguments))
                 process.start()
                 sender.close()
                 pipes.append(receiver)
@@ -80,18 +84,36 @@ def run(world: int, work, *arguments, timeout: float = 20.0, deadline: float = 9
     return answers
 
 
-def _main(pipe, rank: int, world: int, store: str, timeout: float, work, arguments) -> None:
+def _port() -> int:
+    """A port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _main(pipe, rank: int, world: int, meeting: str | int, timeout: float, work, arguments) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore of the system, which a killed process leaves behind
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-    )
+    if isinstance(meeting, int):
+        told = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": meeting,
+        }
+        os.environ.update({name: str(value) for name, value in told.items()})
+    else:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        )
     answer = attempt(work, *arguments)
     pipe.send(answer)
     if answer.error:
         os._exit(0)  # a group that has lost a process may not come to an end
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def attempt(work, *arguments) -> Answer:

@@ -78,7 +78,8 @@ def numbers(ordered: bool, dtype: str = "float64") -> dict[str, list[float]]:
 
 
 PLACES = {"ragged batches": ["auto", "layerwise"], "one batch": ["layerwise"]}
-"""Geometries of what is measured; every process traces the network once more, so that one subject has to do for that."""
+"""Geometries of what is measured; every process traces the network once more, so that one subject has to do for that, and
+none where sums are in order, which no geometry knows of."""
 
 
 def measured(ordered: bool = False, dtype="float64"):
@@ -91,7 +92,7 @@ def measured(ordered: bool = False, dtype="float64"):
                 data,
                 criterion,
                 measures=["quotient_spectral_norm"],
-                geometry=PLACES[name],
+                geometry=["layerwise"] if ordered else PLACES[name],
                 dtype=dtype,
                 reproducible_sum=ordered,
             )
@@ -228,8 +229,8 @@ def wrapped():
     net = nn.parallel.DistributedDataParallel(case.net)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     random, flags = torch.get_rng_state(), (net.training, torch.is_grad_enabled(), torch.get_num_threads())
-    plain = isoflat.measure(case.net, case.data, case.criterion)
-    inside = isoflat.measure(net, case.data, case.criterion)
+    plain = isoflat.measure(case.net, case.data, case.criterion, geometry="layerwise")
+    inside = isoflat.measure(net, case.data, case.criterion, geometry="layerwise")
     untouched = (
         all(bool((tensor == before[name]).all()) for name, tensor in net.state_dict().items())
         and all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
@@ -255,7 +256,7 @@ def sharded():
     refused_too = attempt(lambda: isoflat.measure(old, case.data, case.criterion))
     whole = copy.deepcopy(case.net)
     whole.load_state_dict(get_model_state_dict(spread, options=StateDictOptions(full_state_dict=True)))
-    values = [isoflat.measure(net, case.data, case.criterion).value for net in (case.net, whole)]
+    values = [isoflat.measure(net, case.data, case.criterion, geometry="layerwise").value for net in (case.net, whole)]
     return refused, refused_too, values
 
 

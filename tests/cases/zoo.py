@@ -83,7 +83,8 @@ VARIANTS = {
     "pre-norm-hand", "post-norm-hand", "dead-unit", "multihead-extra", "multihead-zero", "attention-bare",
     "attention-chunked", "grouped-queries-single", "rotary-partial", "linear-chain-wide", "linear-chain-joined",
     "torch-encoder-post-gelu", "torch-decoder-post", "decoder-layer", "positioned-tied", "adapters-zero",
-    "adapters-frozen", "recurrent-gru", "hugging-bert", "hugging-vit",
+    "adapters-frozen", "recurrent-gru", "hugging-bert", "hugging-vit", "mobilenet-relu", "resnet-bottleneck-group",
+    "pre-norm-rms", "post-norm-layer", "glu-bilinear", "multihead-extra-eager", "torch-decoder-pre",
 }  # fmt: skip
 """Entries whose kind another one stands for, where a test measures each."""
 

@@ -28,7 +28,8 @@ network = { family = "mlp", widths = [64, 12, 8, 10], bias = false }
 training = { optimizer = "adam", rate = 0.01, target = 0.3, epochs = 200 }
 arms = [{ name = "small batch", batch = 8 }, { name = "steep", optimizer = "sgd", rate = 1e6 }]
 replicates = 1
-numbers = [{ measure = "quotient_spectral_norm" }]
+orbit = 0
+numbers = [{ measure = "quotient_spectral_norm", geometry = "layerwise" }]
 """
 
 

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from cases import commands
+from cases.group import run
+
 NETS = """
 import os
 import torch
@@ -35,7 +38,8 @@ class Dying(nn.Module):
         return self.inner(x)
 """
 
-MEASURE = ["-m", "isoflat", "measure", "--data", "digits", "--examples", "210", "--geometry", "layerwise"]
+WORDS = ["measure", "--data", "digits", "--examples", "210", "--geometry", "layerwise"]
+MEASURE = ["-m", "isoflat", *WORDS]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -61,6 +65,19 @@ def _values(text):
     return [[row["estimate"][key] for key in ("value", "lower", "upper")] for row in json.loads(text)["rows"]]
 
 
+def test_variables_of_a_launcher_make_a_group_and_only_the_first_prints(folder):
+    """What torchrun starts, without torchrun, which takes longer to start than all the rest takes."""
+    words = [*WORDS, "--model", "rank_nets:build", "--json"]
+    (one,) = run(1, commands.printed, str(folder), words)
+    first, second = run(2, commands.printed, str(folder), [*words, "--out", "result.json"], launched=True)
+    assert [answer.value[0] for answer in (one, first, second)] == [0, 0, 0], (one, first, second)
+    assert second.value[1] == ""
+    assert _values(first.value[1])[0] == pytest.approx(_values(one.value[1])[0], rel=1e-12, abs=0)
+    assert json.loads(first.value[1])["rows"][0]["settings"]["processes"] == 2
+    assert (folder / "result.json").read_text() == first.value[1]
+
+
+@pytest.mark.slow
 def test_two_processes_print_what_one_prints_once(folder):
     one = _run(folder, *MEASURE, "--model", "rank_nets:build", "--json")
     two = _run(folder, *TORCHRUN, *MEASURE, "--model", "rank_nets:build", "--json", "--out", "result.json")

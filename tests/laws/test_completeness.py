@@ -88,7 +88,8 @@ NAMES = sorted(set(ZOO) - ELSEWHERE - TRANSFORMERS)
 
 HEAVY = {
     "normless", "hugging-llama", "hugging-vit", "hugging-bert", "attention-separate", "decoder-rms", "decoder-layer",
-    "adapters-random", "multihead-cross", "multihead-zero", "mobilenet-relu",
+    "adapters-random", "multihead-cross", "multihead-zero", "mobilenet-relu", "densenet-batch", "hugging-gpt2",
+    "recurrent-lstm-projected",
 }  # fmt: skip
 """Left to the slow tests."""
 

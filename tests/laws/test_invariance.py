@@ -45,7 +45,7 @@ def _numbers(case: Case, **options) -> list[isoflat.Estimate]:
     return [row.estimate for row in table]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(logs, st.integers(0, 100), st.booleans(), st.booleans())
 def test_layer_factors_leave_outputs_and_numbers_alone(logarithms, seed, bias, convolutional):
     case = _case(seed, bias, convolutional)
@@ -58,7 +58,7 @@ def test_layer_factors_leave_outputs_and_numbers_alone(logarithms, seed, bias, c
         assert abs(after.upper - before.upper) <= 1e-6 * size
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(powers, st.integers(0, 100), st.booleans(), st.booleans(), st.booleans())
 def test_powers_of_two_are_bit_identical(exponents, seed, bias, convolutional, single):
     case = _case(seed, bias, convolutional)

@@ -26,7 +26,7 @@ def _cut(case, sizes):
     return list(zip(case.inputs.split(sizes), case.targets.split(sizes), strict=True))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(st.data())
 def test_batch_split_and_order_change_nothing(draws):
     case = mlp((4, 5, 3), bias=True, seed=draws.draw(st.integers(0, 50)), rows=20)

@@ -64,11 +64,7 @@ def test_outputs_stay(name):
     assert found.verify(ZOO[name].inputs(9, seed=5), spread=3.0, seed=1) <= 1e-10
 
 
-KINDS = {
-    "mlp-bias", "lenet-bias", "resnet-basic-batch", "densenet-batch", "pre-norm-layer", "embedded", "tied", "frozen",
-    "weight-normed", "lstm", "custom", "multihead-fused", "torch-encoder-stack", "decoder-rms", "adapters-frozen",
-    "hugging-gpt2",
-}  # fmt: skip
+KINDS = {"mlp-bias", "vgg-batch", "embedded", "tied", "frozen", "weight-normed", "lstm", "multihead-fused"}
 """Traced once more, to see what tracing leaves behind; all others are in the slow tests."""
 
 

@@ -12,7 +12,7 @@ from isoflat.experiments.demo import MlpPlan, demonstrate
 
 def test_the_demo_end_to_end(tmp_path, monkeypatch, capsys):
     before = torch.get_rng_state()
-    plan = MlpPlan(seeds=2, seed=0, widths=(64, 16, 16, 10), target=0.5)
+    plan = MlpPlan(seeds=2, widths=(64, 8, 8, 10), target=1.0, factors=(1.0, 100.0), shifts=(0.0, 100.0))
     result = demonstrate(plan)
     assert torch.equal(before, torch.get_rng_state())
     for record in result.records:
