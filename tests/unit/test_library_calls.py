@@ -24,7 +24,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "library_nets.py").write_text("from torch import nn\n\ndef build():\n    return nn.Linear(64, 10)\n")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    save_file({f"net.{k}": v for k, v in nn.Linear(64, 10).state_dict().items()}, tmp_path / "w.safetensors")
+    save_file({f"trunk.{k}": v for k, v in nn.Linear(64, 10).state_dict().items()}, tmp_path / "w.safetensors")
     return tmp_path
 
 
@@ -33,7 +33,7 @@ def test_a_network_is_loaded_with_its_weights_and_says_how(here):
     fresh = load_model("library_nets:build", seed=3, note=notes.append)
     assert "torch's seed 3" in notes[0] and not fresh.training
     assert torch.equal(fresh.weight, load_model("library_nets:build", seed=3).weight)
-    filled = load_model("library_nets:build", "w.safetensors", strip_prefix=["net."])
+    filled = load_model("library_nets:build", "w.safetensors", strip_prefix=["trunk."])
     torch.manual_seed(0)
     assert torch.equal(filled.weight, nn.Linear(64, 10).weight)
     with pytest.raises(CheckpointError, match="missing bias, weight"):

@@ -84,7 +84,8 @@ def test_solvers_never_hear_of_networks():
         folder = path.relative_to(SOURCE).parts[0]
         if folder in ("linalg", "core"):
             assert not any(name.startswith("torch.nn") for name in names), path
-        assert not any(name.startswith(("pickle", "dill")) for name in names), path
+        # pickletools takes streams apart and executes nothing.
+        assert not any(name.split(".")[0] in ("pickle", "_pickle", "cloudpickle", "dill") for name in names), path
         if path.relative_to(SOURCE).as_posix() != "experiments/sweep.py":  # workers, no files
             assert not any(name.startswith("joblib") for name in names), path
         if path.relative_to(SOURCE).as_posix() != "risk/ranks.py":

@@ -115,7 +115,7 @@ def _described(model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
 
 
 def _filled(model: torch.nn.Module, inputs: Inputs) -> tuple[bool, str]:
-    notes = fill(model, inputs.weights, inputs.weights_key, inputs.strip_prefix, inputs.seed)
+    notes = fill(model, inputs.model, inputs.weights, inputs.weights_key, inputs.strip_prefix, inputs.seed)
     return True, "; ".join(notes) or "every tensor, strictly"
 
 

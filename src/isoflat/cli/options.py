@@ -28,7 +28,8 @@ PLACE = "auto"
 """Geometry that is measured in where no --geometry is given."""
 
 DATA_HELP = (
-    "digits (inside scikit-learn), a .npz file (x_train and y_train, or x and y), Parquet files with images and labels "
+    "digits (inside scikit-learn), a .npz file (x_train and y_train, or x and y), a .csv file (a header; the column y, target, "
+    "label or class holds the targets), a .pt file of tensors (x, y), Parquet files with images and labels "
     "(a file, folder or glob), a folder with one subfolder of images per class, or module:factory. "
     "Without --transform, integer images become float32 in 0..1 (divided by 255), channels first: (N,H,W) becomes "
     "(N,1,H,W), (N,H,W,C) becomes (N,C,H,W); float arrays are passed as they are."
@@ -117,7 +118,8 @@ class NetworkOptions:
         typer.Option(
             "--model",
             metavar="MODULE:FACTORY",
-            help="Function without arguments that builds the network; modules in the current folder are found.",
+            help="Function without arguments that builds the network; modules in the current folder are found. Or "
+            "hf:FOLDER, which Hugging Face's save_pretrained wrote, or timm:NAME, such as timm:resnet18,num_classes=10.",
             rich_help_panel=WHAT,
         ),
     ]
@@ -147,7 +149,7 @@ class NetworkOptions:
             "--weights-key",
             metavar="KEY",
             help="Entry of the weights file that holds the weights, with dots for entries in entries. "
-            "Default: state_dict, model or model_state_dict, where the file is not flat.",
+            "Default: found in the usual places (state_dict, model, net and others); averaged weights (EMA) only if named.",
             rich_help_panel=WHAT,
         ),
     ] = None
@@ -157,7 +159,7 @@ class NetworkOptions:
             "--strip-prefix",
             metavar="PREFIX",
             help="Prefix to remove from the names in the weights file; can be repeated. "
-            "module., _orig_mod. and model. are removed by themselves where all names have them.",
+            "module., _orig_mod., model., net. and network. are removed by themselves where that fits.",
             rich_help_panel=WHAT,
         ),
     ] = None

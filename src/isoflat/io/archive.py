@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,14 @@ HEADER = 32 << 20
 
 ENTRIES = 100_000
 """Largest number of tensors, or members of an archive, in a file."""
+
+_END = struct.Struct("<4s4H2LH")
+_LOCATOR = struct.Struct("<4sLQL")
+_END_64 = struct.Struct("<4sQ2H2L4Q")
+"""Records at the end of an archive: its end, the place of the 64-bit record, and that record."""
+
+_FULL = (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
+"""Values of the 32-bit fields that refer to the 64-bit record."""
 
 _AGAIN = "Was the download or the save interrupted? Fetch or save it again"
 
@@ -115,7 +124,8 @@ def is_zip(file: BinaryIO) -> bool:
 def check_zip(file: BinaryIO, path: Path, size: int) -> None:
     """Check an archive as torch writes it: nothing compressed, no member beyond the file, plain names, right checksums.
 
-    torch itself does not compare checksums: without this, a flipped bit would silently become another weight.
+    torch itself does not compare checksums: without this, a flipped bit would silently become another weight. Its reader is
+    another than the one that checks here, so that a file in which two readers would see two archives is refused first.
 
     Args:
         file: file opened for reading; its position is at the start afterwards.
@@ -126,8 +136,11 @@ def check_zip(file: BinaryIO, path: Path, size: int) -> None:
         CheckpointError: one of these does not hold.
     """
     try:
+        count = _check_end(file, path, size)
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
+            if len(members) != count:
+                raise _two_archives(path)
             _check_members(members, path, size)
             broken = archive.testzip()
     except CheckpointError:
@@ -139,6 +152,47 @@ def check_zip(file: BinaryIO, path: Path, size: int) -> None:
     file.seek(0)
 
 
+def _check_end(file: BinaryIO, path: Path, size: int) -> int:
+    """Number of members that the end of an archive declares, after a check that it leaves readers no choice.
+
+    Readers differ where something precedes or follows an archive, and where its 32-bit and 64-bit records disagree.
+
+    Raises:
+        CheckpointError: the file is truncated, or does not end in exactly one such record of the whole file.
+    """
+    tail = min(size, _END.size + _LOCATOR.size + _END_64.size)
+    file.seek(size - tail)
+    last = file.read(tail)
+    file.seek(0)
+    if tail < _END.size or last[-_END.size :][:4] != b"PK\5\6":
+        raise CheckpointError(f"{path} is truncated or corrupt: it does not end as an archive does. {_AGAIN}")
+    _, disk, first_disk, here, count, length, start, comment = _END.unpack(last[-_END.size :])
+    end = size - _END.size
+    locator = last[-_END.size - _LOCATOR.size : -_END.size]
+    if locator[:4] == b"PK\6\7":
+        end -= _LOCATOR.size + _END_64.size
+        record = _END_64.unpack(last[: _END_64.size]) if tail == len(last) and end >= 0 else (b"",) * 10
+        if record[0] != b"PK\6\6" or record[1] != _END_64.size - 12 or _LOCATOR.unpack(locator)[2] != end:
+            raise _two_archives(path)
+        wide = record[6:]
+        if any(
+            small not in (large, limit)
+            for small, large, limit in zip((here, count, length, start), wide, _FULL, strict=True)
+        ):
+            raise _two_archives(path)
+        here, count, length, start = wide
+    if disk or first_disk or comment or here != count or start + length != end:
+        raise _two_archives(path)
+    return count
+
+
+def _two_archives(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} could be read as two different archives: something stands before or after the one that torch.save wrote. "
+        "Refused as corrupt or hostile; save it again"
+    )
+
+
 def _check_members(members: Sequence[zipfile.ZipInfo], path: Path, size: int) -> None:
     if len(members) > ENTRIES:
         raise CheckpointError(f"{path} is an archive of {len(members)} members, more than {ENTRIES}: refused")
@@ -146,7 +200,7 @@ def _check_members(members: Sequence[zipfile.ZipInfo], path: Path, size: int) ->
         raise CheckpointError(f"{path} is a compressed archive: torch.save never writes one. Refused; save it again")
     if sum(member.file_size for member in members) > size:
         raise CheckpointError(f"{path} declares more bytes than it holds: refused as corrupt or hostile")
-    names = [member.filename for member in members]
+    names = [member.orig_filename for member in members]
     if len({name.casefold() for name in names}) < len(names):
         raise CheckpointError(f"{path} is an archive with two members of one name: refused as corrupt or hostile")
     for name in names:

@@ -17,12 +17,14 @@ from isoflat.io.arrays import read_npz
 from isoflat.io.images import read_folder, read_parquet
 from isoflat.io.named import function, named, reason
 from isoflat.io.rows import Rows, evenly, rows
+from isoflat.io.saved import read_saved
+from isoflat.io.tables import read_csv
 from isoflat.risk.batches import Batches, as_batches
 
 SPLITS = ("train", "test", "validation", "valid", "val")
 """Words in a file's name that tell which split it holds."""
 
-_KNOWN = "digits, a .npz file, Parquet files, a folder of images by class, or module:factory"
+_KNOWN = "digits, a .npz, .csv or .pt file, Parquet files, a folder of images by class, or module:factory"
 
 
 def load_data(
@@ -85,6 +87,10 @@ def _found(source: str, split: str | None, examples: int | None) -> Any:
         return _digits(split, examples)
     if path.suffix == ".npz":
         return read_npz(_file(path), split, examples)
+    if path.suffix == ".csv":
+        return read_csv(_file(path), split, examples)
+    if path.suffix in (".pt", ".pth"):
+        return read_saved(_file(path), split, examples)
     if path.suffix == ".parquet" or path.is_dir():
         return _images(source, path, split, examples)
     if ":" in source and not path.exists():
@@ -125,6 +131,8 @@ def _made(source: str, split: str | None, examples: int | None) -> Any:
 def _part(inputs: Tensor, targets: Tensor, source: str, examples: int | None, notes: tuple[str, ...] = ()) -> Rows:
     if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
         return rows(inputs.numpy(), targets.numpy(), source, None)
+    if targets.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        targets = targets.to(torch.int64)  # as losses want class indices
     chosen, note = evenly(len(inputs), examples, source)
     return Rows(inputs[chosen], targets[chosen], (*notes, *note)) if note else Rows(inputs, targets, notes)
 

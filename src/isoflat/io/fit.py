@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import CheckpointError, UnsupportedModel
 from isoflat.core.render import some
+from isoflat.io.prefixes import NetworkNames, rename
 from isoflat.io.weights import Weights
-
-WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""Prefixes that data parallelism, compilation and Lightning put before every name."""
 
 
 def fit(model: nn.Module, weights: Weights, prefixes: Sequence[str] = ()) -> tuple[str, ...]:
@@ -33,8 +31,8 @@ def fit(model: nn.Module, weights: Weights, prefixes: Sequence[str] = ()) -> tup
     target = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     if lazy := [name for name, tensor in target.items() if nn.parameter.is_lazy(tensor)]:
         raise UnsupportedModel(f"tensors without a shape (lazy): {some(lazy)}. Run the network once in its factory")
-    tensors, notes = _rename(dict(weights.tensors), target, prefixes, weights)
     tied = _tied(target)
+    tensors, notes = rename(weights, NetworkNames(frozenset(target), tied), prefixes)
     for names in tied:
         if held := [name for name in names if name in tensors]:
             tensors = {**dict.fromkeys(names, tensors[held[0]]), **tensors}
@@ -77,37 +75,6 @@ def _set_epsilons(model: nn.Module, weights: Weights) -> list[str]:
         place, _, name = path.rpartition(".")
         setattr(modules[place], name, value)
     return notes
-
-
-def _rename(
-    tensors: dict[str, Tensor], target: Mapping[str, Tensor], prefixes: Sequence[str], weights: Weights
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors without the prefixes that the network does not have, and notes on these."""
-    notes = []
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in tensors):
-            raise CheckpointError(
-                f"{weights.source}: no tensor's name begins with --strip-prefix {prefix!r}; there are {some(tensors)}"
-            )
-        tensors = _stripped(tensors, prefix, weights)
-    best, removed = tensors, ""
-    candidate, path = tensors, ""
-    while candidate.keys() != target.keys() and (
-        prefix := next((wrapper for wrapper in WRAPPERS if all(name.startswith(wrapper) for name in candidate)), None)
-    ):
-        candidate, path = _stripped(candidate, prefix, weights), path + prefix
-        if len(candidate.keys() & target.keys()) > len(best.keys() & target.keys()):
-            best, removed = candidate, path
-    if removed:
-        notes.append(f"the prefix {removed!r} was removed from the names in {weights.source.name}")
-    return best, notes
-
-
-def _stripped(tensors: Mapping[str, Tensor], prefix: str, weights: Weights) -> dict[str, Tensor]:
-    renamed = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if len(renamed) < len(tensors):
-        raise CheckpointError(f"{weights.source}: without the prefix {prefix!r}, two tensors would have one name")
-    return renamed
 
 
 def _tied(target: Mapping[str, Tensor]) -> list[list[str]]:

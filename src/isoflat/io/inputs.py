@@ -14,6 +14,7 @@ from isoflat.core.errors import DataError, IsoflatError, UsageError
 from isoflat.core.plain import attributes
 from isoflat.core.record import Point
 from isoflat.io.data import load_data
+from isoflat.io.libraries import own_weights
 from isoflat.io.model import find_loss, load_model
 from isoflat.io.named import reason
 from isoflat.measurement.subject import Subject, subject
@@ -30,7 +31,7 @@ class Inputs:
     """Names of network, data and loss, as the user gave them; nothing is opened yet.
 
     Attributes:
-        model: name of the factory, `module:factory`.
+        model: name of the factory, `module:factory`; `hf:FOLDER` or `timm:NAME`.
         data: name of the data, as for `isoflat.load_data`.
         weights: path of a weights file; None for the weights that the factory builds.
         weights_key: entry of the file that holds the weights; None to look in the usual places.
@@ -86,7 +87,7 @@ class Inputs:
         accuracy = "" if point.accuracy is None else f", accuracy {point.accuracy:.4g} (chance {point.chance:.4g})"
         return [
             ("network", f"{self.model}, {point.parameters} trainable entries"),
-            ("weights", "as built by the factory" if self.weights is None else str(self.weights)),
+            ("weights", str(self.weights or own_weights(self.model) or "as built by the factory")),
             ("data", f"{self.data}, {point.examples} examples"),
             ("loss", f"{point.loss:.6g} ({self.loss}){accuracy}"),
             ("gradient norm", f"{point.gradient_norm:.4g}"),

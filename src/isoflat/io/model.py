@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from isoflat.core.errors import UsageError
+from isoflat.core.errors import IsoflatError, UsageError
 from isoflat.io.fit import fit
+from isoflat.io.libraries import library, own_weights
 from isoflat.io.named import function, named, reason
 from isoflat.io.weights import read_weights
 
@@ -32,7 +33,8 @@ def load_model(
     Weights are read without ever running what the file says, and fitted strictly: all of them in the right places, or none.
 
     Args:
-        spec: name of the factory, `module:factory`; it is called without arguments.
+        spec: name of the factory, `module:factory`; it is called without arguments. Or `hf:FOLDER`, a network that
+            Hugging Face's `save_pretrained` wrote, or `timm:NAME`, such as `timm:resnet18,num_classes=10`.
         weights: path of a file: `.safetensors`, a `.safetensors.index.json`, or `.pt`, `.pth`, `.ckpt`, `.bin` written by
             `torch.save`; None for the weights that the factory builds.
         key: entry of the file that holds the weights, with dots for entries within entries; None to look in the
@@ -49,18 +51,19 @@ def load_model(
     Identity()
     """
     model = build(spec, seed)
-    for text in fill(model, weights, key, strip_prefix, seed):
+    for text in fill(model, spec, weights, key, strip_prefix, seed):
         note(text)
     return model
 
 
 def fill(
-    model: nn.Module, weights: Path | str | None, key: str | None, strip_prefix: Sequence[str], seed: int
+    model: nn.Module, spec: str, weights: Path | str | None, key: str | None, strip_prefix: Sequence[str], seed: int
 ) -> tuple[str, ...]:
     """Load a weights file into a network, if there is one.
 
     Args:
         model: the network, changed in place; left as it is where anything does not fit.
+        spec: name that the network was built by.
         weights: path of the file; None for the weights that the factory built.
         key: entry of the file that holds the weights; None to look in the usual places.
         strip_prefix: prefixes removed from the names in the file.
@@ -77,6 +80,8 @@ def fill(
         return fit(model, read_weights(Path(weights), key), strip_prefix)
     if key is not None or strip_prefix:
         raise UsageError("--weights-key and --strip-prefix choose within a weights file: name it with --weights")
+    if own := own_weights(spec):
+        return (f"weights from {own} (no --weights was given)",)
     return (f"weights as built by the factory (no --weights was given), torch's seed {seed}",)
 
 
@@ -84,13 +89,13 @@ def build(spec: str, seed: int) -> nn.Module:
     """The network that the factory `module:factory` builds, in evaluation mode.
 
     Args:
-        spec: name of the factory, `module:factory`; it is called without arguments.
+        spec: name of the factory, `module:factory`, which is called without arguments; `hf:FOLDER` or `timm:NAME`.
         seed: seed of torch's random numbers while the network is built, so that fresh weights are the same at each run.
 
     Raises:
         UsageError: the factory cannot be found, fails, or returns something else.
     """
-    factory = named(spec, "--model")
+    factory = library(spec) or named(spec, "--model")
     if isinstance(factory, nn.Module):
         raise UsageError(f"--model {spec} is a network already: name a function that builds one, without arguments")
     if not callable(factory):
@@ -99,6 +104,8 @@ def build(spec: str, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         try:
             model = factory()
+        except IsoflatError:
+            raise
         except Exception as error:
             raise UsageError(
                 f"--model {spec}: the factory, called without arguments, failed: {reason(error)}"

@@ -137,13 +137,20 @@ def rows(
             "rows: write one target for each input"
         )
     chosen, note = evenly(len(inputs), examples, source)
-    labels = numbers(targets if examples is None else targets[chosen], f"{source}: the targets")
-    if not labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.dtype is not torch.int64 and not labels.is_floating_point():
-        labels = labels.to(torch.int64)
+    labels = indices(numbers(targets if examples is None else targets[chosen], f"{source}: the targets"))
     data = numbers(inputs if examples is None else inputs[chosen], f"{source}: the inputs")
     return Rows(data, labels, (*notes, *note))
+
+
+def indices(targets: Tensor) -> Tensor:
+    """Targets with class indices as int64 in one column; real targets as they are.
+
+    >>> indices(torch.tensor([[3], [1]], dtype=torch.int32))
+    tensor([3, 1])
+    """
+    if targets.is_floating_point() or targets.is_complex():
+        return targets
+    return (targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets).to(torch.int64)
 
 
 def evenly(total: int, examples: int | None, source: str) -> tuple[list[int], tuple[str, ...]]:
