@@ -13,8 +13,9 @@ from isoflat.core.errors import UsageError
 from isoflat.io.fit import fit
 from isoflat.io.named import function, named, reason
 from isoflat.io.weights import read_weights
+from isoflat.risk.arguments import NAMED
 
-LOSSES = ("cross_entropy", "mse", "model")
+LOSSES = (*NAMED, "model")
 """Losses that need no code of the user's own; `model`: the model's output carries its loss."""
 
 
@@ -111,10 +112,8 @@ def find_loss(spec: str) -> Any:
     Raises:
         UsageError: no such loss.
     """
-    if spec == "cross_entropy":
-        return nn.CrossEntropyLoss()
-    if spec == "mse":
-        return nn.MSELoss()
+    if spec in NAMED:
+        return NAMED[spec]()
     if spec == "model":
         return None
     if ":" not in spec:

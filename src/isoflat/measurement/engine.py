@@ -30,6 +30,7 @@ from isoflat.measures.base import Measure, Question, SolverQuery
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint
 from isoflat.measures.settings import Settings
 from isoflat.risk.empirical import EmpiricalRisk, Survey
+from isoflat.risk.foreign import told
 from isoflat.risk.linearise import Choice, check_gradient, choose, survey
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Ranks
@@ -44,6 +45,7 @@ class Look(Protocol):
         ...
 
 
+@told
 @contextmanager
 def opened(
     prepare: Callable[[], Subject], plan: Plan, settings: Settings, ranks: Ranks, label: str = ""

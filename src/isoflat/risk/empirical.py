@@ -133,7 +133,7 @@ class EmpiricalRisk:
 
     def outputs(self) -> Callable[[State], Tensor]:
         """The model's output on the first batch, as a function of the state."""
-        inputs, _ = split(next(iter(self.batches)))
+        inputs, _ = split(alone(next(iter(self.batches))))
 
         def output(state: State) -> Tensor:
             moved = move(inputs, state.device, state.dtype)
@@ -234,7 +234,7 @@ class EmpiricalRisk:
                     "Call model.eval() and switch off dropout, noise and sampling in the forward pass"
                 )
             if isinstance(self.loss, TargetLoss) and self.loss.claimed_mean is not None:
-                moved = move(batch, state.device, state.dtype)
+                moved = move(alone(batch), state.device, state.dtype)
                 inputs, target = split(moved)
                 with torch.no_grad():
                     check_mean(self.loss.claimed_mean, self.network(state, partial(call, inputs=inputs)), target)

@@ -9,6 +9,7 @@ from typing import final
 import torch
 
 from isoflat.core.errors import UnsupportedModel
+from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.risk.batches import rows_of
@@ -18,7 +19,7 @@ from isoflat.risk.plan import ProductPlan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.differences import STEP, Differences
 from isoflat.risk.routes.forward import Forward
-from isoflat.risk.routes.guarded import Grain, Guarded, first_line, is_out_of_memory
+from isoflat.risk.routes.guarded import Grain, Guarded
 from isoflat.risk.routes.reverse import Recomputed
 
 _REMEDY = "Make it differentiable; check='warn' measures nevertheless"
