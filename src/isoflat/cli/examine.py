@@ -17,6 +17,7 @@ from isoflat.measurement.subject import Subject, subject
 from isoflat.measures.settings import Settings
 from isoflat.risk.batches import Batches, digest
 from isoflat.risk.check import AGREEMENT, SYMMETRY, CheckedRows, asymmetry, disagreement
+from isoflat.risk.foreign import translated
 from isoflat.risk.linearise import ProductCheck, choose
 from isoflat.risk.network import Network, exactly
 from isoflat.risk.routes.base import Linearisation
@@ -87,9 +88,8 @@ class _Exam:
             self.checks.append(Finding(name, "fail", str(error)))
             return None
         except Exception as error:  # noqa: BLE001 — whatever code of the user's raises; a check reports, it never ends the program
-            self.checks.append(
-                Finding(name, "fail", f"{reason(error)}. Correct the network, the loss or the data loader")
-            )
+            told = translated(error) or f"{reason(error)}. Correct the network, the loss or the data loader"
+            self.checks.append(Finding(name, "fail", str(told)))
             return None
         self.checks.append(Finding(name, "ok", detail))
         return product

@@ -36,6 +36,10 @@ def first_line(error: BaseException) -> str:
         return type(error).__name__
     # A loader's worker process puts the traceback before the words.
     line = lines[-1] if lines[0].startswith("Caught ") and "worker process" in lines[0] else lines[0]
-    said = [sentence for sentence in re.split(r"(?<=[.!?;])\s+", line) if not _BEGGING.search(sentence)]
-    text = " ".join(said) or type(error).__name__
+    text = plain(line) or type(error).__name__
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def plain(text: str) -> str:
+    """A text without requests to write to the authors of another library."""
+    return " ".join(part for part in re.split(r"(?<=[.!?;])\s+", text) if not _BEGGING.search(part))

@@ -14,7 +14,8 @@ from isoflat.measurement.subject import Plan, Subject
 from isoflat.measures.settings import Settings
 from isoflat.risk.batches import move
 from isoflat.risk.losses import TargetLoss, call, split
-from isoflat.symmetry.finding.discover import discover, inputs_of
+from isoflat.symmetry.finding.discover import discover
+from isoflat.symmetry.finding.rows import fewest, inputs_of
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups.base import Symmetry, verify
 from isoflat.symmetry.groups.declared import UnitScale
@@ -67,7 +68,12 @@ def symmetries_of(subject: Subject, declared: Sequence[Symmetry] = ()) -> Found:
     blind = isinstance(subject.risk.loss, TargetLoss) and _ignores_common_score(
         subject.risk.loss, module, move(batch, _device(module), dtype)
     )
-    args, kwargs = recorder.two_rows()
+    network, state = subject.risk.network, subject.risk.network.state()
+    args, kwargs = fewest(
+        lambda *args, **kwargs: network(state, lambda model: model(*args, **kwargs)),
+        recorder.two_rows(),
+        recorder.inputs,
+    )
     found = discover(module, args, kwargs, blind, declared=[s for s in declared if isinstance(s, UnitScale)])
     found.verify()
     return found
@@ -119,11 +125,16 @@ class _Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
-    def two_rows(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's inputs, cut to two rows."""
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's inputs."""
         if self._call is None:
             raise UnsupportedModel("the loss never calls the model: what it measures is not this network's function")
-        args, kwargs = self._call
+        return self._call
+
+    def two_rows(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's inputs, cut to two rows."""
+        args, kwargs = self.inputs
         both = inputs_of((*args, *kwargs.values()))[0]
         return both[: len(args)], dict(zip(kwargs, both[len(args) :], strict=True))
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from isoflat.core.errors import UsageError
 from isoflat.core.state import State
 from isoflat.symmetry.finding.axes import Readers
 from isoflat.symmetry.finding.bases.accept import accepted
@@ -26,6 +25,7 @@ from isoflat.symmetry.finding.gains import foldable
 from isoflat.symmetry.finding.graph import TracedGraph, arguments, skeleton, trace
 from isoflat.symmetry.finding.logical import blocks
 from isoflat.symmetry.finding.means import means
+from isoflat.symmetry.finding.rows import all_inputs, aside, fewest, inputs_of
 from isoflat.symmetry.finding.rules import Rule, rules
 from isoflat.symmetry.finding.rules.elementwise import nonlinear
 from isoflat.symmetry.finding.solve import effective, scaling, translation
@@ -53,7 +53,8 @@ def symmetries(
 
     Args:
         model: any module that `torch.export` can trace; it is not changed.
-        example: an input with two rows or more, a tuple of positional inputs, or a mapping of keyword inputs.
+        example: an input with two rows or more, a tuple of positional inputs, or a mapping of keyword inputs. Where the network
+            does not run on two of its rows, such as on two nodes of a graph, it is traced on all.
         loss: function of output and class targets; given, and found to ignore a constant added to all scores of an example
             (softmax cross-entropy), that direction of the head is a symmetry too.
         further_rules: rules beside those of the package, by the full overload name of the operation
@@ -70,7 +71,8 @@ def symmetries(
     >>> found.scaling.dimension
     3
     """
-    args, kwargs = inputs_of(example)
+    with torch.random.fork_rng(devices=[]):
+        args, kwargs = fewest(lambda *a, **k: aside(skeleton(model))(*a, **k), inputs_of(example), all_inputs(example))
     blind = loss is not None and ignores_common_score(model, args, kwargs, loss)
     found = discover(model, args, kwargs, blind, further_rules, declared)
     if verify:
@@ -151,26 +153,6 @@ def _diagonals_too(
         return all(bool((np.diff(matrix.indptr) > 0).all()) for matrix in rows)
 
     return BasisChange(tuple(filter(scaled, found)))
-
-
-def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword inputs with two rows: claims do not depend on their number, but one row hides too much.
-
-    Raises:
-        UsageError: there is no tensor with rows.
-    """
-    named = dict(example) if isinstance(example, Mapping) else {}
-    placed = () if isinstance(example, Mapping) else example if isinstance(example, tuple) else (example,)
-    counts = [len(value) for value in (*placed, *named.values()) if isinstance(value, Tensor) and value.ndim]
-    if not counts or counts[0] == 0:
-        raise UsageError(f"expected an input with rows as the example, got {type(example).__name__}")
-
-    def two(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim or len(value) != counts[0]:
-            return value
-        return torch.cat([value, value]).detach() if counts[0] == 1 else value.detach()[:2]
-
-    return tuple(map(two, placed)), {key: two(value) for key, value in named.items()}
 
 
 def propagate(graph: TracedGraph, known: Mapping[str, Rule], readers: Readers) -> tuple[Constraints, dict[Node, Value]]:

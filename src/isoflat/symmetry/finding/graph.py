@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoflat.core.errors import UnsupportedModel
+from isoflat.core.raised import first_line
 from isoflat.symmetry.finding.values import Known, StoredTensor, Value, shifted_only
 
 
@@ -125,9 +126,8 @@ def trace(
                 table = {op: rule for op, rule in torch.export.default_decompositions().items() if not known(str(op))}
                 program = program.run_decompositions(table)
         except Exception as error:  # whatever the tracer or the user's forward raises
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UnsupportedModel(
-                f"the network cannot be traced by torch.export ({line}). geometry='layerwise' needs no tracing; or "
+                f"the network cannot be traced by torch.export ({first_line(error)}). geometry='layerwise' needs no tracing; or "
                 "rewrite data-dependent control flow, and give inputs of the shape that is used"
             ) from error
     signature = program.graph_signature
