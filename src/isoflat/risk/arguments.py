@@ -136,11 +136,18 @@ def _modules_of(loss: Any, seen: frozenset[int] = frozenset()) -> Iterator[nn.Mo
         cells = getattr(loss, "__closure__", None) or ()
         parts = [getattr(loss, "fn", None), getattr(loss, "__self__", None)]
         parts += [cell.cell_contents for cell in cells if _is_filled(cell)]
+        parts += [part for part in _globals_of(loss) if isinstance(part, nn.Module)]
     for part in parts:
         if id(part) not in {*seen, id(loss)} and (
             isinstance(part, nn.Module | partial) or hasattr(part, "__closure__")
         ):
             yield from _modules_of(part, seen | {id(loss)})
+
+
+def _globals_of(function: Any) -> list[Any]:
+    """Global variables that the code of a function names."""
+    known, code = getattr(function, "__globals__", {}), getattr(function, "__code__", None)
+    return [known[name] for name in getattr(code, "co_names", ()) if name in known]
 
 
 def _is_filled(cell: Any) -> bool:

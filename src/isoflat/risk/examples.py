@@ -101,9 +101,11 @@ def _streamed(data: IterableDataset[Any], size: int) -> Any:
     """A stream of examples, by torch's convention, in batches; a stream of batches as it is.
 
     Raises:
-        DataError: it cannot be told which of both it is.
+        DataError: it cannot be told which of both it is, or it can be read once only.
     """
-    first = next(iter(data), None)
+    first, again = next(iter(data), None), next(iter(data), None)
+    if first is not None and again is None:
+        raise one_shot(type(data).__name__)
     if _is_example(first):
         return DataLoader(data, batch_size=size)
     if isinstance(first, list | tuple) and len(first) == 2 and all(isinstance(p, Tensor | np.ndarray) for p in first):

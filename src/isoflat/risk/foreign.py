@@ -33,6 +33,9 @@ _BOUNDARY = ("isoflat.risk.losses", "isoflat.risk.batches", "isoflat.risk.separa
 _MODES = ("isoflat.risk.second_order", "isoflat.core.precision")
 """Modules whose functions stand between the user's code and torch."""
 
+_FIRST = ("_probe", "choose", "plan", "symmetries_of", "outputs")
+"""Functions that look at the first batch, or some rows of it."""
+
 _SHOWN = 6
 """Tensors of a batch whose shapes are said."""
 
@@ -76,7 +79,7 @@ def translated(error: Exception) -> UserCodeError | None:
         return None
     line = first_line(error)
     kind = type(error).__name__
-    said = kind if line == kind else f"{kind}: {line}"
+    said = line if line.startswith(kind) else f"{kind}: {line}"
     return UserCodeError(f"{found.place}{found.batch} raised {said.rstrip('.')}. {_remedy(found, str(error))}")
 
 
@@ -196,7 +199,9 @@ class _Trail:
 
     def _number(self) -> str:
         index = self.local("index")
-        return f"batch {index}" if isinstance(index, int) else "a batch"
+        if isinstance(index, int):
+            return f"batch {index}"
+        return "batch 0" if any(frame.f_code.co_name in _FIRST for frame in self.ours) else "a batch"
 
     def _loss_name(self) -> str:
         own = [getattr(self.loss, name, None) for name in ("criterion", "claimed_mean", "function", "fn")]
@@ -242,7 +247,10 @@ def _remedy(found: _Trail, text: str) -> str:
         )
     target, output = found.local("target"), found.local("output")
     if isinstance(target, Tensor) and isinstance(output, Tensor) and found.part is None:
-        return _of_targets(output, target, getattr(loss, "criterion", None))
+        by_class = isinstance(getattr(loss, "criterion", None), nn.CrossEntropyLoss | nn.NLLLoss)
+        return _of_targets(output, target, by_class or "target dtype to be Long" in text)
+    if loss is not None and loss.label == "BatchLoss" and found.part is None:
+        return "The function of a BatchLoss is called with model and batch, and returns (sum, count): a scalar tensor and a number"
     if found.part is not None:
         return (
             "Give inputs in the form that it was trained on: a tensor, a tuple of arguments, or a dict of arguments by name; for "
@@ -266,12 +274,11 @@ _REMEDIES: Sequence[tuple[tuple[str, ...], str]] = (
 """Remedies by what an exception says."""
 
 
-def _of_targets(output: Tensor, target: Tensor, criterion: Any) -> str:
-    """The remedy for output and targets that do not fit, of a function of both."""
+def _of_targets(output: Tensor, target: Tensor, by_class: bool) -> str:
+    """The remedy for output and targets that do not fit, of a function of both, which may be one of classes."""
     shapes = f"output {tuple(output.shape)} {output.dtype}, targets {tuple(target.shape)} {target.dtype}".replace(
         "torch.", ""
     )
-    by_class = isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss)
     if by_class and target.is_floating_point() and target.shape != output.shape:
         return f"Classes are whole numbers: give targets.long(), or probabilities in the output's shape ({shapes})"
     plain = target.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(target)
