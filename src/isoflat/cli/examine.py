@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, final
 
 import torch
@@ -13,12 +13,14 @@ from isoflat.core.space import norm
 from isoflat.io.inputs import Inputs, try_forward
 from isoflat.io.model import build, fill, find_loss
 from isoflat.io.named import reason
-from isoflat.measurement.subject import Subject, subject
+from isoflat.measurement.subject import Subject, divided, subject
 from isoflat.measures.settings import Settings
 from isoflat.risk.batches import Batches, digest
 from isoflat.risk.check import AGREEMENT, SYMMETRY, CheckedRows, asymmetry, disagreement
+from isoflat.risk.division import notes
 from isoflat.risk.foreign import translated
 from isoflat.risk.linearise import ProductCheck, choose
+from isoflat.risk.linearise import survey as surveyed
 from isoflat.risk.network import Network, exactly
 from isoflat.risk.routes.base import Linearisation
 
@@ -64,7 +66,7 @@ def examine(inputs: Inputs, dtype: str | None = None, device: torch.device | Non
         lambda: _runs(subject(_sure(model), _sure(data), loss, Settings(dtype=dtype, device=device))),
     )
     exam.check("loss is deterministic", lambda: _deterministic(_sure(target)))
-    exam.check("loss and gradient are finite", lambda: _finite(_sure(target)))
+    target = exam.check("loss and gradient are finite", lambda: _finite(_sure(target)))
     route = exam.check("products can be made", lambda: _products(_sure(target)))
     exam.check("products are symmetric", lambda: _symmetric(_sure(target), _sure(route)))
     exam.check("products agree with differences of gradients", lambda: _agrees(_sure(target), _sure(route)))
@@ -150,11 +152,14 @@ def _deterministic(target: Subject) -> tuple[bool, str]:
     return True, "two evaluations agree"
 
 
-def _finite(target: Subject) -> tuple[bool, str]:
+def _finite(target: Subject) -> tuple[Subject, str]:
     with exactly(target.state.device):
-        survey = target.risk.survey(target.state)
+        target = divided(target)
+        risk, survey = surveyed(target.risk, target.state)
     accuracy = "" if survey.accuracy is None else f", accuracy {survey.accuracy:.4g} (chance {survey.chance:.4g})"
-    return True, f"loss {survey.loss:.6g}{accuracy}, gradient norm {norm(survey.gradient):.3g}"
+    found = [f"loss {survey.loss:.6g}{accuracy}, gradient norm {norm(survey.gradient):.3g}"]
+    found += notes(risk, survey.rows, len(survey.digests))
+    return replace(target, risk=risk), "; ".join(found)
 
 
 def _products(target: Subject) -> tuple[type[Linearisation], str]:

@@ -19,6 +19,7 @@ from isoflat.risk.losses import Loss, TargetLoss, Term
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.output import OutputGraph, check_output, output_of
 from isoflat.risk.routes.reverse import Recomputed
+from isoflat.risk.rows import check_apart
 
 _CELLS = 1 << 52
 """Uniform numbers are the middles of so many cells: exact in float64, and neither 0 nor 1."""
@@ -132,6 +133,7 @@ def empirical_fisher(risk: EmpiricalRisk, state: State) -> Recomputed:
     >>> empirical_fisher(risk, state).products(torch.tensor([[1.0]])).tolist()
     [[10.0]]
     """
+    check_apart(risk)
     check_output(risk, state)
     return Recomputed(counted(risk, state), state, EmpiricalFisher)
 

@@ -28,15 +28,16 @@ from isoflat.risk.losses import Loss, TargetLoss, class_axis
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.output import check_output, output_of
-from isoflat.risk.rows import Output
+from isoflat.risk.rows import Output, check_apart
 
 
 def check_softmax(risk: EmpiricalRisk, state: State) -> None:
     """Check that the loss is softmax cross-entropy of the model's output.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it is not, or rows cannot be taken apart.
     """
+    check_apart(risk)
     if not (isinstance(risk.loss, TargetLoss) and isinstance(risk.loss.criterion, nn.CrossEntropyLoss)):
         raise UsageError(
             "needs softmax cross-entropy of the scores as they are: torch.nn.CrossEntropyLoss with batches (inputs, targets), "

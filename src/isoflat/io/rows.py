@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -47,12 +47,19 @@ class Rows:
                 raw = self.inputs[start : start + size]
                 yield transformed(transform, raw), self.targets[start : start + size]
 
+        def evenly(world: int) -> Batches:
+            return replace(self.batches(even(len(self.targets), size, world), transform), together=together)
+
+        def together(why: str) -> Batches:
+            if size < (total := len(self.targets)):
+                raise DataError(
+                    f"batches of {size} rows (--batch-size) would change the number, because {why}. Take all rows at once "
+                    f"with --batch-size {total}, or give batches of your own through --data module:factory"
+                )
+            return self.batches(size, transform)
+
         # Code of the user's may be random: the library then compares each pass with the first.
-        return Batches(
-            once,
-            volatile=transform is not None,
-            evenly=lambda world: self.batches(even(len(self.targets), size, world), transform),
-        )
+        return Batches(once, volatile=transform is not None, evenly=evenly, together=together)
 
 
 def transformed(transform: Callable[[Tensor], Any] | None, raw: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from isoflat.linalg.solver import SingleProduct
 from isoflat.measurement.groups import hashes, with_groups
 from isoflat.measurement.lockstep import Task, run_in_lockstep, tasks_of
 from isoflat.measurement.records import Answers, RecordWriter, Refusal, Result
-from isoflat.measurement.subject import Plan, Subject, agreed, at_equal_loss
+from isoflat.measurement.subject import Plan, Subject, agreed, at_equal_loss, divided
 from isoflat.measures.base import Measure, Question, SolverQuery
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint
 from isoflat.measures.settings import Settings
@@ -69,6 +69,8 @@ def opened(
         tqdm(disable=hidden, unit=" passes", desc=label or "measuring", leave=False) as bar,
         exactly(target.state.device),
     ):
+        with ranks.agreeing():
+            target = divided(target)
 
         def report(status: str) -> None:
             bar.set_postfix_str(status, refresh=False)

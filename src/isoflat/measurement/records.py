@@ -27,6 +27,7 @@ from isoflat.measurement.subject import Subject
 from isoflat.measures.base import Findings, Measure, Question, SolverQuery
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint, MatrixProducts
 from isoflat.measures.settings import Settings
+from isoflat.risk import division
 from isoflat.risk.empirical import Survey
 from isoflat.risk.plan import peak_memory
 from isoflat.symmetry.found import VERSION as RULES
@@ -204,7 +205,12 @@ class RecordWriter:
     def _notes(self, point: EvaluationPoint, ratio: float | None, used: MatrixProducts | None) -> list[str]:
         state, chart, seen = self.subject.state, point.chart, point.survey
         where = surveyed_point(state, restricted(seen, point.state, state))
-        notes = [*self.subject.notes, *warnings(where, seen)]
+        risk = point.risk
+        notes = [
+            *division.told(self.subject.notes, self.subject.risk.loss, risk.loss),
+            *division.notes(risk, seen.rows, len(seen.digests)),
+            *warnings(where, seen),
+        ]
         if chart.unseen:
             reasons: dict[str, list[str]] = {}
             for name, why in chart.unseen:

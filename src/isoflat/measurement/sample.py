@@ -45,6 +45,7 @@ from isoflat.measures.base import Question, SolverQuery
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.batches import ROWS
 from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.linearise import screen
 from isoflat.risk.sampling import Sample, curvatures, inclusion
 
 CONFIDENCE = 0.95
@@ -118,7 +119,7 @@ def _on_all(measurement: Measurement, note: str) -> Measurement:
 
 def _results(measurement: Measurement) -> tuple[Result | Refusal, ...]:
     started = time.monotonic()
-    points = measurement.points(lambda risk, state: (risk, risk.screen(state)))
+    points = measurement.points(screen)
     rows = points[0].survey.rows
     if MOST * rows < PILOT:
         return _on_all(measurement, f"{rows} examples are too few to sample from: all were measured").results()

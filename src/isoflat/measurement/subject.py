@@ -18,6 +18,7 @@ from isoflat.measures.base import Measure
 from isoflat.measures.settings import Budget, Settings
 from isoflat.risk.arguments import held_in_loss
 from isoflat.risk.batches import digest
+from isoflat.risk.division import settled, told
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.forms import batches_of
 from isoflat.risk.losses import Loss, TargetLoss, as_loss
@@ -150,6 +151,17 @@ def _wanted(logits: str) -> float | None:
     except ValueError:
         return None
     return wanted if 0 < wanted < math.inf else None
+
+
+def divided(target: Subject) -> Subject:
+    """The subject with what a few of its rows tell about cutting batches, and weighing them.
+
+    Raises:
+        UsageError: it is not known how to weigh several batches.
+        DataError: the data comes in batches of a size that would decide about the number.
+    """
+    risk = settled(target.risk, target.state)
+    return replace(target, risk=risk, notes=tuple(told(target.notes, target.risk.loss, risk.loss)))
 
 
 def at_equal_loss(target: Subject) -> Subject:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
-from isoflat.core.errors import DataError, NondeterministicRisk
-from isoflat.risk.containers import held, is_object, mapped
+from isoflat.core.errors import DataError, NondeterministicRisk, UsageError
+from isoflat.risk.containers import held, is_object, mapped, zipped
 from isoflat.risk.examples import ACCEPTED, Rereader, left_out, one_shot, rows_agree
 
 ROWS = 500
@@ -32,6 +32,9 @@ class Batches:
         digests: hash of each batch at the first pass; None before it.
         evenly: function of the number of processes that gives the same rows in batches which they share evenly; None where
             the user made the batches.
+        together: function that gives the same rows as a single batch, or refuses to, told why that is wanted; None where
+            the user made the batches.
+        whole: reason why batches are neither cut nor merged; None where they may be.
         notes: remarks on the data, where a reader must know them.
     """
 
@@ -39,6 +42,8 @@ class Batches:
     volatile: bool
     digests: tuple[str, ...] | None = None
     evenly: Callable[[int], Batches] | None = None
+    together: Callable[[str], Batches] | None = None
+    whole: str | None = None
     notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
@@ -60,10 +65,30 @@ class Batches:
 
     def among(self, world: int) -> Batches:
         """The same data for so many processes: cut evenly where the library cuts it, else as it is."""
-        return self if world == 1 or self.evenly is None else self.evenly(world)
+        return self if world == 1 or self.evenly is None or self.whole else self.evenly(world)
+
+    def kept(self, why: str) -> Batches:
+        """The same data in batches that stay as they are: a single one where the library made them, else the user's own.
+
+        Args:
+            why: reason, as the end of a sentence that begins with "because".
+
+        Raises:
+            DataError: the data comes in batches of a size that was asked for.
+        """
+        return replace(self if self.together is None else self.together(why), whole=why)
 
     def cut(self, rows: int) -> Batches:
-        """The same data in pieces of at most so many rows."""
+        """The same data in pieces of at most so many rows.
+
+        Raises:
+            UsageError: batches stay as they are.
+        """
+        if self.whole:
+            raise UsageError(
+                f"memory ran out, and batches cannot be cut to {rows} rows, because {self.whole}. Give smaller batches "
+                "(their size is part of the number then), or more memory"
+            )
         return Batches(
             lambda: (piece for batch in self for piece in pieces(batch, rows)), self.volatile and not self.digests
         )
@@ -74,7 +99,12 @@ class Batches:
         Args:
             places: places of the rows in the data, ascending, shape `(k,)`.
             rows: number of rows of a batch.
+
+        Raises:
+            UsageError: batches stay as they are.
         """
+        if self.whole:
+            raise UsageError(f"single rows of the data mean nothing by themselves, because {self.whole}")
 
         def source() -> Iterator[Any]:
             held: list[Any] = []
@@ -86,13 +116,13 @@ class Batches:
                 taken = low
                 while taken < high:
                     more = min(high - taken, rows - waiting)
-                    held.append(_slice(batch, places[taken : taken + more] - (first - count), count))
+                    held.append(chosen(batch, places[taken : taken + more] - (first - count), count))
                     taken, waiting = taken + more, waiting + more
                     if waiting == rows:
-                        yield _merged(held)
+                        yield merged(held)
                         held, waiting = [], 0
             if held:
-                yield _merged(held)
+                yield merged(held)
 
         return Batches(source, self.volatile and not self.digests)
 
@@ -106,18 +136,22 @@ class Batches:
                 yield Beside(batch, torch.arange(first, first + rows))
                 first += rows
 
-        return Batches(source, self.volatile and not self.digests)
+        return Batches(source, self.volatile and not self.digests, whole=self.whole)
 
     def beside(self, columns: Sequence[Any]) -> Batches:
         """The same data, each batch `Beside` what was found out about it: tensors with as many rows."""
         return Batches(
-            lambda: (Beside(*pair) for pair in zip(self, columns, strict=True)), self.volatile and not self.digests
+            lambda: (Beside(*pair) for pair in zip(self, columns, strict=True)),
+            self.volatile and not self.digests,
+            whole=self.whole,
         )
 
     def weighted(self, weights: Sequence[Tensor]) -> Batches:
         """The same data, each batch with weights of its rows."""
         return Batches(
-            lambda: (Weighted(*pair) for pair in zip(self, weights, strict=True)), self.volatile and not self.digests
+            lambda: (Weighted(*pair) for pair in zip(self, weights, strict=True)),
+            self.volatile and not self.digests,
+            whole=self.whole,
         )
 
     @staticmethod
@@ -245,7 +279,8 @@ def _from_columns(data: tuple[Any, ...], rows: int) -> Batches:
     if not rows_agree(data, count):
         return Batches(partial(iter, [data]), volatile=False)
     evenly = lambda world: _from_columns(data, even(count, rows, world))  # noqa: E731
-    return Batches(partial(iter, list(pieces(data, rows))), volatile=False, evenly=evenly)
+    together = lambda why: _from_columns(data, count)  # noqa: E731
+    return Batches(partial(iter, list(pieces(data, rows))), volatile=False, evenly=evenly, together=together)
 
 
 def _from_loader(loader: DataLoader[Any]) -> Batches:
@@ -265,12 +300,14 @@ def _from_pair(inputs: Tensor, targets: Tensor, rows: int) -> Batches:
         raise DataError("the data is empty: 0 rows")
     pairs = list(zip(inputs.split(rows), targets.split(rows), strict=True))
     evenly = lambda world: _from_pair(inputs, targets, even(len(inputs), rows, world))  # noqa: E731
-    return Batches(partial(iter, pairs), volatile=False, evenly=evenly)
+    together = lambda why: _from_pair(inputs, targets, len(inputs))  # noqa: E731
+    return Batches(partial(iter, pairs), volatile=False, evenly=evenly, together=together)
 
 
 def _from_dataset(data: Dataset[Any], rows: int) -> Batches:
     evenly = lambda world: _from_dataset(data, even(len(data), rows, world))  # noqa: E731  # pyrefly: ignore
-    return Batches(lambda: iter(DataLoader(data, batch_size=rows)), volatile=True, evenly=evenly)
+    together = lambda why: _from_dataset(data, len(data))  # noqa: E731  # pyrefly: ignore
+    return Batches(lambda: iter(DataLoader(data, batch_size=rows)), volatile=True, evenly=evenly, together=together)
 
 
 def even(total: int, rows: int, world: int) -> int:
@@ -307,16 +344,24 @@ def _dense_parts(sparse: Tensor) -> Iterator[Tensor]:
     yield from (found.indices(), found.values())
 
 
-def rows_of(batch: Any) -> int:
-    """Rows of a batch: the leading dimension of its first tensor.
+def leading(batch: Any) -> int | None:
+    """Rows that the tensors of a batch agree on: their leading dimension; None where they differ, or there are none.
 
-    Raises:
-        DataError: there is no tensor with a leading dimension.
+    A leading dimension of one, beside others, is that of something all rows share.
+
+    >>> leading((torch.zeros(5, 2), torch.zeros(5))), leading((torch.zeros(7, 5, 2), torch.zeros(5)))
+    (5, None)
     """
-    for tensor in tensors(batch):
-        if tensor.ndim:
-            return tensor.shape[0]
-    raise DataError(f"a batch of type {type(batch).__name__} holds no tensor with rows; expected (inputs, targets)")
+    sizes = {tensor.shape[0] for tensor in tensors(batch) if tensor.ndim}
+    if len(sizes) > 1:
+        sizes.discard(1)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def rows_of(batch: Any) -> int:
+    """Rows of a batch (`leading`); one where that is not known, so that nothing is cut by a guess."""
+    rows = leading(batch)
+    return 1 if rows is None else rows
 
 
 def move(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -338,17 +383,22 @@ def move(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def pieces(batch: Any, rows: int) -> Iterator[Any]:
-    """A batch cut into pieces of at most so many rows: every tensor with as many rows as the first is cut.
+    """A batch cut into pieces of at most so many rows: every tensor that has all rows of the batch is cut.
 
     >>> [len(part["x"]) for part in pieces({"x": torch.zeros(5), "scale": torch.ones(1)}, 2)]
     [2, 2, 1]
     """
     count = rows_of(batch)
     for start in range(0, count, rows):
-        yield _slice(batch, slice(start, start + rows), count)
+        yield chosen(batch, slice(start, start + rows), count)
 
 
-def _slice(batch: Any, rows: slice | Tensor, count: int) -> Any:
+def chosen(batch: Any, rows: slice | Tensor, count: int) -> Any:
+    """Some rows of a batch of `count`; what has not as many stays as it is.
+
+    >>> chosen({"x": torch.arange(3), "scale": 2.0}, torch.tensor([2, 0]), 3)
+    {'x': tensor([2, 0]), 'scale': 2.0}
+    """
     if is_object(batch) or (isinstance(batch, Tensor) and batch.layout is not torch.strided):
         return batch
     if isinstance(batch, Tensor):
@@ -358,22 +408,24 @@ def _slice(batch: Any, rows: slice | Tensor, count: int) -> Any:
         places = rows.numpy() if isinstance(rows, Tensor) else rows
         return batch[places] if batch.ndim and len(batch) == count else batch
     if isinstance(batch, Mapping):
-        cut = {key: _slice(value, rows, count) for key, value in batch.items()}
+        cut = {key: chosen(value, rows, count) for key, value in batch.items()}
         return cut if type(batch) is dict else _rebuild(batch, cut)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_slice(value, rows, count) for value in batch))
+        return type(batch)(*(chosen(value, rows, count) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_slice(value, rows, count) for value in batch)
-    return mapped(batch, lambda part: _slice(part, rows, count))
+        return type(batch)(chosen(value, rows, count) for value in batch)
+    return mapped(batch, lambda part: chosen(part, rows, count))
 
 
-def _merged(pieces: Sequence[Any]) -> Any:
+def merged(pieces: Sequence[Any]) -> Any:
     """Pieces of batches as one: tensors with rows are joined; what has none is that of the first piece."""
     return pieces[0] if len(pieces) == 1 else _joined(pieces, [rows_of(piece) for piece in pieces])
 
 
 def _joined(pieces: Sequence[Any], counts: Sequence[int]) -> Any:
     first = pieces[0]
+    if is_object(first):
+        return first
     if isinstance(first, Tensor | np.ndarray):
         whole = all(piece.ndim and len(piece) == count for piece, count in zip(pieces, counts, strict=True))
         if not whole:
@@ -385,7 +437,7 @@ def _joined(pieces: Sequence[Any], counts: Sequence[int]) -> Any:
     if isinstance(first, list | tuple):
         parts = [_joined(column, counts) for column in zip(*pieces, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return first
+    return zipped(pieces, lambda parts: _joined(parts, counts))
 
 
 def _rebuild(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:

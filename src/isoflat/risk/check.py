@@ -69,11 +69,11 @@ class CheckedRows:
 
     @staticmethod
     def of(risk: EmpiricalRisk, state: State, rows: int = ROWS) -> CheckedRows:
-        """The first rows of the first batch; all of them where a loss of the user's own may need them together."""
+        """The first rows of the first batch; all of them where they may be needed together."""
         batch = next(iter(risk.batches), None)
         if batch is None:
             raise DataError("the data is empty: the loader gave no batch")
-        if isinstance(risk.loss, TargetLoss):
+        if isinstance(risk.loss, TargetLoss) and risk.batches.whole is None:
             batch = next(pieces(batch, rows))
         alone = replace(risk, batches=Batches(partial(iter, [batch]), volatile=False), ranks=Ranks())
         wide = state.to(dtype=torch.float64)

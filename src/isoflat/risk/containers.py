@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -58,6 +58,22 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
         return made.apply(change)
     for name, part in _attributes(value).items():
         object.__setattr__(made, name, change(part))  # of frozen dataclasses too
+    return made
+
+
+def zipped(values: Sequence[Any], join: Callable[[list[Any]], Any]) -> Any:
+    """A dataclass whose parts are joined from those of several; the first of anything else.
+
+    Args:
+        values: objects of one kind.
+        join: function of the parts of all of them that have one name.
+    """
+    first = values[0]
+    if not is_dataclass(first) or not _has_tensors(first):
+        return first
+    made = copy.copy(first)
+    for name in _attributes(first):
+        object.__setattr__(made, name, join([getattr(value, name) for value in values]))
     return made
 
 

@@ -15,7 +15,8 @@ from isoflat.core.errors import DataError, NondeterministicRisk, NonFinite, Unsu
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.risk.batches import Batches, Weighted, alone, digest, move, rows_of
-from isoflat.risk.losses import Loss, TargetLoss, Term, call, check_mean, importance, split
+from isoflat.risk.division import Proof
+from isoflat.risk.losses import Loss, TargetLoss, Term, call, importance, split
 from isoflat.risk.network import Network
 from isoflat.risk.ranks import BatchSum, Ranks
 
@@ -154,9 +155,10 @@ class EmpiricalRisk:
             NonFinite: loss or gradient is NaN or infinite in some batch.
             NondeterministicRisk: the loss of one batch is random.
             UnsupportedModel: the forward pass writes into parameters or buffers.
+            NoMeanOverRows: the loss is no weighted mean over rows, though it was taken for one.
         """
         self._probe(state)
-        tally = _Tally(state)
+        tally, proof = _Tally(state), Proof.of(self, state)
 
         def per_batch(index: int, batch: Any) -> BatchSum:
             leaves = leaf_state(state)
@@ -166,9 +168,11 @@ class EmpiricalRisk:
             gradients = differentiate(term.total, [*parameters, term.z] if hard and term.z is not None else parameters)
             slope = gradients.pop() if hard else None
             tally.hardness[index] = None if slope is None else slope.detach().reshape(len(slope), -1).norm(dim=1).cpu()
+            if proof is not None:
+                proof.batch(index, batch, term, term.z)
             return BatchSum(torch.cat([tally.loss(index, term), *tally.gradient(index, gradients)]), term.count)
 
-        return self._surveyed(tally, per_batch, 1 + state.space.size)
+        return self._surveyed(tally, per_batch, 1 + state.space.size, proof)
 
     def screen(self, state: State) -> Survey:
         """Loss, accuracy and each row's importance in one forward pass; no gradient.
@@ -178,7 +182,7 @@ class EmpiricalRisk:
             IsoflatError: as for `survey`.
         """
         self._probe(state)
-        tally, loss = _Tally(state), self.loss
+        tally, loss, proof = _Tally(state), self.loss, Proof.of(self, state)
         if not isinstance(loss, TargetLoss):
             raise UsageError(
                 "sample='auto' weighs examples by the loss of each, and needs a torch.nn criterion or a function of output "
@@ -197,14 +201,21 @@ class EmpiricalRisk:
                 )
             term = loss.of(z, target, len(z))
             tally.hardness[index] = importance(term.total, z, stream(0, "importance", index))
+            if proof is not None:
+                proof.batch(index, batch, term, z)
             return BatchSum(tally.loss(index, term), term.count)
 
-        return self._surveyed(tally, per_batch, 1)
+        return self._surveyed(tally, per_batch, 1, proof)
 
-    def _surveyed(self, tally: _Tally, per_batch: Callable[[int, Any], BatchSum], entries: int) -> Survey:
+    def _surveyed(
+        self, tally: _Tally, per_batch: Callable[[int, Any], BatchSum], entries: int, proof: Proof | None
+    ) -> Survey:
         """The survey that a pass over the data makes of a tally, whose batches' totals have so many entries."""
         started = time.monotonic()
         mean = self.accumulate(per_batch, _shape(entries, tally.state), over=tally.digesting(self.batches))
+        if proof is not None:
+            with self.ranks.agreeing():
+                proof.finish(len(tally.digests))
         if self.ranks.world > 1:
             tally.join(self.ranks.gather(tally.counts))
         return tally.survey(mean, time.monotonic() - started)
@@ -233,11 +244,6 @@ class EmpiricalRisk:
                     f"the loss of batch 0 is random: {losses[0]:.8g}, then {losses[1]:.8g} on the same data and weights. "
                     "Call model.eval() and switch off dropout, noise and sampling in the forward pass"
                 )
-            if isinstance(self.loss, TargetLoss) and self.loss.claimed_mean is not None:
-                moved = move(alone(batch), state.device, state.dtype)
-                inputs, target = split(moved)
-                with torch.no_grad():
-                    check_mean(self.loss.claimed_mean, self.network(state, partial(call, inputs=inputs)), target)
             facts["loss of the first batch"] = f"{losses[0]:.4g}"
 
 

@@ -8,12 +8,13 @@ from typing import final
 
 import torch
 
-from isoflat.core.errors import UnsupportedModel
+from isoflat.core.errors import UnsupportedModel, UsageError
 from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.risk.batches import rows_of
 from isoflat.risk.check import AGREEMENT, ROWS, CheckedRows, disagreement
+from isoflat.risk.division import undivided
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.plan import ProductPlan
 from isoflat.risk.routes.base import Linearisation
@@ -21,6 +22,7 @@ from isoflat.risk.routes.differences import STEP, Differences
 from isoflat.risk.routes.forward import Forward
 from isoflat.risk.routes.guarded import Grain, Guarded
 from isoflat.risk.routes.reverse import Recomputed
+from isoflat.risk.separability import NoMeanOverRows
 
 _REMEDY = "Make it differentiable; check='warn' measures nevertheless"
 
@@ -140,9 +142,36 @@ def check_gradient(risk: EmpiricalRisk, state: State, check: ProductCheck = Prod
 def survey(risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, Survey]:
     """The plain gradient pass; where memory runs out, over the data in smaller pieces.
 
+    Where the loss proves to be no mean over rows, the risk is what a training loop minimises batch by batch.
+
     Returns:
         The risk as it was read, and the survey.
     """
+    try:
+        return _surveyed(risk, state)
+    except NoMeanOverRows as found:
+        return _surveyed(undivided(risk, found), state)
+
+
+def screen(risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, Survey]:
+    """The forward pass that tells how important single rows are.
+
+    Returns:
+        The risk, and the survey.
+
+    Raises:
+        UsageError: rows cannot be taken apart.
+    """
+    refusal = "sample='auto' draws single rows, and {}: leave sample out"
+    if risk.batches.whole is not None:
+        raise UsageError(refusal.format(risk.batches.whole))
+    try:
+        return risk, risk.screen(state)
+    except NoMeanOverRows as found:
+        raise UsageError(refusal.format(found)) from found
+
+
+def _surveyed(risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, Survey]:
     try:
         return risk, risk.survey(state)
     except (RuntimeError, MemoryError) as error:

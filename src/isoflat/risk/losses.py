@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from isoflat.core.errors import DataError, UsageError
 from isoflat.risk.arguments import as_one, check_arguments, check_batch_loss, no_loss
-from isoflat.risk.batches import rows_of
+from isoflat.risk.batches import leading, rows_of
+from isoflat.risk.separability import check_shapes, scalar
+from isoflat.risk.tokens import LabelCount
 
 
 @final
@@ -34,6 +36,7 @@ class Term:
         output: predictions, where accuracy is defined.
         target: class indices that count, aligned with `output`'s rows.
         z: output of the model with its graph, where the loss is a function of it; None where that is not known.
+        mean: flag that the total is a mean of the user's own times the count, which is to prove right (`risk.division`).
     """
 
     total: Tensor
@@ -42,6 +45,7 @@ class Term:
     output: Tensor | None = None
     target: Tensor | None = None
     z: Tensor | None = None
+    mean: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,11 @@ class BatchLoss(Loss):
     """A loss of the user's own on whole batches.
 
     `fn(model, batch)` returns `(sum, count)`: the summed loss and what it is to be divided by. A function that
-    returns a mean is accepted too; it is then weighted by the rows of the batch, and labelled so.
+    returns a mean is accepted too; it is then weighted by the rows of the batch, where it proves to be a mean over them.
+
+    Attributes:
+        fn: the function.
+        equally: flag that it returns a mean that is none over rows: every batch counts the same.
 
     >>> loss = BatchLoss(lambda model, batch: (model(batch["x"]).square().sum(), len(batch["x"])))
     >>> loss(lambda x: 2 * x, {"x": torch.ones(3)}).total.item()
@@ -80,6 +88,7 @@ class BatchLoss(Loss):
 
     label: ClassVar[str] = "BatchLoss"
     fn: Callable[[Any, Any], Any]
+    equally: bool = False
 
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
         """Call the user's function."""
@@ -89,15 +98,24 @@ class BatchLoss(Loss):
                 raise UsageError(f"a BatchLoss must return (sum, count) or a mean, got a tuple of {len(result)}")
             return Term(scalar(result[0], "sum"), float(result[1]), rows_of(batch))
         rows = rows_of(batch)
-        return Term(scalar(result, "mean") * rows, rows, rows)
+        if self.equally:
+            return Term(scalar(result, "mean"), 1.0, rows)
+        return Term(scalar(result, "mean") * rows, rows, rows, mean=True)
 
 
 @final
 @dataclass(frozen=True)
 class ModelLoss(Loss):
-    """Loss of models whose output carries it as `.loss`: a mean, weighted by rows."""
+    """Loss of models whose output carries it as `.loss`: a mean, weighted by what it is a mean over.
+
+    Attributes:
+        count: number of labels of a batch that the mean is over (`risk.tokens`); None for its rows.
+        rivals: rules that fit as well on the first batch.
+    """
 
     label: ClassVar[str] = "ModelLoss"
+    count: LabelCount | None = None
+    rivals: tuple[LabelCount | None, ...] = ()
 
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
         """Call the model on the batch and take its loss."""
@@ -111,7 +129,34 @@ class ModelLoss(Loss):
         rows = rows_of(batch)
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         z = logits if isinstance(logits, Tensor) else None
-        return Term(scalar(loss, "model's loss") * rows, rows, rows, z=z)
+        mean, count = scalar(loss, "model's loss"), rows if self.count is None else self.count(batch)
+        # A mean over no labels is NaN.
+        return Term(mean * count if count else torch.zeros_like(mean), count, rows, z=z, mean=True)
+
+
+@final
+@dataclass(frozen=True)
+class PerBatchLoss(Loss):
+    """A function of output and target that is no mean over rows: what a training loop minimises, batch by batch.
+
+    Attributes:
+        function: the user's loss; every batch counts the same.
+        scores: as for `TargetLoss`.
+    """
+
+    label: ClassVar[str] = "a loss of whole batches"
+    function: Callable[[Tensor, Tensor], Tensor]
+    scores: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
+        """Apply the model to the inputs and the loss to its output."""
+        inputs, target = split(batch)
+        output = call(model, inputs, self.scores)
+        return Term(self.summed(output, target), 1.0, example_rows(inputs, target), z=output)
+
+    def summed(self, output: Tensor, target: Tensor) -> Tensor:
+        """The batch's loss."""
+        return scalar(self.function(output, target), "loss")
 
 
 @final
@@ -123,7 +168,7 @@ class TargetLoss(Loss):
         summed: loss `f(output, target)`, summed over counted targets.
         count: divisor `f(output, target)` of the mean.
         classes: mask of the targets whose predictions count towards accuracy; None if undefined.
-        claimed_mean: user's function that must prove to be a mean over rows (`check_mean`).
+        claimed_mean: user's function that must prove to be a mean over rows (`risk.division`).
         criterion: torch criterion that it was made from; None for a user's function.
         scores: map from the model's output to the `output` that the loss is a function of; None for the identity.
         gain: factor that the map multiplies by; None where it is no single number.
@@ -143,8 +188,7 @@ class TargetLoss(Loss):
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
         """Apply the model to the inputs and the loss to its output."""
         inputs, target = split(batch)
-        rowed = target if isinstance(target, Tensor) and target.ndim else inputs
-        return self.of(call(model, inputs, self.scores), target, rows_of(rowed))
+        return self.of(call(model, inputs, self.scores), target, example_rows(inputs, target))
 
     def of(self, output: Tensor, target: Tensor, rows: int) -> Term:
         """The contribution of so many rows, from `output`."""
@@ -302,7 +346,7 @@ def as_loss(loss: Any) -> Loss:
         raise UsageError(
             f"the loss {type(loss).__name__} is unreduced (reduction='none'): use reduction='mean' or 'sum'"
         )
-    if isinstance(loss, tuple(_COUNTS)) and getattr(loss, "reduction", "") in ("mean", "sum"):
+    if _is_known(loss):
         return _from_criterion(loss)
     if callable(loss):
         check_arguments(loss)
@@ -310,16 +354,10 @@ def as_loss(loss: Any) -> Loss:
     raise no_loss(loss)
 
 
-def scalar(value: Any, what: str) -> Tensor:
-    """The value, if it is a scalar tensor.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise UsageError(f"the {what} must be one number (a scalar tensor), got {came}: is the loss unreduced?")
-    return value.reshape(())
+def example_rows(inputs: Any, target: Any) -> int:
+    """Rows of a batch: those of its targets; of its inputs, where these have none."""
+    rows = leading(target)
+    return rows_of(inputs) if rows is None else rows
 
 
 def split(batch: Any) -> tuple[Any, Any]:
@@ -377,41 +415,45 @@ def _from_criterion(criterion: Any) -> TargetLoss:
     count = next(rule for kind, rule in _COUNTS.items() if isinstance(criterion, kind))
     by_class = isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss)
     classes = (lambda output, target: target != criterion.ignore_index) if by_class else None
+    elementwise = count in (_element_count, _divergence_count)
+
+    def total(output: Tensor, target: Tensor) -> Tensor:
+        if elementwise:
+            check_shapes(output, target)
+        return _like(summed, output)(output, target)
+
     if criterion.reduction == "sum":
         rows = lambda output, target: float(len(target))  # noqa: E731
         note = "the loss is a sum over the data, no mean"
-        return TargetLoss(summed, rows, classes, criterion=criterion, averages=False, notes=(note,))
-
-    def total(output: Tensor, target: Tensor) -> Tensor:
-        return _like(summed, output)(output, target)
-
+        return TargetLoss(total, rows, classes, criterion=criterion, averages=False, notes=(note,))
     return TargetLoss(total, partial(count, criterion), classes, criterion=criterion)
 
 
+def _is_known(loss: Any) -> bool:
+    """Test of whether a criterion computes what torch's own of its kind does, and is reduced."""
+    kinds = [kind for kind in _COUNTS if isinstance(loss, kind)]
+    return (
+        bool(kinds)
+        and loss.reduction in ("mean", "sum")
+        and type(loss).forward is kinds[0].forward
+        and not (loss._forward_hooks or loss._forward_pre_hooks or "forward" in vars(loss))
+    )
+
+
 def _from_function(function: Callable[[Tensor, Tensor], Tensor]) -> TargetLoss:
-    """A function of output and target, taken for a mean over rows; `EmpiricalRisk.survey` checks that it is."""
+    """A function of output and target, taken for a mean over rows; a survey sees whether it is (`risk.division`)."""
+
+    def rows(output: Tensor, target: Tensor) -> float:
+        return float(example_rows(output, target))
 
     def summed(output: Tensor, target: Tensor) -> Tensor:
-        return scalar(function(output, target), "loss") * len(target)
+        return scalar(function(output, target), "loss") * int(rows(output, target))
 
-    note = "the loss function's mean is weighted by the rows of each batch"
-    return TargetLoss(summed, lambda output, target: float(len(target)), claimed_mean=function, notes=(note,))
+    return TargetLoss(summed, rows, claimed_mean=function, notes=(BY_ROWS,))
 
 
-def check_mean(loss: Any, output: Tensor, target: Tensor) -> None:
-    """Check that a loss function averages over rows: writing every row twice must not change it.
-
-    Raises:
-        UsageError: it sums, or mixes rows.
-    """
-    once = scalar(loss(output, target), "loss")
-    twice = scalar(loss(torch.cat([output, output]), torch.cat([target, target])), "loss")
-    tolerance = 100 * torch.finfo(once.dtype).eps * abs(float(once))
-    if abs(float(twice) - float(once)) > tolerance:
-        raise UsageError(
-            f"the loss function is not a mean over rows: writing every row twice changed it from {float(once):.6g} to "
-            f"{float(twice):.6g}. Return a mean, or pass an isoflat.BatchLoss that returns (sum, count)"
-        )
+BY_ROWS = "the loss function's mean is weighted by the rows of each batch"
+"""Note on a function that is a mean over rows."""
 
 
 def _like(criterion: Any, output: Tensor) -> Any:

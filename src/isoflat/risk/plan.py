@@ -18,9 +18,9 @@ from torch import Tensor, UntypedStorage
 
 from isoflat.core.errors import UsageError
 from isoflat.core.state import State
-from isoflat.risk.batches import pieces, rows_of, tensors
+from isoflat.risk.batches import alone, pieces, rows_of, tensors
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.losses import TargetLoss
+from isoflat.risk.losses import PerBatchLoss, TargetLoss, example_rows, split
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.base import Graph, Linearisation
 from isoflat.risk.routes.reverse import GradientGraph, Recomputed
@@ -137,8 +137,8 @@ def plan(
     """
     with exactly(state.device):
         batch = next(iter(risk.batches))
-        count = rows_of(batch)
-        whole = not separable(risk, state, batch)
+        count = _examples(risk, batch)
+        whole = risk.batches.whole is not None or not separable(risk, state, batch)
         held, saved, rules = _weights(risk, state, batch, graph, whole)
     rules = tuple(sorted(rules)) if route is Recomputed else ()
     # One column under way: going in, coming out by tensor and as one, and summed twice in float64.
@@ -183,6 +183,13 @@ def by_hardness(hardness: Tensor | None) -> tuple[Tensor, ...]:
     if len(cuts) == 1 or cuts[1] > MINORITY * len(order):
         return ()
     return tuple(order[a:b].sort().values for a, b in zip(cuts, [*cuts[1:], len(order)], strict=True))
+
+
+def _examples(risk: EmpiricalRisk, batch: Any) -> int:
+    """Rows of a batch, as a survey counts them."""
+    if isinstance(risk.loss, TargetLoss | PerBatchLoss):
+        return example_rows(*split(alone(batch)))
+    return rows_of(batch)
 
 
 def separable(risk: EmpiricalRisk, state: State, batch: Any) -> bool:
@@ -241,7 +248,7 @@ def _weights(
 ) -> tuple[_Growth, _Growth, frozenset[str]]:
     """Memory held by a graph and saved on the way to it, and its rules; of the whole batch where that cannot be cut."""
     if whole:
-        made, rows = weigh(risk, state, batch, kind), rows_of(batch)
+        made, rows = weigh(risk, state, batch, kind), _examples(risk, batch)
         return _Growth(0.0, made.held / rows), _Growth(0.0, made.saved / rows), made.rules
     rows = min(SAMPLE, rows_of(batch) // 2)
     few, more = (weigh(risk, state, next(pieces(batch, count)), kind) for count in (rows, 2 * rows))

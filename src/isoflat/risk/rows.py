@@ -31,7 +31,18 @@ def row_loss(risk: EmpiricalRisk) -> TargetLoss:
             f"needs the loss of each example, as a torch.nn criterion or a function of output and target has it; "
             f"{risk.loss.label} has one for the whole batch only"
         )
+    check_apart(risk)
     return risk.loss
+
+
+def check_apart(risk: EmpiricalRisk) -> None:
+    """Refuse a question about single rows where these cannot be taken apart.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if risk.batches.whole is not None:
+        raise UsageError(f"needs rows that can be taken apart, and {risk.batches.whole}")
 
 
 def derivative(risk: EmpiricalRisk, state: State, batch: Any, *directions: Tensor) -> Tensor:
