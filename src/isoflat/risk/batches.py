@@ -158,7 +158,7 @@ class Batches:
     def _differs(what: str) -> NondeterministicRisk:
         return NondeterministicRisk(
             f"two passes over the data differ in {what}: expected the same batches in the same order. Give a loader "
-            "with shuffle=False and without random augmentation, or a list of batches"
+            "with shuffle=False and without random augmentation, of a dataset that can be read again, or a list of batches"
         )
 
 
