@@ -539,7 +539,7 @@ def _texts(kind, rows=12, length=6):
     ids = torch.randint(7, (rows, length), generator=random)
     mask = (torch.arange(length)[None] < 2 + torch.arange(rows)[:, None] % (length - 1)).long()
     tokens = ids.where(mask == 1, -100)
-    tokens[: rows // 2, :2] = -100
+    tokens[1 : rows // 2, :2] = -100
     labels = {
         "classes": torch.randint(7, (rows,), generator=random),
         "regression": torch.randn(rows, generator=random, dtype=torch.float64),
@@ -548,7 +548,7 @@ def _texts(kind, rows=12, length=6):
     }.get(kind, tokens)
     if kind == "answers":
         start = torch.randint(length, (rows,), generator=random)
-        start[::3] = length + 5
+        start[1::3] = length + 5
         return {"input_ids": ids, "start_positions": start, "end_positions": start.clone()}
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     return batch | {"nsp": torch.randint(7, (rows,), generator=random)} if kind == "both" else batch

@@ -6,6 +6,7 @@ the network, batches stay as they are, and their size and order are part of the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -80,7 +81,7 @@ def undivided(risk: EmpiricalRisk, found: NoMeanOverRows) -> EmpiricalRisk:
         UsageError: several batches cannot be weighed, or the loss is a sum.
         DataError: the data comes in batches of a size that was asked for.
     """
-    loss, why = risk.loss, str(found)
+    loss, why = risk.loss, re.sub(r"^rank \d+: ", "", str(found))  # where it was found out is no part of the reason
     batches = risk.batches.kept(why)
     several = len(list(islice(batches, 2))) > 1
     if isinstance(found, SumOverRows) and (several or isinstance(loss, TargetLoss)):
@@ -234,10 +235,12 @@ def _weighed(risk: EmpiricalRisk, loss: ModelLoss, state: State, first: Sequence
         rule, *rivals = found
         note = loss.notes if rule is None else (f"the model's own mean loss is weighted by {rule}",)
         return replace(risk, loss=replace(loss, count=rule, rivals=tuple(rivals), notes=note))
-    why = UNKNOWN if leading(first[0]) is None else "it is a mean over neither rows nor labels that could be found"
+    why = "the model's own loss is a mean over neither rows nor labels that could be found"
+    if leading(first[0]) is None:
+        why = f"what the model's own loss is a mean over cannot be told, since {UNKNOWN}"
     if len(first) > 1 and risk.batches.together is None:
-        raise UsageError(_unweighed(f"of the model's own loss, {why}"))
-    return replace(risk, batches=risk.batches.kept(f"of the model's own loss, {why}"), loss=replace(loss, notes=()))
+        raise UsageError(_unweighed(why))
+    return replace(risk, batches=risk.batches.kept(why), loss=replace(loss, notes=()))
 
 
 def _rules(
@@ -254,12 +257,12 @@ def _rules(
     names = {rule.name for rule in left if rule is not None}
     masks = {rule.mask for rule in left if rule is not None and rule.mask is not None}
     # Fewer rows are repeated: unlike labels are ignored in each.
-    places = torch.arange(min(rows, FEW) if rows > 3 else 4) % rows
+    places = torch.arange(min(max(rows, FEW // 2), FEW)) % rows
     few = chosen(batch, places, rows)
     trials = [few]
     if isinstance(few, Mapping):
-        trials += [thinned(few, one, len(places)) for one in (names, masks) if one]
-    alike = True
+        trials += [thinned(few, blank, masks, len(places)) for blank in (names | masks, names) if names]
+    counts: dict[LabelCount | None, tuple[float, ...]] = dict.fromkeys(left, ())
     for trial in trials:
         seen = _tried(risk, state, trial, len(places))
         if seen is None:
@@ -268,9 +271,8 @@ def _rules(
             continue
         dtype, whole, parts = seen
         left = [rule for rule in left if _fits(rule, whole, parts, tolerance(dtype))]
-        counts = {whole.share(rule).weight for rule in left}
-        alike = len(counts) == 1 and 0.0 not in counts
-    return left, alike or not left
+        counts = {rule: (*counts[rule], *(one.share(rule).weight for one in (whole, *parts))) for rule in left}
+    return left, len(set(counts.values())) < 2 and all(map(any, counts.values()))
 
 
 @dataclass(frozen=True)

@@ -98,23 +98,27 @@ def guesses(batch: Any, model: Any) -> Iterator[LabelCount]:
                 yield LabelCount(name, value, mask=mask)
 
 
-def thinned(batch: Mapping[str, Any], names: set[str], rows: int) -> dict[str, Any]:
-    """A batch with some entries of labels or masks blanked, unlike numbers of them in each row, so that weights differ.
+def thinned(batch: Mapping[str, Any], blank: set[str], full: set[str], rows: int) -> dict[str, Any]:
+    """A batch in which labels and masks leave nothing out, but for unlike numbers of entries in each row.
+
+    Rows then have unlike weights, and rules that agree on the batch itself differ.
 
     Args:
         batch: rows of data.
-        names: entries that hold labels, or masks.
+        blank: entries, labels or masks, of which some are blanked.
+        full: those of which none is.
         rows: number of its rows.
     """
     made = dict(batch)
-    for name in names:
+    for name in blank | full:
         held = torch.as_tensor(batch[name])
-        blank = 0 if "mask" in name else BEYOND if "position" in name else IGNORED
-        # Starts and ends are blanked together.
-        drawn = torch.rand(held.shape, generator=stream(0, "thinned", blank)).to(held.device)
-        share = torch.arange(rows, device=held.device).view(-1, *[1] * (held.ndim - 1)) / rows
-        hit = drawn < share
+        nothing, something = (0, 1) if "mask" in name else (BEYOND if "position" in name else IGNORED, 0)
+        whole = torch.full_like(held, something) if "mask" in name else held.clamp(min=something)
+        # Starts and ends are blanked together, and the first entry of a mask never is.
+        drawn = torch.rand(held.shape, generator=stream(0, "thinned", nothing)).to(held.device)
+        share = 0.2 + 0.6 * torch.arange(rows, device=held.device).view(-1, *[1] * (held.ndim - 1)) / rows
+        hit = (drawn < share) & torch.full_like(held, name in blank, dtype=torch.bool)
         if "mask" in name:
             hit[..., 0] = False
-        made[name] = torch.where(hit, torch.full_like(held, blank), held)
+        made[name] = torch.where(hit, torch.full_like(held, nothing), whole)
     return made
