@@ -339,6 +339,19 @@ def test_complex_weights_are_refused_with_the_way_to_hold_them():
     assert measured(Real(Complex()), (X, Y), CE).converged
 
 
+def test_losses_without_a_hash(net):
+    class Equal:
+        def __eq__(self, other):
+            return True
+
+        __hash__ = None
+
+        def __call__(self, output, target):
+            return F.cross_entropy(output, target)
+
+    assert measured(net, (X, Y), Equal()).value == pytest.approx(measured(net, (X, Y), CE).value, rel=1e-9)
+
+
 def test_weights_without_a_network(net):
     assert "load it into the network" in refusal(net.state_dict(), (X, Y), CE)[1]
 

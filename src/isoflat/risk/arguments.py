@@ -74,7 +74,7 @@ def check_batch_loss(fn: Any) -> None:
     Raises:
         UsageError: it is one, or cannot be called.
     """
-    if isinstance(fn, nn.modules.loss._Loss) or fn in (F.cross_entropy, F.mse_loss, F.nll_loss):
+    if isinstance(fn, nn.modules.loss._Loss) or any(fn is known for known in (F.cross_entropy, F.mse_loss, F.nll_loss)):
         raise UsageError(
             f"a BatchLoss needs a function of model and batch, got {name_of(fn)}, a function of output and target: pass it as "
             "the loss by itself, or call it inside a function of model and batch"

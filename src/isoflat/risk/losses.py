@@ -341,7 +341,7 @@ def as_loss(loss: Any) -> Loss:
         return loss
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         raise UsageError(f"got the class {loss.__name__} as loss: pass an instance, {loss.__name__}()")
-    loss = _CRITERIA[loss]() if callable(loss) and loss in _CRITERIA else loss
+    loss = next((make() for function, make in _CRITERIA.items() if function is loss), loss)
     if isinstance(loss, nn.Module) and getattr(loss, "reduction", "mean") == "none":
         raise UsageError(
             f"the loss {type(loss).__name__} is unreduced (reduction='none'): use reduction='mean' or 'sum'"
