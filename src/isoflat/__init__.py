@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UnknownName,
         UnsupportedModel,
         UsageError,
+        UserCodeError,
     )
     from isoflat.core.estimate import Cost, Estimate, Kind
     from isoflat.core.record import Point, Record
@@ -83,6 +84,7 @@ __all__ = [
     "UnknownName",
     "UnsupportedModel",
     "UsageError",
+    "UserCodeError",
     "__version__",
     "attack",
     "canonicalize",
@@ -117,6 +119,7 @@ _NAMES = {
         "UnknownName",
         "UnsupportedModel",
         "UsageError",
+        "UserCodeError",
     ),
     "core.estimate": ("Cost", "Estimate", "Kind"),
     "core.record": ("Point", "Record"),

@@ -171,7 +171,7 @@ def refusals() -> dict[str, Answer]:
         "seconds": attempt(
             lambda: isoflat.measure(plain.net, batches, plain.criterion, budget=isoflat.Budget(seconds=1.0))
         ),
-        "failure": go(Tripped(plain.net, 12 if odd else 10**9, fail)),
+        "failure": go(Tripped(plain.net, 6 if odd else 10**9, fail)),
         "after all that": go(),
     }
 

@@ -37,7 +37,8 @@ def test_public_names():
         "BatchLoss", "Budget", "CheckpointError", "Comparison", "Cost", "DataError", "Estimate", "Found",
         "IsoflatError", "Kind", "LayerScale", "Measure", "NoInvariantGeometry", "NonFinite", "NondeterministicRisk",
         "Point", "Preconditioned", "Quotient", "RankLost", "RanksDiffer", "Record", "Settings", "Spectrum",
-        "SymmetryViolated", "Table", "UnitScale", "UnknownName", "UnsupportedModel", "UsageError", "__version__",
+        "SymmetryViolated", "Table", "UnitScale", "UnknownName", "UnsupportedModel", "UsageError",
+        "UserCodeError", "__version__",
         "attack", "canonicalize", "compare", "io", "linalg", "load_data", "load_model", "measure", "measure_all",
         "reparametrize", "reproduce", "spectrum", "study", "symmetries", "verify", "write_report",
     ]  # fmt: skip

@@ -22,6 +22,7 @@ from isoflat.risk.batches import Batches, digest
 from isoflat.risk.check import CheckedRows, asymmetry, compared
 from isoflat.risk.division import notes
 from isoflat.risk.empirical import Survey
+from isoflat.risk.foreign import translated
 from isoflat.risk.habits import learned
 from isoflat.risk.linearise import ProductCheck, choose
 from isoflat.risk.linearise import survey as surveyed
@@ -96,9 +97,8 @@ class _Exam:
             self.checks.append(Finding(name, "fail", str(error)))
             return None
         except Exception as error:  # noqa: BLE001 — whatever code of the user's raises; a check reports, it never ends the program
-            self.checks.append(
-                Finding(name, "fail", f"{reason(error)}. Correct the network, the loss or the data loader")
-            )
+            told = translated(error) or f"{reason(error)}. Correct the network, the loss or the data loader"
+            self.checks.append(Finding(name, "fail", str(told)))
             return None
         self.checks.append(Finding(name, "ok", detail))
         return made

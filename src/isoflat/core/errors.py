@@ -5,6 +5,7 @@ IsoflatError
 ├── UsageError (also ValueError)      an argument is wrong
 │   ├── UnknownName                   no measure, geometry or verb of that name; the nearest are offered
 │   ├── DataError                     the data cannot be measured on: empty, one-shot, no targets, wrong file
+│   ├── UserCodeError (also RuntimeError) the user's model, loss or data raised an exception
 │   └── CheckpointError               weights do not fit the model, or the file cannot be opened safely
 ├── UnsupportedModel                  the network is in a mode or has a part that has no exact Hessian here
 ├── NondeterministicRisk              two passes over the same data differ: shuffling, augmentation, dropout
@@ -41,15 +42,19 @@ class UnknownName(UsageError):
     isoflat.core.errors.UnknownName: unknown measure 'quotient_norm'. Did you mean quotient_spectral_norm?
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], meant: Iterable[str] = ()) -> None:
         known = sorted(known)
-        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        nearest = list(meant) or difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"Did you mean {', '.join(nearest)}?" if nearest else f"Known: {', '.join(known)}."
         super().__init__(f"unknown {kind} {name!r}. {hint}")
 
 
 class DataError(UsageError):
     """The data cannot be measured on."""
+
+
+class UserCodeError(UsageError, RuntimeError):
+    """The user's own model, loss or data raised an exception, which is the cause of this one."""
 
 
 class CheckpointError(UsageError):

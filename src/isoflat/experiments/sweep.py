@@ -12,6 +12,7 @@ from joblib import Parallel, delayed
 from torch import nn
 
 from isoflat.core.errors import UsageError
+from isoflat.core.raised import first_line
 from isoflat.experiments import cells
 from isoflat.experiments.cells import MeasuredNetwork, NetworkTask, train_and_measure
 from isoflat.experiments.data import Split
@@ -66,8 +67,9 @@ def check_recipe(recipe: Recipe, data: Split, numbers: Sequence[Number]) -> None
         try:
             nn.CrossEntropyLoss()(model(inputs), targets)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:  # as torch refuses shapes and types
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"recipe {recipe.name}: {task.label} does not run on {data.name}: {line}") from error
+            raise UsageError(
+                f"recipe {recipe.name}: {task.label} does not run on {data.name}: {first_line(error)}"
+            ) from error
         if recipe.edit is not None:
             cells.edited(model, recipe.edit.weights, recipe.edit.biases)
         elif recipe.orbit:

@@ -12,6 +12,7 @@ import torch
 
 from isoflat.core.errors import DataError, IsoflatError, UsageError
 from isoflat.core.plain import attributes
+from isoflat.core.raised import first_line
 from isoflat.core.record import Point
 from isoflat.io.data import load_data
 from isoflat.io.libraries import own_weights
@@ -193,8 +194,7 @@ def device_of(name: str | None) -> torch.device | None:
         device = own_device(torch.device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UsageError(f"--device {name} cannot be used here: {line}. Try cpu or cuda") from error
+        raise UsageError(f"--device {name} cannot be used here: {first_line(error)}. Try cpu or cuda") from error
     return device
 
 

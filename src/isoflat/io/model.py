@@ -14,8 +14,9 @@ from isoflat.io.fit import fit
 from isoflat.io.libraries import library, own_weights
 from isoflat.io.named import function, named, reason
 from isoflat.io.weights import read_weights
+from isoflat.risk.arguments import NAMED
 
-LOSSES = ("cross_entropy", "mse", "model")
+LOSSES = (*NAMED, "model")
 """Names of losses that need no code of the user's own; with `model` the model's output carries its loss."""
 
 
@@ -121,10 +122,8 @@ def find_loss(spec: str) -> Any:
     Raises:
         UsageError: there is no such loss.
     """
-    if spec == "cross_entropy":
-        return nn.CrossEntropyLoss()
-    if spec == "mse":
-        return nn.MSELoss()
+    if spec in NAMED:
+        return NAMED[spec]()
     if spec == "model":
         return None
     if ":" not in spec:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isoflat.core.errors import UsageError
+from isoflat.core.raised import plain
 
 
 def named(spec: str, what: str) -> Any:
@@ -66,5 +67,5 @@ def reason(error: BaseException) -> str:
     """An exception of the user's code in a line: its type, message and the place it was raised at."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    message = " ".join(str(error).split())
+    message = plain(" ".join(str(error).split()))
     return f"{type(error).__name__}: {message[:300]}{place}"

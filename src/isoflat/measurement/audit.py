@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import IsoflatError, UnsupportedModel
+from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.render import some
 from isoflat.core.rng import stream
 from isoflat.core.space import norm
@@ -34,7 +35,6 @@ from isoflat.risk.own import OwnModel, beside
 from isoflat.risk.plan import ProductPlan
 from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.base import Linearisation
-from isoflat.risk.routes.guarded import first_line, is_out_of_memory
 from isoflat.risk.slopes import Audit, Directions, Disagreement, Product, Verdict, held_rows
 
 SHARE = 0.1

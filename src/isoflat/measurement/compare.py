@@ -27,7 +27,8 @@ from isoflat.measurement.subject import Subject, subject
 from isoflat.measures.base import Direction, Measure
 from isoflat.measures.catalogue import find_measure
 from isoflat.measures.settings import Keywords, Settings, takes_settings
-from isoflat.risk.batches import as_batches
+from isoflat.risk.forms import batches_of
+from isoflat.risk.losses import as_loss
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import Ranks
 from isoflat.symmetry.found import Found
@@ -115,7 +116,7 @@ def compare(
     entries = [find_measure(name) for name in measures]
     plan = planned(entries, [geometry] if isinstance(geometry, str | Geometry) else list(geometry))
     places = {place for _, place in plan}
-    batches, ranks = as_batches(data), Ranks.here()
+    batches, ranks = batches_of(data, as_loss(loss)), Ranks.here()
 
     def prepare(model: torch.nn.Module) -> Subject:
         return subject(model, batches, loss, replace(chosen, initial=None))

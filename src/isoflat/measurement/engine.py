@@ -34,6 +34,7 @@ from isoflat.measures.settings import Settings
 from isoflat.modules.private import untouched
 from isoflat.risk.arrivals import without_gradient
 from isoflat.risk.empirical import EmpiricalRisk, Survey
+from isoflat.risk.foreign import told
 from isoflat.risk.habits import learned
 from isoflat.risk.linearise import Choice, check_gradient, choose, survey
 from isoflat.risk.network import exactly
@@ -49,6 +50,7 @@ class FirstPass(Protocol):
         ...
 
 
+@told
 @contextmanager
 def opened(
     prepare: Callable[[], Subject], plan: Plan, settings: Settings, ranks: Ranks, label: str = ""

@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from isoflat.core.errors import DataError, SymmetryViolated, UnsupportedModel, UsageError
 from isoflat.core.rng import stream
@@ -21,7 +22,8 @@ from isoflat.risk.empirical import EmpiricalRisk, leaf_state
 from isoflat.risk.habits import learned
 from isoflat.risk.losses import TargetLoss, split
 from isoflat.symmetry.finding.caches import traceable
-from isoflat.symmetry.finding.discover import discover, on_few_rows, searching
+from isoflat.symmetry.finding.discover import discover, searching
+from isoflat.symmetry.finding.rows import on_few_rows
 from isoflat.symmetry.found import Counted, Found
 from isoflat.symmetry.groups.base import Symmetry, verify
 from isoflat.symmetry.groups.declared import UnitScale
@@ -141,7 +143,7 @@ def _first_rows(seen: _SeenCall, inputs: tuple[Any, ...]) -> Counted | None:
     if seen.counted is None:
         return None
     before, now = (
-        next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 0)
+        next((len(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.ndim), 0)
         for values in ((*seen.inputs[0], *seen.inputs[1].values()), inputs)
     )
     place, mask = seen.counted

@@ -23,6 +23,7 @@ from isoflat.linalg.operator import Operator, Pullback
 from isoflat.linalg.solver import Domain, Outcome, PendingProduct, Solver, products_of, serve
 from isoflat.measures.base import Question, Steps
 from isoflat.measures.point import NOT_APPLICABLE, EvaluationPoint
+from isoflat.risk.foreign import InWords
 from isoflat.risk.moved import AtWeights, evaluate
 
 
@@ -96,7 +97,8 @@ class Task:
         started = time.monotonic()
         self.request = None
         try:
-            self.request = step(*given)
+            with InWords():
+                self.request = step(*given)
         except StopIteration as end:
             self.value, self.done = end.value, True
         except NOT_APPLICABLE as error:
@@ -211,7 +213,8 @@ def _sweep(group: Sequence[Task], report: Callable[[str], None]) -> None:
     started = time.monotonic()
     try:
         passes = [replace(one, part=timed(place, one.part)) for place, one in enumerate(wanted)]
-        sums = accumulated(point.risk, point.state, passes)
+        with InWords():
+            sums = accumulated(point.risk, point.state, passes)
     except NOT_APPLICABLE as error:
         if len(group) == 1:
             group[0].refuse(error)

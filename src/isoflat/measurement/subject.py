@@ -16,9 +16,11 @@ from isoflat.core.state import State, fingerprint
 from isoflat.geometry.base import Geometry
 from isoflat.measures.base import Measure
 from isoflat.measures.settings import Budget, Settings
-from isoflat.risk.batches import as_batches, digest
+from isoflat.risk.arguments import held_in_loss
+from isoflat.risk.batches import digest
 from isoflat.risk.division import settled, told
 from isoflat.risk.empirical import EmpiricalRisk
+from isoflat.risk.forms import batches_of
 from isoflat.risk.losses import Loss, TargetLoss, as_loss
 from isoflat.risk.network import Network, compiled, unwrapped
 from isoflat.risk.ranks import Ranks, check_whole
@@ -70,11 +72,12 @@ def subject(model: Any, data: Any, loss: Any, settings: Settings = Settings()) -
     network = Network(inner)
     network.check_mode()
     state = network.state(params)
-    risk = EmpiricalRisk(network, _scored(as_loss(loss), settings.logits), as_batches(data))
+    known = as_loss(loss)
+    risk = EmpiricalRisk(network, _scored(known, settings.logits), batches_of(data, known))
     notes = [f"measured without its wrapper: {', '.join(wrappers)}"] if wrappers else []
     if compiled(network.module):
         notes.append("compiled parts were run as they are written")
-    notes += risk.loss.notes
+    notes += [*risk.loss.notes, *held_in_loss(loss, network.module), *risk.batches.notes]
     if state.frozen:
         notes.append(f"held fixed: {some(state.frozen)}")
     if tied := network.tied():

@@ -14,6 +14,7 @@ from isoflat.core.catalogue import entries
 from isoflat.core.errors import UnknownName, UsageError
 from isoflat.geometry.base import Geometry
 from isoflat.measures.base import Measure
+from isoflat.measures.synonyms import geometries_meant, measures_meant
 
 GROUP = "isoflat.measures"
 """Entry points of other packages that name a `Measure`."""
@@ -76,11 +77,13 @@ def find_measure(measure: str | Measure) -> Measure:
     """
     if isinstance(measure, Measure):
         return measure
+    if not isinstance(measure, str):
+        raise UsageError(f"a measure is a name in the catalogue (isoflat measures), got {type(measure).__name__}")
     parts = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", measure)
     name, inside = (parts[1], parts[2]) if parts else (measure, None)
     found = _own(name) or measures().get(name)
     if found is None:
-        raise UnknownName("measure", name, measures())
+        raise UnknownName("measure", name, measures(), measures_meant(name))
     options = {}
     for item in filter(None, (piece.strip() for piece in (inside or "").split(","))):
         pair = re.fullmatch(r"(\w+)\s*=\s*([-+.\deE]+)", item)
@@ -107,6 +110,8 @@ def find_geometry(name: str | Geometry) -> Geometry:
     """
     if isinstance(name, Geometry):
         return name
+    if not isinstance(name, str):
+        raise UsageError(f"a geometry is one of {', '.join(geometries())}, got {type(name).__name__}")
     if name not in geometries():
-        raise UnknownName("geometry", name, geometries())
+        raise UnknownName("geometry", name, geometries(), geometries_meant(name))
     return geometries()[name]

@@ -14,14 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from isoflat.core.errors import DataError, NondeterministicRisk, UsageError
+from isoflat.risk.containers import held, is_object, mapped, zipped
+from isoflat.risk.examples import ACCEPTED, Rereader, left_out, one_shot, rows_agree
 
 ROWS = 500
 """Rows per batch where the library cuts the batches itself."""
-
-_ACCEPTED = (
-    "a DataLoader without shuffling, a list of batches, a pair (inputs, targets) of tensors, a map-style dataset, "
-    "or a function that returns a fresh iterator"
-)
 
 
 @final
@@ -38,6 +35,7 @@ class Batches:
         together: function that gives the same rows as a single batch, or refuses to, told why that is wanted; None where
             the user made the batches.
         whole: reason why batches are neither cut nor merged; None where they may be.
+        notes: remarks on the data, where a reader must know them.
     """
 
     source: Callable[[], Iterator[Any]]
@@ -46,6 +44,7 @@ class Batches:
     evenly: Callable[[int], Batches] | None = None
     together: Callable[[str], Batches] | None = None
     whole: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
         """The batches in order; compared with the first pass where the source is volatile."""
@@ -159,7 +158,7 @@ class Batches:
     def _differs(what: str) -> NondeterministicRisk:
         return NondeterministicRisk(
             f"two passes over the data differ in {what}: expected the same batches in the same order. Give a loader "
-            "with shuffle=False and without random augmentation, or a list of batches"
+            "with shuffle=False and without random augmentation, of a dataset that can be read again, or a list of batches"
         )
 
 
@@ -203,30 +202,92 @@ def as_batches(data: Any, rows: int = ROWS) -> Batches:
         return data
     if isinstance(data, DataLoader):
         return _from_loader(data)
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in data):
-        return _from_pair(torch.as_tensor(data[0]), torch.as_tensor(data[1]), rows)
+    if (known := _from_batch(data, rows)) is not None:
+        return known
     if isinstance(data, list | tuple):
         if not data:
             raise DataError("the data is an empty list: expected at least one batch")
         return Batches(partial(iter, data), volatile=False)
     if isinstance(data, Iterator):
-        raise DataError(
-            f"the data is a one-shot iterator ({type(data).__name__}), but each product reads it anew: give {_ACCEPTED}"
-        )
+        raise one_shot(type(data).__name__)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return _from_dataset(data, rows)
     if isinstance(data, Iterable) and not isinstance(data, Mapping | Tensor | np.ndarray | str):
-        return Batches(partial(iter, data), volatile=True)
+        return _again(partial(iter, data))
     if callable(data):
-        return Batches(lambda: iter(data()), volatile=True)
-    raise DataError(f"cannot read batches from {type(data).__name__}: give {_ACCEPTED}")
+        return _again(lambda: iter(data()))
+    return _from_object(data)
+
+
+def _from_object(data: Any) -> Batches:
+    """A single batch that is an object with tensors.
+
+    Raises:
+        DataError: there are none in it.
+    """
+    lone = isinstance(data, Tensor | np.ndarray)
+    if not lone and next(tensors(data), None) is not None:
+        return Batches(partial(iter, [data]), volatile=False)
+    hint = ". A tensor by itself is one batch for a BatchLoss as a list, [tensor]" if lone else ""
+    raise DataError(f"cannot read batches from {type(data).__name__}: give {ACCEPTED}{hint}")
+
+
+def _from_batch(data: Any, rows: int) -> Batches | None:
+    """Batches of inputs and targets, or a single one of what looks like several; None for other data.
+
+    Raises:
+        DataError: there are further tensors beside them, or numbers of rows differ.
+    """
+    if _is_batch(data):
+        return Batches(partial(iter, [data]), volatile=False)
+    if not isinstance(data, tuple):
+        return None
+    arrays = [isinstance(part, Tensor | np.ndarray) for part in data]
+    if len(data) == 2 and all(arrays):
+        return _from_pair(torch.as_tensor(data[0]), torch.as_tensor(data[1]), rows)
+    if len(data) == 2 and arrays[1] and _is_input(data[0]):
+        return _from_columns(data, rows)
+    if len(data) > 2 and all(arrays):
+        raise DataError(
+            f"the data is a tuple of {len(data)} tensors, of which nobody knows which are targets: give ((x, tabular), y) for a "
+            "model of several inputs, or a list of batches"
+        )
+    return None
+
+
+def _again(source: Callable[[], Iterator[Any]]) -> Batches:
+    """Batches of a source that could give others at the next pass."""
+    return Batches(Rereader(source, digest, Batches._differs), volatile=True)
+
+
+def _is_batch(data: Any) -> bool:
+    """Test of whether data is a single batch that looks like several: a packed sequence, a graph that can be iterated."""
+    return (
+        is_object(data) and isinstance(data, tuple | Iterable) and (isinstance(data, tuple) or hasattr(data, "apply"))
+    )
+
+
+def _is_input(part: Any) -> bool:
+    """Test of whether something is inputs of a batch by itself: a container or object with tensors."""
+    known = isinstance(part, list | tuple | Mapping) and not isinstance(part, Tensor)
+    return (known or is_object(part)) and next(tensors(part), None) is not None
+
+
+def _from_columns(data: tuple[Any, ...], rows: int) -> Batches:
+    """Batches of several inputs and their targets; a single one where they do not have the same number of rows."""
+    count = data[1].shape[0] if data[1].ndim else 0
+    if not rows_agree(data, count):
+        return Batches(partial(iter, [data]), volatile=False)
+    evenly = lambda world: _from_columns(data, even(count, rows, world))  # noqa: E731
+    together = lambda why: _from_columns(data, count)  # noqa: E731
+    return Batches(partial(iter, list(pieces(data, rows))), volatile=False, evenly=evenly, together=together)
 
 
 def _from_loader(loader: DataLoader[Any]) -> Batches:
     samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
     if any(isinstance(sampler, RandomSampler) for sampler in samplers):
         raise DataError("the DataLoader shuffles: each product must see the same batches. Build it with shuffle=False")
-    return Batches(partial(iter, loader), volatile=True)
+    return replace(_again(partial(iter, loader)), notes=left_out(loader))
 
 
 def _from_pair(inputs: Tensor, targets: Tensor, rows: int) -> Batches:
@@ -262,7 +323,7 @@ def even(total: int, rows: int, world: int) -> int:
 def tensors(batch: Any) -> Iterator[Tensor]:
     """Tensors inside a batch, in order."""
     if isinstance(batch, Tensor):
-        yield batch
+        yield from [batch] if batch.layout is torch.strided else _dense_parts(batch)
     elif isinstance(batch, np.ndarray):
         yield torch.as_tensor(batch)
     elif isinstance(batch, Mapping):
@@ -271,6 +332,16 @@ def tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from tensors(value)
+    else:
+        for value in held(batch):
+            yield from tensors(value)
+
+
+def _dense_parts(sparse: Tensor) -> Iterator[Tensor]:
+    """Indices and values of a sparse tensor."""
+    found = sparse.detach() if sparse.layout is torch.sparse_coo else sparse.detach().to_sparse_coo()
+    found = found.coalesce()
+    yield from (found.indices(), found.values())
 
 
 def leading(batch: Any) -> int | None:
@@ -299,6 +370,8 @@ def move(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
         batch = torch.as_tensor(batch)
     if isinstance(batch, Tensor):
         return batch.detach().to(device=device, dtype=dtype if batch.is_floating_point() else None)
+    if is_object(batch):
+        return mapped(batch, lambda part: move(part, device, dtype))
     if isinstance(batch, Mapping):
         moved = {key: move(value, device, dtype) for key, value in batch.items()}
         return moved if type(batch) is dict else _rebuild(batch, moved)
@@ -306,7 +379,7 @@ def move(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return type(batch)(*(move(value, device, dtype) for value in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(move(value, device, dtype) for value in batch)
-    return batch
+    return mapped(batch, lambda part: move(part, device, dtype))
 
 
 def pieces(batch: Any, rows: int) -> Iterator[Any]:
@@ -326,6 +399,8 @@ def chosen(batch: Any, rows: slice | Tensor, count: int) -> Any:
     >>> chosen({"x": torch.arange(3), "scale": 2.0}, torch.tensor([2, 0]), 3)
     {'x': tensor([2, 0]), 'scale': 2.0}
     """
+    if is_object(batch) or (isinstance(batch, Tensor) and batch.layout is not torch.strided):
+        return batch
     if isinstance(batch, Tensor):
         places = rows.to(batch.device) if isinstance(rows, Tensor) else rows
         return batch[places] if batch.ndim and len(batch) == count else batch
@@ -339,7 +414,7 @@ def chosen(batch: Any, rows: slice | Tensor, count: int) -> Any:
         return type(batch)(*(chosen(value, rows, count) for value in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(chosen(value, rows, count) for value in batch)
-    return batch
+    return mapped(batch, lambda part: chosen(part, rows, count))
 
 
 def merged(pieces: Sequence[Any]) -> Any:
@@ -349,6 +424,8 @@ def merged(pieces: Sequence[Any]) -> Any:
 
 def _joined(pieces: Sequence[Any], counts: Sequence[int]) -> Any:
     first = pieces[0]
+    if is_object(first):
+        return first
     if isinstance(first, Tensor | np.ndarray):
         whole = all(piece.ndim and len(piece) == count for piece, count in zip(pieces, counts, strict=True))
         if not whole:
@@ -360,7 +437,7 @@ def _joined(pieces: Sequence[Any], counts: Sequence[int]) -> Any:
     if isinstance(first, list | tuple):
         parts = [_joined(column, counts) for column in zip(*pieces, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return first
+    return zipped(pieces, lambda parts: _joined(parts, counts))
 
 
 def _rebuild(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:

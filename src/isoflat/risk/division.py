@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from isoflat.core.errors import UsageError
+from isoflat.core.raised import first_line
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.risk.batches import Weighted, alone, chosen, leading, merged, move, rows_of, tensors
@@ -31,7 +32,6 @@ from isoflat.risk.separability import (
     Share,
     SumOverRows,
     distance,
-    line_of,
     reraise_unrelated,
     splits,
     spread,
@@ -155,7 +155,7 @@ def _meeting(risk: EmpiricalRisk, state: State, batch: Any) -> str | None:
         reraise_unrelated(error)
         with torch.no_grad():
             risk.term(state, batch)  # what fails here as well is no question of rows
-        return f"network or loss cannot be evaluated on some rows of a batch without the others ({line_of(error)})"
+        return f"network or loss cannot be evaluated on some rows of a batch without the others ({first_line(error)})"
     if found <= tolerance(state.dtype) or not _repeats(risk, state, few):
         return None
     if isinstance(risk.loss, TargetLoss):

@@ -138,7 +138,7 @@ class EmpiricalRisk:
 
     def outputs(self) -> Callable[[State], Tensor]:
         """The model's output on the first batch, as a function of the state."""
-        inputs, _ = split(next(iter(self.batches)))
+        inputs, _ = split(alone(next(iter(self.batches))))
 
         def output(state: State) -> Tensor:
             moved = move(inputs, state.device, state.dtype)

@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 
 from isoflat.core.errors import DataError, IsoflatError, UnsupportedModel
+from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.rng import stream
 from isoflat.core.space import norm
 from isoflat.core.state import State
@@ -24,7 +25,6 @@ from isoflat.risk.batches import alone, move, pieces
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import Loss, TargetLoss
 from isoflat.risk.network import Habits, Network, exactly
-from isoflat.risk.routes.guarded import first_line, is_out_of_memory
 
 AWAY = 0.03
 """Relative distance of the other weights at which a network is tried."""

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import final
 
 from isoflat.core.errors import UnsupportedModel, UsageError
+from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.risk.batches import rows_of
@@ -17,7 +18,7 @@ from isoflat.risk.plan import ProductPlan
 from isoflat.risk.routes.base import Linearisation
 from isoflat.risk.routes.differences import Differences, step_in
 from isoflat.risk.routes.forward import Forward
-from isoflat.risk.routes.guarded import Grain, Guarded, first_line, is_out_of_memory
+from isoflat.risk.routes.guarded import Grain, Guarded
 from isoflat.risk.routes.reverse import Recomputed
 from isoflat.risk.separability import NoMeanOverRows
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from isoflat.core.errors import DataError, UsageError
+from isoflat.risk.arguments import as_one, check_arguments, check_batch_loss, no_loss
 from isoflat.risk.batches import leading, rows_of
 from isoflat.risk.separability import check_shapes, scalar
 from isoflat.risk.tokens import LabelCount
@@ -334,11 +335,13 @@ def as_loss(loss: Any) -> Loss:
     """
     if loss is None:
         return ModelLoss(notes=("the model's own mean loss is weighted by the rows of each batch",))
+    if isinstance(loss, BatchLoss):
+        check_batch_loss(loss.fn)
     if isinstance(loss, Loss):
         return loss
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         raise UsageError(f"got the class {loss.__name__} as loss: pass an instance, {loss.__name__}()")
-    loss = _CRITERIA[loss]() if loss in _CRITERIA else loss
+    loss = next((make() for function, make in _CRITERIA.items() if function is loss), loss)
     if isinstance(loss, nn.Module) and getattr(loss, "reduction", "mean") == "none":
         raise UsageError(
             f"the loss {type(loss).__name__} is unreduced (reduction='none'): use reduction='mean' or 'sum'"
@@ -346,11 +349,9 @@ def as_loss(loss: Any) -> Loss:
     if _is_known(loss):
         return _from_criterion(loss)
     if callable(loss):
+        check_arguments(loss)
         return _from_function(loss)
-    raise UsageError(
-        f"cannot use {type(loss).__name__} as a loss: expected a torch.nn criterion, a function of output and target, "
-        "or an isoflat.BatchLoss"
-    )
+    raise no_loss(loss)
 
 
 def example_rows(inputs: Any, target: Any) -> int:
@@ -366,12 +367,19 @@ def split(batch: Any) -> tuple[Any, Any]:
         DataError: the batch is not a pair.
     """
     if isinstance(batch, list | tuple) and len(batch) == 2:
-        return batch[0], batch[1]
+        return batch[0], _long(batch[1])
     came = f"{type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, list | tuple | dict) else "")
+    several = "Give several inputs as ((a, b), targets). " if isinstance(batch, list | tuple) and len(batch) > 2 else ""
     raise DataError(
-        f"expected batches (inputs, targets), got {came}. For other batches pass "
+        f"expected batches (inputs, targets), got {came}. {several}For other batches pass "
         "isoflat.BatchLoss(fn) with fn(model, batch) -> (sum, count) as the loss"
     )
+
+
+def _long(target: Any) -> Any:
+    """Classes in the type that torch's losses take, where they come in a shorter one."""
+    short = isinstance(target, Tensor) and target.dtype in (torch.int8, torch.int16, torch.int32)
+    return target.long() if short else target
 
 
 def call(model: Callable[..., Any], inputs: Any, scores: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -379,13 +387,16 @@ def call(model: Callable[..., Any], inputs: Any, scores: Callable[[Tensor], Tens
 
     Args:
         model: the model.
-        inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments; a container as it is, where the model
+            takes it as its only argument.
         scores: the map (`TargetLoss.scores`); None for the identity.
 
     Raises:
         UsageError: the output is not a tensor.
     """
-    if isinstance(inputs, Mapping):
+    if isinstance(inputs, Mapping | list | tuple) and as_one(model, inputs):
+        output = model(inputs)
+    elif isinstance(inputs, Mapping):
         output = model(**inputs)
     elif isinstance(inputs, list | tuple):
         output = model(*inputs)

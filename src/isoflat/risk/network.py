@@ -88,7 +88,9 @@ class Network:
     def __post_init__(self) -> None:
         """Refuse anything but a module."""
         if not isinstance(self.module, nn.Module):
-            raise UsageError(f"expected a torch.nn.Module as the model, got {type(self.module).__name__}")
+            weights = isinstance(self.module, Mapping)
+            hint = ": a state_dict holds weights only, load it into the network" if weights else ""
+            raise UsageError(f"expected a torch.nn.Module as the model, got {type(self.module).__name__}{hint}")
 
     def __call__(self, state: State, use: Callable[[nn.Module], Any], held: Copies | None = None) -> Any:
         """Result of `use(model)` where the model's tensors are those of the state.
@@ -437,7 +439,12 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
     if parameter.layout is not torch.strided or type(parameter.data) is not Tensor or parameter.is_quantized:
         raise UnsupportedModel(f"parameter '{name}' is sharded, sparse or quantised; expected a plain dense tensor")
     if parameter.is_complex() or (parameter.requires_grad and not parameter.is_floating_point()):
-        raise UnsupportedModel(f"parameter '{name}' is {parameter.dtype}; expected a real floating-point type")
+        remedy = (
+            ": hold it as real numbers, torch.nn.Parameter(torch.view_as_real(w)), and use torch.view_as_complex in forward"
+            if parameter.is_complex()
+            else ""
+        )
+        raise UnsupportedModel(f"parameter '{name}' is {parameter.dtype}; expected a real floating-point type{remedy}")
     if parameter.numel() and not bool(torch.isfinite(parameter).all()):
         bad = int((~torch.isfinite(parameter)).sum())
         raise NonFinite(f"parameter '{name}' holds {bad} NaN or infinite entries of {parameter.numel()}")

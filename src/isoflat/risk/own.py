@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from isoflat.core.precision import unrounded
+from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.rng import stream
 from isoflat.core.space import ParameterSpace, norm
 from isoflat.core.state import State
@@ -26,7 +27,6 @@ from isoflat.risk.kinks import Kinks
 from isoflat.risk.losses import Loss, Term
 from isoflat.risk.network import compiled
 from isoflat.risk.rebound import rebound
-from isoflat.risk.routes.guarded import first_line, is_out_of_memory
 
 SAME = 1000
 """Roundings within which two evaluations at the same weights agree."""

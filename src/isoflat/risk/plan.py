@@ -225,7 +225,7 @@ def weigh(risk: EmpiricalRisk, state: State, batch: Any, kind: type[Graph] = Gra
     def pack(tensor: Tensor) -> _Saved:
         # Detached: an operation that saved its own output together with its graph would keep itself alive.
         held = _Saved(tensor.detach())
-        saved.append((weakref.ref(held), held.tensor.untyped_storage()))
+        saved.extend((weakref.ref(held), part.untyped_storage()) for part in tensors(held.tensor))
         return held
 
     try:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from isoflat.core.errors import RankLost, RanksDiffer, UnsupportedModel
+from isoflat.risk.foreign import translated
 
 T = TypeVar("T")
 
@@ -408,6 +409,7 @@ def _portable(failure: Exception | None) -> _Failure | None:
     """An error in a form that any rank can raise: of its own type where all ranks know it."""
     if failure is None:
         return None
+    failure = translated(failure) or failure
     kind = type(failure)
     if kind.__module__.partition(".")[0] in ("builtins", "torch", "isoflat"):
         return _Failure(kind, str(failure))

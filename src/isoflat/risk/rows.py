@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from isoflat.core.errors import UnsupportedModel, UsageError
+from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.state import State
 from isoflat.risk.batches import alone, move, pieces
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import TargetLoss, call, split
-from isoflat.risk.routes.guarded import first_line, is_out_of_memory
 
 Tensors = dict[str, Tensor]
 
@@ -112,7 +113,6 @@ def per_row(
     loss = row_loss(risk)
     inputs, target = split(move(alone(batch), state.device, state.dtype))
     given: Any = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    given = tuple(given) if isinstance(given, list) else given
     chosen = {name: state.parameters[name] for name in names}
 
     def row(inputs: Any, target: Tensor) -> Any:
@@ -147,6 +147,4 @@ def row_gradients(risk: EmpiricalRisk, state: State, batch: Any, memory: int = M
 
 def _lifted(inputs: Any) -> Any:
     """One row as a batch of one."""
-    if isinstance(inputs, Mapping):
-        return {key: value[None] for key, value in inputs.items()}
-    return tuple(value[None] for value in inputs) if isinstance(inputs, tuple) else inputs[None]
+    return tree_map_only(Tensor, lambda part: part[None], inputs)

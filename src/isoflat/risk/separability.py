@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from isoflat.core.errors import DataError, IsoflatError, UsageError
+from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.rng import stream
 from isoflat.risk.batches import chosen, leading, merged, move, tensors
 
@@ -151,7 +152,7 @@ class Judge:
             except REFUSALS as error:
                 reraise_unrelated(error)
                 raise NoMeanOverRows(
-                    f"the loss cannot be evaluated on some rows of a batch without the others ({line_of(error)})"
+                    f"the loss cannot be evaluated on some rows of a batch without the others ({first_line(error)})"
                 ) from error
             if distance(whole, parts) <= allowed:
                 continue
@@ -165,15 +166,8 @@ class Judge:
 
 def reraise_unrelated(error: Exception) -> None:
     """Raise an error again that says nothing about rows: a refusal of the library's, or a lack of memory."""
-    from isoflat.risk.routes.guarded import is_out_of_memory  # which needs this module
-
     if isinstance(error, IsoflatError) or is_out_of_memory(error):
         raise error
-
-
-def line_of(error: Exception) -> str:
-    """First line of what an error says; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @final

@@ -23,6 +23,7 @@ from isoflat.modules.private import Copies, held_fixed, own_precision, private, 
 from isoflat.symmetry.finding.constraints import Constraints
 from isoflat.symmetry.finding.gains import kept
 from isoflat.symmetry.finding.graph import plain_attention
+from isoflat.symmetry.finding.rows import all_inputs
 from isoflat.symmetry.finding.solve import effective, movable_offsets, scaling, translation
 from isoflat.symmetry.finding.untraceable import unsupported
 from isoflat.symmetry.groups.base import Symmetry
@@ -259,7 +260,7 @@ class Found:
             NonFinite: no output is a number.
             UnsupportedModel: the network does not run.
         """
-        inputs = (None, None) if example is None else split_example(example)
+        inputs = (None, None) if example is None else all_inputs(example)
         how = spread, samples, seed
         precise = self.precise()
         exact = Proof("exact", self._parts, precise, lambda state: self.output(state, *inputs))
@@ -380,10 +381,3 @@ def _moving(rows: scipy.sparse.csr_matrix) -> int:
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """Inputs whose floating-point tensors have another type, also inside of lists and records."""
     return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, value)
-
-
-def split_example(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and keyword inputs of an example."""
-    if isinstance(example, Mapping):
-        return (), example
-    return (example if isinstance(example, tuple) else (example,)), {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import final
 
-import torch
 from torch import Tensor
 
+from isoflat.core.raised import is_out_of_memory
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.routes.base import Linearisation
 
@@ -89,15 +89,3 @@ class Guarded(Linearisation):
     def double(self) -> Guarded:
         """Route in float64, if the network runs in that, cut as finely as this one is by then."""
         return Guarded(self.risk, self.risk.network.widest(self.state), [self.inner[0].double()], self.grain)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Test of whether an allocation failed: torch has a type for accelerators, and words for the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def first_line(error: BaseException) -> str:
-    """First line of what an error says; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

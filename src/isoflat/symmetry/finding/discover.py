@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
-from isoflat.core.errors import IsoflatError, UnsupportedModel, UsageError
+from isoflat.core.errors import IsoflatError, UsageError
 from isoflat.core.state import State
 from isoflat.symmetry.finding.axes import Readers
 from isoflat.symmetry.finding.bases.accept import accepted, unproved
@@ -30,12 +29,13 @@ from isoflat.symmetry.finding.gains import foldable
 from isoflat.symmetry.finding.graph import TracedGraph, arguments, aside, skeleton, trace
 from isoflat.symmetry.finding.logical import blocks
 from isoflat.symmetry.finding.means import means
+from isoflat.symmetry.finding.rows import all_inputs, on_few_rows
 from isoflat.symmetry.finding.rules import Rule, rules
 from isoflat.symmetry.finding.rules.elementwise import nonlinear
 from isoflat.symmetry.finding.solve import effective, movable_offsets, scaling, translation
 from isoflat.symmetry.finding.untraceable import UNFORESEEN, unsupported
 from isoflat.symmetry.finding.values import Activation, Known, StoredTensor, Value
-from isoflat.symmetry.found import Counted, Found, split_example
+from isoflat.symmetry.found import Counted, Found
 from isoflat.symmetry.groups.basis import BasisChange, Family
 from isoflat.symmetry.groups.declared import UnitScale
 from isoflat.symmetry.groups.translation import common
@@ -59,7 +59,8 @@ def symmetries(
 
     Args:
         model: any module that `torch.export` can trace; it is not changed.
-        example: an input with two rows or more, a tuple of positional inputs, or a mapping of keyword inputs.
+        example: an input with two rows or more, a tuple of positional inputs, or a mapping of keyword inputs. Where the network
+            does not run on two of its rows, such as on two nodes of a graph, it is traced on all.
         loss: function of output and class targets; given, and found to ignore a constant added to all scores of an example
             (softmax cross-entropy), that direction of the head is a symmetry too.
         further_rules: rules beside those of the package, by the full overload name of the operation
@@ -85,7 +86,7 @@ def symmetries(
         return discover(model, args, kwargs, blind, further_rules, declared)
 
     with searching(model):
-        args, kwargs = split_example(example)
+        args, kwargs = all_inputs(example)
         with torch.random.fork_rng(devices=[]), traceable(model, caches_of(model, args, kwargs)):
             found = on_few_rows(args, kwargs, find)
         if found.constraints.averages and not found.averages_hold(args, kwargs):
@@ -93,42 +94,6 @@ def symmetries(
     if verify:
         found.verify()
     return found
-
-
-def on_few_rows(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], find: Callable[[tuple[Any, ...], Mapping[str, Any]], Found]
-) -> Found:
-    """Whatever is found on two rows of the inputs; on all of them where rows cannot be cut or the network needs them all.
-
-    Args:
-        args: positional inputs.
-        kwargs: keyword inputs.
-        find: finds symmetries on inputs.
-
-    Raises:
-        UsageError: no input holds a tensor.
-        UnsupportedModel: the network cannot be traced on all rows either.
-    """
-    if not any(isinstance(part, Tensor) for part in tree_leaves((args, dict(kwargs)))):
-        raise UsageError(
-            f"expected an input with rows as the example, got {', '.join(type(v).__name__ for v in (*args, *kwargs.values()))}"
-        )
-    try:
-        both = inputs_of((*args, *kwargs.values()))[0]
-    except UsageError:  # lists and records of tensors
-        return find(args, kwargs)
-    cut = both[: len(args)], dict(zip(kwargs, both[len(args) :], strict=True))
-    try:
-        return find(*cut)
-    except UnsupportedModel:
-        # A graph's nodes, or a table of pairs: a part of it is no example.
-        if all(a is b or _alike(a, b) for a, b in zip(both, (*args, *kwargs.values()), strict=True)):
-            raise
-        return find(args, kwargs)
-
-
-def _alike(a: Any, b: Any) -> bool:
-    return not isinstance(a, Tensor) or a.shape == b.shape
 
 
 @contextmanager
@@ -234,26 +199,6 @@ def _diagonals_too(
         return all(bool((np.diff(matrix.indptr) > 0).all()) for matrix in rows)
 
     return BasisChange(tuple(filter(scaled, found)))
-
-
-def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword inputs with two rows: claims do not depend on their number, but one row hides too much.
-
-    Raises:
-        UsageError: there is no tensor with rows.
-    """
-    named = dict(example) if isinstance(example, Mapping) else {}
-    placed = () if isinstance(example, Mapping) else example if isinstance(example, tuple) else (example,)
-    counts = [len(value) for value in (*placed, *named.values()) if isinstance(value, Tensor) and value.ndim]
-    if not counts or counts[0] == 0:
-        raise UsageError(f"expected an input with rows as the example, got {type(example).__name__}")
-
-    def two(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim or len(value) != counts[0]:
-            return value
-        return torch.cat([value, value]).detach() if counts[0] == 1 else value.detach()[:2]
-
-    return tuple(map(two, placed)), {key: two(value) for key, value in named.items()}
 
 
 def propagate(graph: TracedGraph, known: Mapping[str, Rule], readers: Readers) -> tuple[Constraints, dict[Node, Value]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import PurePath
 from traceback import walk_tb
 
 from torch import nn
 
 from isoflat.core.errors import UnsupportedModel
+from isoflat.core.raised import first_line
 
 UNFORESEEN = (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError, AssertionError)
 """Errors of a rule that meets a use of its operation that it was not made for: the operation is then taken for an unknown one."""
@@ -45,24 +45,13 @@ def unsupported(what: str, error: BaseException, module: nn.Module) -> Unsupport
         error: what was raised; its traceback names the part.
         module: the network that was run.
     """
-    line = _first_line(error)
+    line = first_line(error)
     told = f"{type(error).__name__} {error}".lower()
     remedy = next((text for words, text in _REMEDIES.items() if any(word in told for word in words)), _OTHERWISE)
     place = _place(error, module)
     return UnsupportedModel(
         f"{what} ({line}){f', in {place}' if place else ''}. {remedy}; geometry='layerwise' needs no tracing"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of a message that says something, cut to a readable length."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[0] if lines else type(error).__name__
-    # Where to report it to torch is nothing that its user can act on.
-    line = re.split(
-        r"(?<=[.;:])\s+(?=[^.]*(?:https?://|file an? (?:issue|bug)|report a bug))", line, flags=re.IGNORECASE
-    )[0]
-    return line if len(line) <= 200 else f"{line[:197]}..."
 
 
 def _place(error: BaseException, module: nn.Module) -> str:
