@@ -35,7 +35,7 @@ from isoflat.risk.own import OwnModel, beside
 from isoflat.risk.plan import ProductPlan
 from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.base import Linearisation
-from isoflat.risk.slopes import Audit, Directions, Disagreement, Product, Verdict, held_rows
+from isoflat.risk.slopes import Audit, BatchVerdict, Directions, Disagreement, Product, held_rows
 
 SHARE = 0.1
 """Largest share of a measurement that its check may cost, where data comes in more than one batch."""
@@ -181,7 +181,7 @@ def _silence(found: Audited, curved: bool) -> list[str]:
 
 
 def _joined(parts: Sequence[Audited]) -> Audited:
-    """What all processes have seen."""
+    """The outcome on all processes together."""
     found = min((part.found for part in parts if part.found), key=lambda one: one.batch, default=None)
     spoke = frozenset[str]().union(*(part.spoke for part in parts))
     failed = next((part.failed for part in parts if part.failed), "")
@@ -231,7 +231,7 @@ def _compared(
     """The check in one precision; whatever the user's code raises passes."""
     audit: Audit | None = None
     along: Directions | None = None
-    seen: list[Verdict] = []
+    seen: list[BatchVerdict] = []
     for index, batch in enumerate(risk.batches):
         if not (risk.ranks.owns(index) and index in chosen):
             continue

@@ -49,7 +49,7 @@ TIMES = 3
 @final
 @dataclass(frozen=True)
 class Arrivals:
-    """What became of tensors without a gradient when they were moved.
+    """Outcome of moving the tensors that have no gradient.
 
     Attributes:
         missing: names of those whose gradient never arrives.
@@ -106,7 +106,7 @@ def without_gradient(risk: EmpiricalRisk, state: State, seen: Survey, check: Pro
 
 
 def _moved(risk: EmpiricalRisk, state: State, silent: Sequence[str], unused: Sequence[str]) -> tuple[Arrivals, str]:
-    """What this process's batches say about tensors without a gradient, or why they say nothing."""
+    """Statement of this process's batches about tensors without a gradient, or why they make none."""
     batches = [batch for index, batch in enumerate(risk.batches) if risk.ranks.owns(index)]
     if not batches:
         return Arrivals(), ""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from isoflat.core.raised import first_line
 from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.risk.batches import Weighted, alone, chosen, leading, merged, move, rows_of, tensors
+from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.losses import BY_ROWS, BatchLoss, Loss, ModelLoss, PerBatchLoss, TargetLoss, Term, call, split
 from isoflat.risk.separability import (
     REFUSALS,
@@ -39,9 +40,6 @@ from isoflat.risk.separability import (
     with_change,
 )
 from isoflat.risk.tokens import LabelCount, guesses, thinned
-
-if TYPE_CHECKING:
-    from isoflat.risk.empirical import EmpiricalRisk
 
 FEW = 16
 """Rows of an experiment."""
@@ -333,7 +331,7 @@ def _evaluated(risk: EmpiricalRisk, state: State, rows: Any) -> _Tried:
 
 @final
 @dataclass
-class Proof:
+class MeanProof:
     """Proof, over a first pass, that the loss of every batch is the weighted mean that it was taken for.
 
     Attributes:
@@ -353,14 +351,14 @@ class Proof:
     ratios: list[tuple[float, ...]] = field(default_factory=list)
 
     @staticmethod
-    def of(risk: EmpiricalRisk, state: State) -> Proof | None:
+    def of(risk: EmpiricalRisk, state: State) -> MeanProof | None:
         """A proof; None where nothing has to be proved."""
         loss = risk.loss
         if isinstance(loss, TargetLoss):
-            return None if loss.claimed_mean is None else Proof(risk, state)
+            return None if loss.claimed_mean is None else MeanProof(risk, state)
         free = risk.batches.whole is None or risk.batches.whole == UNKNOWN
         own = (isinstance(loss, BatchLoss) and not loss.equally) or isinstance(loss, ModelLoss)
-        return Proof(risk, state) if own and free else None
+        return MeanProof(risk, state) if own and free else None
 
     def batch(self, index: int, batch: Any, term: Term, output: Any = None) -> None:
         """Look at one batch.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from isoflat.core.rng import stream
 from isoflat.core.state import State
 from isoflat.risk.batches import Batches, Weighted, alone, digest, move, rows_of
 from isoflat.risk.dense import dense
-from isoflat.risk.division import Proof
 from isoflat.risk.losses import Loss, TargetLoss, Term, call, importance, split
 from isoflat.risk.network import Network
 from isoflat.risk.ranks import BatchSum, Ranks
@@ -53,6 +52,23 @@ class Survey:
     unused: tuple[str, ...]
     hardness: Tensor | None
     seconds: float
+
+
+class Observer(Protocol):
+    """Observer of every batch of a first pass over the data."""
+
+    def batch(self, index: int, batch: Any, term: Term, output: Any = None) -> None:
+        """Look at one batch of this process.
+
+        Args:
+            index: number of the batch.
+            batch: the batch.
+            term: its contribution.
+            output: output of the network, where the loss is a function of it.
+        """
+
+    def finish(self, batches: int) -> None:
+        """Conclude after the last of so many batches, on all processes alike."""
 
 
 @final
@@ -150,18 +166,22 @@ class EmpiricalRisk:
         """The same risk, whose data must from now on come out as at the survey."""
         return replace(self, batches=self.batches.pinned(survey.digests))
 
-    def survey(self, state: State) -> Survey:
+    def survey(self, state: State, observer: Observer | None = None) -> Survey:
         """Loss, gradient and accuracy in one plain gradient pass, with every check that needs the data.
+
+        Args:
+            state: the point.
+            observer: what else looks at each batch; None for nothing.
 
         Raises:
             DataError: there is nothing to measure on.
             NonFinite: loss or gradient is NaN or infinite in some batch.
             NondeterministicRisk: the loss of one batch is random.
             UnsupportedModel: the forward pass writes into trainable tensors.
-            NoMeanOverRows: the loss is no weighted mean over rows, though it was taken for one.
+            IsoflatError: whatever the observer refuses.
         """
         self._probe(state)
-        tally, proof = _Tally(state), Proof.of(self, state)
+        tally = _Tally(state)
 
         def per_batch(index: int, batch: Any) -> BatchSum:
             leaves = leaf_state(state)
@@ -171,21 +191,25 @@ class EmpiricalRisk:
             gradients = differentiate(term.total, [*parameters, term.z] if hard and term.z is not None else parameters)
             slope = gradients.pop() if hard else None
             tally.hardness[index] = None if slope is None else slope.detach().reshape(len(slope), -1).norm(dim=1).cpu()
-            if proof is not None:
-                proof.batch(index, batch, term, term.z)
+            if observer is not None:
+                observer.batch(index, batch, term, term.z)
             return BatchSum(torch.cat([tally.loss(index, term), *tally.gradient(index, gradients)]), term.count)
 
-        return self._surveyed(tally, per_batch, 1 + state.space.size, proof)
+        return self._surveyed(tally, per_batch, 1 + state.space.size, observer)
 
-    def screen(self, state: State) -> Survey:
+    def screen(self, state: State, observer: Observer | None = None) -> Survey:
         """Loss, accuracy and each row's importance in one forward pass; no gradient.
+
+        Args:
+            state: the point.
+            observer: as for `survey`.
 
         Raises:
             UsageError: the loss is no function of output and target, or the output does not have the rows.
             IsoflatError: as for `survey`.
         """
         self._probe(state)
-        tally, loss, proof = _Tally(state), self.loss, Proof.of(self, state)
+        tally, loss = _Tally(state), self.loss
         if not isinstance(loss, TargetLoss):
             raise UsageError(
                 "sample='auto' weighs examples by the loss of each, and needs a torch.nn criterion or a function of output "
@@ -204,21 +228,21 @@ class EmpiricalRisk:
             with self.network.following(state):
                 term = loss.of(z, target, len(z))
             tally.hardness[index] = importance(term.total, z, stream(0, "importance", index))
-            if proof is not None:
-                proof.batch(index, batch, term, z)
+            if observer is not None:
+                observer.batch(index, batch, term, z)
             return BatchSum(tally.loss(index, term), term.count)
 
-        return self._surveyed(tally, per_batch, 1, proof)
+        return self._surveyed(tally, per_batch, 1, observer)
 
     def _surveyed(
-        self, tally: _Tally, per_batch: Callable[[int, Any], BatchSum], entries: int, proof: Proof | None
+        self, tally: _Tally, per_batch: Callable[[int, Any], BatchSum], entries: int, observer: Observer | None
     ) -> Survey:
         """The survey that a pass over the data makes of a tally, whose batches' totals have so many entries."""
         started = time.monotonic()
         mean = self.accumulate(per_batch, _shape(entries, tally.state), over=tally.digesting(self.batches))
-        if proof is not None:
+        if observer is not None:
             with self.ranks.agreeing():
-                proof.finish(len(tally.digests))
+                observer.finish(len(tally.digests))
         if self.ranks.world > 1:
             tally.join(self.ranks.gather(tally.counts))
         return tally.survey(mean, time.monotonic() - started)

@@ -12,7 +12,7 @@ from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.risk.batches import rows_of
 from isoflat.risk.check import AGREEMENT, ROWS, CheckedRows, Compared, asymmetry, compared
-from isoflat.risk.division import undivided
+from isoflat.risk.division import MeanProof, undivided
 from isoflat.risk.empirical import EmpiricalRisk, Survey
 from isoflat.risk.plan import ProductPlan
 from isoflat.risk.routes.base import Linearisation
@@ -199,14 +199,14 @@ def screen(risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, Survey]:
     if risk.batches.whole is not None:
         raise UsageError(refusal.format(risk.batches.whole))
     try:
-        return risk, risk.screen(state)
+        return risk, risk.screen(state, MeanProof.of(risk, state))
     except NoMeanOverRows as found:
         raise UsageError(refusal.format(found)) from found
 
 
 def _surveyed(risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, Survey]:
     try:
-        return risk, risk.survey(state)
+        return risk, risk.survey(state, MeanProof.of(risk, state))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -215,7 +215,7 @@ def _surveyed(risk: EmpiricalRisk, state: State) -> tuple[EmpiricalRisk, Survey]
     while True:
         with grain as rows:
             made = replace(risk, batches=risk.batches.cut(rows))
-            return made, made.survey(state)
+            return made, made.survey(state, MeanProof.of(made, state))
 
 
 def linearise(risk: EmpiricalRisk, state: State, plan: ProductPlan) -> Guarded:

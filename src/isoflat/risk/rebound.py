@@ -128,7 +128,7 @@ class _Turning:
 
 
 def _content(cell: CellType) -> Any:
-    """What a cell holds; None for one that is still empty."""
+    """Content of a cell; None for one that is still empty."""
     try:
         return cell.cell_contents
     except ValueError:

@@ -96,7 +96,7 @@ class Disagreement(NamedTuple):
     tensors: tuple[str, ...]
 
 
-class Verdict(NamedTuple):
+class BatchVerdict(NamedTuple):
     """Outcome of the comparisons on one batch.
 
     Attributes:
@@ -153,7 +153,7 @@ class Audit:
         assert self.product is not None
         return float(inner([direction], self.product(self._alone(batch), direction))[0])
 
-    def compare(self, index: int, batch: Any, along: Directions, curved: bool = True) -> Verdict:
+    def compare(self, index: int, batch: Any, along: Directions, curved: bool = True) -> BatchVerdict:
         """All comparisons on one batch.
 
         Args:
@@ -171,7 +171,7 @@ class Audit:
         fourth = abs(2 * wide.even - 8 * near.even + 6 * t0) / math.sqrt(70)
         noise = max(third, fourth, 2 * self.eps * abs(t0))
         if not all(map(math.isfinite, (t0, *wide, *near))):
-            return Verdict(None, frozenset())
+            return BatchVerdict(None, frozenset())
         spoke = set()
         for name, direction, step, words in (("v", v, h, FOUND), ("r", along.random, along.far, RANDOM)):
             ends = wide if name == "v" else self._ends(batch, direction, step)
@@ -187,13 +187,15 @@ class Audit:
                 spoke.add(name)
             elif self._holds(batch, direction, step, slope, wanted, noise):
                 blamed = self._blamed(batch, direction, step, g)
-                return Verdict(Disagreement("gradient", words, index, slope, wanted, blamed), frozenset({*spoke, name}))
+                return BatchVerdict(
+                    Disagreement("gradient", words, index, slope, wanted, blamed), frozenset({*spoke, name})
+                )
         if curved and self.product is not None and self._smooth():
             found = self._bent(index, batch, along, (t0, wide, near), noise)
             if found is not None:
                 spoke.add("curvature")
-                return Verdict(found if isinstance(found, Disagreement) else None, frozenset(spoke))
-        return Verdict(None, frozenset(spoke))
+                return BatchVerdict(found if isinstance(found, Disagreement) else None, frozenset(spoke))
+        return BatchVerdict(None, frozenset(spoke))
 
     def gradient(self, batch: Any, state: State | None = None) -> Tensor:
         """Gradient of a batch's summed loss as numbers have it, shape `(n,)`, float64."""
