@@ -1,6 +1,7 @@
 """First mistakes, and whatever code of the user's raises: one line that says what came, where, and what to do."""
 
 import pickle
+import re
 from functools import partial
 
 import pytest
@@ -117,17 +118,22 @@ def test_names_that_are_none(net, wrong):
     assert "auto" in refusal(net, (X, Y), CE, geometry=wrong)[1]
 
 
+LEFT = iter(())
+"""Calls that a `Failing` network still answers: kept outside of it, since passes leave no traces in a network."""
+
+
 class Failing(nn.Module):
     """Raises in the forward pass, from a given call on."""
 
     def __init__(self, error, calls=0):
         super().__init__()
+        global LEFT
         torch.manual_seed(0)
-        self.layer, self.error, self.left = nn.Linear(4, 3).double(), error, calls
+        self.layer, self.error = nn.Linear(4, 3).double(), error
+        LEFT = iter(range(calls))
 
     def forward(self, x):
-        self.left -= 1
-        if self.left < 0:
+        if next(LEFT, None) is None:
             raise self.error
         return self.layer(x)
 
@@ -160,7 +166,7 @@ def test_exceptions_of_the_model(name, calls, geometry):
         assert type(error).__name__ in text
         assert "Failing" in text
         assert "test_first_mistakes.py, line" in text
-        assert "(20, 4) float64" in text
+        assert re.search(r"\((4|20), 4\) float64", text)  # some rows, or all
         assert "BatchLoss" in text
 
 

@@ -33,7 +33,7 @@ _BOUNDARY = ("isoflat.risk.losses", "isoflat.risk.batches", "isoflat.risk.separa
 _MODES = ("isoflat.risk.second_order", "isoflat.core.precision")
 """Modules whose functions stand between the user's code and torch."""
 
-_FIRST = ("_probe", "settled", "choose", "plan", "symmetries_of", "outputs")
+_FIRST = ("_probe", "_works", "learned", "settled", "choose", "plan", "symmetries_of", "outputs")
 """Functions that look at the first batch, or some rows of it."""
 
 _SHOWN = 6

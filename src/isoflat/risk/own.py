@@ -21,6 +21,7 @@ from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.rng import stream
 from isoflat.core.space import ParameterSpace, norm
 from isoflat.core.state import State
+from isoflat.modules.private import own_precision
 from isoflat.risk.batches import alone, move
 from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.kinks import Kinks
@@ -49,6 +50,7 @@ class OwnModel:
         model: copy that is run.
         loss: the same loss, reaching for the copy that is run.
         state: weights in the precision of the copy.
+        own: precision of the user's module itself.
         casts: flag that casts to narrower types inside the network are left out, as products in float64 do.
         fresh: flag that each evaluation needs a copy of its own, because the model keeps something between calls.
         kinked: flag that the network has operations without a second derivative at some inputs.
@@ -59,6 +61,7 @@ class OwnModel:
     model: nn.Module
     loss: Loss
     state: State
+    own: torch.dtype = torch.float64
     casts: bool = False
     fresh: bool = False
     kinked: bool = False
@@ -78,7 +81,7 @@ class OwnModel:
         pristine, memo = _copied(risk.network.module)
         pristine.to(device=state.device, dtype=state.dtype)
         given = rebound(risk.loss, memo)
-        own = OwnModel(pristine, given, pristine, given, state)._again()
+        own = OwnModel(pristine, given, pristine, given, state, own_precision(risk.network.module))._again()
         with Kinks() as kinks:
             first = own.total(batch)
         own = replace(own, kinked=kinks.seen)
@@ -104,7 +107,9 @@ class OwnModel:
         with ExitStack() as stack:
             if compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if self.casts:
+            if self.own != torch.float64:  # what it makes or holds in float32 follows, as it does under products
+                stack.enter_context(unrounded(self.state.dtype, self.own))
+            elif self.casts:
                 stack.enter_context(unrounded(self.state.dtype))
             return self.loss(self.model, moved)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from isoflat.core.errors import DataError, IsoflatError, UsageError
+from isoflat.core.precision import unrounded
 from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.rng import stream
 from isoflat.risk.batches import chosen, leading, merged, move, tensors
@@ -292,7 +293,8 @@ class OfOutputs:
             for part, along in zip(tensors(output), tensors(change), strict=True)
             if part.is_floating_point()
         ]
-        with torch.enable_grad():
+        # What a loss makes or holds in float32 follows, as it does under products.
+        with torch.enable_grad(), unrounded(self.dtype, torch.float32):
             # Like the output of a network the copy is no leaf, so that it may be changed in place.
             value = scalar(self.function(tree_map_only(Tensor, Tensor.clone, output), target), "loss")
         slope = 0.0

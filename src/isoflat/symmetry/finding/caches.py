@@ -8,12 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from isoflat.core.errors import UnsupportedModel
 from isoflat.core.rng import stream
 from isoflat.core.state import everywhere
 from isoflat.modules.caches import Cache, emptied, filled, stale
-from isoflat.modules.private import Copies, differs, held_fixed, private, reassigned, registered, untouched, writes_into
+from isoflat.modules.private import (
+    Copies,
+    differs,
+    held_fixed,
+    own_precision,
+    private,
+    reassigned,
+    registered,
+    untouched,
+    writes_into,
+)
 
 AWAY = 0.03
 """Relative distance of the other weights at which a network is tried."""
@@ -31,6 +42,10 @@ def caches_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         UnsupportedModel: its forward pass writes into its parameters, or takes for a constant what other weights gave.
     """
     own = {id(tensor) for _, tensor in registered(model)}
+    precision = own_precision(model)
+    args, kwargs = tree_map_only(
+        Tensor, lambda t: t.to(precision) if t.is_floating_point() else t, (args, dict(kwargs))
+    )
     parameters = dict(model.named_parameters())
     trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
 

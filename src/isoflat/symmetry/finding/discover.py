@@ -29,7 +29,7 @@ from isoflat.symmetry.finding.gains import foldable
 from isoflat.symmetry.finding.graph import TracedGraph, arguments, aside, skeleton, trace
 from isoflat.symmetry.finding.logical import blocks
 from isoflat.symmetry.finding.means import means
-from isoflat.symmetry.finding.rows import all_inputs, on_few_rows
+from isoflat.symmetry.finding.rows import all_inputs, inputs_of, on_few_rows
 from isoflat.symmetry.finding.rules import Rule, rules
 from isoflat.symmetry.finding.rules.elementwise import nonlinear
 from isoflat.symmetry.finding.solve import effective, movable_offsets, scaling, translation
@@ -86,6 +86,7 @@ def symmetries(
         return discover(model, args, kwargs, blind, further_rules, declared)
 
     with searching(model):
+        inputs_of(example)  # an example without rows is refused before anything runs
         args, kwargs = all_inputs(example)
         with torch.random.fork_rng(devices=[]), traceable(model, caches_of(model, args, kwargs)):
             found = on_few_rows(args, kwargs, find)
@@ -172,9 +173,7 @@ def discover(
         blind,
         counted,
     )
-    if not basis.families:
-        return replace(found, blocks=blocks(graph, basis))
-    precise = found.precise()
+    precise = found.precise()  # a network that was traced on rows which it cannot run on is refused here
     left = accepted(basis, precise, found.output)
     return replace(
         found,
