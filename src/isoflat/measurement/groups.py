@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from isoflat.core.errors import DataError, SymmetryViolated, UnsupportedModel, UsageError
 from isoflat.core.rng import stream
@@ -14,6 +15,7 @@ from isoflat.measurement.subject import Plan, Subject
 from isoflat.measures.settings import Settings
 from isoflat.risk.batches import move
 from isoflat.risk.losses import TargetLoss, call, split
+from isoflat.risk.outputs import mapped
 from isoflat.symmetry.finding.discover import discover, inputs_of
 from isoflat.symmetry.found import Found
 from isoflat.symmetry.groups.base import Symmetry, verify
@@ -125,10 +127,15 @@ def _ignores_common_score(loss: TargetLoss, module: torch.nn.Module, batch: Any)
     """Test whether adding a constant to all scores of an example leaves the loss alone, on the real targets."""
     inputs, target = split(batch)
     with torch.no_grad():
-        scores = call(module, inputs).double()
-        if scores.ndim < 2 or (target.is_floating_point() and target.shape == scores.shape[:1]):
+        output = call(module, inputs, whole=loss.whole)
+        loss, found = loss.packed(output, target)
+        if found is not output and found is not getattr(output, "logits", None):
             return False
-        target = target.double() if target.is_floating_point() else target
+        scores = found.double()
+        floating = isinstance(target, Tensor) and target.is_floating_point()
+        if scores.ndim < 2 or (floating and target.shape == scores.shape[:1]):
+            return False
+        target = mapped(target, lambda part: part.double() if part.is_floating_point() else part)
         shifts = torch.randn(scores.shape[0], 1, *scores.shape[2:], generator=stream(0, "scores"), dtype=torch.float64)
         shifts = shifts.to(scores.device)
         before, after = loss.summed(scores, target), loss.summed(scores + shifts, target)

@@ -188,15 +188,16 @@ class EmpiricalRisk:
         def per_batch(index: int, batch: Any) -> BatchSum:
             inputs, target = split(move(alone(batch), state.device, state.dtype))
             with torch.no_grad():
-                output = self.network(state, partial(call, inputs=inputs, scores=loss.scores))
-            z = output.detach().requires_grad_(True)
+                own, z = loss.packed(self.network(state, partial(loss.output, inputs=inputs)), target)
+            z = z.detach().requires_grad_(True)
             if z.ndim == 0 or len(z) != rows_of(batch):
                 raise UsageError(
                     f"sample='auto' needs one row of output for each example, got shape {tuple(z.shape)} for "
                     f"{rows_of(batch)} examples: leave sample out"
                 )
-            term = loss.of(z, target, len(z))
-            tally.hardness[index] = importance(term.total, z, stream(0, "importance", index))
+            term = own.of(z, target, len(z))
+            mixed = own.criterion is None
+            tally.hardness[index] = importance(term.total, z, stream(0, "importance", index), mixed)
             return BatchSum(tally.loss(index, term), term.count)
 
         return self._surveyed(tally, per_batch, 1)
@@ -237,7 +238,8 @@ class EmpiricalRisk:
                 moved = move(batch, state.device, state.dtype)
                 inputs, target = split(moved)
                 with torch.no_grad():
-                    check_mean(self.loss.claimed_mean, self.network(state, partial(call, inputs=inputs)), target)
+                    own, z = self.loss.packed(self.network(state, partial(self.loss.output, inputs=inputs)), target)
+                    check_mean(own.claimed_mean, z, target)
             facts["loss of the first batch"] = f"{losses[0]:.4g}"
 
 
