@@ -143,7 +143,7 @@ def test_two_heads(form, ragged):
     moment = torch.stack(gradients).T @ torch.stack(gradients) / 11
     assert torch.allclose(_matrix(empirical_fisher(risk, state)), moment, rtol=1e-9, atol=1e-12)
     assert torch.allclose(moment_diagonal(risk, state), moment.diagonal(), rtol=1e-9, atol=1e-12)
-    value = sum(float(loss(net(a), t)) * len(a) for a, t in batches) / 11
+    value = sum(float(loss(net(a), t).detach()) * len(a) for a, t in batches) / 11
     assert risk.value(state) == pytest.approx(value, rel=1e-12)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
@@ -284,7 +284,9 @@ def test_gaussian_criterion_reads_what_is_named(form):
     made = net(x)
     mean = made["mean"] if isinstance(made, dict) else made.mean
     variance = made["var"] if isinstance(made, dict) else made.variance
-    assert risk.value(risk.network.state()) == pytest.approx(float(F.gaussian_nll_loss(mean, y, variance)), rel=1e-12)
+    assert risk.value(risk.network.state()) == pytest.approx(
+        float(F.gaussian_nll_loss(mean, y, variance).detach()), rel=1e-12
+    )
 
 
 def test_distribution_as_output():

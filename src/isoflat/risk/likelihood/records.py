@@ -7,6 +7,7 @@ Nothing here is a difference of numbers next to 1: networks are sure of what the
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,13 @@ from torch import Tensor
 
 from isoflat.risk.losses import class_axis
 
-SURE = 2.0**-10
-"""Chance of all other labels below which that of the likeliest is told by them: ten bits are lost in one minus it."""
+
+def sure(dtype: torch.dtype) -> float:
+    """Chance of all other labels below which that of the likeliest is told by them: half of the digits of `1 − p` are lost.
+
+    Above it the common arithmetic is kept, to the last bit.
+    """
+    return math.sqrt(torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,8 @@ class Categorical(Likelihood):
     def factors(self, z: Tensor) -> Iterator[Tensor]:
         """`√(m p_c) (e_c − p)` for every class c, and every position of a row in turn."""
         axis = class_axis(z)
-        p, others = probabilities(z)
+        # The square of what is rounded in `1 − p` counts here, beside `1 − p` itself.
+        p, others = probabilities(z, torch.finfo(z.dtype).eps)
         row = (slice(None),) * axis
         for place, c in product(_places(z.shape[axis + 1 :]), range(z.shape[axis])):
             factor = torch.zeros_like(z)
@@ -153,7 +160,7 @@ class Bernoulli(Likelihood):
         """`√m (p − ỹ)`."""
         z = z.detach()
         p, other = z.sigmoid(), (-z).sigmoid()
-        return torch.where((labels == 1) & (other < SURE), -other, p - labels.to(z.dtype)) * self.mass.sqrt()
+        return torch.where((labels == 1) & (other < sure(z.dtype)), -other, p - labels.to(z.dtype)) * self.mass.sqrt()
 
     def curvature(self, z: Tensor, tangent: Tensor) -> Tensor:
         """`m p (1 − p) u`."""
@@ -304,8 +311,8 @@ class PoissonRate(Likelihood):
         return entries((self.mass / z).sqrt())
 
 
-def probabilities(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax p over the classes, and `1 − p`: the sum of the others where that is close to nothing.
+def probabilities(z: Tensor, below: float | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax p over the classes, and `1 − p`: the sum of the others where that is below a number, by default `sure`.
 
     >>> _, others = probabilities(torch.tensor([[50.0, 0.0]], dtype=torch.float64))
     >>> others.tolist()
@@ -315,7 +322,8 @@ def probabilities(z: Tensor) -> tuple[Tensor, Tensor]:
     p = z.softmax(axis)
     top = p.argmax(axis, keepdim=True)
     left = p.scatter(axis, top, 0.0).sum(axis, keepdim=True)
-    return p, (1 - p).scatter(axis, top, torch.where(left < SURE, left, 1 - p.gather(axis, top)))
+    small = left < (sure(z.dtype) if below is None else below)
+    return p, (1 - p).scatter(axis, top, torch.where(small, left, 1 - p.gather(axis, top)))
 
 
 def spread(p: Tensor, weight: Tensor) -> Tensor:
@@ -326,7 +334,7 @@ def spread(p: Tensor, weight: Tensor) -> Tensor:
     own, first = q @ weight, weight[top]
     mean = own - left[:, None] * first
     close = q @ sizes - 2 * (own * first).sum(1) + left * sizes[top] - mean.square().sum(1)
-    return torch.where(left < SURE, close, plain)
+    return torch.where(left < sure(p.dtype), close, plain)
 
 
 def covariance(p: Tensor, weight: Tensor) -> Tensor:
@@ -334,16 +342,16 @@ def covariance(p: Tensor, weight: Tensor) -> Tensor:
     mean = p @ weight
     plain = torch.einsum("nk,kc,kd->ncd", p, weight, weight) - mean[:, :, None] * mean[:, None, :]
     q, left, top = _beside(p)
-    sure = left < SURE
-    if not bool(sure.any()):
+    small = left < sure(p.dtype)
+    if not bool(small.any()):
         return plain
-    q, left, first = q[sure], left[sure], weight[top[sure]]
+    q, left, first = q[small], left[small], weight[top[small]]
     own = q @ weight
     mean = own - left[:, None] * first
     cross = own[:, :, None] * first[:, None, :]
     close = torch.einsum("nk,kc,kd->ncd", q, weight, weight) - cross - cross.mT
     close += left[:, None, None] * first[:, :, None] * first[:, None, :] - mean[:, :, None] * mean[:, None, :]
-    plain[sure] = close
+    plain[small] = close
     return plain
 
 
