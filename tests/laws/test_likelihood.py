@@ -148,6 +148,22 @@ def test_two_heads(form, ragged):
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+def test_two_heads_in_float32():
+    """Loss, gradient and Gauss-Newton products in float32 are those of float64 to 1e-4; the network's kind is kept."""
+    net = Two(FORMS["dict"][0])
+    x, y, z = (part.float() if part.is_floating_point() else part for part in _data())
+    loss = lambda o, t: F.cross_entropy(o["c"], t["y"]) + F.smooth_l1_loss(o["r"], t["z"])  # noqa: E731
+    found = []
+    for kind in (net, copy.deepcopy(net).double()):
+        risk = _risk(kind, loss, [(x, {"y": y, "z": z})])
+        state = risk.network.state()
+        seen = risk.survey(state)
+        found.append((torch.tensor(seen.loss), seen.gradient, _matrix(gauss_newton(risk, state)).double()))
+    for narrow, wide in zip(*found, strict=True):
+        assert float((narrow - wide).norm() / wide.norm()) < 1e-5
+    assert next(net.parameters()).dtype == torch.float32
+
+
 def test_expected_products_of_drawn_labels_are_the_fisher_matrix():
     """Exactly: the mean of `r̃ r̃ᵀ` over all labels, weighed by their probabilities, is the record's curvature."""
     net = Two(FORMS["tuple"][0]).double()

@@ -235,8 +235,7 @@ class EmpiricalRisk:
                     "Call model.eval() and switch off dropout, noise and sampling in the forward pass"
                 )
             if isinstance(self.loss, TargetLoss) and self.loss.claimed_mean is not None:
-                moved = move(batch, state.device, state.dtype)
-                inputs, target = split(moved)
+                inputs, target = split(move(alone(batch), state.device, state.dtype))
                 with torch.no_grad():
                     own, z = self.loss.packed(self.network(state, partial(self.loss.output, inputs=inputs)), target)
                     check_mean(own.claimed_mean, z, target)
