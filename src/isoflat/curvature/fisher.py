@@ -17,7 +17,7 @@ from isoflat.risk.empirical import EmpiricalRisk
 from isoflat.risk.likelihood import likelihood
 from isoflat.risk.losses import Loss, TargetLoss, Term
 from isoflat.risk.network import exactly
-from isoflat.risk.routes.output import OutputGraph, check_output, output_of
+from isoflat.risk.routes.output import OutputGraph, check_output, function_of, output_of
 from isoflat.risk.routes.reverse import Recomputed
 from isoflat.risk.rows import check_apart
 
@@ -38,7 +38,7 @@ class SampledFisher(ThroughOutput):
     @classmethod
     def between(cls, risk: EmpiricalRisk, output: OutputGraph, batch: Any) -> Middle:
         """Mean over the draws of `r̃ ⟨r̃, u⟩`, target by target."""
-        model = likelihood(risk.loss, output.z, output.target)
+        model = likelihood(output.loss, output.z, output.target)
         residuals = [model.residual(output.z, labels.to(output.z.device)) for labels in batch.column.unbind(-1)]
 
         def mean(tangent: Tensor) -> Tensor:
@@ -66,12 +66,12 @@ class EmpiricalFisher(ThroughOutput):
     def between(cls, risk: EmpiricalRisk, output: OutputGraph, batch: Any) -> Middle:
         """`r_i ⟨r_i, u_i⟩ / c_i`, row by row."""
         counts = batch.column
-        residual = output.residual.detach().flatten(1)
+        residual = output.residual.detach().reshape(len(output.z), -1)
         # A row without counted targets has no gradient either.
         share = torch.where(counts > 0, 1 / counts, 0).to(residual)[:, None]
 
         def outer(tangent: Tensor) -> Tensor:
-            inner = (residual * tangent.flatten(1)).sum(1, keepdim=True)
+            inner = (residual * tangent.reshape(residual.shape)).sum(1, keepdim=True)
             return (residual * (inner * share)).view_as(tangent)
 
         return outer
@@ -84,7 +84,7 @@ def sampled_fisher(risk: EmpiricalRisk, state: State, seed: int, draws: int = 1)
     which process owns them changes a label. Ignored targets pass their number over and add nothing.
 
     Args:
-        risk: the empirical risk, with softmax cross-entropy, binary cross-entropy with logits, or squared error.
+        risk: the empirical risk, with a loss whose likelihood is known (`risk.likelihood`).
         state: the point.
         seed: integer that seeds the labels.
         draws: number of labels drawn for each target.
@@ -147,7 +147,8 @@ def counted(risk: EmpiricalRisk, state: State) -> EmpiricalRisk:
 
 def counts_of(risk: EmpiricalRisk, state: State, batch: Any) -> Tensor:
     """Counted targets of each row of a batch, or their weights, float64, by a forward pass."""
-    return row_counts(risk.loss, _rows_first(risk.term(state, batch)), risk.target(state, batch))
+    term = risk.term(state, batch)
+    return row_counts(function_of(risk.loss, term), _rows_first(term), risk.target(state, batch))
 
 
 def row_counts(loss: Loss, z: Tensor, target: Any) -> Tensor:
@@ -159,8 +160,9 @@ def row_counts(loss: Loss, z: Tensor, target: Any) -> Tensor:
 
 def _draw(risk: EmpiricalRisk, state: State, batch: Beside, seed: int, draws: int) -> Tensor:
     """Labels of one batch beside the places of its rows, the draws along the last dimension, on the CPU."""
-    z = _rows_first(risk.term(state, batch))
-    model = likelihood(risk.loss, z, risk.target(state, batch))
+    term = risk.term(state, batch)
+    z = _rows_first(term)
+    model = likelihood(function_of(risk.loss, term), z, risk.target(state, batch))
     drawn = []
     for draw in range(draws):
         streams = [stream(seed, "labels", draw, place) for place in batch.column.tolist()]

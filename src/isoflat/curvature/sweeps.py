@@ -1,9 +1,9 @@
 """Backward passes of the output along given directions, and the gradients of single rows that follow.
 
-For the Gauss-Newton matrix there is one for each class, the square roots of softmax cross-entropy's Hessian in the output:
-with `diag(p) − p pᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ` the Gauss-Newton matrix is a sum of squares over targets t and classes c,
-`Σ_t m_t Σ_c p_tc (J_tᵀ (e_c − p_t)) (J_tᵀ (e_c − p_t))ᵀ`. A layer that acts on one vector per row, `y = W a + b`, has
-`∂W = ∂y aᵀ` in each row, so that C passes of whole batches tell all about its rows' gradients.
+For the Gauss-Newton matrix they are the square roots of the loss's Hessian in the output (`risk.likelihood`). For softmax
+cross-entropy there is one for each class: with `diag(p) − p pᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ` the matrix is a sum of squares
+over targets t and classes c, `Σ_t m_t Σ_c p_tc (J_tᵀ (e_c − p_t)) (J_tᵀ (e_c − p_t))ᵀ`. A layer that acts on one vector per
+row, `y = W a + b`, has `∂W = ∂y aᵀ` in each row, so that C passes of whole batches tell all about its rows' gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
 from typing import Any, final
 
 import torch
@@ -24,11 +23,31 @@ from isoflat.core.space import norm
 from isoflat.core.state import State
 from isoflat.risk.empirical import EmpiricalRisk, leaf_state
 from isoflat.risk.likelihood import likelihood
-from isoflat.risk.losses import Loss, TargetLoss, class_axis
+from isoflat.risk.losses import Loss, TargetLoss
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
-from isoflat.risk.routes.output import check_output, output_of
+from isoflat.risk.routes.output import check_output, function_of, output_of
 from isoflat.risk.rows import Output, check_apart
+
+
+def check_canonical(risk: EmpiricalRisk, state: State) -> None:
+    """Check that the loss's Hessian in the output depends on no target, and has known square roots.
+
+    Raises:
+        UsageError: it does, or has none.
+    """
+    check_output(risk, state)
+    batch = next(iter(risk.batches))
+    with exactly(state.device), torch.no_grad():
+        term = risk.term(state, batch)
+        loss = function_of(risk.loss, term)
+        model = likelihood(loss, output_of(term), risk.target(state, batch))
+    if not model.canonical:
+        raise UsageError(
+            "the loss's Hessian in the model's output depends on the targets, and may have no square roots: expected softmax "
+            "cross-entropy, binary cross-entropy with logits, squared error or a Poisson loss of the scores as they are, "
+            "or a sum of such"
+        )
 
 
 def check_softmax(risk: EmpiricalRisk, state: State) -> None:
@@ -46,7 +65,7 @@ def check_softmax(risk: EmpiricalRisk, state: State) -> None:
     check_output(risk, state)
 
 
-Directions = Callable[[Tensor, Tensor], Iterator[Tensor]]
+Directions = Callable[[Tensor, Any], Iterator[Tensor]]
 """Tensors of the output's shape, from output and target; each row's is its own."""
 
 
@@ -82,14 +101,16 @@ class Sweeps:
         z: output of the model.
         target: target that the loss compares z with.
         count: number of counted targets, or sum of their weights.
+        loss: the loss as a function of z.
     """
 
     batch: Any
     leaves: Mapping[str, Tensor]
     calls: tuple[Layer, ...]
     z: Tensor
-    target: Tensor
+    target: Any
     count: float
+    loss: Loss
 
     @staticmethod
     def record(risk: EmpiricalRisk, state: State, batch: Any) -> Sweeps:
@@ -102,12 +123,13 @@ class Sweeps:
                     stack.callback(module.register_forward_hook(_watch(calls, path), with_kwargs=True).remove)
             term = risk.term(leaves, batch)
         z = output_of(term)
-        if z.ndim < 2 or len(z) != term.rows:
+        if not z.ndim or len(z) != term.rows:
             raise UsageError(
                 f"the output's shape {tuple(z.shape)} does not begin with the batch's {term.rows} rows: return outputs "
                 "with the rows along dimension 0 and the classes along dimension 1"
             )
-        return Sweeps(batch, leaves.parameters, tuple(calls), z, risk.target(state, batch), term.count)
+        loss = function_of(risk.loss, term)
+        return Sweeps(batch, leaves.parameters, tuple(calls), z, risk.target(state, batch), term.count, loss)
 
     def layers(self, names: Sequence[str]) -> tuple[Layer, ...]:
         """Layers called once on one vector per row, those that named tensors act through, with the names of these."""
@@ -189,36 +211,19 @@ def _watch(calls: list[Layer], path: str) -> Any:
     return hook
 
 
-def classes(loss: Loss) -> Directions:
-    """Square roots of the Hessian of softmax cross-entropy in the output."""
-    return lambda z, target: _classes(z, likelihood(loss, z, target).mass)
+def factors(loss: Loss) -> Directions:
+    """Square roots of the Hessian of a canonical loss in the output (`risk.likelihood`)."""
+    return lambda z, target: likelihood(loss, z, target).factors(z)
 
 
-def residual(loss: TargetLoss) -> Directions:
+def residual(loss: Loss) -> Directions:
     """The gradient of the loss in the output: a single direction."""
 
-    def along(z: Tensor, target: Tensor) -> Iterator[Tensor]:
+    def along(z: Tensor, target: Any) -> Iterator[Tensor]:
+        assert isinstance(loss, TargetLoss)  # rows have losses of their own
         yield torch.func.grad(lambda output: loss.summed(output, target))(z)
 
     return along
-
-
-def _classes(z: Tensor, mass: Tensor) -> Iterator[Tensor]:
-    """`√(m_t p_tc) (e_c − p_t)` for every class c, and every position of a row in turn: shape of z, all rows at once."""
-    axis = class_axis(z)
-    p = z.softmax(axis)
-    for place, c in product(_places(z.shape[axis + 1 :]), range(z.shape[axis])):
-        cotangent = torch.zeros_like(z)
-        row = (slice(None),) * axis
-        cotangent[(*row, slice(None), *place)] = -p[(*row, slice(None), *place)]
-        cotangent[(*row, c, *place)] += 1
-        here = (mass[(*row, *place)] * p[(*row, c, *place)]).sqrt()
-        cotangent[(*row, slice(None), *place)] *= here.unsqueeze(axis)
-        yield cotangent
-
-
-def _places(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    return product(*map(range, shape))
 
 
 def pulled(

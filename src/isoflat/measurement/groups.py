@@ -21,6 +21,7 @@ from isoflat.risk.batches import alone, move
 from isoflat.risk.empirical import EmpiricalRisk, leaf_state
 from isoflat.risk.habits import learned
 from isoflat.risk.losses import TargetLoss, split
+from isoflat.risk.outputs import mapped
 from isoflat.symmetry.finding.caches import traceable
 from isoflat.symmetry.finding.discover import discover, searching
 from isoflat.symmetry.finding.rows import on_few_rows
@@ -205,13 +206,14 @@ def _ignores_common_score(loss: TargetLoss, output: Any, batch: Any) -> bool:
     """Test whether adding a constant to all scores of an example leaves the loss alone, on the real targets."""
     target = split(batch)[1]
     with torch.no_grad():
-        scores = getattr(output, "logits", output)
-        if not isinstance(scores, Tensor) or not isinstance(target, Tensor):
+        loss, found = loss.packed(output, target)
+        if found is not output and found is not getattr(output, "logits", None):
             return False
-        scores = scores.double()
-        if scores.ndim < 2 or (target.is_floating_point() and target.shape == scores.shape[:1]):
+        scores = found.double()
+        floating = isinstance(target, Tensor) and target.is_floating_point()
+        if scores.ndim < 2 or (floating and target.shape == scores.shape[:1]):
             return False
-        target = target.double() if target.is_floating_point() else target
+        target = mapped(target, lambda part: part.double() if part.is_floating_point() else part)
         shifts = torch.randn(scores.shape[0], 1, *scores.shape[2:], generator=stream(0, "scores"), dtype=torch.float64)
         shifts = shifts.to(scores.device)
         before, after = loss.summed(scores, target), loss.summed(scores + shifts, target)

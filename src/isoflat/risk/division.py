@@ -377,7 +377,7 @@ class MeanProof:
         if isinstance(batch, Weighted):  # a part of data that was looked at as a whole
             return
         if isinstance(self.risk.loss, TargetLoss) and self.risk.loss.claimed_mean is not None:
-            self._outputs(index, batch, output)
+            self._outputs(index, batch, term, output)
         elif term.mean or self.risk.batches.together is not None:
             self._rows(index, batch, term)
 
@@ -405,8 +405,8 @@ class MeanProof:
         if self.judge is not None:
             self.test.finish(kept, self.judge, alike=not isinstance(self.risk.loss, ModelLoss))
 
-    def _outputs(self, index: int, batch: Any, output: Any) -> None:
-        loss = self.risk.loss
+    def _outputs(self, index: int, batch: Any, term: Term, output: Any) -> None:
+        loss = term.loss or self.risk.loss
         assert isinstance(loss, TargetLoss) and loss.claimed_mean is not None
         _, target = split(move(alone(batch), self.state.device, self.state.dtype))
         output = move(output, self.state.device, self.state.dtype)

@@ -218,16 +218,19 @@ class EmpiricalRisk:
 
         def per_batch(index: int, batch: Any) -> BatchSum:
             inputs, target = split(move(alone(batch), state.device, state.dtype))
-            output = self.network(state, partial(call, inputs=inputs, scores=loss.scores))
-            z = output.detach().requires_grad_(True)
+            output = self.network(state, partial(loss.output, inputs=inputs))
+            with self.network.following(state):
+                own, z = loss.packed(output, target)
+            z = z.detach().requires_grad_(True)
             if z.ndim == 0 or len(z) != rows_of(batch):
                 raise UsageError(
                     f"sample='auto' needs one row of output for each example, got shape {tuple(z.shape)} for "
                     f"{rows_of(batch)} examples: leave sample out"
                 )
             with self.network.following(state):
-                term = loss.of(z, target, len(z))
-            tally.hardness[index] = importance(term.total, z, stream(0, "importance", index))
+                term = own.of(z, target, len(z))
+            mixed = own.criterion is None
+            tally.hardness[index] = importance(term.total, z, stream(0, "importance", index), mixed)
             if observer is not None:
                 observer.batch(index, batch, term, z)
             return BatchSum(tally.loss(index, term), term.count)

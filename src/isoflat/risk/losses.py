@@ -18,8 +18,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from isoflat.core.errors import DataError, UsageError
+from isoflat.risk import confident
 from isoflat.risk.arguments import as_one, check_arguments, check_batch_loss, no_loss
 from isoflat.risk.batches import leading, rows_of
+from isoflat.risk.outputs import Layout, described, mapped
 from isoflat.risk.separability import check_shapes, scalar
 from isoflat.risk.tokens import LabelCount
 
@@ -37,6 +39,7 @@ class Term:
         target: class indices that count, aligned with `output`'s rows.
         z: output of the model with its graph, where the loss is a function of it; None where that is not known.
         mean: flag that the total is a mean of the user's own times the count, which is to prove right (`risk.division`).
+        loss: the loss as a function of z; None where that is not known.
     """
 
     total: Tensor
@@ -46,6 +49,7 @@ class Term:
     target: Tensor | None = None
     z: Tensor | None = None
     mean: bool = False
+    loss: TargetLoss | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +155,8 @@ class PerBatchLoss(Loss):
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
         """Apply the model to the inputs and the loss to its output."""
         inputs, target = split(batch)
-        output = call(model, inputs, self.scores)
-        return Term(self.summed(output, target), 1.0, example_rows(inputs, target), z=output)
+        whole = TargetLoss(self.summed, lambda output, target: 1.0, scores=self.scores, whole=True)
+        return whole.of(whole.output(model, inputs), target, example_rows(inputs, target))
 
     def summed(self, output: Tensor, target: Tensor) -> Tensor:
         """The batch's loss."""
@@ -173,6 +177,7 @@ class TargetLoss(Loss):
         scores: map from the model's output to the `output` that the loss is a function of; None for the identity.
         gain: factor that the map multiplies by; None where it is no single number.
         wanted: target value of the loss once scores are scaled (`risk.temperature`); None to leave it.
+        whole: flag that `output` may be of several tensors; else it is one, the `.logits` where the model returns a record.
     """
 
     label: ClassVar[str] = "TargetLoss"
@@ -184,31 +189,59 @@ class TargetLoss(Loss):
     scores: Callable[[Tensor], Tensor] | None = None
     gain: float | None = 1.0
     wanted: float | None = None
+    whole: bool = False
 
     def __call__(self, model: Callable[..., Any], batch: Any) -> Term:
         """Apply the model to the inputs and the loss to its output."""
         inputs, target = split(batch)
-        return self.of(call(model, inputs, self.scores), target, example_rows(inputs, target))
+        return self.of(self.output(model, inputs), target, example_rows(inputs, target))
 
-    def of(self, output: Tensor, target: Tensor, rows: int) -> Term:
+    def output(self, model: Callable[..., Any], inputs: Any) -> Any:
+        """The model's output on its inputs, as the loss takes it."""
+        return call(model, inputs, self.scores, self.whole)
+
+    def packed(self, output: Any, target: Any) -> tuple[TargetLoss, Tensor]:
+        """An output as one tensor, and the loss as a function of that; both as they are where it is one already."""
+        if isinstance(output, Tensor):
+            return self, output
+        logits = getattr(output, "logits", None)
+        if isinstance(logits, Tensor) and not _takes(self.summed, output, target):
+            return replace(self, whole=False), logits
+        layout = Layout.of(output, lambda output: self.summed(output, target))
+
+        def through(function: Callable[[Any, Any], Any]) -> Callable[[Tensor, Any], Any]:
+            return lambda z, target: function(layout.unpack(z), target)
+
+        mean = None if self.claimed_mean is None else through(self.claimed_mean)
+        summed, count = through(self.summed), through(self.count)
+        inside = replace(self, summed=summed, count=count, claimed_mean=mean, criterion=None, whole=False)
+        return inside, layout.pack()
+
+    def of(self, output: Any, target: Any, rows: int) -> Term:
         """The contribution of so many rows, from `output`."""
+        if not isinstance(output, Tensor):
+            inside, z = self.packed(output, target)
+            return inside.of(z, target, rows)
         total = scalar(self.summed(output, target), "summed loss")
         count = self.count(output, target)
         if self.classes is None or not _are_classes(output, target):
-            return Term(total, count, rows, z=output)
+            return Term(total, count, rows, z=output, loss=self)
         # Class scores lie along dimension 1 (dimension 0 for a single example), as in torch.nn.CrossEntropyLoss.
         scores = output.detach().movedim(1, -1) if output.ndim > 1 else output.detach()[None]
         counted = self.classes(output, target).reshape(-1)
         scored = scores.reshape(-1, scores.shape[-1])[counted]
-        return Term(total, count, rows, scored, target.reshape(-1)[counted], z=output)
+        return Term(total, count, rows, scored, target.reshape(-1)[counted], output, loss=self)
 
-    def by_row(self, output: Tensor, target: Tensor) -> Tensor:
+    def by_row(self, output: Any, target: Any) -> Tensor:
         """The summed loss of each row by itself, shape `(rows,)`."""
+        if not isinstance(output, Tensor):
+            inside, z = self.packed(output, target)
+            return inside.by_row(z, target)
         if self.criterion is None:
-            return torch.func.vmap(lambda z, y: self.summed(z[None], y[None]))(output, target)
+            return torch.func.vmap(lambda z, y: self.summed(z[None], mapped(y, _lifted)))(output, target)
         each = _like(self.criterion, output)
         each.reduction = "none"
-        return each(output, target).reshape(len(output), -1).sum(1)
+        return confident.applied(each, output, target).reshape(len(output), -1).sum(1)
 
     def row_counts(self, output: Tensor, target: Tensor) -> Tensor:
         """Divisor `count` of each row by itself, shape `(rows,)`, float64, on the CPU."""
@@ -288,23 +321,39 @@ def _directions_of(scores: Tensor) -> Tensor:
     return torch.where(some, centred / torch.where(some, square, 1).sqrt(), 0)
 
 
-def importance(total: Tensor, z: Tensor, stream: torch.Generator) -> Tensor:
+def _lifted(tensor: Tensor) -> Tensor:
+    return tensor[None]
+
+
+def _takes(function: Callable[[Any, Any], Any], output: Any, target: Any) -> bool:
+    """Test of whether a loss is a function of a record of outputs; it is one of the scores in it where it fails so."""
+    try:
+        with torch.no_grad():
+            function(output, target)
+    except (TypeError, AttributeError):
+        return False
+    return True
+
+
+def importance(total: Tensor, z: Tensor, stream: torch.Generator, mixed: bool = False) -> Tensor:
     """Importance of each row for the curvature, `‖∂ℓ/∂z‖ + tr ∂²ℓ/∂z²`: shape `(rows,)`, on the CPU.
 
     Args:
         total: summed loss with a graph.
         z: output that it is a function of, shape `(rows, …)`, outputs along dimension 1.
         stream: random stream of signs that stand for the outputs where these are many.
+        mixed: flag that outputs may lie along the other dimensions too.
     """
     slope = torch.autograd.grad(total, z, create_graph=True)[0]
     found = slope.detach().reshape(len(z), -1).norm(dim=1)
     if slope.requires_grad:
         trace = torch.zeros_like(found)
-        directions = _directions(z, stream)
+        directions = _directions(z, stream, mixed and z.ndim > 2)
         for direction in directions:
             image = torch.autograd.grad(slope, z, direction, retain_graph=True)[0]
             trace += (image * direction).reshape(len(z), -1).sum(1)
-        found = found + trace.abs() / (1 if z.ndim == 1 or z.shape[1] <= SIGNS else len(directions))
+        signs = z.ndim > 1 and (z.shape[1] > SIGNS or (mixed and z.ndim > 2))
+        found = found + trace.abs() / (len(directions) if signs else 1)
     return found.double().cpu()
 
 
@@ -312,11 +361,11 @@ SIGNS = 64
 """Largest number of directions in which a loss's curvature in its output is taken."""
 
 
-def _directions(z: Tensor, stream: torch.Generator) -> list[Tensor]:
+def _directions(z: Tensor, stream: torch.Generator, mixed: bool) -> list[Tensor]:
     """Directions in the output: the unit vectors, or random signs where there are many."""
     if z.ndim == 1:
         return [torch.ones_like(z)]
-    if z.shape[1] > SIGNS:
+    if mixed or z.shape[1] > SIGNS:
         return [2.0 * torch.randint(2, z.shape, generator=stream).to(z) - 1 for _ in range(SIGNS)]
     found = [torch.zeros_like(z) for _ in range(z.shape[1])]
     for place, direction in enumerate(found):
@@ -346,6 +395,8 @@ def as_loss(loss: Any) -> Loss:
         raise UsageError(
             f"the loss {type(loss).__name__} is unreduced (reduction='none'): use reduction='mean' or 'sum'"
         )
+    if isinstance(loss, nn.GaussianNLLLoss):
+        return _from_gaussian(loss)
     if _is_known(loss):
         return _from_criterion(loss)
     if callable(loss):
@@ -382,7 +433,9 @@ def _long(target: Any) -> Any:
     return target.long() if short else target
 
 
-def call(model: Callable[..., Any], inputs: Any, scores: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def call(
+    model: Callable[..., Any], inputs: Any, scores: Callable[[Tensor], Tensor] | None = None, whole: bool = False
+) -> Any:
     """The model's output on its inputs, after a map of it.
 
     Args:
@@ -390,9 +443,10 @@ def call(model: Callable[..., Any], inputs: Any, scores: Callable[[Tensor], Tens
         inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments; a container as it is, where the model
             takes it as its only argument.
         scores: the map (`TargetLoss.scores`); None for the identity.
+        whole: flag that outputs of several tensors are given as they are (`TargetLoss.whole`).
 
     Raises:
-        UsageError: the output is not a tensor.
+        UsageError: the output is not a tensor, and one is wanted.
     """
     if isinstance(inputs, Mapping | list | tuple) and as_one(model, inputs):
         output = model(inputs)
@@ -402,9 +456,14 @@ def call(model: Callable[..., Any], inputs: Any, scores: Callable[[Tensor], Tens
         output = model(*inputs)
     else:
         output = model(inputs)
+    if whole and not isinstance(output, Tensor):
+        return output
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
-        raise UsageError(f"the model returned {type(output).__name__}, not a tensor: pass an isoflat.BatchLoss instead")
+        raise UsageError(
+            f"the model returned {described(output)}, not a tensor: pass a function of output and target as the loss, "
+            "such as lambda output, target: F.cross_entropy(output[0], target), or an isoflat.BatchLoss"
+        )
     return output if scores is None else scores(output)
 
 
@@ -420,7 +479,7 @@ def _from_criterion(criterion: Any) -> TargetLoss:
     def total(output: Tensor, target: Tensor) -> Tensor:
         if elementwise:
             check_shapes(output, target)
-        return _like(summed, output)(output, target)
+        return confident.applied(_like(summed, output), output, target)
 
     if criterion.reduction == "sum":
         rows = lambda output, target: float(len(target))  # noqa: E731
@@ -440,16 +499,59 @@ def _is_known(loss: Any) -> bool:
     )
 
 
+def _from_gaussian(criterion: nn.GaussianNLLLoss) -> TargetLoss:
+    """Gaussian negative log likelihood of outputs (mean, variance): its sum, and what its mean divides by."""
+
+    def summed(output: Any, target: Any) -> Tensor:
+        mean, variance = _moments(output, target)
+        made = nn.GaussianNLLLoss(full=criterion.full, eps=criterion.eps, reduction="sum")
+        return made(mean, target, variance)
+
+    def count(output: Any, target: Any) -> float:
+        return float(_moments(output, target)[0].numel())
+
+    if criterion.reduction == "sum":
+        note = "the loss is a sum over the data, no mean"
+        rows = lambda output, target: float(len(target))  # noqa: E731
+        return TargetLoss(summed, rows, criterion=criterion, averages=False, notes=(note,), whole=True)
+    return TargetLoss(summed, count, criterion=criterion, whole=True)
+
+
+def _moments(output: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """Mean and variance that a model returned for a target.
+
+    Raises:
+        UsageError: it returned something else.
+    """
+    pair: Any = output
+    if isinstance(output, Mapping):
+        pair = (output.get("mean"), output.get("var", output.get("variance")))
+    elif not isinstance(output, list | tuple | Tensor):
+        pair = (getattr(output, "mean", None), getattr(output, "var", getattr(output, "variance", None)))
+    if isinstance(pair, Tensor) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        raise UsageError(
+            f"GaussianNLLLoss needs a model that returns (mean, variance), got {described(output)}. Return both, or pass a "
+            "function of output and target: lambda output, target: F.gaussian_nll_loss(output[:, :1], target, "
+            "output[:, 1:].exp())"
+        )
+    if not isinstance(target, Tensor) or target.shape != pair[0].shape:
+        raise UsageError(
+            f"GaussianNLLLoss needs targets in the shape of the mean, {tuple(pair[0].shape)}, got {described(target)}: "
+            "reshape one of them"
+        )
+    return pair[0], pair[1]
+
+
 def _from_function(function: Callable[[Tensor, Tensor], Tensor]) -> TargetLoss:
     """A function of output and target, taken for a mean over rows; a survey sees whether it is (`risk.division`)."""
 
-    def rows(output: Tensor, target: Tensor) -> float:
+    def rows(output: Any, target: Any) -> float:
         return float(example_rows(output, target))
 
-    def summed(output: Tensor, target: Tensor) -> Tensor:
+    def summed(output: Any, target: Any) -> Tensor:
         return scalar(function(output, target), "loss") * int(rows(output, target))
 
-    return TargetLoss(summed, rows, claimed_mean=function, notes=(BY_ROWS,))
+    return TargetLoss(summed, rows, claimed_mean=function, notes=(BY_ROWS,), whole=True)
 
 
 BY_ROWS = "the loss function's mean is weighted by the rows of each batch"
@@ -488,6 +590,13 @@ def _divergence_count(criterion: Any, output: Tensor, target: Tensor) -> float:
     return float(output.numel())
 
 
+def divisor(criterion: nn.Module, output: Tensor, target: Tensor) -> float:
+    """Number that the mean of a known criterion divides by; for GaussianNLLLoss from the pairs of mean and variance."""
+    if isinstance(criterion, nn.GaussianNLLLoss):
+        return float(target.numel())
+    return next(rule for kind, rule in _COUNTS.items() if isinstance(criterion, kind))(criterion, output, target)
+
+
 _COUNTS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], float]] = {
     nn.CrossEntropyLoss: _class_count,
     nn.NLLLoss: _class_count,
@@ -510,5 +619,7 @@ _CRITERIA: dict[Any, Callable[[], nn.Module]] = {
     F.smooth_l1_loss: nn.SmoothL1Loss,
     F.huber_loss: nn.HuberLoss,
     F.binary_cross_entropy: nn.BCELoss,
+    F.poisson_nll_loss: nn.PoissonNLLLoss,
+    F.gaussian_nll_loss: nn.GaussianNLLLoss,
     F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
 }

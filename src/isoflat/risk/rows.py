@@ -15,7 +15,8 @@ from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.state import State
 from isoflat.risk.batches import alone, move, pieces
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.losses import TargetLoss, call, split
+from isoflat.risk.losses import TargetLoss, split
+from isoflat.risk.outputs import mapped
 
 Tensors = dict[str, Tensor]
 
@@ -63,7 +64,7 @@ def derivative(risk: EmpiricalRisk, state: State, batch: Any, *directions: Tenso
 
     def losses(parameters: Tensors) -> Tensor:
         moved = State(parameters, state.frozen, state.buffers, state.constants)
-        return risk.network(moved, lambda model: loss.by_row(call(model, inputs, loss.scores), target))
+        return risk.network(moved, lambda model: loss.by_row(loss.output(model, inputs), target))
 
     made: Callable[[Tensors], Tensor] = losses
     for direction in directions:
@@ -83,6 +84,20 @@ def _along(function: Callable[[Tensors], Tensor], direction: Tensors) -> Callabl
     return lambda parameters: torch.func.jvp(function, (parameters,), (direction,))[1]
 
 
+def packed_loss(risk: EmpiricalRisk, state: State, batch: Any) -> TargetLoss:
+    """The loss as a function of a batch's output as one tensor (`risk.outputs`), by a forward pass where it may be several.
+
+    Raises:
+        UsageError: rows have no losses of their own.
+    """
+    loss = row_loss(risk)
+    if not loss.whole:
+        return loss
+    inputs, target = split(move(alone(batch), state.device, state.dtype))
+    with torch.no_grad():
+        return loss.packed(risk.network(state, partial(loss.output, inputs=inputs)), target)[0]
+
+
 MEMORY = 1 << 28
 """Bytes that gradients of single rows may take at a time."""
 
@@ -95,7 +110,8 @@ def per_row(
     state: State,
     batch: Any,
     names: Sequence[str],
-    work: Callable[[Output, dict[str, Tensor], Tensor], Any],
+    work: Callable[..., Any],
+    beside: Sequence[Tensor] = (),
 ) -> Any:
     """Results of `work` on each row by itself, all at once, with the rows along a first dimension.
 
@@ -104,7 +120,9 @@ def per_row(
         state: weights and buffers.
         batch: batch of the data.
         names: names of the tensors that the output is a function of.
-        work: function of the output, these tensors and the row's target, both with a leading dimension of one.
+        work: function of the output, these tensors and the row's target, both with a leading dimension of one, and of the
+            row of what is beside.
+        beside: further tensors with as many rows.
 
     Raises:
         UsageError: the loss is no function of output and target.
@@ -115,14 +133,16 @@ def per_row(
     given: Any = dict(inputs) if isinstance(inputs, Mapping) else inputs
     chosen = {name: state.parameters[name] for name in names}
 
-    def row(inputs: Any, target: Tensor) -> Any:
+    def row(inputs: Any, target: Any, *own: Tensor) -> Any:
         def output(tensors: Mapping[str, Tensor]) -> Tensor:
-            return risk.network(state.replace(tensors), partial(call, inputs=_lifted(inputs), scores=loss.scores))
+            made = risk.network(state.replace(tensors), partial(loss.output, inputs=_lifted(inputs)))
+            return loss.packed(made, lone)[1]
 
-        return work(output, chosen, target[None])
+        lone = mapped(target, lambda tensor: tensor[None])
+        return work(output, chosen, lone, *own)
 
     try:
-        return torch.func.vmap(row)(given, target)
+        return torch.func.vmap(row)(given, target, *beside)
     except (RuntimeError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
@@ -133,15 +153,16 @@ def per_row(
 
 def row_gradients(risk: EmpiricalRisk, state: State, batch: Any, memory: int = MEMORY) -> Iterator[tuple[Any, Tensor]]:
     """Gradients `∇ total_i` of the rows of a batch, piece by piece: the piece, and a tensor of shape `(rows, n)`."""
-    loss = row_loss(risk)
     names = list(state.parameters)
-
-    def gradient(output: Output, tensors: dict[str, Tensor], target: Tensor) -> Tensor:
-        made = torch.func.grad(lambda given: loss.summed(output(given), target))(tensors)
-        return torch.cat([made[name].reshape(-1) for name in names])
 
     room = max(1, memory // (state.space.size * (2 * state.dtype.itemsize + 8)))
     for piece in pieces(batch, room):
+        loss = packed_loss(risk, state, piece)
+
+        def gradient(output: Output, tensors: dict[str, Tensor], target: Tensor, loss: TargetLoss = loss) -> Tensor:
+            made = torch.func.grad(lambda given: loss.summed(output(given), target))(tensors)
+            return torch.cat([made[name].reshape(-1) for name in names])
+
         yield piece, per_row(risk, state, piece, names, gradient)
 
 

@@ -20,6 +20,7 @@ from isoflat.geometry.base import Invariance
 from isoflat.measures.base import DataStatistic, Findings, Question
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.likelihood import likelihood
+from isoflat.risk.likelihood.records import probabilities, spread
 from isoflat.risk.losses import TargetLoss
 from isoflat.risk.network import exactly
 
@@ -105,11 +106,9 @@ class LastTrace(LastLayerStatistic):
     def sweep(self, point: EvaluationPoint, *found: Any) -> Pass:
         """One forward pass."""
         head: Head = found[0]
-        sizes = head.weight.square().sum(1)
 
-        def part(p: Tensor, features: Tensor) -> Tensor:
-            spread = p @ sizes - (p @ head.weight).square().sum(1)
-            return (spread * features.square().sum(1)).sum().reshape(1)
+        def part(z: Tensor, features: Tensor) -> Tensor:
+            return (spread(z.softmax(1), head.weight) * features.square().sum(1)).sum().reshape(1)
 
         return _mean(point, head, part, 1)
 
@@ -134,9 +133,10 @@ class LastBlocks(LastLayerStatistic):
                 "relative_flatness takes none"
             )
 
-        def part(p: Tensor, features: Tensor) -> Tensor:
+        def part(z: Tensor, features: Tensor) -> Tensor:
+            p, others = probabilities(z)
             # The matrix products are the cost, and are made as those of the network are; sums over batches are float64.
-            shares, rows = (p * (1 - p)).to(point.state.dtype), features.to(point.state.dtype)
+            shares, rows = (p * others).to(point.state.dtype), features.to(point.state.dtype)
             return torch.stack([rows.T @ (rows * share[:, None]) for share in shares.T]).reshape(-1)
 
         return _mean(point, head, part, classes * size * size)
@@ -169,12 +169,12 @@ def _first_seen(point: EvaluationPoint) -> Head:
 
 
 def _mean(point: EvaluationPoint, head: Head, part: Callable[[Tensor, Tensor], Tensor], entries: int) -> Pass:
-    """Pass that averages `part(probabilities, features)` over the data, with the weights that the loss gives examples."""
+    """Pass that averages `part(scores, features)` over the data, with the weights that the loss gives examples."""
 
     def of_batch(sweeps: Sweeps) -> Tensor:
         features, z = last_of(point, sweeps).inputs.double(), sweeps.z.detach()
         mass = likelihood(point.risk.loss, z, sweeps.target).mass.double()
-        return part(z.double().softmax(1), features / head.scale * mass.sqrt()[:, None])
+        return part(z.double(), features / head.scale * mass.sqrt()[:, None])
 
     return Pass(of_batch, entries, "last layer")
 

@@ -26,6 +26,7 @@ from isoflat.measures.base import DataStatistic, Findings, Measure
 from isoflat.measures.entries.last_layer import gain
 from isoflat.measures.point import EvaluationPoint
 from isoflat.risk.likelihood import likelihood
+from isoflat.risk.likelihood.records import covariance
 from isoflat.risk.network import exactly
 from isoflat.risk.ranks import BatchSum
 from isoflat.risk.routes.output import output_of
@@ -163,10 +164,8 @@ def _contracted(layers: _Layers, mass: Tensor, rows: slice) -> Tensor:
     """`Σ_i m_i Σ_cc' ⟨w_c, w_c'⟩ V_:cᵀ (diag p − p pᵀ) V_:c' ⟨ψ_c, ψ_c'⟩`, float64."""
     kernel, head = layers.kernel.double().flatten(1), layers.head.double()
     p = layers.z[rows].double().softmax(1)
-    mean = p @ head
-    spread = torch.einsum("nk,kc,kd->ncd", p, head, head) - mean[:, :, None] * mean[:, None, :]
     psi = _active_patches(layers.module, layers.inputs[rows].double(), layers.output[rows] > 0)
-    return torch.einsum("n,cd,ncd,ncd->", mass[rows], kernel @ kernel.T, spread, psi @ psi.mT)
+    return torch.einsum("n,cd,ncd,ncd->", mass[rows], kernel @ kernel.T, covariance(p, head), psi @ psi.mT)
 
 
 def _active_patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor, active: Tensor) -> Tensor:

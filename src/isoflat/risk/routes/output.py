@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from isoflat.core.errors import DataError, UsageError
 from isoflat.core.state import State
 from isoflat.risk.empirical import EmpiricalRisk, differentiate, leaf_state
-from isoflat.risk.losses import Term
+from isoflat.risk.losses import Loss, PerBatchLoss, TargetLoss, Term
 from isoflat.risk.network import exactly
 from isoflat.risk.routes.base import joined
 from isoflat.risk.second_order import Trace
@@ -37,6 +37,7 @@ class OutputGraph:
         count: number of counted targets, or sum of their weights.
         rules: names of the second-order rules that were applied.
         target: target that the loss compares z with; None where the model computes its own loss.
+        loss: the loss as a function of z; the risk's own where that is not known.
     """
 
     leaves: tuple[Tensor, ...]
@@ -46,7 +47,8 @@ class OutputGraph:
     pulled: tuple[GradientEdge | None, ...]
     count: float
     rules: frozenset[str]
-    target: Tensor | None
+    target: Any
+    loss: Loss
 
     @staticmethod
     def build(risk: EmpiricalRisk, state: State, batch: Any) -> OutputGraph:
@@ -73,7 +75,8 @@ class OutputGraph:
         target = risk.target(state, batch)
         residual = torch.zeros_like(z) if residual is None else residual
         rules = frozenset(trace.used)
-        return OutputGraph(tuple(parameters), z, residual, seed, pulled, term.count, rules, target)
+        loss = function_of(risk.loss, term)
+        return OutputGraph(tuple(parameters), z, residual, seed, pulled, term.count, rules, target, loss)
 
     def push(self, vector: Sequence[Tensor]) -> Tensor:
         """`J v` for v given tensor by tensor: the shape of z."""
@@ -111,6 +114,15 @@ def output_of(term: Term) -> Tensor:
             "its `.loss`"
         )
     return term.z
+
+
+def function_of(loss: Loss, term: Term) -> Loss:
+    """A loss as a function of the output in its term, where that is of several tensors that were packed into one."""
+    inside = term.loss
+    if inside is None or inside.whole:
+        return loss
+    packed = (isinstance(loss, TargetLoss) and loss.whole) or isinstance(loss, PerBatchLoss)
+    return inside if packed else loss
 
 
 def check_output(risk: EmpiricalRisk, state: State) -> None:
