@@ -114,8 +114,8 @@ def test_augmenting_loader(case):
 
 @pytest.mark.parametrize(("later", "message"), [(3, "batch 2"), (1, "number of batches")])
 def test_data_that_grow_or_shrink(case, later, message):
-    """The choice of a route, the probe and the survey read it first; afterwards the data must not change."""
-    lengths = itertools.chain([2, 2, 2], itertools.repeat(later))
+    """Trying the network, cutting batches, the probe and the survey read it first; afterwards the data must not change."""
+    lengths = itertools.chain([2] * 4, itertools.repeat(later))
 
     def source():
         return iter([case.data] * next(lengths))

@@ -334,7 +334,7 @@ def test_what_cannot_be_sampled_is_refused():
     own = isoflat.BatchLoss(
         lambda model, batch: (nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum"), 1)
     )
-    with pytest.raises(UsageError, match="BatchLoss has one for the whole batch only"):
+    with pytest.raises(UsageError, match="leave sample out"):
         isoflat.measure(net, data, own, geometry="layerwise", sample="auto")
 
 

@@ -35,7 +35,7 @@ from isoflat.risk.own import OwnModel, beside
 from isoflat.risk.plan import ProductPlan
 from isoflat.risk.ranks import Ranks
 from isoflat.risk.routes.base import Linearisation
-from isoflat.risk.slopes import Audit, BatchVerdict, Directions, Disagreement, Product, held_rows
+from isoflat.risk.slopes import Audit, BatchVerdict, Directions, Disagreement, Product, held_rows, typical_sizes
 
 SHARE = 0.1
 """Largest share of a measurement that its check may cost, where data comes in more than one batch."""
@@ -265,7 +265,7 @@ def _directions(audit: Audit, batch: Any, lead: Lead, loss: float, seed: int) ->
     """The direction that leads, and a random one in all entries, with steps along them."""
     state = audit.state
     drawn = torch.randn(state.space.size, generator=stream(seed, "audit", "random"), dtype=torch.float64)
-    random = drawn.to(state.device) * held_rows(audit.own.model, state)
+    random = drawn.to(state.device) * held_rows(audit.own.model, state) * typical_sizes(state)
     random /= norm(random) or 1.0
     v, value = lead(audit)
     v = v.to(state.device) / norm(v) if norm(v) else random

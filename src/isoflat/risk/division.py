@@ -21,9 +21,9 @@ from isoflat.core.errors import UsageError
 from isoflat.core.raised import first_line
 from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.risk.batches import Weighted, alone, chosen, leading, merged, move, rows_of, tensors
+from isoflat.risk.batches import Weighted, alone, chosen, leading, merged, move, rows_of
 from isoflat.risk.empirical import EmpiricalRisk
-from isoflat.risk.losses import BY_ROWS, BatchLoss, Loss, ModelLoss, PerBatchLoss, TargetLoss, Term, call, split
+from isoflat.risk.losses import BY_ROWS, BatchLoss, Loss, ModelLoss, PerBatchLoss, TargetLoss, Term, split
 from isoflat.risk.separability import (
     REFUSALS,
     Judge,
@@ -184,9 +184,11 @@ def _apart(risk: EmpiricalRisk, state: State, few: Any) -> float:
             return distance(_share(whole), [_share(risk.term(state, part)) for part in pair])
 
         def output(part: Any) -> Tensor:
-            inputs, _ = split(move(alone(part), state.device, state.dtype))
-            z = risk.network(state, partial(call, inputs=inputs, scores=loss.scores))
-            return torch.cat([one.reshape(rows_of(part), -1).double() for one in tensors(z)], 1)
+            inputs, target = split(move(alone(part), state.device, state.dtype))
+            made = risk.network(state, partial(loss.output, inputs=inputs))
+            with risk.network.following(state):
+                z = loss.packed(made, target)[1]
+            return z.detach().reshape(rows_of(part), -1).double()
 
         order = torch.randperm(rows, generator=stream(0, "company"))
         size = max(1, rows // 3)
@@ -214,12 +216,12 @@ def _repeats(risk: EmpiricalRisk, state: State, few: Any) -> bool:
     with torch.no_grad():
         for seed in (1, 2):
             torch.manual_seed(seed)
-            losses.append(float(risk.term(state, few).total))
+            losses.append(float(risk.term(state, few).total.detach()))
     return abs(losses[0] - losses[1]) <= 1000 * torch.finfo(state.dtype).eps * abs(losses[0])
 
 
 def _share(term: Term) -> Share:
-    return Share(float(term.total), float(term.count))
+    return Share(float(term.total.detach()), float(term.count))
 
 
 def _weighed(risk: EmpiricalRisk, loss: ModelLoss, state: State, first: Sequence[Any]) -> EmpiricalRisk:

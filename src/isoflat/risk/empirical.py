@@ -14,7 +14,7 @@ from torch import Tensor
 from isoflat.core.errors import DataError, NondeterministicRisk, NonFinite, UsageError
 from isoflat.core.rng import stream
 from isoflat.core.state import State
-from isoflat.risk.batches import Batches, Weighted, alone, digest, move, rows_of
+from isoflat.risk.batches import Batches, Weighted, alone, digest, move, rows_of, tensors
 from isoflat.risk.dense import dense
 from isoflat.risk.losses import Loss, TargetLoss, Term, call, importance, split
 from isoflat.risk.network import Network
@@ -158,7 +158,10 @@ class EmpiricalRisk:
 
         def output(state: State) -> Tensor:
             moved = move(inputs, state.device, state.dtype)
-            return self.network(state, partial(call, inputs=moved)).detach()
+            made = self.network(state, partial(call, inputs=moved, whole=True))
+            if isinstance(made, Tensor):
+                return made.detach()
+            return torch.cat([part.detach().reshape(-1) for part in tensors(made) if part.is_floating_point()])
 
         return output
 

@@ -105,6 +105,10 @@ class OwnModel:
         _write(self.model, self.state.tensors if parameters is None else {**self.state.tensors, **parameters})
         moved = move(alone(batch), self.state.device, self.state.dtype)
         with ExitStack() as stack:
+            # Torch's shortcut for inference passes over whatever stands in the place of a layer's parts, such as adapters.
+            before = torch.backends.mha.get_fastpath_enabled()
+            stack.callback(torch.backends.mha.set_fastpath_enabled, before)
+            torch.backends.mha.set_fastpath_enabled(False)
             if compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self.own != torch.float64:  # what it makes or holds in float32 follows, as it does under products

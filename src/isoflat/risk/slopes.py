@@ -305,6 +305,20 @@ class _Ends(NamedTuple):
     even: float
 
 
+def typical_sizes(state: State) -> Tensor:
+    """Typical size of the entries of each tensor, spread over its entries, shape `(n,)`: a tensor moves in units of its norm.
+
+    Far out on an orbit tensors have sizes that lie decades apart: a step that is short for one is long for another. Tensors
+    of zeros have no size of their own: they get the smallest that another has.
+    """
+    space = state.space
+    sizes = torch.tensor(space.sizes, dtype=torch.float64)
+    typical = space.block_norms(state.vector).cpu().double() / sizes.clamp(min=1).sqrt()
+    some = typical[typical > 0]
+    least = some.min() if some.numel() else torch.tensor(1.0, dtype=torch.float64)
+    return space.spread(torch.where(typical > 0, typical, least).to(state.device))
+
+
 def held_rows(module: nn.Module, state: State) -> Tensor:
     """Zero for the entries that a module holds by intent, rows of padding of an embedding; one for the others: `(n,)`."""
     free = {name: torch.ones(tensor.shape, dtype=torch.float64) for name, tensor in state.parameters.items()}

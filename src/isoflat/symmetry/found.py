@@ -96,7 +96,7 @@ class Found:
         own = self.state()
         try:
             self.output(own.to(dtype=torch.float64))
-        except UnsupportedModel:
+        except (UnsupportedModel, NotImplementedError):
             single = own.to(dtype=torch.float32)
             self.output(single)
             return torch.float32
@@ -224,6 +224,10 @@ class Found:
             swapped = everywhere(network, given)
             try:
                 result = torch.func.functional_call(network, swapped, tuple(inputs), named, tie_weights=False)
+            except (
+                NotImplementedError
+            ):  # no forward-mode derivative of some operation: who asks for one knows what to do
+                raise
             except Exception as error:  # whatever the user's forward raises
                 raise unsupported(
                     f"the network does not run in {dtype}, in which its symmetries are proved", error, network

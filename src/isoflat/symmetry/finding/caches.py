@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -57,7 +58,10 @@ def caches_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             private(model, lambda tensor: tensor if id(tensor) in own else copies(tensor)),
             torch.random.fork_rng(devices=[]),
             torch.enable_grad(),
+            warnings.catch_warnings(),
         ):
+            warnings.simplefilter("ignore")  # torch's tracing of branches warns of stand-ins that are no leaves
+
             given = {name: held_fixed(t) if name in parameters else t for name, t in copied.items()}
             swapped = {f"model.{name}": tensor for name, tensor in everywhere(model, given).items()}
             put = dict(swapped)
