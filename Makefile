@@ -7,8 +7,9 @@ PEERS := .venv-oracles
 PEERS_ENV := $(PEERS)/.installed
 THREADS ?= 2
 MINUTES ?= 15
+CASES ?= 2000
 
-.PHONY: demo test lint golden mutants test-slow test-oracles bench bench-power bench-symmetries bench-gpt2 bench-products bench-catalogue bench-device catalogue results-page clean
+.PHONY: demo test lint golden mutants forms test-slow test-oracles bench bench-power bench-symmetries bench-gpt2 bench-products bench-catalogue bench-device catalogue results-page clean
 
 demo: $(ENV)  ## train small nets with small and large batches, measure them, attack one, write a report
 	$(BIN)/isoflat demo
@@ -30,8 +31,11 @@ golden: $(ENV)  ## about seventy measurements on a base commit and here, compare
 mutants: $(ENV)  ## one-line faults in a copy of the source, each of which some test must notice; writes docs/mutants.md
 	$(BIN)/python tests/mutants/run.py --jobs $(THREADS) --markdown docs/mutants.md
 
+forms: $(ENV)  ## combinations of losses, batches and precisions as people bring them, beside torch's own numbers: make forms CASES=2000
+	ISOFLAT_CASES=$(CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/laws/test_what_people_bring.py
+
 test-slow: $(ENV)  ## with real MNIST and CIFAR-10 in the folder ISOFLAT_DATA (skipped, and said so, where absent)
-	$(BIN)/python -m pytest -m slow -rs -s
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist worksteal -m slow -rs
 
 bench: $(PEERS_ENV)  ## beside PyHessian, curvlinops and hessian-eigenthings, on MNIST where ISOFLAT_DATA holds it
 	$(PEERS)/bin/python benchmarks/peers.py --threads $(THREADS) --minutes $(MINUTES)
