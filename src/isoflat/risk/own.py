@@ -21,6 +21,7 @@ from isoflat.core.raised import first_line, is_out_of_memory
 from isoflat.core.rng import stream
 from isoflat.core.space import ParameterSpace, norm
 from isoflat.core.state import State
+from isoflat.modules.caches import Cache, emptied
 from isoflat.modules.private import own_precision
 from isoflat.risk.batches import alone, move
 from isoflat.risk.empirical import EmpiricalRisk
@@ -51,6 +52,7 @@ class OwnModel:
         loss: the same loss, reaching for the copy that is run.
         state: weights in the precision of the copy.
         own: precision of the user's module itself.
+        caches: what the module has made of its weights before; emptied before each evaluation, as it is under products.
         casts: flag that casts to narrower types inside the network are left out, as products in float64 do.
         fresh: flag that each evaluation needs a copy of its own, because the model keeps something between calls.
         kinked: flag that the network has operations without a second derivative at some inputs.
@@ -62,6 +64,7 @@ class OwnModel:
     loss: Loss
     state: State
     own: torch.dtype = torch.float64
+    caches: tuple[Cache, ...] = ()
     casts: bool = False
     fresh: bool = False
     kinked: bool = False
@@ -81,7 +84,9 @@ class OwnModel:
         pristine, memo = _copied(risk.network.module)
         pristine.to(device=state.device, dtype=state.dtype)
         given = rebound(risk.loss, memo)
-        own = OwnModel(pristine, given, pristine, given, state, own_precision(risk.network.module))._again()
+        habits = risk.network.habits
+        precision, caches = own_precision(risk.network.module), () if habits is None else habits.caches
+        own = OwnModel(pristine, given, pristine, given, state, precision, caches)._again()
         with Kinks() as kinks:
             first = own.total(batch)
         own = replace(own, kinked=kinks.seen)
@@ -109,6 +114,7 @@ class OwnModel:
             before = torch.backends.mha.get_fastpath_enabled()
             stack.callback(torch.backends.mha.set_fastpath_enabled, before)
             torch.backends.mha.set_fastpath_enabled(False)
+            emptied(self.model, self.caches)
             if compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self.own != torch.float64:  # what it makes or holds in float32 follows, as it does under products

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from isoflat.core.errors import UsageError
+from isoflat.curvature.sweeps import check_softmax
 from isoflat.measures.base import DataStatistic, Needs, Question
 from isoflat.measures.entries.statistics import GaussNewtonDiagonal
 from isoflat.measures.point import EvaluationPoint
@@ -84,13 +85,14 @@ def bound_terms(name: str) -> Needs:
 
 
 def check_mean(point: EvaluationPoint) -> None:
-    """Refuse a loss that is no mean over examples.
+    """Refuse a loss that is no mean of softmax cross-entropies of examples: for others no bound is known here.
 
     Raises:
         UsageError: it is not.
     """
     if not point.risk.loss.averages:
         raise UsageError("a bound is on the mean loss of an example, and this loss is a sum: use reduction='mean'")
+    check_softmax(point.risk, point.state)
 
 
 def check_options(name: str, options: Mapping[str, float]) -> None:
