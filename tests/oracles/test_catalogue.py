@@ -272,7 +272,7 @@ def test_what_does_not_apply_is_listed_and_the_rest_is_measured():
     assert "not measured: edge_of_stability" in str(table)
     assert isoflat.Table.from_json(table.to_json()) == table
     huber = Case(case.net, case.inputs, case.targets, nn.HuberLoss())
-    with pytest.raises(isoflat.UsageError, match=r"Hessian in the model's output|likelihood"):
+    with pytest.raises(isoflat.UsageError, match="labels cannot be drawn"):
         number(huber, "tic_diagonal")
 
 
