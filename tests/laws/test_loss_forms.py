@@ -154,7 +154,9 @@ def _name(loss):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", RATIOS, ids=_name)
-@pytest.mark.parametrize("sizes", [(ROWS,), (15, 15), (10, 12, 8)])
+@pytest.mark.parametrize(
+    "sizes", [(10, 12, 8), *(pytest.param(s, marks=pytest.mark.slow) for s in ((ROWS,), (15, 15)))]
+)
 def test_ratios_are_measured_batch_by_batch(loss, dtype, sizes):
     """The mean over the batches of the user's own loss; one batch is the loss itself."""
     net, (x, y) = _network(2), _classes()
@@ -562,7 +564,7 @@ def _parts(batch, *sizes):
 HEADS = ["causal", "masked", "attended", "classes", "regression", "multilabel", "answers"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_models_own_loss_is_weighed_by_what_it_is_a_mean_over(kind, dtype):
     net = _filled(Head(kind))

@@ -108,8 +108,15 @@ def test_values_shift_where_every_row_keeps_a_key(dtype):
     assert not any("masked whole" in note for note in a.notes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("cut", [None, 3])
+@pytest.mark.parametrize(
+    ("dtype", "cut"),
+    [
+        (torch.float32, 3),
+        (torch.float64, None),
+        pytest.param(torch.float32, None, marks=pytest.mark.slow),
+        pytest.param(torch.float64, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_rows_that_are_masked_whole_are_seen_in_any_batch(dtype, cut):
     """The first batch, on which the network is traced, leaves every row a key; the last one does not."""
     net, (x, y) = _made(Attending, dtype), _data(dtype, whole=True)
@@ -221,10 +228,10 @@ def test_left_padding_under_a_models_own_loss():
 
 LOW = [
     (float("-inf"), torch.float32),
-    (float("-inf"), torch.float64),
+    pytest.param(float("-inf"), torch.float64, marks=pytest.mark.slow),
     (torch.finfo(torch.float32).min, torch.float32),
-    (-1e30, torch.float64),
-    (-1e12, torch.float32),
+    pytest.param(-1e30, torch.float64, marks=pytest.mark.slow),
+    pytest.param(-1e12, torch.float32, marks=pytest.mark.slow),
 ]
 
 
@@ -292,7 +299,15 @@ class Tied(nn.Module):
         }[self.how]().transpose(1, 2)
 
 
-@pytest.mark.parametrize("how", ["h @ W.T", "h @ W.mT", "einsum", "scaled", "transpose", "flat"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "h @ W.T",
+        "einsum",
+        "scaled",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("h @ W.mT", "transpose", "flat")),
+    ],
+)
 def test_a_tied_head_in_any_spelling(how):
     ids, _, target = _padded()
     net = _made(lambda: Tied(how))

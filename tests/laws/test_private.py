@@ -153,7 +153,7 @@ def test_a_filled_cache_taken_for_a_constant_would_be_another_number(data):
     assert abs(dense(LOSS(net(data[0].double()), data[1]), others) / _truth(data) - 1) > 1e-4
 
 
-@pytest.mark.parametrize("kind", [InDict, InAttribute])
+@pytest.mark.parametrize("kind", [InDict, pytest.param(InAttribute, marks=pytest.mark.slow)])
 def test_symmetries_of_a_network_with_filled_caches(kind, data):
     x = data[0].double()
     filled, fresh = kind().double().eval(), kind().double().eval()

@@ -26,7 +26,7 @@ from isoflat.curvature.matrix import Matrix
 from isoflat.linalg.solver import SingleProduct
 from isoflat.measures.base import SolverQuery
 
-CASES = int(os.environ.get("ISOFLAT_CASES", "60"))
+CASES = int(os.environ.get("ISOFLAT_CASES", "40"))
 
 COUNTED: Counter[str] = Counter()
 """Cases by their outcome."""
