@@ -259,7 +259,7 @@ WEIGHTING = (
          "laws/test_risk.py::test_integer_class_weights_are_replicated_samples"),
         ("counted = target[target != criterion.ignore_index]", "counted = target[target == target]", _IGNORED),
         ('scalar(result, "mean") * rows', 'scalar(result, "mean")',
-         "laws/test_risk.py::test_a_penalty_on_weights_shifts_the_spectrum"),
+         "laws/test_loss_forms.py::test_means_of_batches_are_weighed_by_rows_where_they_are_means_over_them"),
         ("Term(mean * count if count", "Term(mean if count", _OWN_LOSS),
         ('scalar(function(output, target), "loss") * int(rows(output, target))', 'scalar(function(output, target), "loss")',
          _RAGGED),
