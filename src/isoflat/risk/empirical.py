@@ -194,8 +194,7 @@ class EmpiricalRisk:
             gradients = differentiate(term.total, [*parameters, term.z] if hard and term.z is not None else parameters)
             slope = gradients.pop() if hard else None
             tally.hardness[index] = None if slope is None else slope.detach().reshape(len(slope), -1).norm(dim=1).cpu()
-            if observer is not None:
-                observer.batch(index, batch, term, term.z)
+            tally.show(observer, index, batch, term, term.z)
             return BatchSum(torch.cat([tally.loss(index, term), *tally.gradient(index, gradients)]), term.count)
 
         return self._surveyed(tally, per_batch, 1 + state.space.size, observer)
@@ -234,8 +233,7 @@ class EmpiricalRisk:
                 term = own.of(z, target, len(z))
             mixed = own.criterion is None
             tally.hardness[index] = importance(term.total, z, stream(0, "importance", index), mixed)
-            if observer is not None:
-                observer.batch(index, batch, term, z)
+            tally.show(observer, index, batch, term, z)
             return BatchSum(tally.loss(index, term), term.count)
 
         return self._surveyed(tally, per_batch, 1, observer)
@@ -246,12 +244,13 @@ class EmpiricalRisk:
         """The survey that a pass over the data makes of a tally, whose batches' totals have so many entries."""
         started = time.monotonic()
         mean = self.accumulate(per_batch, _shape(entries, tally.state), over=tally.digesting(self.batches))
+        seconds = time.monotonic() - started - tally.observing
         if observer is not None:
             with self.ranks.agreeing():
                 observer.finish(len(tally.digests))
         if self.ranks.world > 1:
             tally.join(self.ranks.gather(tally.counts))
-        return tally.survey(mean, time.monotonic() - started)
+        return tally.survey(mean, seconds)
 
     def _probe(self, state: State) -> None:
         """Check the first batch twice, under different random streams.
@@ -298,12 +297,20 @@ class _Tally:
         self.classes = torch.zeros(0, dtype=torch.int64)
         self.used = [False] * len(state.parameters)
         self.hardness: dict[int, Tensor | None] = {}
+        self.observing = 0.0
 
     def digesting(self, batches: Batches) -> Iterator[Any]:
         """The batches, each hashed on the way."""
         for batch in batches:
             self.digests.append(digest(batch))
             yield batch
+
+    def show(self, observer: Observer | None, index: int, batch: Any, term: Term, z: Tensor | None) -> None:
+        """Show a batch to an observer; its seconds are no part of a plain pass, which is the unit of cost."""
+        if observer is not None:
+            started = time.monotonic()
+            observer.batch(index, batch, term, z)
+            self.observing += time.monotonic() - started
 
     def loss(self, index: int, term: Term) -> Tensor:
         """Count a batch's rows and predictions; returns its summed loss, shape `(1,)`, float64."""

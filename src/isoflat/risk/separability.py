@@ -378,8 +378,11 @@ def check_shapes(output: Tensor, target: Tensor) -> None:
 
 
 def _broadcast(output: Tensor, target: Tensor) -> str:
+    shapes = f"output and targets have shapes {tuple(output.shape)} and {tuple(target.shape)}"
+    if not broadcasts(output, target):
+        return f"{shapes}: this loss compares them entry by entry. Give both one shape, or choose a loss of classes"
     longer, shorter = ("output", "targets") if output.ndim > target.ndim else ("targets", "output")
     return (
-        f"output and targets have shapes {tuple(output.shape)} and {tuple(target.shape)}: every output would be compared "
-        f"with every target. Give both one shape: {shorter}.unsqueeze(1), or {longer}.squeeze(1)"
+        f"{shapes}: every output would be compared with every target. Give both one shape: {shorter}.unsqueeze(1), or "
+        f"{longer}.squeeze(1)"
     )
