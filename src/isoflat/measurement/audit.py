@@ -128,7 +128,7 @@ def first_look(risk: EmpiricalRisk, state: State, loss: float, route: type[Linea
     def lead(audit: Audit) -> tuple[Tensor, float | None]:
         return (beside(audit.state, 1.0) - audit.state.vector).double(), None
 
-    found = _looked(replace(risk, ranks=Ranks()), state, frozenset({0}), product, lead, loss, 0)
+    found = _Check(replace(risk, ranks=Ranks()), state, frozenset({0}), product, lead, loss, 0).outcome()
     return tuple(_settled(found, ProductCheck.REFUSE, True))
 
 
@@ -195,57 +195,65 @@ def _at(risk: EmpiricalRisk, point: EvaluationPoint, answers: Answers, seed: int
     product = None if plan is None else lambda state: partial(_product, state, plan)
     random = stream(seed, "audit", "batches", number)
     chosen = _share(_spent(point, answers), point.state, plan is not None, _count(risk, point), random)
-    return _looked(risk, point.state, chosen, product, partial(_lead, point, answers, seed), point.survey.loss, seed)
+    return _Check(
+        risk, point.state, chosen, product, partial(_lead, point, answers, seed), point.survey.loss, seed
+    ).outcome()
 
 
-def _looked(
-    risk: EmpiricalRisk,
-    state: State,
-    chosen: frozenset[int],
-    product: Callable[[State], Product] | None,
-    lead: Lead,
-    loss: float,
-    seed: int,
-) -> Audited:
-    """The check on those of some batches that are this process's; in the state's precision where float64 fails."""
-    narrow = ""
-    for dtype in dict.fromkeys((torch.float64, state.dtype)):
-        try:
-            return replace(_compared(risk, state.to(dtype=dtype), chosen, product, lead, loss, seed), narrow=narrow)
-        except IsoflatError:
-            raise
-        except Exception as error:  # noqa: BLE001 (whatever the user's code raises in float64, or at weights close by)
-            narrow = "memory ran out on a whole batch" if is_out_of_memory(error) else first_line(error)
-    return Audited(failed=narrow)
+@final
+@dataclass(frozen=True)
+class _Check:
+    """The check on some batches at one point.
 
+    Attributes:
+        risk: the empirical risk.
+        state: the point.
+        chosen: indices of the batches.
+        product: maker of products with the Hessian at a state; None where the measurement has none.
+        lead: direction that the number hangs on.
+        loss: the loss at the point.
+        seed: of the random direction.
+    """
 
-def _compared(
-    risk: EmpiricalRisk,
-    state: State,
-    chosen: frozenset[int],
-    product: Callable[[State], Product] | None,
-    lead: Lead,
-    loss: float,
-    seed: int,
-) -> Audited:
-    """The check in one precision; whatever the user's code raises passes."""
-    audit: Audit | None = None
-    along: Directions | None = None
-    seen: list[BatchVerdict] = []
-    for index, batch in enumerate(risk.batches):
-        if not (risk.ranks.owns(index) and index in chosen):
-            continue
-        if audit is None or along is None:
-            own = OwnModel.of(risk, state, batch)
-            audit = Audit(own, risk, None if product is None else product(state))
-            along = _directions(audit, batch, lead, loss, seed)
-        # Where kinks silence one batch, they silence the others.
-        silenced = audit.own.kinked and any("curvature" not in verdict.spoke for verdict in seen)
-        seen.append(audit.compare(index, batch, along, curved=not silenced))
-        if seen[-1].found:
-            break
-    spoke = frozenset[str]().union(*(verdict.spoke for verdict in seen))
-    return Audited(next((verdict.found for verdict in seen if verdict.found), None), spoke)
+    risk: EmpiricalRisk
+    state: State
+    chosen: frozenset[int]
+    product: Callable[[State], Product] | None
+    lead: Lead
+    loss: float
+    seed: int
+
+    def outcome(self) -> Audited:
+        """The outcome on the batches that are this process's; in the state's precision where float64 fails."""
+        narrow = ""
+        for dtype in dict.fromkeys((torch.float64, self.state.dtype)):
+            try:
+                return replace(self._compared(self.state.to(dtype=dtype)), narrow=narrow)
+            except IsoflatError:
+                raise
+            except Exception as error:  # noqa: BLE001 (whatever the user's code raises in float64, or at weights close by)
+                narrow = "memory ran out on a whole batch" if is_out_of_memory(error) else first_line(error)
+        return Audited(failed=narrow)
+
+    def _compared(self, state: State) -> Audited:
+        """The outcome in one precision; whatever the user's code raises passes."""
+        audit: Audit | None = None
+        along: Directions | None = None
+        seen: list[BatchVerdict] = []
+        for index, batch in enumerate(self.risk.batches):
+            if not (self.risk.ranks.owns(index) and index in self.chosen):
+                continue
+            if audit is None or along is None:
+                own = OwnModel.of(self.risk, state, batch)
+                audit = Audit(own, self.risk, None if self.product is None else self.product(state))
+                along = _directions(audit, batch, self.lead, self.loss, self.seed)
+            # Where kinks silence one batch, they silence the others.
+            silenced = audit.own.kinked and any("curvature" not in verdict.spoke for verdict in seen)
+            seen.append(audit.compare(index, batch, along, curved=not silenced))
+            if seen[-1].found:
+                break
+        spoke = frozenset[str]().union(*(verdict.spoke for verdict in seen))
+        return Audited(next((verdict.found for verdict in seen if verdict.found), None), spoke)
 
 
 def _count(risk: EmpiricalRisk, point: EvaluationPoint) -> int:
